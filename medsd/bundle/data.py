@@ -1,0 +1,255 @@
+"""The two kinds of data that a bundle trains on: whole slides, and patches on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from medsd.bundle.config import boundary
+from medsd.errors import ConfigError
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
+from medsd.evaluate.predict import predict
+from medsd.heatmap.cohort import SlideJob
+from medsd.heatmap.engine import DenseEngine
+from medsd.networks.weights import Calibration
+from medsd.progress import progress_bar
+from medsd.slides.camelyon import SlideEntry, find_slides
+from medsd.slides.dataset import Sample, TileDataset
+from medsd.slides.index import TileGrid
+from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.slides.phantom import write_phantom_dataset
+from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
+
+
+class Items(Protocol):
+    """A torch data set of samples with its columns: labels (n,) int8 and groups (n,) str."""
+
+    labels: npt.NDArray[np.int8]
+    groups: npt.NDArray[np.str_]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, item: int, /) -> Sample: ...
+
+
+class Data(Protocol):
+    """What the stages ask of a data set.
+
+    Attributes:
+        tile_px, mpp: size and scale of its tiles.
+        description: the data in words, kept with the weights.
+    """
+
+    tile_px: int
+    mpp: float
+
+    @property
+    def description(self) -> str: ...
+    def prepare(self) -> None: ...
+    def part(self, name: str) -> Items: ...
+    def calibrate(self, engine: DenseEngine) -> Calibration: ...
+    def jobs(self) -> list[SlideJob]: ...
+    def test_slides(self) -> Sequence[SlideEntry]: ...
+
+
+@dataclass(frozen=True)
+class SlideData:
+    """A CAMELYON16-like folder; phantom slides are made when none is given. See `slide_data`."""
+
+    dataset_dir: Path | None
+    phantom_dir: Path
+    phantom_slides: int
+    phantom_difficulty: float
+    work_dir: Path
+    grid: TileGrid
+    validation_share: float
+    seed: int
+    cache: bool
+
+    @property
+    def tile_px(self) -> int:
+        """Side of a tile in pixels at `mpp`."""
+        return self.grid.tile_px
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel of a tile."""
+        return self.grid.mpp
+
+    @property
+    def description(self) -> str:
+        """The data in words."""
+        if self.dataset_dir is None:
+            return f"{len(self._prepared.training)} phantom slides (drawn, not tissue)"
+        return f"{len(self._prepared.training)} slides of {self.dataset_dir.name}"
+
+    def prepare(self) -> None:
+        """Phantoms if no folder is given; then tissue, tiles and labels of every slide."""
+        if self.dataset_dir is None:
+            write_phantom_dataset(
+                self.phantom_dir, self.phantom_slides, self.seed, difficulty=self.phantom_difficulty, progress=True
+            )
+        prepare_slides(
+            self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
+        )
+
+    def part(self, name: str) -> TileDataset:
+        """The labelled tiles of the part "training", "validation" or "testing"."""
+        prepared = self._prepared
+        return TileDataset(prepared.index.of_slides(getattr(prepared, name)), cache=self.cache)
+
+    def calibrate(self, engine: DenseEngine) -> Calibration:
+        """Threshold and scale from the validation slides' maps."""
+        prepared = self._prepared
+        slides = [prepared.entry(name) for name in prepared.validation]
+        return calibrate_on_slides(engine, slides, progress_bar("calibrate"))
+
+    def jobs(self) -> list[SlideJob]:
+        """The test slides, to be mapped."""
+        return [SlideJob(slide.path) for slide in self.test_slides()]
+
+    def test_slides(self) -> Sequence[SlideEntry]:
+        """The test slides, those without tissue too."""
+        return [slide for slide in self._slides if slide.part == "testing"]
+
+    @cached_property
+    def _slides(self) -> list[SlideEntry]:
+        return find_slides(self.dataset_dir or self.phantom_dir)
+
+    @cached_property
+    def _prepared(self) -> PreparedSlides:
+        return load_prepared(self._slides, self.work_dir, self.validation_share, self.seed)
+
+
+@dataclass(frozen=True)
+class PatchData:
+    """A folder of patches with `labels.csv`, split by group. See `patch_data`."""
+
+    dataset_dir: Path
+    group_column: str
+    slides: tuple[SlideJob, ...]
+    tile_px: int
+    mpp: float
+    validation_share: float
+    test_share: float
+    seed: int
+
+    @property
+    def description(self) -> str:
+        """The data in words."""
+        rows = self._parts["training"]
+        return f"{len(rows.paths)} patches of {self.dataset_dir.name}, {len(np.unique(rows.group))} groups"
+
+    def prepare(self) -> None:
+        """Read the table and check that every part has both classes."""
+        _ = self._parts
+
+    def part(self, name: str) -> PatchDataset:
+        """The patches of the part "training", "validation" or "testing"."""
+        return PatchDataset(self._parts[name], side_px=self.tile_px)
+
+    def calibrate(self, engine: DenseEngine) -> Calibration:
+        """Threshold and scale from the validation patches."""
+        validation = self.part("validation")
+        return calibrate_on_patches(engine, validation, validation.labels, predict(engine.classifier, validation))
+
+    def jobs(self) -> list[SlideJob]:
+        """The slides given to be mapped."""
+        return list(self.slides)
+
+    def test_slides(self) -> Sequence[SlideEntry]:
+        """None: patches have no slide labels."""
+        return []
+
+    @cached_property
+    def _parts(self) -> dict[str, PatchTable]:
+        table = read_patch_table(self.dataset_dir, self.group_column)
+        sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
+        return {name: table.rows(side) for name, side in zip(("training", "validation", "testing"), sides, strict=True)}
+
+
+@boundary
+def slide_data(
+    dataset_dir: str | None,
+    phantom_dir: str,
+    work_dir: str,
+    tile_px: int,
+    stride_px: int,
+    mpp: float,
+    phantom_slides: int = 10,
+    phantom_difficulty: float = 0.3,
+    min_tissue: float = 0.5,
+    tumour_from: float = 0.5,
+    validation_share: float = 0.25,
+    seed: int = 0,
+    cache: bool = False,
+) -> SlideData:
+    """Whole slides with annotations.
+
+    Args:
+        dataset_dir: CAMELYON16-like folder, or None for phantom slides.
+        phantom_dir: where phantom slides are made, once, and kept.
+        work_dir: where tile index and thumbnails are kept.
+        tile_px, stride_px, mpp, min_tissue, tumour_from: the `TileGrid`.
+        phantom_slides, phantom_difficulty: how many phantoms, and how alike their nuclei.
+        validation_share: share of the training slides held out, of each class.
+        seed: chooses phantoms and split.
+        cache: keep decoded tiles in memory.
+    """
+    _check_grid(tile_px, mpp)
+    return SlideData(
+        dataset_dir=None if dataset_dir is None else Path(dataset_dir),
+        phantom_dir=Path(phantom_dir),
+        phantom_slides=phantom_slides,
+        phantom_difficulty=phantom_difficulty,
+        work_dir=Path(work_dir),
+        grid=TileGrid(tile_px, stride_px, mpp, min_tissue, tumour_from),
+        validation_share=validation_share,
+        seed=seed,
+        cache=cache,
+    )
+
+
+@boundary
+def patch_data(
+    dataset_dir: str | None,
+    tile_px: int,
+    mpp: float,
+    group_column: str = "stain_cluster",
+    slides: Sequence[str] = (),
+    validation_share: float = 0.15,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> PatchData:
+    """Patches on disk, as PatchCamelyon's.
+
+    Args:
+        dataset_dir: folder with `labels.csv` and the patches.
+        tile_px: side that patches are cropped to around their centre, a multiple of the network's stride.
+        mpp: micrometres per pixel of the patches.
+        group_column: column of `labels.csv` whose groups are not split.
+        slides: slide files that the heatmap stage maps.
+        validation_share, test_share: shares of patches.
+        seed: deals the groups.
+    """
+    _check_grid(tile_px, mpp)
+    if dataset_dir is None:
+        raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
+    jobs = tuple(SlideJob(Path(slide)) for slide in slides)
+    return PatchData(Path(dataset_dir), group_column, jobs, tile_px, mpp, validation_share, test_share, seed)
+
+
+def _check_grid(tile_px: int, mpp: float) -> None:
+    if tile_px < 1 or not mpp > 0:
+        raise ConfigError(f"tile_px={tile_px}, mpp={mpp}: both must be positive")
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

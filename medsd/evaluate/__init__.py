@@ -1,0 +1,1 @@
+"""Patch and slide scores with confidence intervals."""

@@ -1,0 +1,96 @@
+"""Threshold and colour scale, fixed once on validation data and kept with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from medsd.errors import DatasetError
+from medsd.evaluate.scores import youden_threshold
+from medsd.heatmap.engine import DenseEngine
+from medsd.networks.weights import Calibration
+from medsd.progress import Progress, no_progress
+from medsd.slides.annotations import rasterise, read_asap_xml
+from medsd.slides.camelyon import SlideEntry
+from medsd.slides.dataset import Sample
+from medsd.slides.slide import open_slide
+from medsd.slides.tissue import find_tissue
+
+SCALE_PERCENTILE = 99.5
+_HIGHEST_THRESHOLD = 0.99
+
+
+def calibrate_on_slides(
+    engine: DenseEngine, slides: Sequence[SlideEntry], progress: Progress = no_progress
+) -> Calibration:
+    """Threshold and scale from the maps of validation slides.
+
+    The threshold is Youden's on map pixels against the annotation (normal slides count as all normal); the scale
+    ends at the 99.5th percentile of |saliency| in their tissue (both our choice).
+
+    Raises:
+        DatasetError: the slides show one class only.
+    """
+    labels, probabilities, saliencies = [], [], []
+    for entry in progress(slides, len(slides), "slide"):
+        with open_slide(entry.path) as slide:
+            maps = engine.map(slide, find_tissue(slide))
+        probability = maps.probability
+        height, width = probability.values.shape
+        tumour = np.zeros((height, width), bool)
+        if entry.annotation is not None:
+            tumour = rasterise(read_asap_xml(entry.annotation), width, height, probability.level0_px)
+        labels.append(tumour[probability.seen])
+        probabilities.append(probability.values[probability.seen])
+        saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))
+    source = f"{len(slides)} validation slides"
+    return _calibration(engine, np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies), source)
+
+
+def calibrate_on_patches(
+    engine: DenseEngine,
+    dataset: Dataset[Sample],
+    labels: npt.NDArray[np.int8],
+    probabilities: npt.NDArray[np.float32],
+    scale_from: int = 256,
+) -> Calibration:
+    """Threshold from the probabilities of validation patches, scale from the saliency of up to `scale_from` of them.
+
+    Raises:
+        DatasetError: the patches show one class only.
+    """
+    chosen = np.linspace(0, len(labels) - 1, min(scale_from, len(labels))).astype(int)
+    saliencies = [np.abs(engine.run(_cropped(dataset[i]["image"], engine))[1]).ravel() for i in chosen.tolist()]
+    source = f"{len(labels)} validation patches"
+    return _calibration(engine, labels, probabilities, np.concatenate(saliencies), source)
+
+
+def _cropped(image: torch.Tensor, engine: DenseEngine) -> torch.Tensor:
+    stride = engine.geometry.features.stride
+    height, width = (side // stride * stride for side in image.shape[1:])
+    return image[None, :, :height, :width].to(engine.device)
+
+
+def _calibration(
+    engine: DenseEngine,
+    labels: npt.NDArray[np.bool_] | npt.NDArray[np.int8],
+    probabilities: npt.NDArray[np.float32],
+    saliencies: npt.NDArray[np.float32],
+    source: str,
+) -> Calibration:
+    if len(np.unique(labels)) < 2:
+        raise DatasetError(f"{source} hold one class only; the threshold needs both, change validation_share or seed")
+    settings = engine.settings
+    return Calibration(
+        # A network that is sure of everything would give 1.0, which no map exceeds.
+        threshold=min(youden_threshold(labels.astype(np.int8), probabilities), _HIGHEST_THRESHOLD),
+        saliency_limit=float(np.percentile(saliencies, SCALE_PERCENTILE)),
+        layer=settings.layer,
+        attribution=settings.attribution,
+        smoothing=settings.smoothing,
+        source=source,
+    )

@@ -1,0 +1,240 @@
+"""Scores of a classifier (AUC, ROC, threshold) with bootstrap intervals, and of a saliency map (pointing share)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.errors import ConfigError, DatasetError
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its confidence interval.
+
+    Attributes:
+        value: the score of all items.
+        low, high: bounds of the interval.
+        level: its coverage, 0 to 1.
+        resamples: resamples that the bounds rest on (those without both classes have no AUC and are left out).
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float
+    resamples: int
+
+
+@dataclass(frozen=True)
+class PointingShare:
+    """How much of a saliency map points at tumour, over the tissue that was seen.
+
+    Attributes:
+        positive_inside: share of the positive saliency that lies in tumour, 0 to 1; nan without positive saliency.
+        area_share: share of the seen tissue that is tumour, 0 to 1: what a constant map would score.
+        ratio: `positive_inside / area_share`; 1 is chance, nan without seen tumour.
+    """
+
+    positive_inside: float
+    area_share: float
+    ratio: float
+
+
+def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """The area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    The rank statistic of Mann and Whitney (1947).
+
+    Args:
+        labels: 0 or 1, shape (n,).
+        scores: higher means more likely positive, shape (n,).
+
+    Returns:
+        0 to 1, or nan where only one class (or nothing) is given.
+
+    Raises:
+        DatasetError: labels other than 0 and 1, scores that are not finite, or unequal lengths.
+    """
+    positive, values = _checked(labels, scores)
+    _, tie = np.unique(values, return_inverse=True)
+    return _weighted_auc(positive, tie, np.ones(len(tie)))
+
+
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    groups: npt.ArrayLike | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """AUC with a percentile bootstrap interval (Efron 1979).
+
+    Tiles of a slide are not independent: give the slide of each item as `groups`, and whole slides are resampled.
+
+    Args:
+        labels: 0 or 1, shape (n,).
+        scores: shape (n,).
+        groups: numbers or names that items of one slide (or patient) share, shape (n,); without it items are resampled.
+        resamples: number of resamples.
+        seed: of the random numbers; the same seed gives the same interval.
+        level: coverage of the interval, between 0 and 1.
+
+    Returns:
+        value and bounds; nan where only one class is given.
+
+    Raises:
+        DatasetError: as `auc`, or `groups` of another length.
+        ConfigError: `resamples` below 1 or `level` not between 0 and 1.
+    """
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise ConfigError(f"bootstrap: {resamples} resamples, level {level}; give at least 1 and a level in (0, 1)")
+    positive, values = _checked(labels, scores)
+    value = auc(positive, values)
+    if math.isnan(value):
+        return Interval(math.nan, math.nan, math.nan, level, 0)
+    group = np.arange(len(values))
+    if groups is not None:
+        names = np.asarray(groups)
+        if names.shape != values.shape:
+            raise DatasetError(f"scores: {names.shape} groups and {values.shape} scores; give one group an item")
+        group = np.unique(names, return_inverse=True)[1]
+    # Sorted once: an AUC of a resample is then an AUC with whole-number weights, linear in the items.
+    order = np.argsort(values, kind="stable")
+    positive, group = positive[order], group[order]
+    tie = np.unique(values, return_inverse=True)[1][order]
+    random = np.random.default_rng(seed)
+    count = int(group.max()) + 1
+    drawn = np.empty(resamples)
+    for index in range(resamples):
+        times = np.bincount(random.integers(count, size=count), minlength=count)
+        drawn[index] = _weighted_auc(positive, tie, times[group].astype(np.float64))
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        return Interval(value, math.nan, math.nan, level, 0)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), level, len(drawn))
+
+
+def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """The ROC curve: one point a distinct score, from (0, 0), the highest score first, to (1, 1).
+
+    Args:
+        labels: 0 or 1, shape (n,), both classes.
+        scores: shape (n,).
+
+    Returns:
+        false-positive rate and sensitivity, each of shape (distinct scores + 1,).
+
+    Raises:
+        DatasetError: as `auc`, or only one class.
+    """
+    false_positive_rate, sensitivity, _ = _curve(labels, scores)
+    return false_positive_rate, sensitivity
+
+
+def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950); `score >= threshold` is positive.
+
+    It lies midway between neighbouring scores. Of equal ones the lowest is taken, since a missed tumour costs more than
+    a false alarm (our choice). Where none beats chance it is the lowest score: everything is called positive.
+
+    Args:
+        labels: 0 or 1, shape (n,), both classes.
+        scores: shape (n,).
+
+    Raises:
+        DatasetError: as `auc`, or only one class.
+    """
+    false_positive_rate, sensitivity, falling = _curve(labels, scores)
+    youden = (sensitivity - false_positive_rate)[1:]
+    # Equal values differ by rounding of the rates, hence the tolerance.
+    best = int(np.flatnonzero(youden >= youden.max() - 1e-12)[-1])
+    if best == len(falling) - 1:
+        return float(falling[-1])
+    upper, lower = float(falling[best]), float(falling[best + 1])
+    middle = lower / 2 + upper / 2
+    return middle if lower < middle <= upper else upper
+
+
+def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bools) -> PointingShare:
+    """Energy pointing: the share of the positive saliency that lies in tumour, against tumour's share of the area.
+
+    After the energy-based pointing game (Wang et al. 2020, Score-CAM), counted over seen tissue only (our choice).
+
+    Args:
+        saliency: signed map, shape (h, w); NaN is not seen.
+        tumour: shape (h, w).
+        tissue: shape (h, w).
+
+    Raises:
+        DatasetError: shapes differ, or the saliency is infinite somewhere.
+    """
+    if not saliency.shape == tumour.shape == tissue.shape:
+        raise DatasetError(
+            f"pointing share: saliency {saliency.shape}, tumour {tumour.shape} and tissue {tissue.shape} differ; "
+            "put all three on one grid"
+        )
+    if np.isinf(saliency).any():
+        raise DatasetError("pointing share: the saliency is infinite somewhere; compute it in float32, not float16")
+    seen = np.asarray(tissue, np.bool_) & ~np.isnan(saliency)
+    inside = seen & np.asarray(tumour, np.bool_)
+    positive = np.maximum(saliency, 0.0, dtype=np.float64)
+    positive_inside = _ratio(float(positive[inside].sum()), float(positive[seen].sum()))
+    area_share = _ratio(float(np.count_nonzero(inside)), float(np.count_nonzero(seen)))
+    return PointingShare(positive_inside, area_share, _ratio(positive_inside, area_share))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _checked(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, Floats]:
+    """Labels as booleans and scores as float64, both of shape (n,)."""
+    truth = np.asarray(labels)
+    try:
+        values = np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DatasetError("scores: not all are numbers; give one number an item") from error
+    if truth.shape != values.shape or truth.ndim != 1:
+        raise DatasetError(f"scores: {truth.shape} labels, {values.shape} scores; give one label and one score an item")
+    known = np.isin(truth, (0, 1))
+    if not known.all():
+        raise DatasetError(f"scores: label {truth[~known][0]!r} is neither 0 nor 1; give 1 for tumour and 0 for normal")
+    if not np.isfinite(values).all():
+        wrong = np.flatnonzero(~np.isfinite(values))
+        raise DatasetError(
+            f"scores: {len(wrong)} of {len(values)} are not finite (first: item {wrong[0]}); leave failed items out"
+        )
+    return truth.astype(np.bool_), values
+
+
+def _weighted_auc(positive: Bools, tie: npt.NDArray[np.intp], weight: Floats) -> float:
+    """AUC of weighted items; `tie` numbers the distinct scores, rising. nan where a class has no weight."""
+    positives = np.bincount(tie, weight * positive)
+    negatives = np.bincount(tie, weight * ~positive)
+    pairs = positives.sum() * negatives.sum()
+    if pairs == 0:
+        return math.nan
+    below = np.cumsum(negatives) - negatives / 2
+    return float(positives @ below / pairs)
+
+
+def _curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """False-positive rate and sensitivity, shape (k + 1,), and the k distinct scores, falling."""
+    positive, values = _checked(labels, scores)
+    if positive.all() or not positive.any():
+        raise DatasetError(f"scores: all {len(values)} items have one class; a ROC curve needs tumour and normal items")
+    distinct, tie = np.unique(values, return_inverse=True)
+    rates = []
+    for chosen in (~positive, positive):
+        counts = np.bincount(tie[chosen], minlength=len(distinct))[::-1]
+        rates.append(np.concatenate([[0.0], np.cumsum(counts) / counts.sum()]))
+    return rates[0], rates[1], distinct[::-1]

@@ -1,0 +1,110 @@
+"""Scores of a trained classifier on held-out data: tiles, slides, and where its saliency lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
+from medsd.heatmap.cohort import SlideResult
+from medsd.heatmap.tiff import read_ome_tiff
+from medsd.slides.annotations import rasterise, read_asap_xml
+from medsd.slides.camelyon import SlideEntry
+
+
+@dataclass(frozen=True)
+class TileScores:
+    """Scores on tiles or patches.
+
+    Attributes:
+        patch_auc: AUC with a 95 % bootstrap interval over tiles.
+        patch_auc_by_group: the same with whole slides (or stain clusters) resampled, which tiles of one slide ask for.
+        items, tumour_items, groups: how many tiles, tumour tiles, and slides (or clusters).
+    """
+
+    patch_auc: Interval
+    patch_auc_by_group: Interval
+    items: int
+    tumour_items: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class SlideScores:
+    """Scores on whole slides, from their maps.
+
+    Attributes:
+        slide_auc: AUC of the slide scores; nan when one class only.
+        slides: slide scores with their labels (1 tumour), by name.
+        pointing: for each annotated slide, how much of its positive saliency lies in tumour.
+    """
+
+    slide_auc: float
+    slides: dict[str, tuple[int, float]]
+    pointing: dict[str, PointingShare]
+
+    @property
+    def mean_pointing_ratio(self) -> float:
+        """Mean over slides of the share of positive saliency in tumour over tumour's share of the tissue."""
+        ratios = [share.ratio for share in self.pointing.values()]
+        return float(np.mean(ratios)) if ratios else math.nan
+
+
+def score_tiles(
+    labels: npt.NDArray[np.int8], probabilities: npt.NDArray[np.float32], groups: npt.NDArray[np.str_]
+) -> TileScores:
+    """Scores of tiles with labels 0 or 1.
+
+    Args:
+        labels, probabilities, groups: (n,) each.
+    """
+    return TileScores(
+        patch_auc=bootstrap_auc(labels, probabilities),
+        patch_auc_by_group=bootstrap_auc(labels, probabilities, groups),
+        items=len(labels),
+        tumour_items=int(labels.sum()),
+        groups=len(np.unique(groups)),
+    )
+
+
+def score_slides(entries: Sequence[SlideEntry], results: Sequence[SlideResult], folder: str | Path) -> SlideScores:
+    """Scores of mapped slides against their labels and annotations.
+
+    Args:
+        entries: the slides with their labels.
+        results: what became of them; those not "ok" are left out.
+        folder: holds a folder a slide with its maps.
+    """
+    by_name = {result.slide: result for result in results if result.status == "ok"}
+    kept = [entry for entry in entries if entry.name in by_name]
+    slides = {entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept}
+    pointing = {entry.name: _pointing(entry, Path(folder)) for entry in kept if entry.annotation is not None}
+    labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
+    return SlideScores(auc(labels, scores) if slides else math.nan, slides, pointing)
+
+
+def as_json(scores: TileScores | SlideScores) -> dict[str, Any]:
+    """The scores as JSON values; nan becomes null."""
+    return {key: _plain(value) for key, value in asdict(scores).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pointing(entry: SlideEntry, folder: Path) -> PointingShare:
+    saliency = read_ome_tiff(folder / entry.name / "saliency.ome.tif")
+    height, width = saliency.values.shape
+    assert entry.annotation is not None
+    tumour = rasterise(read_asap_xml(entry.annotation), width, height, saliency.level0_px)
+    return inside_share(saliency.values, tumour, saliency.seen)

@@ -1,0 +1,1 @@
+"""Training objectives for explanations, and the steps that MONAI's engines call."""

@@ -1,0 +1,103 @@
+"""The state of a training, one file that is always whole: what resumes it and the best network so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from medsd.errors import OutputError, TrainingError
+from medsd.files import atomic_path, write_json
+
+# What torch and its unpickler raise on bytes that are no checkpoint, and the parts on states that are not theirs.
+_UNREADABLE = (
+    UnpicklingError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands.
+
+    Attributes:
+        epoch: epochs done.
+        best_metric: the best validation metric, -1 before the first.
+        best_epoch: the epoch that gave it.
+        best_network: state of the network at that epoch.
+    """
+
+    epoch: int = 0
+    best_metric: float = -1.0
+    best_epoch: int = 0
+    best_network: dict[str, torch.Tensor] | None = None
+
+
+class Checkpoint:
+    """Reads and writes the checkpoint of one training.
+
+    Args:
+        folder: holds `checkpoint.pt`, and `settings.json` for people to read.
+        settings: what must be equal for a training to be resumed (plain JSON values).
+        parts: named objects with `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], parts: dict[str, Any]) -> None:
+        self.folder, self.parts = folder, parts
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.path = folder / "checkpoint.pt"
+
+    def load(self) -> TrainingState:
+        """Put the parts back to where the training stopped; the state of a new training when there is none.
+
+        Raises:
+            TrainingError: the folder holds a training with other settings, or the checkpoint is damaged.
+        """
+        if not self.path.is_file():
+            write_json(self.folder / "settings.json", self.settings)
+            return TrainingState()
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            self._compare(content["settings"])
+            for name, part in self.parts.items():
+                part.load_state_dict(content[name])
+            return TrainingState(**content["state"])
+        except _UNREADABLE as error:
+            reason = f"{type(error).__name__} {error}".partition("\n")[0]
+            raise TrainingError(
+                f"{self.path}: damaged or of another network ({reason}); delete it to start anew"
+            ) from error
+
+    def save(self, state: TrainingState) -> None:
+        """Write settings, parts and state atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic_path(self.path) as temporary:
+            try:
+                torch.save({**content, "settings": self.settings, "state": vars(state)}, temporary)
+            except RuntimeError as error:  # what a full disk gives here, instead of an OSError
+                reason = str(error).partition("\n")[0]
+                raise OutputError(f"{self.path}: cannot be written ({reason}); free some disk space") from error
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        keys = sorted({*before, *self.settings})
+        changed = [key for key in keys if before.get(key) != self.settings.get(key)]
+        if changed:
+            raise TrainingError(
+                f"{self.folder}: holds a training with another {', '.join(changed)}; choose another output_dir or "
+                "delete this folder"
+            )

@@ -1,0 +1,147 @@
+"""Running a MONAI trainer so that it resumes, keeps its best network, and shows where it is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Sized
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from ignite.engine import Events
+from monai.engines.evaluator import SupervisedEvaluator
+from monai.engines.trainer import SupervisedTrainer
+from tqdm import tqdm
+
+from medsd.errors import TrainingError
+from medsd.files import make_folder, write_text
+from medsd.finetune.checkpoint import Checkpoint, TrainingState
+from medsd.slides.dataset import SlideGroupedSampler
+
+logger = logging.getLogger(__name__)
+
+_TERMS = ("loss", "cross_entropy", "consistency", "decorrelation")
+
+
+def run_training(
+    trainer: SupervisedTrainer,
+    evaluator: SupervisedEvaluator,
+    sampler: SlideGroupedSampler,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    folder: str | Path,
+    settings: dict[str, Any],
+) -> TrainingState:
+    """Train to `max_epochs`, or go on from the last whole epoch; the network ends as the best one on validation.
+
+    Leaves `checkpoint.pt`, `settings.json` and `history.csv` (a row an epoch) in `folder`. A finished training is
+    not repeated.
+
+    Args:
+        trainer: its iterations give the parts of the loss (`SaliencyDecorStep`).
+        evaluator: run after every epoch; its key metric, higher is better, chooses the best network.
+        sampler: told the epoch, so that a resumed training draws what the whole one would have.
+        scheduler: stepped after every iteration.
+        folder: where the training's state is kept.
+        settings: what must be equal for a training to be resumed.
+
+    Raises:
+        TrainingError: another training's folder, a damaged checkpoint, or a loss or metric that is not finite.
+        OutputError: the folder cannot be written to.
+    """
+    folder = make_folder(folder)
+    parts = {"network": trainer.network, "optimizer": trainer.optimizer, "scheduler": scheduler}
+    checkpoint = Checkpoint(folder, settings, parts)
+    state = checkpoint.load()
+    if state.epoch < trainer.state.max_epochs:
+        if state.epoch:
+            logger.info("resuming after epoch %d of %d", state.epoch, trainer.state.max_epochs)
+        trainer.state.epoch = state.epoch
+        loop = _Loop(trainer, evaluator, sampler, scheduler, checkpoint, state)
+        trainer.state.iteration = state.epoch * loop.length
+        with ExitStack() as stack:
+            stack.callback(loop.bar.close)
+            for event, handler in (
+                (Events.EPOCH_STARTED, loop.start_epoch),
+                (Events.ITERATION_COMPLETED, loop.end_iteration),
+                (Events.EPOCH_COMPLETED, loop.end_epoch),
+            ):
+                stack.enter_context(trainer.add_event_handler(event, handler))
+            trainer.run()
+    if state.best_network is None:
+        raise TrainingError(f"{folder}: no epoch was validated; raise max_epochs")
+    trainer.network.load_state_dict(state.best_network)
+    return state
+
+
+class _Loop:
+    """What happens between the trainer's steps."""
+
+    def __init__(
+        self,
+        trainer: SupervisedTrainer,
+        evaluator: SupervisedEvaluator,
+        sampler: SlideGroupedSampler,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        checkpoint: Checkpoint,
+        state: TrainingState,
+    ) -> None:
+        self.trainer, self.evaluator, self.sampler, self.scheduler = trainer, evaluator, sampler, scheduler
+        self.checkpoint, self.state = checkpoint, state
+        self.length = len(cast(Sized, trainer.data_loader))
+        self.sums = dict.fromkeys(_TERMS, 0.0)
+        self.bar = tqdm(
+            desc="finetune",
+            total=trainer.state.max_epochs * self.length,
+            initial=state.epoch * self.length,
+            unit=" step",
+            disable=None,  # off when standard error is not a terminal
+            dynamic_ncols=True,
+        )
+
+    def start_epoch(self) -> None:
+        self.sampler.set_epoch(self.trainer.state.epoch - 1)
+        self.sums = dict.fromkeys(_TERMS, 0.0)
+
+    def end_iteration(self) -> None:
+        output = self.trainer.state.output
+        self.scheduler.step()
+        for term in _TERMS:
+            self.sums[term] += output[term] / self.length
+        self.bar.set_postfix(epoch=self.trainer.state.epoch, loss=f"{output['loss']:.3f}", refresh=False)
+        self.bar.update()
+
+    def end_epoch(self) -> None:
+        state, trainer, evaluator = self.state, self.trainer, self.evaluator
+        evaluator.run(trainer.state.epoch)
+        metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
+        state.epoch = trainer.state.epoch
+        if not math.isfinite(metric):
+            raise TrainingError(
+                f"validation metric is {metric} in epoch {state.epoch}; validation data need items of both classes"
+            )
+        if metric > state.best_metric:
+            network = {name: tensor.detach().cpu().clone() for name, tensor in trainer.network.state_dict().items()}
+            state.best_metric, state.best_epoch, state.best_network = metric, state.epoch, network
+        # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
+        row = {"epoch": state.epoch, **self.sums, "validation_auc": metric}
+        _append_row(self.checkpoint.folder / "history.csv", row)
+        self.checkpoint.save(state)
+        logger.info("epoch %d: loss %.4f, validation AUC %.4f", state.epoch, self.sums["loss"], metric)
+
+
+def _append_row(path: Path, row: dict[str, float]) -> None:
+    """Add a row to the history; rows of this epoch and later ones, left by a killed run, are dropped."""
+    kept = []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as handle:
+            kept = [line for line in csv.DictReader(handle) if int(line["epoch"]) < row["epoch"]]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row.keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    writer.writerow({key: value if key == "epoch" else f"{value:.6g}" for key, value in row.items()})
+    write_text(path, text.getvalue())

@@ -1,0 +1,205 @@
+"""Where a probability map exceeds a threshold: polygons for viewers, and their measurements."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from scipy import ndimage
+from skimage import measure
+
+from medsd.errors import ConfigError
+from medsd.files import write_text
+from medsd.heatmap.value_map import ValueMap
+
+_UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.regions")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected area of a slide above the threshold.
+
+    Attributes:
+        polygon: valid polygon with its holes, integer level-0 pixels; exterior counter-clockwise in (x, y) as RFC
+            7946 asks, holes clockwise.
+        area_um2: its area without the holes, square micrometres.
+        mean_probability: mean of the map pixels whose centre lies in it.
+        max_probability: highest of them.
+        mean_saliency: mean saliency of the seen map pixels in it; None without a saliency map or when none is seen.
+        centroid: (x, y), level-0 pixels; may lie outside a curved region.
+    """
+
+    polygon: shapely.Polygon
+    area_um2: float
+    mean_probability: float
+    max_probability: float
+    mean_saliency: float | None
+    centroid: tuple[float, float]
+
+
+def find_regions(
+    probability: ValueMap,
+    threshold: float,
+    slide_mpp: float,
+    slide_dimensions: tuple[int, int],
+    saliency: ValueMap | None = None,
+    min_area_um2: float = 0.0,
+) -> list[Region]:
+    """The regions of a slide whose probability exceeds `threshold`, largest first.
+
+    Marching squares (Lorensen and Cline 1987, in scikit-image) between the centres of the map pixels; value (j, i)
+    sits at level-0 ((i + 0.5), (j + 0.5)) * level0_px. Unseen pixels and what lies outside the map are below the
+    threshold; the contour then runs along the edge of the last seen pixel. Pixels that meet at a corner only are
+    separate. One rounding to whole level-0 pixels at the end; what that makes vanish is left out.
+
+    Args:
+        probability: the map.
+        threshold: the validated threshold, in the map's values.
+        slide_mpp: micrometres per level-0 pixel.
+        slide_dimensions: (width, height) at level 0; nothing reaches beyond.
+        saliency: a map of the same slide, on any grid, for the regions' mean saliency.
+        min_area_um2: smaller regions are left out.
+
+    Raises:
+        ConfigError: `threshold` is not finite or `slide_mpp` is not positive.
+    """
+    if not np.isfinite(threshold):
+        raise ConfigError(f"threshold {threshold} is not a number; give the threshold found on the validation slides")
+    if not (np.isfinite(slide_mpp) and slide_mpp > 0):
+        raise ConfigError(f"slide mpp {slide_mpp} is not a positive number of micrometres per pixel")
+    regions = [
+        _measure(polygon, probability, saliency, slide_mpp)
+        for polygon in _polygons(probability, threshold, slide_dimensions)
+        if polygon.area * slide_mpp**2 >= min_area_um2
+    ]
+    return sorted(regions, key=lambda region: (-region.area_um2, region.polygon.bounds))
+
+
+def _polygons(probability: ValueMap, threshold: float, slide_dimensions: tuple[int, int]) -> list[shapely.Polygon]:
+    field = _closed_field(probability.values, threshold)
+    # Row, column of the padded field to x, y of the slide: -1 for the padding, + 0.5 for the pixel's centre.
+    contours = measure.find_contours(field, threshold)  # type: ignore[no-untyped-call]
+    rings = [(ring[:, ::-1] - 0.5) * probability.level0_px for ring in contours]
+    frame = shapely.box(0, 0, *slide_dimensions)
+    parts: list[shapely.Polygon] = []
+    for polygon in _assemble([ring for ring in rings if len(ring) > 3]):
+        # Snap rounding clips and rounds in one step, and what comes out is valid.
+        clipped = shapely.intersection(shapely.make_valid(polygon), frame, grid_size=1.0)
+        parts += [part for part in shapely.get_parts(clipped) if part.geom_type == "Polygon" and not part.is_empty]
+    return [shapely.orient_polygons(shapely.normalize(part)) for part in parts]
+
+
+def _assemble(rings: list[npt.NDArray[np.float64]]) -> list[shapely.Polygon]:
+    """Put every hole into the smallest ring around it; rings around high values are counter-clockwise in (x, y)."""
+    filled = np.array([shapely.Polygon(ring) for ring in rings], dtype=object)
+    is_hole = np.array([not shapely.LinearRing(ring).is_ccw for ring in rings], dtype=bool)
+    area = shapely.area(filled)
+    outer = np.flatnonzero(~is_hole)
+    holes_of: dict[int, list[npt.NDArray[np.float64]]] = {int(index): [] for index in outer}
+    tree = shapely.STRtree(filled[outer])
+    for index in np.flatnonzero(is_hole):
+        around = outer[tree.query(filled[index].representative_point(), predicate="within")]
+        # An island in the hole may hold the point too, but is smaller than the hole.
+        around = around[area[around] > area[index]]
+        if around.size:
+            holes_of[int(around[np.argmin(area[around])])].append(rings[index])
+    return [shapely.Polygon(rings[index], holes) for index, holes in holes_of.items()]
+
+
+def _closed_field(values: npt.NDArray[np.float32], threshold: float) -> npt.NDArray[np.float64]:
+    """`values` with a border of one pixel, NaN filled so that a contour runs midway to the highest seen neighbour."""
+    field = np.pad(values.astype(np.float64), 1, constant_values=np.nan)
+    unseen = ~np.isfinite(field)
+    highest = ndimage.maximum_filter(np.where(unseen, -np.inf, field), size=3)
+    field[unseen] = np.where(highest > threshold, 2 * threshold - highest, threshold - 1.0)[unseen]
+    return field
+
+
+def _measure(polygon: shapely.Polygon, probability: ValueMap, saliency: ValueMap | None, slide_mpp: float) -> Region:
+    inside = _values_inside(probability, polygon)
+    sensitivity = _values_inside(saliency, polygon) if saliency is not None else np.empty(0)
+    return Region(
+        polygon=polygon,
+        area_um2=polygon.area * slide_mpp**2,
+        mean_probability=float(inside.mean()),
+        max_probability=float(inside.max()),
+        mean_saliency=float(sensitivity.mean()) if sensitivity.size else None,
+        centroid=(polygon.centroid.x, polygon.centroid.y),
+    )
+
+
+def _values_inside(value_map: ValueMap, polygon: shapely.Polygon) -> npt.NDArray[np.float32]:
+    """The seen values whose pixel centre lies in `polygon`; where it holds no centre, the value under a point of it."""
+    side = value_map.level0_px
+    left, top, right, bottom = (int(bound / side) for bound in polygon.bounds)
+    values = value_map.values[top : bottom + 1, left : right + 1]
+    rows, columns = np.nonzero(np.isfinite(values))
+    shapely.prepare(polygon)
+    inside = shapely.contains_xy(polygon, (columns + left + 0.5) * side, (rows + top + 0.5) * side)
+    if inside.any():
+        values_inside: npt.NDArray[np.float32] = values[rows[inside], columns[inside]]
+        return values_inside
+    point = polygon.representative_point()
+    row, column = int(point.y / side), int(point.x / side)
+    value = value_map.values[row : row + 1, column : column + 1]
+    return value[np.isfinite(value)]
+
+
+def write_geojson(
+    path: str | Path, regions: Sequence[Region], name: str, colour_rgb: tuple[int, int, int], slide_name: str
+) -> None:
+    """Write regions as QuPath annotations, atomically: a FeatureCollection in level-0 pixels.
+
+    Keys as QuPath's documentation of exported annotations has them. A region's id is a UUID made from its outline
+    and the slide, so that writing again gives the same file.
+
+    Args:
+        path: the file, `regions.geojson`.
+        regions: the regions; an empty sequence gives an empty collection.
+        name: the class, as QuPath lists it.
+        colour_rgb: its colour, three numbers from 0 to 255.
+        slide_name: the slide's name.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    features = [
+        _feature(region, f"{name} {number}", name, colour_rgb, slide_name)
+        for number, region in enumerate(regions, start=1)
+    ]
+    collection = {"type": "FeatureCollection", "features": features}
+    write_text(path, json.dumps(collection, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def _feature(
+    region: Region, name: str, classification: str, colour_rgb: tuple[int, int, int], slide_name: str
+) -> dict[str, object]:
+    rings = [region.polygon.exterior, *region.polygon.interiors]
+    measurements = {
+        "Area um^2": region.area_um2,
+        "Mean probability": region.mean_probability,
+        "Max probability": region.max_probability,
+    }
+    if region.mean_saliency is not None:
+        measurements["Mean saliency"] = region.mean_saliency
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")),
+        "geometry": {
+            "type": "Polygon",
+            "coordinates": [[[int(x), int(y)] for x, y in ring.coords] for ring in rings],
+        },
+        "properties": {
+            "objectType": "annotation",
+            "name": name,
+            "classification": {"name": classification, "color": list(colour_rgb)},
+            "isLocked": False,
+            "measurements": measurements,
+        },
+    }

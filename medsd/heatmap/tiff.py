@@ -1,0 +1,147 @@
+"""Slide-level maps as pyramidal OME-TIFF: values, not colours.
+
+Layout after the OME-TIFF 6 specification (levels in SubIFDs), as read by QuPath, Bio-Formats, OMERO and tifffile.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import ParseError
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import fromstring
+
+from medsd.errors import DatasetError
+from medsd.files import atomic_path
+from medsd.heatmap.value_map import ValueMap
+
+TILE_PX = 256
+NAMESPACE = "medsd/value_map"
+RESEARCH_USE_ONLY = "Research use only."
+_TEXTS = ("quantity", "target", "method", "unit")
+_NUMBERS = ("level0_px", "mpp")
+
+
+def halve(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mean of 2 x 2 blocks over the pixels that are seen: (ceil(h / 2), ceil(w / 2)) float32, NaN where none is seen.
+
+    An odd last row or column makes blocks of what there is, so that nothing at the border is lost and map pixel
+    (j, i) of the result covers exactly (2j..2j+1, 2i..2i+1).
+    """
+    height, width = values.shape
+    padded = np.pad(values, ((0, height % 2), (0, width % 2)), constant_values=np.nan)
+    blocks = padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2)
+    seen = ~np.isnan(blocks)
+    count = seen.sum(axis=(1, 3))
+    total = np.where(seen, blocks, 0.0).sum(axis=(1, 3), dtype=np.float64)
+    mean = np.full(count.shape, np.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    return mean.astype(np.float32)
+
+
+def shrink(value_map: ValueMap, max_side_px: int) -> ValueMap:
+    """`value_map` halved until no side is longer than `max_side_px` map pixels."""
+    while max(value_map.values.shape) > max_side_px:
+        value_map = replace(
+            value_map,
+            values=halve(value_map.values),
+            level0_px=value_map.level0_px * 2,
+            mpp=value_map.mpp * 2,
+        )
+    return value_map
+
+
+def write_ome_tiff(path: str | Path, value_map: ValueMap) -> None:
+    """Write a map as float32 OME-TIFF, atomically.
+
+    Tiles of 256 px, deflate, levels halved by `halve` down to 256 px in SubIFDs, PhysicalSizeX/Y in micrometres,
+    NaN kept. No predictor: Bio-Formats (hence QuPath) refuses the floating-point one. The fields of the map that
+    OME has no place for are kept as JSON in a MapAnnotation of the OME-XML.
+
+    Raises:
+        OutputError: the file cannot be written.
+        DatasetError: the map is not a non-empty (height, width) array.
+    """
+    values = np.asarray(value_map.values, dtype=np.float32)
+    if values.ndim != 2 or values.size == 0:
+        raise DatasetError(f"{path}: a map has shape (height, width), not {values.shape}; nothing is written")
+    levels = [values]
+    while max(levels[-1].shape) > TILE_PX:
+        levels.append(halve(levels[-1]))
+    with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, ome=True) as writer:
+        _write_level(writer, levels[0], subifds=len(levels) - 1, metadata=_ome_metadata(value_map))
+        for level in levels[1:]:
+            _write_level(writer, level, subifds=0, metadata=None)
+
+
+def _write_level(
+    writer: tifffile.TiffWriter, level: npt.NDArray[np.float32], subifds: int, metadata: dict[str, Any] | None
+) -> None:
+    writer.write(
+        level,
+        photometric="minisblack",
+        tile=(TILE_PX, TILE_PX),
+        compression="adobe_deflate",
+        subfiletype=0 if metadata else 1,
+        subifds=subifds,
+        metadata=metadata,
+    )
+
+
+def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
+    fields = {name: getattr(value_map, name) for name in (*_NUMBERS, *_TEXTS)}
+    # ASCII JSON: XML has no place for control characters, and a slide's or a class's name may hold any.
+    record = json.dumps(fields, allow_nan=False)
+    title = _printable(f"{value_map.quantity} {value_map.target}")
+    about = _printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
+    return {
+        "axes": "YX",
+        "Name": title,
+        "Description": f"{about}. {RESEARCH_USE_ONLY}",
+        "PhysicalSizeX": value_map.mpp,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": value_map.mpp,
+        "PhysicalSizeYUnit": "µm",
+        "Channel": {"Name": title},
+        "MapAnnotation": {"Namespace": NAMESPACE, "record": record},
+    }
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def read_ome_tiff(path: str | Path) -> ValueMap:
+    """Read a map written by `write_ome_tiff`: the same values and fields, exactly.
+
+    Raises:
+        DatasetError: the file is missing, damaged, or was not written by `write_ome_tiff`.
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            xml = tiff.ome_metadata
+            values = tiff.pages.first.asarray() if xml else None
+    # imagecodecs raises RuntimeError, tifffile any of the others, for a damaged file.
+    except (OSError, ValueError, RuntimeError, IndexError, KeyError, struct.error, tifffile.TiffFileError) as error:
+        raise DatasetError(f"{path}: cannot be read as TIFF ({error}); make the map again") from error
+    if xml is None or values is None or values.dtype != np.float32 or values.ndim != 2:
+        raise DatasetError(f"{path}: is not a float32 OME-TIFF of one map; give a file written by medsd")
+    return ValueMap(values=values, **_read_record(path, xml))
+
+
+def _read_record(path: str | Path, xml: str) -> dict[str, Any]:
+    try:
+        texts = [node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")]
+        record = json.loads(texts[0])
+        fields: dict[str, Any] = {name: float(record[name]) for name in _NUMBERS}
+        fields |= {name: str(record[name]) for name in _TEXTS}
+    except (ParseError, DefusedXmlException, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{path}: lacks medsd's record of the map; give a file written by medsd") from error
+    return fields

@@ -1,0 +1,39 @@
+"""A slide-level map: values with a place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class ValueMap:
+    """Values on a grid that starts at the slide's level-0 origin.
+
+    Map pixel (row j, column i) covers the level-0 square from (i * level0_px, j * level0_px) to
+    ((i + 1) * level0_px, (j + 1) * level0_px).
+
+    Attributes:
+        values: (height, width) float32, signed, not normalised; NaN is not seen.
+        level0_px: side of a map pixel in level-0 pixels.
+        mpp: side of a map pixel in micrometres.
+        quantity: what the values are, "saliency" or "probability".
+        target: the class the values speak of.
+        method: how they were made, for legends and records.
+        unit: unit of the values, for colour bars.
+    """
+
+    values: npt.NDArray[np.float32]
+    level0_px: float
+    mpp: float
+    quantity: str
+    target: str
+    method: str
+    unit: str
+
+    @property
+    def seen(self) -> npt.NDArray[np.bool_]:
+        """(height, width) bool: where the map has values."""
+        return np.isfinite(self.values)

@@ -1,0 +1,100 @@
+"""A tile classifier that also runs on whole regions: timm encoder, average pooling, linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import NetworkError, nearest
+from medsd.networks.modes import evaluating
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_PROBE_PX = 64
+
+
+class TileClassifier(nn.Module):
+    """Logits of a tile, linear in the pooled features of a timm encoder.
+
+    Because pooling and head are linear, the logits of any window of a region are the head applied to the window's
+    mean features: one pass over the region serves every tile position (`medsd.heatmap.engine`).
+
+    Args:
+        encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
+        classes: names of the classes in the order of the logits.
+        pretrained: load timm's ImageNet weights (downloads them).
+
+    Raises:
+        NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder_name = encoder
+        self.classes = tuple(classes)
+        self.encoder: nn.Module = _create_encoder(encoder, pretrained)
+        self.feature_dim = int(getattr(self.encoder, "num_features", 0))
+        self.head = nn.Linear(self.feature_dim, len(self.classes))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 as the network's input: float32, ImageNet mean and deviation."""
+        return (images.to(torch.float32) / 255 - self.mean) / self.std
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""
+        features: Tensor = self.encoder(self.normalise(x) if x.dtype == torch.uint8 else x)
+        return features
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features (B, d) of images as in `feature_map`."""
+        return self.feature_map(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of images as in `feature_map`."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+def layer_of(classifier: TileClassifier, name: str) -> nn.Module:
+    """The encoder's module of that name, such as "layer2".
+
+    Raises:
+        NetworkError: there is none; the message names the nearest.
+    """
+    modules = dict(classifier.encoder.named_modules())
+    if not name or name not in modules:
+        raise NetworkError(f"layer '{name}': {classifier.encoder_name} has no such layer{nearest(name, modules)}")
+    return modules[name]
+
+
+def _create_encoder(name: str, pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        hint = nearest(name, timm.list_models())
+        raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
+    encoder: nn.Module
+    try:
+        encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+    except (OSError, RuntimeError) as error:  # no network, or a tag or weights that timm does not have
+        reason = str(error).partition("\n")[0]
+        raise NetworkError(f"encoder '{name}': timm cannot make it ({reason}); check name and pretrained") from error
+    with evaluating(encoder), torch.no_grad():
+        try:
+            features = encoder(torch.zeros(1, 3, _PROBE_PX, _PROBE_PX))
+        except (AssertionError, RuntimeError) as error:  # made for one size of image, or for large ones
+            raise NetworkError(
+                f"encoder '{name}': it does not take images of every size ({_PROBE_PX} px fail); choose a plain "
+                "convolutional one such as 'resnet18'"
+            ) from error
+    if features.ndim != 4 or features.shape[1] != getattr(encoder, "num_features", 0):
+        raise NetworkError(f"encoder '{name}': its features are not a map (B, d, h, w); choose a convolutional one")
+    return encoder

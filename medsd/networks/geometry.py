@@ -1,0 +1,144 @@
+"""Where in the image a network looks: strides, receptive fields and halos, measured on the network itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import NetworkError
+from medsd.networks.classifier import TileClassifier, layer_of
+
+_PROBE_HEIGHT_PX = 32
+_PROBE_WIDTHS_PX = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What one cell of a feature map sees of the image, in image pixels along one axis.
+
+    Cell j sees the pixels first + j * stride to last + j * stride.
+
+    Attributes:
+        stride: image pixels between neighbouring cells.
+        first, last: first and last pixel that cell 0 sees (the first is negative for padded networks).
+    """
+
+    stride: int
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        """Number of pixels that a cell sees."""
+        return self.last - self.first + 1
+
+    @property
+    def centre(self) -> float:
+        """Centre of what cell 0 sees, in pixels from the image's edge; half a stride would be the cell's own centre.
+
+        Padded stride-2 convolutions look at the top left of their cell: ResNets have 0.5 at every depth.
+        """
+        return (self.first + self.last + 1) / 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Receptive fields of a classifier's features and of one hidden layer."""
+
+    features: ReceptiveField
+    hidden: ReceptiveField
+
+    @property
+    def halo_px(self) -> int:
+        """Context in image pixels that a block needs on each side for exact saliency; a multiple of the stride.
+
+        The gradient at a hidden cell depends on the gates of every cell above that it feeds, as far as the layers
+        above reach, and each of these depends on the image as far as the whole network reaches. One stride more
+        pays for the gradient smoothing (one pixel at each strided convolution above) and for rounding.
+        """
+        above = (self.features.size - self.hidden.size) / 2
+        whole = self.features.size / 2
+        return (math.ceil((above + whole) / self.features.stride) + 1) * self.features.stride
+
+
+def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
+    """Measure receptive fields on the network: NaN put into one image column marks every cell that depends on it.
+
+    NaN survives any weight, gate and pooling, so what is found is the structure, not the present weights (our choice).
+    The classifier itself stays untouched: a copy on the CPU is probed, where convolutions are summed directly (fast
+    algorithms of accelerators mix neighbouring windows and carry NaN further than the network looks).
+
+    Raises:
+        NetworkError: a cell depends on the whole image (squeeze-excite, attention, group normalisation), so that
+            the network has no halo; a stride is not a whole number; or the layer does not exist, does not run or
+            is not a feature map.
+    """
+    classifier = copy.deepcopy(classifier).cpu().eval()
+    for width in _PROBE_WIDTHS_PX:
+        middle = width // 2
+        # One image with a band of NaN tells at little cost whether this width is enough.
+        band, _ = _reached(classifier, layer, [slice(middle, middle + _PROBE_HEIGHT_PX)], width)
+        if band[0, 0] or band[0, -1]:
+            continue
+        # One image a phase of the stride, each with its column in the middle of the width.
+        columns = range(middle, middle + _stride(band, width))
+        marked = _reached(classifier, layer, [slice(column, column + 1) for column in columns], width)
+        features, hidden = (_field(reached, columns, width) for reached in marked)
+        return Geometry(features, hidden)
+    raise NetworkError(
+        f"{classifier.encoder_name}: a feature sees more than {_PROBE_WIDTHS_PX[-1]} px (global operations such as "
+        "squeeze-excite or attention, or very many layers), so there is no dense map; choose a plain convolutional "
+        "encoder such as 'resnet18'"
+    )
+
+
+def _reached(
+    classifier: TileClassifier, layer: str, marks: list[slice], width: int
+) -> tuple[Tensor, Tensor]:
+    """Which cells of the features and of the layer (images, cells along x) see each image's marked columns."""
+    probe = torch.zeros(len(marks), 3, _PROBE_HEIGHT_PX, width)
+    for image, columns in enumerate(marks):
+        probe[image, :, :, columns] = math.nan
+    with torch.no_grad(), _recorded(layer_of(classifier, layer)) as recorded:
+        features = classifier.feature_map(probe)
+    if not recorded or not isinstance(recorded[-1], Tensor) or recorded[-1].ndim != 4:
+        raise NetworkError(f"layer '{layer}': it gives no feature map (B, C, h, w); choose another layer")
+    return features.isnan().any(dim=2).any(dim=1), recorded[-1].isnan().any(dim=2).any(dim=1)
+
+
+def _field(reached: Tensor, columns: range, width: int) -> ReceptiveField:
+    """The receptive field, from the cells that each image's column reached."""
+    stride = _stride(reached, width)
+    firsts, lasts = [], []
+    for image, column in enumerate(columns):
+        cells = reached[image].nonzero().flatten().tolist()
+        if cells:  # a convolution of stride 2 and kernel 1 x 1 leaves columns out
+            firsts.append(column - cells[-1] * stride)
+            lasts.append(column - cells[0] * stride)
+    return ReceptiveField(stride, min(firsts), max(lasts))
+
+
+def _stride(cells: Tensor, width: int) -> int:
+    count = cells.shape[-1]
+    if width % count:
+        raise NetworkError(
+            f"{width} px give {count} cells, so the stride is not a whole number; choose an encoder whose "
+            "convolutions are padded, such as 'resnet18'"
+        )
+    return width // count
+
+
+@contextmanager
+def _recorded(module: nn.Module) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()

@@ -1,0 +1,1 @@
+"""Attribution maps of classifiers: tensors in, tensors out, signed and not normalised."""

@@ -1,0 +1,96 @@
+"""Resampling in one place: every pixel depends on its own position only, so neighbouring reads join without a seam.
+
+An output pixel is the mean of the linearly interpolated source over a window one source pixel narrower than the output
+pixel (our choice). Up to the source's own scale that is linear interpolation; at 2:1 on the grid it is the mean of 2 x 2
+pixels, as pyramids are made; and at any scale and phase a linear gradient stays where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+RGB = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+# Positions are rounded to this part of a source pixel: reads that reach the same position by different sums then get
+# the same weights to the last bit.
+_PHASES = 1024
+# Moves the rounding's own ties away from positions that are used (halves, quarters).
+_TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Which source pixels an axis of the output needs, and how they are mixed.
+
+    Attributes:
+        first: first source pixel needed.
+        length: number of source pixels needed.
+        weights: (count, length) float32, rows sum to 1; None where the output is the source pixels themselves.
+    """
+
+    first: int
+    length: int
+    weights: csr_array | None
+
+
+def plan_axis(start: float, scale: float, count: int) -> Axis:
+    """The weights of one axis.
+
+    Args:
+        start: near edge of the first output pixel in source pixels (pixel k reaches from k to k + 1).
+        scale: source pixels per output pixel.
+        count: number of output pixels.
+    """
+    centre = start - 0.5 + (np.arange(count) + 0.5) * scale
+    centre = np.floor(centre * _PHASES + 0.5 + _TIE) / _PHASES
+    whole = np.floor(centre)
+    if scale == 1.0 and centre[0] == whole[0]:
+        return Axis(int(whole[0]), count, None)
+    half = max(scale - 1.0, 0.0) / 2
+    reach = math.ceil(half) + 1
+    taps = np.arange(-reach, reach + 1)
+    mix = _window(taps - (centre - whole)[:, None], half)
+    mix /= mix.sum(axis=1, keepdims=True)
+    pixel = whole.astype(np.int64)[:, None] + taps
+    first, last = int(pixel[mix > 0].min()), int(pixel[mix > 0].max())
+    length = last + 1 - first
+    column = np.clip(pixel - first, 0, length - 1)  # what is clipped has weight 0
+    ends = np.arange(count + 1) * len(taps)
+    weights = csr_array((mix.astype(np.float32).ravel(), column.ravel(), ends), shape=(count, length))
+    return Axis(first, length, weights)
+
+
+def resample(source: RGB, rows: Axis, columns: Axis) -> RGB:
+    """Mix `source` (rows.length, columns.length, 3) into the output pixels of both axes, rounded to the nearest grey (halves to even: no bias)."""
+    if rows.weights is None and columns.weights is None:
+        return source
+    mixed = _mix(rows, source.astype(np.float32))
+    mixed = _mix(columns, mixed.swapaxes(0, 1)).swapaxes(0, 1)
+    return np.ascontiguousarray(np.rint(mixed).astype(np.uint8))
+
+
+def _mix(axis: Axis, source: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    if axis.weights is None:
+        return source
+    flat = np.ascontiguousarray(source).reshape(len(source), -1)
+    mixed: npt.NDArray[np.float32] = axis.weights @ flat
+    return mixed.reshape(-1, *source.shape[1:])
+
+
+def _window(distance: Floats, half: float) -> Floats:
+    """Mean of the unit triangle over [distance - half, distance + half]."""
+    if half < 1e-6:
+        return np.maximum(0.0, 1.0 - np.abs(distance))
+    return np.maximum(0.0, (_triangle_area(distance + half) - _triangle_area(distance - half)) / (2 * half))
+
+
+def _triangle_area(to: Floats) -> Floats:
+    """Area under the unit triangle left of `to`."""
+    inside = np.clip(to, -1.0, 1.0)
+    return 0.5 + inside - np.sign(inside) * inside**2 / 2

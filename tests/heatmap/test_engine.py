@@ -1,0 +1,183 @@
+"""The dense engine against whole-image passes, explicit tiling and known places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medsd.errors import ConfigError, NetworkError
+from medsd.heatmap.engine import DenseEngine, MapSettings, _window_mean
+from medsd.networks.classifier import TileClassifier
+from medsd.slides.tissue import TissueMask
+
+
+def trained_looking(encoder: str) -> TileClassifier:
+    """A classifier whose BatchNorms spread the activations as after training.
+
+    Fresh ones make every activation alike, and timm starts residual branches at zero, which would hide most of the
+    receptive field.
+    """
+    torch.manual_seed(0)
+    network = TileClassifier(encoder)
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data = 0.5 + torch.rand(module.num_features, generator=generator)
+            module.running_mean.copy_(0.2 * torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def classifier() -> TileClassifier:
+    return trained_looking("resnet10t")
+
+
+def all_tissue(slide) -> TissueMask:
+    width, height = slide.dimensions
+    return TissueMask(np.ones((height // 8 + 1, width // 8 + 1), bool), 8.0)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "attribution", "smoothing"),
+    [
+        ("resnet10t", "layer1", "gradient", "backward_hook"),
+        ("resnet10t", "layer2", "gradient", "none"),
+        ("resnet10t", "layer3", "gradient_x_activation", "backward_hook"),
+        ("resnet18", "layer2", "gradient", "backward_hook"),
+    ],
+)
+def test_blocks_equal_one_piece(array_slide, encoder, layer, attribution, smoothing):
+    network = trained_looking(encoder)
+    slide = array_slide(noise(700, 800))
+    whole, parts = (
+        DenseEngine(network, 96, 1.0, settings=MapSettings(layer, attribution, smoothing, block_px)).map(
+            slide, all_tissue(slide)
+        )
+        for block_px in (2048, 320)
+    )
+    assert whole.blocks == 1 and parts.blocks == 6
+    for one, many in ((whole.saliency, parts.saliency), (whole.probability, parts.probability)):
+        assert np.isfinite(one.values).all() and np.isfinite(many.values).all()
+        assert np.abs(one.values - many.values).max() <= 1e-5 * np.abs(one.values).max()
+
+
+def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
+    """The equality above can fail: with a third of the halo it does."""
+    slide = array_slide(noise(500, 600))
+    engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(block_px=256))
+    whole = DenseEngine(classifier, 96, 1.0).map(slide, all_tissue(slide)).saliency.values
+    monkeypatch.setattr(type(engine.geometry), "halo_px", property(lambda _: 64))
+    cut = engine.map(slide, all_tissue(slide)).saliency.values
+    assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+def test_maps_are_means_over_every_tile_position(classifier, window):
+    """Probability and gradient against windows placed one by one on the feature map."""
+    images = torch.from_numpy(noise(256, 256)).permute(2, 0, 1)[None]
+    engine = DenseEngine(classifier, 32 * window, 1.0, settings=MapSettings(smoothing="none"))
+    probability, saliency = engine.run(images)
+
+    activations = []
+    handle = classifier.encoder.layer2.register_forward_hook(lambda _m, _i, out: activations.append(out))
+    features = classifier.feature_map(images)
+    handle.remove()
+    cells = features.shape[2]
+    gradient = torch.zeros_like(activations[0])
+    logits = {}
+    for top in range(1 - window, cells):
+        for left in range(1 - window, cells):
+            rows, columns = slice(max(0, top), top + window), slice(max(0, left), left + window)
+            tile = features[:, :, rows, columns]
+            logit = classifier.head(tile.sum((2, 3)) / window**2)  # a tile over the edge sees zeros there
+            gradient += torch.autograd.grad(logit[0, 1], activations[0], retain_graph=True)[0] / window**2
+            logits[top, left] = classifier.head(tile.mean((2, 3)))[0].detach()
+    expected = gradient.mean(1)[0].numpy()
+    np.testing.assert_allclose(saliency[0], expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-4)
+    row, column = 4, 3
+    if window % 2:
+        placed = logits[row - window // 2, column - window // 2]
+    else:
+        placed = sum(logits[row - window // 2 + a, column - window // 2 + b] for a in (0, 1) for b in (0, 1)) / 4
+    assert probability[0, row, column] == pytest.approx(float(placed.softmax(0)[1]), abs=1e-6)
+
+
+def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
+    for window in (1, 2, 3, 4, 5):
+        torch.testing.assert_close(_window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
+
+
+@pytest.mark.parametrize("place", [(300, 420), (517, 333), (640, 640)])
+@pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.5)])
+def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance, place):
+    """A lone spot raises the activation at its own map pixel: the centre of the response lies on it.
+
+    Shortcuts that average 2 x 2 pixels (resnet10t) look a little to the right and below of what the rest of the cell
+    sees, hence the wider tolerance; both in map pixels.
+    """
+    classifier = TileClassifier(encoder).eval()
+    # Positive weights and open gates make a blurring network: the response is a blob around what each cell looks at.
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.weight.data = torch.ones_like(module.weight) / module.weight[0].numel()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data = torch.ones_like(module.weight)
+    pixels = np.full((960, 960, 3), 200, np.uint8)
+    x, y = place
+    pixels[y - 4 : y + 4, x - 4 : x + 4] = 255
+    flat = np.full_like(pixels, 200)
+    classifier.head.weight.data[0] = 0
+    with torch.no_grad():  # a logit near 1, so that the probability does not saturate
+        classifier.head.weight.data[1] /= classifier(torch.from_numpy(flat).permute(2, 0, 1)[None])[0, 1]
+    engine = DenseEngine(classifier, 32, 1.0, settings=MapSettings(attribution="gradient_x_activation", smoothing="none"))
+    maps, background = (engine.map(array_slide(p), all_tissue(array_slide(p))) for p in (pixels, flat))
+    for spot, empty in ((maps.saliency, background.saliency), (maps.probability, background.probability)):
+        response = np.abs(spot.values.astype(np.float64) - empty.values)
+        rows, columns = np.indices(response.shape)
+        for axis, centre in ((columns, x), (rows, y)):
+            found = ((axis + 0.5) * spot.level0_px * response).sum() / response.sum()
+            assert abs(found - centre) <= tolerance * spot.level0_px
+
+
+def test_nothing_is_read_without_tissue(classifier, array_slide):
+    slide = array_slide(noise(1024, 1024))
+    mask = np.zeros((128, 128), bool)
+    mask[:16, :16] = True
+    engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(block_px=256))
+    maps = engine.map(slide, TissueMask(mask, 8.0))
+    assert maps.blocks == 1
+    assert maps.saliency.seen.sum() == 16 * 16 and maps.saliency.seen[:16, :16].all()
+    assert maps.pixels_read <= (128 + 64 + 2 * engine.geometry.halo_px) ** 2
+    empty = engine.map(slide, TissueMask(np.zeros((128, 128), bool), 8.0))
+    assert empty.blocks == 0 and not empty.probability.seen.any()
+
+
+def test_maps_tell_their_place_and_scale(classifier, array_slide):
+    slide = array_slide(noise(600, 500), mpp=0.5)
+    maps = DenseEngine(classifier, 96, 1.0).map(slide, all_tissue(slide))
+    assert maps.saliency.level0_px == 16 and maps.saliency.mpp == 8
+    assert maps.probability.level0_px == 64 and maps.probability.mpp == 32
+    assert maps.saliency.values.shape == (38, 32) and maps.probability.values.shape == (10, 8)
+    assert (maps.probability.values >= 0).all() and (maps.probability.values <= 1).all()
+
+
+def test_hooks_are_gone_and_no_gradient_stays(classifier):
+    engine = DenseEngine(classifier, 96, 1.0)
+    engine.run(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in classifier.modules())
+    assert all(p.grad is None and p.requires_grad for p in classifier.parameters())
+
+
+def test_bad_requests_are_named(classifier):
+    with pytest.raises(NetworkError, match="layer2"):
+        DenseEngine(classifier, 96, 1.0, settings=MapSettings(layer="layr2"))
+    with pytest.raises(NetworkError, match="multiple"):
+        DenseEngine(classifier, 90, 1.0)
+    with pytest.raises(ConfigError, match="gradient"):
+        MapSettings(attribution="gradeint")

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import zlib
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from medsd.heatmap.regions import find_regions
+from medsd.heatmap.report import IndexRow, ReportContent, area_text, pack_values, write_index, write_report
+from medsd.heatmap.scale import probability_scale, saliency_scale
+from medsd.heatmap.value_map import ValueMap
+
+NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
+
+
+class Page(HTMLParser):
+    """Start tags with their attributes, and the text of each kind of element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.tags[-1][0] if self.tags else "", data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(text.split()) for tag, text in self.texts if tag not in ("script", "style"))
+
+
+def content() -> ReportContent:
+    rng = np.random.default_rng(0)
+    probability = np.full((60, 80), np.nan, np.float32)
+    probability[5:55, 5:75] = rng.random((50, 70)) * 0.3
+    probability[20:30, 20:40] = 0.9
+    probability[40:45, 60:65] = 0.8
+    saliency = rng.normal(size=(120, 160)).astype(np.float32)
+    saliency[:10] = np.nan
+    value_map = ValueMap(probability, 100.0, 25.0, "probability", "tumour", "dense", "")
+    return ReportContent(
+        slide_name="slide_1",
+        dimensions=(8000, 6000),
+        mpp=0.25,
+        mpp_source="vendor",
+        thumbnail=rng.integers(0, 255, (300, 400, 3), dtype=np.uint8),
+        thumbnail_level0_px=20.0,
+        probability=value_map,
+        probability_scale=probability_scale(),
+        saliency=ValueMap(saliency, 50.0, 12.5, "saliency", "tumour", "gradient", "logit"),
+        saliency_scale=saliency_scale(2.0, "logit"),
+        threshold=0.5,
+        threshold_source="best F1 on validation slides",
+        regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
+        scores={"Slide score": "0.97"},
+        region_pictures=[np.zeros((300, 500, 3), np.uint8)],
+        provenance={"Weights": "abc"},
+        caveats=["Trained on two hospitals."],
+    )
+
+
+def write(folder: Path, report: ReportContent) -> tuple[str, Page]:
+    write_report(folder / "report.html", report)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def data_of(text: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert match
+    result: dict[str, Any] = json.loads(match.group(1), parse_constant=pytest.fail)
+    return result
+
+
+def unpack(layer: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """Independent of the packing: written after its description."""
+    raw = zlib.decompress(base64.b64decode(layer["data"]))
+    differences = np.frombuffer(raw, "<u2").reshape(layer["rows"], layer["columns"]).astype(np.int64)
+    codes = np.cumsum(differences, axis=1) % 65536
+    return np.where(codes == 0, np.nan, layer["low"] + (codes - 1) * layer["step"])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    return write(tmp_path_factory.mktemp("report"), content())
+
+
+def test_is_one_file_that_asks_for_nothing(page: tuple[str, Page], tmp_path: Path) -> None:
+    text, parsed = page
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|WebSocket", text)
+    assert not parsed.all("link") + parsed.all("iframe") + parsed.all("object")
+    assert all((image["src"] or "").startswith("data:image/") for image in parsed.all("img"))
+    assert all("src" not in script for script in parsed.all("script"))
+    policy = next(meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv"))
+    assert policy and policy.startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    )
+    write(tmp_path, content())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_embedded_maps_are_the_maps_within_half_a_step(page: tuple[str, Page]) -> None:
+    data, report = data_of(page[0]), content()
+    for name, value_map in (("probability", report.probability), ("saliency", report.saliency)):
+        layer = data["layers"][name]
+        found = unpack(layer)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(value_map.values))
+        assert np.nanmax(np.abs(found - value_map.values)) <= layer["step"] / 2 * 1.001
+        assert layer["step"] == pytest.approx(np.ptp(value_map.values[value_map.seen]) / 65534)
+        assert (layer["side"], layer["mpp"]) == (value_map.level0_px, value_map.mpp)
+    assert (data["layers"]["saliency"]["vmin"], data["layers"]["saliency"]["vmax"]) == (-2.0, 2.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+    )
+)
+def test_any_map_is_packed_within_half_a_step(values: npt.NDArray[np.float32]) -> None:
+    packed = pack_values(values)
+    layer = {"data": packed.data, "low": packed.low, "step": packed.step}
+    found = unpack({**layer, "rows": values.shape[0], "columns": values.shape[1]})
+    seen = np.isfinite(values)
+    np.testing.assert_array_equal(~np.isnan(found), seen)
+    assert (np.abs(found[seen] - values[seen].astype(float)) <= packed.step / 2 * 1.001).all()
+
+
+def test_a_large_map_is_halved_and_says_so(tmp_path: Path) -> None:
+    large = ValueMap(np.ones((1000, 2000), np.float32), 4.0, 1.0, "saliency", "tumour", "gradient", "")
+    text, parsed = write(tmp_path, replace(content(), saliency=large))
+    layer = data_of(text)["layers"]["saliency"]
+    assert (layer["rows"], layer["columns"], layer["side"], layer["mpp"]) == (500, 1000, 8.0, 2.0)
+    assert "one map pixel is 2 µm wide here" in parsed.words
+
+
+def test_pictures_decode_to_the_thumbnail(page: tuple[str, Page]) -> None:
+    slide = next(image for image in page[1].all("img") if image.get("id") == "slide")
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode((slide["src"] or "").split(",")[1]))))
+    assert picture.shape == content().thumbnail.shape
+    assert abs(picture.mean() - content().thumbnail.mean()) < 2
+
+
+def test_untrusted_text_stays_text(tmp_path: Path) -> None:
+    report = replace(
+        content(),
+        slide_name=NASTY,
+        mpp_source=NASTY,
+        threshold_source=NASTY,
+        scores={NASTY: NASTY},
+        provenance={NASTY: NASTY},
+        caveats=[NASTY],
+        probability=replace(content().probability, method=NASTY, target=NASTY),
+        saliency=replace(content().saliency, method=NASTY, target=NASTY),
+        saliency_scale=replace(content().saliency_scale, label=NASTY, unit=NASTY),
+    )
+    text, parsed = write(tmp_path, report)
+    assert "alert(1)" in text and "<script>alert" not in text
+    assert len(parsed.all("script")) == len(write(tmp_path, content())[1].all("script"))
+    assert NASTY in "".join(data for _, data in parsed.texts)
+    assert data_of(text)["layers"]["saliency"]["unit"] == NASTY
+
+
+def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
+    words = page[1].words
+    for sentence in (
+        "Research use only",
+        "Model sensitivity, not tumour probability.",
+        "Trained on two hospitals.",
+        "best F1 on validation slides",
+        "0.25 µm per pixel, from vendor",
+        "one map pixel is 25 µm wide here",
+        "Saliency (logit)",
+        "8,000 × 6,000 px",
+        "Slide score",
+        "abc",
+    ):
+        assert sentence in words
+
+
+def test_regions_are_listed_with_a_button_that_shows_them(page: tuple[str, Page]) -> None:
+    text, parsed = page
+    regions = content().regions
+    assert [button["data-region"] for button in parsed.all("button") if "data-region" in button] == ["0", "1"]
+    assert data_of(text)["boxes"] == [list(region.polygon.bounds) for region in regions]
+    assert area_text(regions[0].area_um2) in parsed.words
+    assert sum("Region" in (image.get("alt") or "") for image in parsed.all("img")) == 1
+
+
+def test_controls_start_at_the_agreed_values(page: tuple[str, Page]) -> None:
+    inputs = {each.get("id"): each for each in page[1].all("input") if each.get("id")}
+    assert inputs["opacity"]["value"] == "45"
+    assert inputs["threshold"]["value"] == "0.5"
+    radios = [each for each in page[1].all("input") if each["type"] == "radio"]
+    assert [each["value"] for each in radios] == ["saliency", "probability", "none"]
+    labels = {label.get("for") for label in page[1].all("label")}
+    assert {"opacity", "threshold"} <= labels
+
+
+def test_a_slide_without_regions_or_sight_has_a_report(tmp_path: Path) -> None:
+    blind = replace(content().probability, values=np.full((60, 80), np.nan, np.float32))
+    text, parsed = write(tmp_path, replace(content(), probability=blind, regions=[], region_pictures=[]))
+    assert "No region has a probability above 0.5." in parsed.words
+    assert np.isnan(unpack(data_of(text)["layers"]["probability"])).all()
+
+
+@pytest.mark.parametrize(
+    ("area", "text"), [(9.6, "10 µm²"), (9999.0, "9,999 µm²"), (1e4, "0.01 mm²"), (2.5e7, "25 mm²")]
+)
+def test_areas_have_a_fitting_unit(area: float, text: str) -> None:
+    assert area_text(area) == text
+
+
+def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
+    rows = [
+        IndexRow(
+            "slide 1",
+            "ok",
+            score=0.91,
+            region_count=2,
+            region_area_mm2=1.5,
+            report="slide 1/report.html",
+            overlay="slide 1/overlay #1.png",
+        ),
+        IndexRow(NASTY, "failed", reason=NASTY),
+        IndexRow("blank", "empty", reason="no tissue found"),
+        IndexRow("odd", "ok", report="javascript:alert(1)"),
+    ]
+    write_index(tmp_path / "index.html", rows, "Cohort & co")
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert [link["href"] for link in parsed.all("a")] == ["slide%201/report.html", "javascript%3Aalert%281%29"]
+    assert [image["src"] for image in parsed.all("img")] == ["slide%201/overlay%20%231.png"]
+    assert not parsed.all("script")
+    assert "2 done, 1 without tissue, 1 failed." in parsed.words
+    for words in ("no tissue found", "0.910", "1.5", "Cohort & co", "Research use only."):
+        assert words in parsed.words
+
+
+def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
+    write(tmp_path, replace(content(), slide_name="caf\udce9"))
+    write_index(tmp_path / "index.html", [IndexRow("caf\udce9", "failed", reason="x")], "t")
+    assert "caf?" in (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -1,0 +1,465 @@
+"""Reading against slides whose pixels say where they are, and against every real and odd file at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import pickle
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medsd.errors import MissingMppError, SlideError
+from medsd.slides import slide as slide_module
+from medsd.slides.levels import OpenSlideLevels, TiledTiffLevels
+from medsd.slides.slide import FileSlide, _level, open_slide, thumbnail
+
+NAMES = ["even-2x", "even-4x", "odd-2x", "odd-4x"]
+Coded = dict[str, Any]
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def plain_read(level: np.ndarray, column: int, row: int, columns: int, rows: int) -> np.ndarray:
+    """Whole pixels of an array, white outside: the reference."""
+    canvas = np.full((rows, columns, 3), 255, np.uint8)
+    for y in range(max(0, -row), min(rows, level.shape[0] - row)):
+        left, right = max(0, -column), min(columns, level.shape[1] - column)
+        if left < right:
+            canvas[y, left:right] = level[row + y, column + left : column + right]
+    return canvas
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixels_at_the_scale_of_a_level_are_the_levels_own(coded_slides: Coded, name: str) -> None:
+    coded = coded_slides[name]
+    with open_slide(coded.path) as slide:
+        assert (slide.mpp, slide.mpp_source, slide.reader) == (coded.mpp, "TIFF resolution tags", "tifffile")
+        assert slide.dimensions == coded.levels[0].shape[1::-1]
+        for number, level in enumerate(coded.levels):
+            ratio = coded.factor**number
+            height, width = level.shape[:2]
+            places = [
+                (0, 0),
+                (-7, -5),
+                (width - 20, height - 15),  # the far corner, where a wrong factor has drifted most
+                (width - 20, -5),
+                (-7, height - 15),
+                (width // 2, height // 3),
+            ]
+            for column, row in places:
+                got = slide.read(column * ratio, row * ratio, 40, 30, mpp=slide.mpp * ratio)
+                assert np.array_equal(got, plain_read(level, column, row, 40, 30)), (number, column, row)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ratio", [0.4, 1.0, 1.3, 2.06, 3.0, 3.7, 5.3])
+def test_places_are_kept_at_any_scale(coded_slides: Coded, name: str, ratio: float) -> None:
+    coded = coded_slides[name]
+    with open_slide(coded.path) as slide:
+        w, h = (size - size % coded.factor**2 for size in slide.dimensions)
+        width, height = int(0.45 * w / ratio), int(0.45 * h / ratio)
+        # Near the origin, in the middle at a fraction of a pixel, and touching the far corner.
+        for x, y in [(9, 9), (0.3 * w + 0.37, 0.3 * h + 0.71), (w - 9 - width * ratio, h - 9 - height * ratio)]:
+            pixels = slide.read(x, y, width, height, mpp=slide.mpp * ratio)
+            assert max(map(abs, coded.phase_error(pixels, x, y, ratio))) < 0.1, (x, y)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
+def test_a_fraction_of_a_pixel_is_linear_interpolation(coded_slides: Coded, fraction: float) -> None:
+    coded = coded_slides["even-2x"]
+    got = open_slide(coded.path).read(100 + fraction, 50, 30, 20)
+    left, right = (coded.levels[0][50:70, 100 + step : 130 + step].astype(float) for step in (0, 1))
+    assert np.abs(got - (left + fraction * (right - left))).max() <= 0.5 + 255 / 1024
+
+
+def test_half_the_scale_of_the_finest_level_is_the_mean_of_two_by_two(tmp_path: Path, coded_slides: Coded) -> None:
+    coded = coded_slides["even-4x"]
+    got = open_slide(coded.path).read(10, 20, 30, 20, mpp=2 * coded.mpp)
+    blocks = coded.levels[0][20:60, 10:70].reshape(20, 2, 30, 2, 3).mean((1, 3))
+    assert np.array_equal(got, np.rint(blocks))
+
+
+def embed(pixels: np.ndarray, margin: int) -> np.ndarray:
+    canvas = np.full((pixels.shape[0] + 2 * margin, pixels.shape[1] + 2 * margin, 3), 255, np.uint8)
+    canvas[margin:-margin, margin:-margin] = pixels
+    return canvas
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory, coded_slides: Coded, coding: Any) -> tuple[FileSlide, FileSlide]:
+    """A slide, and the same with a real white margin of 512 px on every side."""
+    coded = coded_slides["even-2x"]
+    path = tmp_path_factory.mktemp("embedded") / "wide.tif"
+    coding.write_levels(path, [embed(level, 512 >> i) for i, level in enumerate(coded.levels)], coded.mpp, 2)
+    return open_slide(coded.path), open_slide(path)
+
+
+@quick
+@given(
+    x=st.floats(-300, 700),
+    y=st.floats(-300, 600),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    ratio=st.floats(0.2, 6),
+)
+def test_outside_is_white_at_every_border(
+    embedded: tuple[FileSlide, FileSlide], x: float, y: float, width: int, height: int, ratio: float
+) -> None:
+    narrow, wide = embedded
+    # A power of two is added to x and y, so that both reads have the same phase to the last bit or nearly so.
+    one = narrow.read(x, y, width, height, mpp=0.5 * ratio).astype(int)
+    other = wide.read(x + 512, y + 512, width, height, mpp=0.5 * ratio)
+    assert one.shape == (height, width, 3)
+    assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("place", [(-5000, 0), (0, -5000), (10**7, 10), (10, 10**7), (-(10**7), -(10**7))])
+@pytest.mark.parametrize("ratio", [0.7, 1.0, 2.0, 3.3])
+def test_far_outside_is_all_white(coded_slides: Coded, place: tuple[int, int], ratio: float) -> None:
+    pixels = open_slide(coded_slides["odd-2x"].path).read(*place, 9, 7, mpp=0.5 * ratio)
+    assert pixels.shape == (7, 9, 3) and pixels.dtype == np.uint8 and (pixels == 255).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@quick
+@given(
+    x=st.floats(-50, 300),
+    y=st.floats(-50, 300),
+    ratio=st.one_of(st.floats(0.3, 7), st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0])),
+    cut=st.tuples(st.integers(1, 47), st.integers(1, 35)),
+)
+def test_neighbouring_reads_join_exactly(
+    coded_slides: Coded, name: str, x: float, y: float, ratio: float, cut: tuple[int, int]
+) -> None:
+    slide = open_slide(coded_slides[name].path)
+    mpp, (left, top) = slide.mpp * ratio, cut
+    whole = slide.read(x, y, 48, 36, mpp)
+    rows = []
+    for y_start, height in ((0, top), (top, 36 - top)):
+        parts = [
+            slide.read(x + x_start * ratio, y + y_start * ratio, width, height, mpp)
+            for x_start, width in ((0, left), (left, 48 - left))
+        ]
+        rows.append(np.concatenate(parts, axis=1))
+    assert np.array_equal(np.concatenate(rows), whole)
+
+
+def test_a_large_resampled_read_is_made_of_small_ones(coded_slides: Coded, monkeypatch: pytest.MonkeyPatch) -> None:
+    slide = open_slide(coded_slides["odd-2x"].path)
+    whole = slide.read(-20.5, 3.25, 301, 203, mpp=1.37)
+    largest = 0
+    inner = slide._read_level
+
+    def watch(index: int, column: int, row: int, columns: int, rows: int) -> np.ndarray:
+        nonlocal largest
+        largest = max(largest, columns * rows)
+        return inner(index, column, row, columns, rows)
+
+    monkeypatch.setattr(slide, "_read_level", watch)
+    monkeypatch.setattr(slide_module, "_MOST_LEVEL_PX", 5000)
+    assert np.array_equal(slide.read(-20.5, 3.25, 301, 203, mpp=1.37), whole)
+    assert 0 < largest <= 5000
+
+
+def test_the_nearest_finer_level_is_read(coded_slides: Coded) -> None:
+    slide = open_slide(coded_slides["odd-2x"].path)
+    found = [slide._level_for(ratio) for ratio in (0.1, 1.0, 1.99, 2.0, 3.9, 4.0, 100.0)]
+    assert found == [0, 0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("base", "size", "factor"),
+    [
+        ((1483, 997), (741, 498), (2, 2)),
+        ((1483, 997), (742, 499), (2, 2)),
+        ((2220, 2967), (277, 370), (8, 8)),
+        ((46000, 32914), (2875, 2057), (16, 16)),
+        ((100, 3000), (3, 93), (32, 32)),  # 100 / 3 alone would say 33
+        ((1000, 1000), (300, 300), (1000 / 300, 1000 / 300)),
+        ((1000, 800), (500, 200), (2, 4)),
+    ],
+)
+def test_the_factor_of_a_level(base: tuple[int, int], size: tuple[int, int], factor: tuple[float, float]) -> None:
+    level = _level(base, size)
+    assert (level.downsample_x, level.downsample_y) == factor
+
+
+def test_the_whole_slide_as_one_picture(coded_slides: Coded) -> None:
+    coded = coded_slides["odd-2x"]
+    with open_slide(coded.path) as slide:
+        picture, ratio = thumbnail(slide, 100)
+        assert picture.shape == (67, 100, 3) and ratio == pytest.approx(14.83)
+        assert max(map(abs, coded.phase_error(picture[:-2, :-2], 0, 0, ratio))) < 0.1
+        assert thumbnail(slide, 5000)[0].shape == (997, 1483, 3)
+
+
+@pytest.mark.parametrize(("size", "mpp"), [((0, 5), None), ((5, -1), None), ((5, 5), 0.0), ((5, 5), math.nan)])
+def test_sizes_and_scales_that_mean_nothing(coded_slides: Coded, size: tuple[int, int], mpp: float | None) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        open_slide(coded_slides["even-2x"].path).read(0, 0, *size, mpp=mpp)
+
+
+def places(number: int) -> list[tuple[float, float, float]]:
+    generator = np.random.default_rng(3)
+    return [tuple(row) for row in generator.uniform((-50, -50, 0.3), (1400, 900, 5), (number, 3)).tolist()]
+
+
+def digest(slide: FileSlide, place: tuple[float, float, float]) -> str:
+    x, y, ratio = place
+    return hashlib.sha256(slide.read(x, y, 40, 30, mpp=slide.mpp * ratio).tobytes()).hexdigest()
+
+
+@pytest.fixture
+def transparent(tmp_path: Path, coding: Any) -> tuple[Path, np.ndarray]:
+    """An RGBA slide whose left half is transparent, and its colours; a kind that OpenSlide must read."""
+    colours = coding.coded_pixels(256, 192)
+    alpha = np.full((192, 256, 1), 255, np.uint8)
+    alpha[:, :128] = 0
+    pixels = np.concatenate([colours, alpha], -1)
+    coding.write_levels(tmp_path / "alpha.tif", [pixels], 0.5, 2, extrasamples=["unassalpha"])
+    return tmp_path / "alpha.tif", colours
+
+
+def test_transparency_is_white(transparent: tuple[Path, np.ndarray]) -> None:
+    path, colours = transparent
+    with open_slide(path) as slide:
+        assert slide.reader == "openslide"
+        pixels = slide.read(-10, -10, 276, 212)
+    assert (pixels[10:-10, 10:138] == 255).all()
+    assert np.array_equal(pixels[10:-10, 138:-10], colours[:, 128:])
+    assert (pixels[:10] == 255).all() and (pixels[:, -10:] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["tifffile", "openslide"])
+def test_eight_threads_read_the_same_pixels(
+    coded_slides: Coded, transparent: tuple[Path, np.ndarray], kind: str
+) -> None:
+    slide = open_slide(transparent[0] if kind == "openslide" else coded_slides["odd-2x"].path)
+    assert slide.reader == kind
+    asked = places(60)
+    alone = [digest(slide, place) for place in asked]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda place: digest(slide, place), asked * 8))
+    assert together == alone * 8
+    assert len(set(alone)) > 10
+
+
+def _digest_in_child(slide: FileSlide, asked: list[Any], pipe: Any) -> None:
+    pipe.send([digest(slide, place) for place in asked])
+    slide.close()
+
+
+def test_a_fork_after_reading_gets_handles_of_its_own(coded_slides: Coded) -> None:
+    slide = open_slide(coded_slides["odd-2x"].path)
+    asked = places(20)
+    alone = [digest(slide, place) for place in asked]
+    context = multiprocessing.get_context("fork")
+    for _ in range(2):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_digest_in_child, args=(slide, asked, theirs))
+        child.start()
+        # Both read at once: a shared file position would mix them up.
+        assert [digest(slide, place) for place in asked] == alone
+        assert ours.poll(20) and ours.recv() == alone
+        child.join(20)
+        assert child.exitcode == 0
+    assert [digest(slide, place) for place in asked] == alone  # the children's close() was theirs alone
+
+
+def test_a_pickled_slide_is_small_and_reads_the_same(coded_slides: Coded) -> None:
+    slide = open_slide(coded_slides["even-2x"].path, mpp=0.3)
+    pixels = slide.read(3, 4, 50, 40, mpp=0.7)
+    data = pickle.dumps(slide)
+    copy = pickle.loads(data)
+    assert len(data) < 2000 and (copy.mpp, copy.mpp_source) == (0.3, "given by the caller")
+    assert np.array_equal(copy.read(3, 4, 50, 40, mpp=0.7), pixels)
+
+
+def test_a_closed_slide_says_so(coded_slides: Coded) -> None:
+    with open_slide(coded_slides["even-2x"].path) as slide:
+        slide.read(0, 0, 5, 5)
+    slide.close()
+    with pytest.raises(SlideError, match=r"even-2x\.tif: the slide was closed; open it again"):
+        slide.read(0, 0, 5, 5)
+
+
+def test_closing_while_others_read_is_pixels_or_the_error(coded_slides: Coded) -> None:
+    slide = open_slide(coded_slides["odd-2x"].path)
+    expected = slide.read(0, 0, 200, 200)
+
+    def reads() -> int:
+        done = 0
+        for _ in range(300):
+            try:
+                assert np.array_equal(slide.read(0, 0, 200, 200), expected)
+            except SlideError:
+                return done
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(reads) for _ in range(4)]
+        slide.close()
+        assert all(future.result(30) < 300 for future in futures)
+
+
+def _no_file(folder: Path) -> Path:
+    return folder / "absent.tif"
+
+
+def _text(folder: Path) -> Path:
+    (folder / "text.svs").write_text("not a slide")
+    return folder / "text.svs"
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty.tif").touch()
+    return folder / "empty.tif"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(_no_file, "no such file"), (lambda f: f, "is a folder"), (_text, "not a slide"), (_empty, "not a slide")],
+)
+def test_what_is_no_slide(tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
+    path = make(tmp_path)
+    with pytest.raises(SlideError, match=words) as caught:
+        open_slide(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_vanishes_or_is_cut_after_opening(tmp_path: Path, coded_slides: Coded) -> None:
+    path = tmp_path / "cut.tif"
+    data = coded_slides["odd-2x"].path.read_bytes()
+    path.write_bytes(data)
+    slide = open_slide(path)
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(SlideError, match=r"cut\.tif"):
+        slide.read(0, 0, 1483, 997)
+    path.unlink()
+    with pytest.raises(SlideError, match=r"cut\.tif"):
+        slide.read(0, 0, 100, 100)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_bytes_give_pixels_or_the_error(tmp_path: Path, coded_slides: Coded, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    data = np.frombuffer(coded_slides["even-2x"].path.read_bytes(), np.uint8).copy()
+    # Headers and tag tables lie at the end of pages; hit the ends, the start and the tiles.
+    spots = generator.integers(8, len(data), 200)
+    data[spots] = generator.integers(0, 256, 200)
+    path = tmp_path / "hurt.tif"
+    path.write_bytes(data.tobytes()[: len(data) - int(generator.integers(0, 2000)) * (seed % 2)])
+    try:
+        with open_slide(path, mpp=0.5) as slide:
+            width, height = slide.dimensions
+            assert slide.read(0, 0, min(width, 512), min(height, 384)).shape[2] == 3
+    except SlideError as error:
+        assert "hurt.tif" in str(error) and "\n" not in str(error)
+
+
+REAL = {
+    "CMU-1-Small-Region.svs": ((2220, 2967), 0.499, "vendor property"),
+    "boxes_0.dcm": ((16, 16), 0.499, "vendor property"),
+    "boxes_1.dcm": ((16, 16), 0.499, "vendor property"),
+    "derived/cmu1-region-pyramid-jpeg.tif": ((2220, 2967), 0.499, "TIFF resolution tags"),
+    "derived/cmu1-region-pyramid.ome.tif": ((2220, 2967), 0.499, "TIFF resolution tags"),
+    "sm_image.dcm": ((50, 50), 0.499, "vendor property"),
+    "sm_image_numbers.dcm": ((50, 50), 0.499, "vendor property"),
+    "small.svs": ((16, 16), 0.499, "vendor property"),
+    "test3-DAPI-2-(387).ndpi": ((3968, 4864), 0.2282, "vendor property"),
+}
+NO_SCALE = {"boxes.tiff": (300, 250), "yb10kx5k.zstd.tiff": (10000, 5000)}
+
+
+def test_every_real_file_is_known(shared_data: Path) -> None:
+    files = {path.relative_to(shared_data / "wsi").as_posix() for path in (shared_data / "wsi").rglob("*.*")}
+    assert files == {*REAL, *NO_SCALE, "seg_image_sm_numbers.dcm", "SOURCES.md"}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_slides_are_what_their_source_says(shared_data: Path, name: str) -> None:
+    size, mpp, source = REAL[name]
+    with open_slide(shared_data / "wsi" / name) as slide:
+        assert slide.dimensions == size and slide.mpp_source == source
+        assert slide.mpp == pytest.approx(mpp, abs=5e-5)
+        notes = (shared_data / "wsi" / "SOURCES.md").read_text("utf-8")
+        note = re.search(rf"^## {re.escape(name)}$.*?opened with openslide: (.*?)$", notes, re.M | re.S)
+        assert note is not None
+        levels = re.findall(r"(\d+)x(\d+)", note[1].split("levels")[1].split(";")[0])
+        assert [(level.width, level.height) for level in slide.levels] == [(int(w), int(h)) for w, h in levels]
+
+
+@pytest.mark.parametrize("name", NO_SCALE)
+def test_files_without_a_believable_scale_need_one(shared_data: Path, name: str) -> None:
+    path = shared_data / "wsi" / name
+    with pytest.raises(MissingMppError, match=r"352\.\d+ um per pixel, which no microscope has.*mpp="):
+        open_slide(path)
+    with open_slide(path, mpp=0.5) as slide:
+        assert (slide.dimensions, slide.mpp, slide.mpp_source) == (NO_SCALE[name], 0.5, "given by the caller")
+
+
+def test_a_segmentation_is_no_slide(shared_data: Path) -> None:
+    with pytest.raises(SlideError, match="not a slide"):
+        open_slide(shared_data / "wsi" / "seg_image_sm_numbers.dcm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CMU-1-Small-Region.svs", "derived/cmu1-region-pyramid-jpeg.tif", "small.svs", "boxes.tiff", "yb10kx5k.zstd.tiff"],
+)
+def test_fast_tiles_are_openslides_pixels(shared_data: Path, name: str) -> None:
+    path = shared_data / "wsi" / name
+    slide, oracle = open_slide(path, mpp=0.5), OpenSlideLevels(path)
+    assert slide.reader == "tifffile" and slide._pages is not None
+    fast = TiledTiffLevels(path, slide._pages)
+    for number, level in enumerate(slide.levels):
+        size = min(level.width, 1000), min(level.height, 1000)
+        # From the origin only: elsewhere OpenSlide interpolates levels of odd sizes.
+        assert np.array_equal(fast.read(number, 0, 0, *size), oracle.read(number, 0, 0, *size)), number
+
+
+def test_tiles_of_dicom_are_in_order(shared_data: Path) -> None:
+    pixels = open_slide(shared_data / "wsi" / "sm_image_numbers.dcm").read(0, 0, 50, 50)
+    tiles = pixels.reshape(5, 10, 5, 10, 3).swapaxes(1, 2).reshape(25, -1)
+    plain = open_slide(shared_data / "wsi" / "sm_image_numbers.dcm")
+    assert all(
+        np.array_equal(plain.read(10 * (number % 5), 10 * (number // 5), 10, 10).ravel(), tiles[number])
+        for number in range(25)
+    )
+    assert len({tile.tobytes() for tile in tiles}) > 20  # the last tiles are blank
+
+
+READABLE = {
+    "small_la.tiff",
+    "test_orient1.tif",
+    "test_orient3.tif",
+    "test_orient6.tif",
+    "tiff_tiled_cmyk_jpeg.tif",
+    "tiff_tiled_planar_lzw.tiff",
+}
+
+
+def test_odd_files_give_pixels_or_one_line(shared_data: Path) -> None:
+    paths = [path for path in sorted((shared_data / "wsi_odd").iterdir()) if path.suffix != ".md"]
+    assert len(paths) == 24
+    read = set()
+    for path in paths:
+        try:
+            with open_slide(path, mpp=0.5) as slide:
+                width, height = slide.dimensions
+                assert slide.read(0, 0, width, height).shape == (height, width, 3)
+                assert slide.read(-3, -3, 20, 20, mpp=0.8).shape == (20, 20, 3)
+            read.add(path.name)
+        except SlideError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert read == READABLE
