@@ -65,6 +65,7 @@ class SlideData:
     dataset_dir: Path | None
     phantom_dir: Path
     phantom_slides: int
+    phantom_size_px: int
     phantom_difficulty: float
     work_dir: Path
     grid: TileGrid
@@ -93,7 +94,12 @@ class SlideData:
         """Phantoms if no folder is given; then tissue, tiles and labels of every slide."""
         if self.dataset_dir is None:
             write_phantom_dataset(
-                self.phantom_dir, self.phantom_slides, self.seed, difficulty=self.phantom_difficulty, progress=True
+                self.phantom_dir,
+                self.phantom_slides,
+                self.seed,
+                self.phantom_size_px,
+                difficulty=self.phantom_difficulty,
+                progress=True,
             )
         prepare_slides(
             self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
@@ -183,6 +189,7 @@ def slide_data(
     stride_px: int,
     mpp: float,
     phantom_slides: int = 10,
+    phantom_size_px: int = 4096,
     phantom_difficulty: float = 0.3,
     min_tissue: float = 0.5,
     tumour_from: float = 0.5,
@@ -197,7 +204,7 @@ def slide_data(
         phantom_dir: where phantom slides are made, once, and kept.
         work_dir: where tile index and thumbnails are kept.
         tile_px, stride_px, mpp, min_tissue, tumour_from: the `TileGrid`.
-        phantom_slides, phantom_difficulty: how many phantoms, and how alike their nuclei.
+        phantom_slides, phantom_size_px, phantom_difficulty: how many phantoms, of what side, how alike their nuclei.
         validation_share: share of the training slides held out, of each class.
         seed: chooses phantoms and split.
         cache: keep decoded tiles in memory.
@@ -207,6 +214,7 @@ def slide_data(
         dataset_dir=None if dataset_dir is None else Path(dataset_dir),
         phantom_dir=Path(phantom_dir),
         phantom_slides=phantom_slides,
+        phantom_size_px=phantom_size_px,
         phantom_difficulty=phantom_difficulty,
         work_dir=Path(work_dir),
         grid=TileGrid(tile_px, stride_px, mpp, min_tissue, tumour_from),

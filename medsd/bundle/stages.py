@@ -22,9 +22,9 @@ from medsd.finetune.objective import SaliencyDecor
 from medsd.finetune.step import SaliencyDecorStep
 from medsd.finetune.training import run_training
 from medsd.heatmap.cohort import map_slides, read_results
-from medsd.heatmap.engine import Attribution, DenseEngine, MapSettings, Smoothing
+from medsd.heatmap.engine import DenseEngine, MapSettings
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import ModelCard, load_classifier, save_classifier
+from medsd.networks.weights import Attribution, ModelCard, Smoothing, load_classifier, save_classifier
 from medsd.progress import progress_bar
 from medsd.slides.dataset import SlideGroupedSampler
 
@@ -85,6 +85,7 @@ def finetune(
 ) -> None:
     """Stage finetune: train (or go on), then fix threshold and scale on validation data, then write the weights."""
     network = trainer.network
+    assert isinstance(network, TileClassifier)
     map_settings = MapSettings(layer, attribution, smoothing, block_px)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     engine = DenseEngine(network, data.tile_px, data.mpp, settings=map_settings)

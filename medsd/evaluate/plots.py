@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
     """
     folder = Path(folder)
     scores = json.loads((folder / "scores.json").read_text("utf-8"))
-    drawers = [_draw_training, _draw_roc]
+    drawers: list[Callable[[Axes, Path, dict[str, Any]], None]] = [_draw_training, _draw_roc]
     if scores.get("slides", {}).get("slides"):
         drawers.append(_draw_slides)
     if scores.get("slides", {}).get("pointing"):

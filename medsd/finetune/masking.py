@@ -63,8 +63,8 @@ def mask_lowest(x: Tensor, scores: Tensor, share: float, fill: Fill, generator: 
         ConfigError: the share lies outside 0 to 1, or leaves no pixel to mask although it is not 0.
     """
     batch, channels, height, width = x.shape
-    count = int(share * height * width)
-    if not 0 <= share < 1 or (share > 0 and count == 0):
+    count = int(share * height * width) if 0 <= share < 1 else 0
+    if share != 0 and count == 0:
         raise ConfigError(f"masked_share={share}: must be 0, or mask at least 1 of {height} x {width} pixels, below 1")
     flat = x.detach().flatten(2)
     lowest = scores.flatten(1).topk(count, dim=1, largest=False, sorted=False).indices

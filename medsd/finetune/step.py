@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -54,8 +55,8 @@ class SaliencyDecorStep:
         network.train()
         engine.optimizer.zero_grad()
         terms = self.objective(network, network.normalise(images), labels, epochs_done, masking)
-        loss = float(terms.total)
-        if not torch.isfinite(terms.total):
+        loss = float(terms.total.detach())
+        if not math.isfinite(loss):
             raise TrainingError(
                 f"loss is {loss} in epoch {engine.state.epoch}, iteration {iteration}; lower the learning rate (lr) or "
                 "the decorrelation weight, and choose another output_dir (the last whole epoch is kept in this one)"

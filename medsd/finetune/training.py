@@ -59,6 +59,8 @@ def run_training(
     if state.epoch < trainer.state.max_epochs:
         if state.epoch:
             logger.info("resuming after epoch %d of %d", state.epoch, trainer.state.max_epochs)
+        # With ignite's pausing on, a trainer that once failed would return from a second run having done nothing.
+        trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch
         loop = _Loop(trainer, evaluator, sampler, scheduler, checkpoint, state)
         trainer.state.iteration = state.epoch * loop.length

@@ -168,7 +168,9 @@ class _Mapper:
         probability, saliency = maps.probability, maps.saliency
         threshold = self.calibration.threshold
         scales = probability_scale(), saliency_scale(self.calibration.saliency_limit, saliency.unit)
-        regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency)
+        # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
+        smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
+        regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
         score = top_mean(probability.values[probability.seen])
         name = slide.path.stem
         write_ome_tiff(folder / "saliency.ome.tif", saliency)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,12 @@ from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import TileClassifier, layer_of
 from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
 from medsd.networks.modes import evaluating
+from medsd.networks.weights import Attribution, Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency.hidden import tapped
 from medsd.saliency.smoothing import backward_hook
 from medsd.slides.slide import RGB, Slide
 from medsd.slides.tissue import TissueMask
-
-Attribution = Literal["gradient", "gradient_x_activation"]
-Smoothing = Literal["backward_hook", "none"]
 
 _READ_AHEAD = 2
 
@@ -50,15 +48,14 @@ class MapSettings:
         block_px: side of the blocks computed at once, in pixels at the model's mpp, without the halo; about.
     """
 
-    layer: str = "layer2"
-    attribution: Attribution = "gradient"
+    layer: str = "layer3"
+    attribution: Attribution = "gradient_x_activation"
     smoothing: Smoothing = "backward_hook"
     block_px: int = 2048
 
     def __post_init__(self) -> None:
         for name, known in (("attribution", Attribution), ("smoothing", Smoothing)):
-            value = getattr(self, name)
-            choices = known.__args__  # type: ignore[attr-defined]
+            value, choices = getattr(self, name), get_args(known)
             if value not in choices:
                 raise ConfigError(f"{name}='{value}': use one of {', '.join(choices)}{nearest(value, choices)}")
 
@@ -153,8 +150,8 @@ class DenseEngine:
 
         Returns:
             probability (B, H / stride, W / stride) of the tile around each cell, and saliency
-            (B, H / hidden stride, W / hidden stride): the gradient of a tile's logit, averaged over the tiles
-            that hold the place.
+            (B, H / hidden stride, W / hidden stride): of a tile's logit of the target above the mean of the others
+            (for two classes the log-odds), averaged over the tiles that hold the place.
         """
         classifier = self.classifier
         with ExitStack() as stack:
@@ -167,7 +164,7 @@ class DenseEngine:
             logits = F.conv2d(cells, classifier.head.weight[:, :, None, None])
             # Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum
             # over windows weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
-            objective = logits[:, self.target].sum() / self.window**2
+            objective = self._evidence(logits).sum() / self.window**2
             (gradient,) = torch.autograd.grad(objective, hidden.activation)
         if self.settings.attribution == "gradient_x_activation":
             gradient = gradient * hidden.activation.detach()
@@ -175,12 +172,21 @@ class DenseEngine:
         probability = windows.softmax(dim=1)[:, self.target]
         return probability.float().cpu().numpy(), gradient.mean(dim=1).float().cpu().numpy()
 
+    def _evidence(self, logits: Tensor) -> Tensor:
+        """The target's logit above the mean of the others, (B, h, w).
+
+        Softmax ignores what all logits share, and so must the explanation. For two classes it is the log-odds, what
+        a network with a single logit has as its output.
+        """
+        others = [number for number in range(logits.shape[1]) if number != self.target]
+        return logits[:, self.target] - logits[:, others].mean(dim=1)
+
     def _blocks(self, canvas: list[int], tissue: TissueMask, ratio: float) -> list[_Block]:
         """Blocks of about `block_px` over the tissue, each shrunk to the cells that hold tissue."""
         stride = self.geometry.features.stride
         columns, rows = np.meshgrid(np.arange(canvas[0]), np.arange(canvas[1]))
-        places = [(cells.ravel() * stride + self.origin_px) * ratio for cells in (columns, rows)]
-        wanted = tissue.share(*places, stride * ratio).reshape(rows.shape) > 0
+        x, y = ((cells.ravel() * stride + self.origin_px) * ratio for cells in (columns, rows))
+        wanted = tissue.share(x, y, stride * ratio).reshape(rows.shape) > 0
         # A map pixel and the tile's window around it may lie a cell away from the tissue.
         wanted = F.max_pool2d(torch.from_numpy(wanted).float()[None], 3, 1, 1)[0].numpy() > 0
         if not wanted.any():
@@ -227,15 +233,15 @@ class DenseEngine:
         self, values: npt.NDArray[np.float32], stride: int, ratio: float, tissue: TissueMask, quantity: str
     ) -> ValueMap:
         height, width = values.shape
-        values[tissue.at(width, height, stride * ratio) == 0] = np.nan
+        values[tissue.at(width, height, stride * ratio) < 0.5] = np.nan  # a pixel is seen when most of it is tissue
         settings = self.settings
         smoothed = ", smoothed at strided convolutions" if settings.smoothing == "backward_hook" else ""
         method = f"mean over tiles of {self.window * self.geometry.features.stride} px at {self.mpp:g} um/px"
         if quantity == "saliency":
             method = f"{settings.attribution.replace('_', ' ')} at {settings.layer}{smoothed}, {method}"
-        unit = "probability" if quantity == "probability" else "logit per unit activation"
+        unit = "probability" if quantity == "probability" else "log-odds per unit activation"
         if quantity == "saliency" and settings.attribution == "gradient_x_activation":
-            unit = "logit"
+            unit = "log-odds"
         return ValueMap(
             values=values,
             level0_px=stride * ratio,

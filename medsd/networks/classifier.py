@@ -34,9 +34,7 @@ class TileClassifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False
-    ) -> None:
+    def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
         super().__init__()
         self.encoder_name = encoder
         self.classes = tuple(classes)
@@ -71,7 +69,7 @@ def layer_of(classifier: TileClassifier, name: str) -> nn.Module:
     Raises:
         NetworkError: there is none; the message names the nearest.
     """
-    modules = dict(classifier.encoder.named_modules())
+    modules: dict[str, nn.Module] = dict(classifier.encoder.named_modules())
     if not name or name not in modules:
         raise NetworkError(f"layer '{name}': {classifier.encoder_name} has no such layer{nearest(name, modules)}")
     return modules[name]

@@ -79,7 +79,7 @@ def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
             the network has no halo; a stride is not a whole number; or the layer does not exist, does not run or
             is not a feature map.
     """
-    classifier = copy.deepcopy(classifier).cpu().eval()
+    classifier = copy.deepcopy(classifier).to("cpu", torch.float32).eval()
     for width in _PROBE_WIDTHS_PX:
         middle = width // 2
         # One image with a band of NaN tells at little cost whether this width is enough.
@@ -98,9 +98,7 @@ def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
     )
 
 
-def _reached(
-    classifier: TileClassifier, layer: str, marks: list[slice], width: int
-) -> tuple[Tensor, Tensor]:
+def _reached(classifier: TileClassifier, layer: str, marks: list[slice], width: int) -> tuple[Tensor, Tensor]:
     """Which cells of the features and of the layer (images, cells along x) see each image's marked columns."""
     probe = torch.zeros(len(marks), 3, _PROBE_HEIGHT_PX, width)
     for image, columns in enumerate(marks):

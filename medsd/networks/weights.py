@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,9 @@ from medsd.files import atomic_path
 from medsd.networks.classifier import TileClassifier
 
 FORMAT = "medsd-classifier-1"
+
+Attribution = Literal["gradient", "gradient_x_activation"]
+Smoothing = Literal["backward_hook", "none"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Calibration:
     threshold: float
     saliency_limit: float
     layer: str
-    attribution: str
-    smoothing: str
+    attribution: Attribution
+    smoothing: Smoothing
     source: str
 
 

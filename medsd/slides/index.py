@@ -201,6 +201,7 @@ def join(parts: Sequence[TileIndex]) -> TileIndex:
         raise DatasetError("tile indexes of different tile sizes cannot be joined; run the stage 'prepare' again")
     offsets = np.cumsum([0] + [len(part.names) for part in parts])
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
-    columns["slide"] = np.concatenate([part.slide + offset for part, offset in zip(parts, offsets, strict=False)])
+    numbers = [part.slide + offset for part, offset in zip(parts, offsets, strict=False)]
+    columns["slide"] = np.concatenate(numbers).astype(np.int32)
     paths = tuple(path for part in parts for path in part.paths)
     return TileIndex(names, paths, tile_px=parts[0].tile_px, mpp=parts[0].mpp, **columns)

@@ -1,8 +1,8 @@
 """Whole pixels of one pyramid level: by tifffile where the file is a plain tiled TIFF, else by OpenSlide.
 
-OpenSlide is asked for places in level-0 pixels and divides by a mean downsample. Where a level's size was rounded (1,483
-to 741) the quotient is rarely whole, and OpenSlide then interpolates: pixels are blurred and up to half a level-0 pixel
-off. Decoding the file's tiles gives the pixels themselves, and several times faster.
+OpenSlide is asked for places in level-0 pixels and divides by a mean downsample. Where a level's size was rounded the
+quotient is rarely whole, and OpenSlide then interpolates: pixels are blurred and up to half a level-0 pixel off.
+Decoding the file's tiles gives the pixels themselves, and several times faster.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def plain_pages(path: Path, slide: openslide.OpenSlide) -> tuple[int, ...] | Non
 
 
 def _is_plain(page: tifffile.TiffPage) -> bool:
-    """Whether a page holds complete tiles of interleaved 8-bit RGB in a coding that tifffile decodes as OpenSlide does."""
+    """Whether a page holds complete tiles of interleaved 8-bit RGB, in a coding that both libraries decode alike."""
     coding, colour = page.compression, page.photometric
     return (
         page.is_tiled

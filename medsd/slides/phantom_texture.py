@@ -113,7 +113,7 @@ def stamp(
     ys: NDArray[np.int64],
     which: NDArray[np.int64],
 ) -> None:
-    """Lay templates[which] on `canvas` at the sites (the darker of the two wins); those crossing its edge are left out."""
+    """Lay templates[which] on `canvas` at the sites (the darker wins); those crossing its edge are left out."""
     height, width = canvas.shape
     for x, y, index in zip(xs.tolist(), ys.tolist(), which.tolist(), strict=True):
         template = templates[index]

@@ -1,4 +1,4 @@
-"""From a data set's slides to tiles with labels: tissue, grid, annotation, and the split into training and validation."""
+"""From a data set's slides to tiles with labels: tissue, grid, annotation, and the split for validation."""
 
 from __future__ import annotations
 

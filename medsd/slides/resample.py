@@ -1,8 +1,8 @@
 """Resampling in one place: every pixel depends on its own position only, so neighbouring reads join without a seam.
 
 An output pixel is the mean of the linearly interpolated source over a window one source pixel narrower than the output
-pixel (our choice). Up to the source's own scale that is linear interpolation; at 2:1 on the grid it is the mean of 2 x 2
-pixels, as pyramids are made; and at any scale and phase a linear gradient stays where it was.
+pixel (our choice). Up to the source's own scale that is linear interpolation; at 2:1 on the grid it is the mean of
+2 x 2 pixels, as pyramids are made; and at any scale and phase a linear gradient stays where it was.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def plan_axis(start: float, scale: float, count: int) -> Axis:
 
 
 def resample(source: RGB, rows: Axis, columns: Axis) -> RGB:
-    """Mix `source` (rows.length, columns.length, 3) into the output pixels of both axes, rounded to the nearest grey (halves to even: no bias)."""
+    """Mix `source` (rows.length, columns.length, 3) into the output pixels of both axes.
+
+    Rounded to the nearest grey, halves to even, so that the mean grey stays.
+    """
     if rows.weights is None and columns.weights is None:
         return source
     mixed = _mix(rows, source.astype(np.float32))

@@ -54,14 +54,14 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 )
 def test_blocks_equal_one_piece(array_slide, encoder, layer, attribution, smoothing):
     network = trained_looking(encoder)
-    slide = array_slide(noise(700, 800))
+    slide = array_slide(noise(600, 640))
     whole, parts = (
         DenseEngine(network, 96, 1.0, settings=MapSettings(layer, attribution, smoothing, block_px)).map(
             slide, all_tissue(slide)
         )
         for block_px in (2048, 320)
     )
-    assert whole.blocks == 1 and parts.blocks == 6
+    assert whole.blocks == 1 and parts.blocks == 4
     for one, many in ((whole.saliency, parts.saliency), (whole.probability, parts.probability)):
         assert np.isfinite(one.values).all() and np.isfinite(many.values).all()
         assert np.abs(one.values - many.values).max() <= 1e-5 * np.abs(one.values).max()
@@ -81,7 +81,7 @@ def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
 def test_maps_are_means_over_every_tile_position(classifier, window):
     """Probability and gradient against windows placed one by one on the feature map."""
     images = torch.from_numpy(noise(256, 256)).permute(2, 0, 1)[None]
-    engine = DenseEngine(classifier, 32 * window, 1.0, settings=MapSettings(smoothing="none"))
+    engine = DenseEngine(classifier, 32 * window, 1.0, settings=MapSettings("layer2", "gradient", "none"))
     probability, saliency = engine.run(images)
 
     activations = []
@@ -96,7 +96,7 @@ def test_maps_are_means_over_every_tile_position(classifier, window):
             rows, columns = slice(max(0, top), top + window), slice(max(0, left), left + window)
             tile = features[:, :, rows, columns]
             logit = classifier.head(tile.sum((2, 3)) / window**2)  # a tile over the edge sees zeros there
-            gradient += torch.autograd.grad(logit[0, 1], activations[0], retain_graph=True)[0] / window**2
+            gradient += torch.autograd.grad(logit[0, 1] - logit[0, 0], activations[0], retain_graph=True)[0] / window**2
             logits[top, left] = classifier.head(tile.mean((2, 3)))[0].detach()
     expected = gradient.mean(1)[0].numpy()
     np.testing.assert_allclose(saliency[0], expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-4)
@@ -113,7 +113,7 @@ def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
         torch.testing.assert_close(_window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
 
 
-@pytest.mark.parametrize("place", [(300, 420), (517, 333), (640, 640)])
+@pytest.mark.parametrize("place", [(300, 420), (517, 333)])
 @pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.5)])
 def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance, place):
     """A lone spot raises the activation at its own map pixel: the centre of the response lies on it.
@@ -128,14 +128,14 @@ def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance, place):
             module.weight.data = torch.ones_like(module.weight) / module.weight[0].numel()
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data = torch.ones_like(module.weight)
-    pixels = np.full((960, 960, 3), 200, np.uint8)
+    pixels = np.full((800, 800, 3), 200, np.uint8)
     x, y = place
     pixels[y - 4 : y + 4, x - 4 : x + 4] = 255
     flat = np.full_like(pixels, 200)
     classifier.head.weight.data[0] = 0
     with torch.no_grad():  # a logit near 1, so that the probability does not saturate
         classifier.head.weight.data[1] /= classifier(torch.from_numpy(flat).permute(2, 0, 1)[None])[0, 1]
-    engine = DenseEngine(classifier, 32, 1.0, settings=MapSettings(attribution="gradient_x_activation", smoothing="none"))
+    engine = DenseEngine(classifier, 32, 1.0, settings=MapSettings("layer2", smoothing="none"))
     maps, background = (engine.map(array_slide(p), all_tissue(array_slide(p))) for p in (pixels, flat))
     for spot, empty in ((maps.saliency, background.saliency), (maps.probability, background.probability)):
         response = np.abs(spot.values.astype(np.float64) - empty.values)
@@ -152,7 +152,7 @@ def test_nothing_is_read_without_tissue(classifier, array_slide):
     engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(block_px=256))
     maps = engine.map(slide, TissueMask(mask, 8.0))
     assert maps.blocks == 1
-    assert maps.saliency.seen.sum() == 16 * 16 and maps.saliency.seen[:16, :16].all()
+    assert maps.saliency.seen.sum() == 8 * 8 and maps.saliency.seen[:8, :8].all()
     assert maps.pixels_read <= (128 + 64 + 2 * engine.geometry.halo_px) ** 2
     empty = engine.map(slide, TissueMask(np.zeros((128, 128), bool), 8.0))
     assert empty.blocks == 0 and not empty.probability.seen.any()
@@ -161,10 +161,11 @@ def test_nothing_is_read_without_tissue(classifier, array_slide):
 def test_maps_tell_their_place_and_scale(classifier, array_slide):
     slide = array_slide(noise(600, 500), mpp=0.5)
     maps = DenseEngine(classifier, 96, 1.0).map(slide, all_tissue(slide))
-    assert maps.saliency.level0_px == 16 and maps.saliency.mpp == 8
+    assert maps.saliency.level0_px == 32 and maps.saliency.mpp == 16
     assert maps.probability.level0_px == 64 and maps.probability.mpp == 32
-    assert maps.saliency.values.shape == (38, 32) and maps.probability.values.shape == (10, 8)
-    assert (maps.probability.values >= 0).all() and (maps.probability.values <= 1).all()
+    assert maps.saliency.values.shape == (19, 16) and maps.probability.values.shape == (10, 8)
+    seen = maps.probability.values[maps.probability.seen]
+    assert len(seen) >= 70 and (seen >= 0).all() and (seen <= 1).all()
 
 
 def test_hooks_are_gone_and_no_gradient_stays(classifier):
@@ -175,7 +176,7 @@ def test_hooks_are_gone_and_no_gradient_stays(classifier):
 
 
 def test_bad_requests_are_named(classifier):
-    with pytest.raises(NetworkError, match="layer2"):
+    with pytest.raises(NetworkError, match="did you mean 'layer2'"):
         DenseEngine(classifier, 96, 1.0, settings=MapSettings(layer="layr2"))
     with pytest.raises(NetworkError, match="multiple"):
         DenseEngine(classifier, 90, 1.0)

@@ -67,8 +67,9 @@ def coded_pixels(width: int, height: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] + 0.5
     pixels = np.stack([20 + x * (200 / width), 20 + y * (200 / height), generator.uniform(0, 255, x.shape)], -1)
-    # Rounding at random keeps the mean where it is, so that a place can be read to a hundredth of a pixel.
-    return np.floor(pixels + generator.random(pixels.shape)).astype(np.uint8)
+    # Rounding at random, over three greys, keeps the mean where it is also when pixels are mixed and rounded again, so
+    # that a place can be read to a few hundredths of a pixel.
+    return np.clip(np.floor(pixels + generator.uniform(-1, 2, pixels.shape)), 0, 255).astype(np.uint8)
 
 
 def write_coded(path: Path, width: int, height: int, factor: int, levels: int = 3, mpp: float = BASE_MPP) -> CodedSlide:

@@ -77,7 +77,9 @@ def test_nearly_square_pixels_get_the_mean() -> None:
 
 
 def test_the_magnification_is_named_but_not_used() -> None:
-    with pytest.raises(MissingMppError, match=r"case\.svs: scale unknown \(the file names only a 40x objective\).*mpp="):
+    with pytest.raises(
+        MissingMppError, match=r"case\.svs: scale unknown \(the file names only a 40x objective\).*mpp="
+    ):
         resolve_mpp(PATH, {"openslide.objective-power": "40"})
 
 

@@ -102,13 +102,16 @@ def test_a_slide_follows_from_its_specification() -> None:
     first, again, other = draw_phantom(spec), draw_phantom(spec), draw_phantom(replace(spec, seed=12))
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.mask, again.mask)
-    assert first.image.shape == (600, 600, 3) and first.image.dtype == np.uint8
+    assert first.image.shape == (600, 600, 3)
+    assert first.image.dtype == np.uint8
     assert np.mean(first.image != other.image) > 0.3
 
 
 def test_a_normal_slide_has_no_tumour_and_else_the_same_node() -> None:
     normal, tumour = (draw_phantom(PhantomSpec(4, flag, 1024)) for flag in (False, True))
-    assert normal.polygons == () and not normal.mask.any() and tumour.mask.any()
+    assert normal.polygons == ()
+    assert not normal.mask.any()
+    assert tumour.mask.any()
     change = tumour.image.astype(np.float32) - normal.image
     assert np.abs(change).mean() > 10  # other nuclei everywhere
     blurred = gaussian_filter(change, (40, 40, 0), truncate=2)
@@ -119,7 +122,8 @@ def test_a_normal_slide_has_no_tumour_and_else_the_same_node() -> None:
 @pytest.mark.parametrize(("size_px", "mpp"), [(512, 2.0), (513, 0.5), (1000, 1.0)])
 def test_any_size_and_scale(size_px: int, mpp: float) -> None:
     slide = draw_phantom(PhantomSpec(1, True, size_px, mpp))
-    assert slide.image.shape == (size_px, size_px, 3) and slide.mask.shape == (size_px, size_px)
+    assert slide.image.shape == (size_px, size_px, 3)
+    assert slide.mask.shape == (size_px, size_px)
     glass = np.mean(slide.image.min(axis=2) > 215)
     assert 0.3 < glass < 0.65
 
@@ -132,7 +136,8 @@ def test_anatomy_is_as_promised(seed: int, size_px: int) -> None:
     whole, lesions = node.outline(), [shapely.Polygon(outline) for outline in outlines]
     assert 0.45 <= whole.area / size_px**2 <= 0.65
     assert shapely.box(0, 0, size_px, size_px).contains(whole)
-    assert 1 <= len(lesions) <= 4 and all(lesion.is_valid for lesion in lesions)
+    assert 1 <= len(lesions) <= 4
+    assert all(lesion.is_valid for lesion in lesions)
     assert 0.10 <= sum(lesion.area for lesion in lesions) / whole.area <= 0.35
     for lesion in lesions:
         assert 0.1 <= 2 * np.sqrt(lesion.area / np.pi) / size_px <= 0.44
@@ -175,7 +180,8 @@ def test_fiducials_are_where_they_were_asked_for() -> None:
     assert (x.mean() + 0.5, y.mean() + 0.5) == (100, 300)
     assert (x.min(), x.max(), y.min(), y.max()) == (68, 131, 268, 331)
     assert green[:, :200].sum() == pytest.approx(np.pi * 32**2, rel=0.01)
-    assert green[0, 500] and not green[40, 500]
+    assert green[0, 500]
+    assert not green[40, 500]
 
 
 @pytest.mark.parametrize("cue", ["tint", "ink"])
@@ -207,7 +213,9 @@ def test_openslide_reads_the_levels(tmp_path: Path, factor: int, mpp: float, sid
     means = (
         drawn.mask[: step * sides[-1], : step * sides[-1]].reshape(sides[-1], step, sides[-1], step).mean(axis=(1, 3))
     )
-    assert set(np.unique(lowest)) == {0, 1} and np.all(lowest[means > 0.8] == 1) and np.all(lowest[means < 0.2] == 0)
+    assert set(np.unique(lowest)) == {0, 1}
+    assert np.all(lowest[means > 0.8] == 1)
+    assert np.all(lowest[means < 0.2] == 0)
 
 
 def skeleton(element: Element) -> set[tuple[str, frozenset[str], str]]:
@@ -230,7 +238,8 @@ def test_annotations_are_the_polygons_in_camelyons_words(tmp_path: Path) -> None
     assert [group.get("Name") for group in root.findall("AnnotationGroups/Group")] == ["_0"]
     read = read_asap_xml(tmp_path / "s.xml")
     expected = shapely.MultiPolygon([shapely.Polygon(polygon) for polygon in polygons])
-    assert read.tumour.symmetric_difference(expected).area < 1e-6 and read.repaired == 0
+    assert read.tumour.symmetric_difference(expected).area < 1e-6
+    assert read.repaired == 0
 
 
 def test_annotations_have_the_shape_of_real_ones(tmp_path: Path, shared_data: Path) -> None:
@@ -325,7 +334,7 @@ def test_shares_of_a_dataset(written: Callable[..., dict[str, PhantomSpec]], sli
 
 def test_dataset_refuses_what_is_not_its_own(tmp_path: Path, written: Callable[..., dict[str, PhantomSpec]]) -> None:
     written(slides=4)
-    with pytest.raises(DatasetError, match="other parameters.*delete"):
+    with pytest.raises(DatasetError, match=r"other parameters.*delete"):
         written(slides=4, seed=9)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DatasetError, match=r"notes\.txt.*delete"):

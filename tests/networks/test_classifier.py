@@ -1,0 +1,103 @@
+"""The classifier is linear in pooled features and refuses encoders that are no maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medsd.errors import NetworkError
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, TileClassifier, layer_of
+from medsd.networks.modes import evaluating
+
+
+@pytest.fixture(scope="module")
+def classifier() -> TileClassifier:
+    torch.manual_seed(0)
+    return TileClassifier("test_resnet").eval()
+
+
+def test_forward_is_head_of_mean_features(classifier: TileClassifier) -> None:
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        cells = classifier.feature_map(x)
+        assert cells.shape == (2, classifier.feature_dim, 2, 3)
+        cell_logits = torch.einsum("bdhw,kd->bkhw", cells, classifier.head.weight).mean(dim=(2, 3))
+        torch.testing.assert_close(classifier(x), cell_logits + classifier.head.bias)
+        torch.testing.assert_close(classifier.features(x), cells.flatten(2).sum(2) / 6)
+
+
+def test_uint8_is_normalised_as_imagenet(classifier: TileClassifier) -> None:
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    normalised = classifier.normalise(images)
+    for channel in range(3):
+        expected = (images[:, channel].double() / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        torch.testing.assert_close(normalised[:, channel].double(), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(classifier(images), classifier(normalised))
+
+
+def test_state_has_no_constants_and_tagged_names_work() -> None:
+    classifier = TileClassifier("test_resnet.r160_in1k", ("a", "b", "c"))
+    assert not {"mean", "std"} & set(classifier.state_dict())
+    assert classifier.training
+    assert all(module.training for module in classifier.modules())
+    assert classifier.head.out_features == len(classifier.classes) == 3
+
+
+def test_making_an_encoder_leaves_its_batchnorm_untouched(classifier: TileClassifier) -> None:
+    for name, buffer in classifier.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert buffer == 0, name
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        ("resnet81", "did you mean"),
+        ("no such thing at all", "timm has no such network"),
+        ("test_vit", "not a map"),
+        ("vit_tiny_patch16_224", "does not take images of every size"),
+        ("resnet18.nope", "cannot make it"),
+    ],
+)
+def test_unfit_encoders_are_refused_in_one_line(encoder: str, words: str) -> None:
+    with pytest.raises(NetworkError, match=words) as caught:
+        TileClassifier(encoder)
+    assert encoder in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_fetched_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args: object, **_options: object) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection.")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(NetworkError, match="couldn't connect") as caught:
+        TileClassifier("test_resnet", pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_layer_of(classifier: TileClassifier) -> None:
+    assert layer_of(classifier, "layer2") is classifier.encoder.layer2
+    for name in ("layer22", "", "head"):
+        with pytest.raises(NetworkError, match="has no such layer"):
+            layer_of(classifier, name)
+    with pytest.raises(NetworkError, match="did you mean 'layer2'"):
+        layer_of(classifier, "layr2")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluating_puts_back_every_module(classifier: TileClassifier, fails: bool) -> None:
+    network = TileClassifier("test_resnet")
+    network.encoder.bn1.eval()  # a frozen BatchNorm in a network in training
+    before = [module.training for module in network.modules()]
+    try:
+        with evaluating(network):
+            assert not any(module.training for module in network.modules())
+            if fails:
+                raise ValueError
+    except ValueError:
+        assert fails
+    assert [module.training for module in network.modules()] == before
+    assert not network.encoder.bn1.training
+    assert network.training
