@@ -73,7 +73,7 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
     with open_slide(slide, mpp) as opened:
         width, height = opened.dimensions
         print(f"file        {opened.path}")
-        print(f"reader      {opened.reader} ({opened.vendor})")
+        print(f"reader      {opened.reader}")
         print(f"dimensions  {width} x {height} px, {width * opened.mpp / 1000:.2f} x {height * opened.mpp / 1000:.2f} mm")
         print(f"mpp         {opened.mpp:g} um per pixel ({opened.mpp_source})")
         for number, level in enumerate(opened.levels):

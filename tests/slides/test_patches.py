@@ -134,6 +134,7 @@ def test_a_patch_that_vanishes_is_named(folder: Path) -> None:
         data[0]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("item", range(4))
 def test_damaged_images_are_the_error_or_pixels(folder: Path, item: int) -> None:
     data = PatchDataset(read_patch_table(folder, "slide"))

@@ -1,0 +1,153 @@
+"""Slides become folders of outputs: at the right place, whole or not at all, each slide on its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+from PIL import Image
+
+import medsd.heatmap.cohort as cohort
+from medsd.errors import DatasetError, OutputError, WeightsError
+from medsd.heatmap.cohort import SlideJob, map_slides, read_results, top_mean
+from medsd.heatmap.overlay import layout
+from medsd.heatmap.tiff import read_ome_tiff
+from medsd.networks.weights import save_classifier
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory, fiducial_slide, green_weights) -> Path:
+    output = tmp_path_factory.mktemp("maps")
+    (result,) = map_slides([SlideJob(fiducial_slide)], green_weights, output)
+    assert result.status == "ok"
+    return output / "fiducials"
+
+
+def blank_slide(path: Path) -> Path:
+    white = np.full((512, 512, 3), 245, np.uint8)
+    tifffile.imwrite(path, white, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit=3)
+    return path
+
+
+@pytest.mark.parametrize("quantity", ["probability", "saliency"])
+def test_maps_show_the_fiducials_at_their_place(mapped, fiducials, quantity):
+    value_map = read_ome_tiff(mapped / f"{quantity}.ome.tif")
+    values = np.nan_to_num(value_map.values)
+    rows, columns = np.indices(values.shape)
+    for x, y in fiducials:
+        near = np.hypot((columns + 0.5) * value_map.level0_px - x, (rows + 0.5) * value_map.level0_px - y) < 160
+        assert values[near].max() > 0.5 * values.max()
+        weight = values * near
+        found = [((axis + 0.5) * value_map.level0_px * weight).sum() / weight.sum() for axis in (columns, rows)]
+        assert np.abs(np.subtract(found, (x, y))).max() <= value_map.level0_px
+
+
+def test_contours_show_the_fiducials_at_their_place(mapped, fiducials):
+    features = json.loads((mapped / "regions.geojson").read_text())["features"]
+    assert len(features) == len(fiducials)
+    centres = np.array([shapely.geometry.shape(feature["geometry"]).centroid.coords[0] for feature in features])
+    map_pixel = read_ome_tiff(mapped / "probability.ome.tif").level0_px
+    for place in fiducials:
+        assert np.abs(centres - place).max(axis=1).min() <= map_pixel
+
+
+def test_the_overlay_shows_the_fiducials_at_their_place(mapped, fiducials, fiducial_spec):
+    """In the probability panel the yellow end of the scale lies over the discs, nowhere else."""
+    with Image.open(mapped / "overlay.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(float)
+    footer_lines = next(n for n in range(1, 9) if layout(3, 1.0, n).height == pixels.shape[0])
+    box = layout(3, 1.0, footer_lines).panels[1]
+    panel = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    level0_px = fiducial_spec.size_px / box.width
+    # Viridis at its end is the only colour here with green and red far above blue.
+    yellow = np.minimum(panel[..., 0], panel[..., 1]) - panel[..., 2] > 25
+    rows, columns = np.nonzero(yellow)
+    places = np.stack([(columns + 0.5) * level0_px, (rows + 0.5) * level0_px], axis=1)
+    nearest = np.array([[np.abs(place - centre).max() for centre in fiducials] for place in places])
+    assert len(places) and nearest.min(axis=1).max() <= 160
+    for number, centre in enumerate(fiducials):
+        own = places[nearest.argmin(axis=1) == number]
+        assert np.abs(own.mean(axis=0) - centre).max() <= 64
+
+
+def test_what_is_complete_is_kept_and_another_recipe_redone(mapped, fiducial_slide, green_weights):
+    before = {path: path.stat().st_mtime_ns for path in mapped.iterdir()}
+    (again,) = map_slides([SlideJob(fiducial_slide)], green_weights, mapped.parent)
+    assert {path: path.stat().st_mtime_ns for path in mapped.iterdir()} == before
+    assert again.status == "ok" and again.seconds == 0 and again.score is not None
+    (mapped / "overlay.png").unlink()
+    map_slides([SlideJob(fiducial_slide)], green_weights, mapped.parent)
+    assert (mapped / "overlay.png").is_file()
+    map_slides([SlideJob(fiducial_slide)], green_weights, mapped.parent, block_px=512)
+    assert json.loads((mapped / "record.json").read_text())["recipe"]["block_px"] == 512
+
+
+def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights):
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(b"not a slide")
+    truncated = tmp_path / "truncated.tif"
+    truncated.write_bytes(fiducial_slide.read_bytes()[:200_000])
+    jobs = [SlideJob(path) for path in (broken, tmp_path / "missing.tif", blank_slide(tmp_path / "blank.tif"), truncated)]
+    results = map_slides([*jobs, SlideJob(fiducial_slide)], green_weights, tmp_path / "out")
+    assert [result.status for result in results] == ["failed", "failed", "empty", "failed", "ok"]
+    assert str(broken) in results[0].reason and "no such file" in results[1].reason
+    assert (tmp_path / "out" / "blank" / "thumbnail.png").is_file()
+    assert not (tmp_path / "out" / "blank" / "overlay.png").exists()
+    assert not list((tmp_path / "out").rglob("truncated/record.json"))
+    assert read_results(tmp_path / "out") == results
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "no tissue" in page and "no such file" in page
+    assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
+
+
+def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, fiducial_slide, green_weights, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort, "write_report", die)
+        with pytest.raises(Killed):
+            map_slides([SlideJob(fiducial_slide)], green_weights, tmp_path)
+    folder = tmp_path / "fiducials"
+    assert not (folder / "record.json").exists() and not list(folder.glob(".*"))
+    assert map_slides([SlideJob(fiducial_slide)], green_weights, tmp_path)[0].status == "ok"
+    assert (folder / "record.json").is_file()
+
+
+def test_the_mpp_of_the_caller_moves_the_map(tmp_path, fiducial_slide, green_weights):
+    map_slides([SlideJob(fiducial_slide, mpp=0.25)], green_weights, tmp_path)
+    record = json.loads((tmp_path / "fiducials" / "record.json").read_text())
+    assert record["scale"]["mpp"] == 0.25 and record["scale"]["mpp_source"] == "given by the caller"
+    assert read_ome_tiff(tmp_path / "fiducials" / "probability.ome.tif").level0_px == 128
+
+
+def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_classifier, green_card):
+    job = SlideJob(fiducial_slide)
+    with pytest.raises(DatasetError, match="fiducials"):
+        map_slides([job, job], green_weights, tmp_path)
+    with pytest.raises(DatasetError, match="no slides"):
+        map_slides([], green_weights, tmp_path)
+    with pytest.raises(WeightsError, match="no such weights"):
+        map_slides([job], tmp_path / "none.safetensors", tmp_path)
+    save_classifier(tmp_path / "raw.safetensors", green_classifier, replace(green_card, calibration=None))
+    with pytest.raises(WeightsError, match="not calibrated"):
+        map_slides([job], tmp_path / "raw.safetensors", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="another output folder"):
+        map_slides([job], green_weights, tmp_path / "file" / "out")
+    with pytest.raises(DatasetError, match="run the stage 'heatmap'"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_the_slide_score_is_the_mean_of_the_top_percent():
+    values = np.linspace(0, 1, 1000, dtype=np.float32)
+    assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
+    assert top_mean(values[:5]) == pytest.approx(values[4])
