@@ -105,6 +105,11 @@ def test_running_again_keeps_what_is_done(finished):
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
+def test_monai_finds_what_it_requires_of_a_training_bundle(finished):
+    flow = run_stage("prepare", finished)
+    assert flow.check_properties() == []
+
+
 def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
     (tmp_path / "phantom").symlink_to(finished / "phantom")
     for stage in ("prepare", "finetune"):

@@ -1,0 +1,92 @@
+"""Real lymph-node patches and a real slide with the same bundle; skipped where the data are not present."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monai.bundle import ConfigWorkflow
+from PIL import Image
+
+from medsd.networks.weights import load_classifier
+
+ROOT = Path(__file__).parents[2]
+FILES = [str(ROOT / "bundles" / "camelyon.json"), str(ROOT / "configs" / "pcam.json")]
+SMALL = {"encoder": "test_resnet", "max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
+
+
+def run_stages(*stages: str, **overrides: object) -> None:
+    for stage in stages:
+        flow = ConfigWorkflow(
+            config_file=FILES,
+            workflow_type="train",
+            logging_file=False,
+            run_id=stage,
+            bundle_root=str(ROOT),
+            **{**SMALL, **overrides},
+        )
+        flow.initialize()
+        flow.run()
+
+
+def test_real_patches_train_and_a_real_slide_is_mapped(shared_data, tmp_path):
+    slide = shared_data / "wsi" / "CMU-1-Small-Region.svs"
+    overrides = {
+        "dataset_dir": str(shared_data / "pcam_patches"),
+        "slides": [str(slide)],
+        "output_dir": str(tmp_path),
+    }
+    run_stages("prepare", "finetune", "evaluate", "heatmap", "report", **overrides)
+    scores = json.loads((tmp_path / "scores.json").read_text())["tiles"]
+    assert 0.15 <= scores["items"] / 1600 <= 0.45 and scores["groups"] >= 2
+    low, value, high = (scores["patch_auc"][key] for key in ("low", "value", "high"))
+    assert 0 <= low <= value <= high <= 1
+    assert (tmp_path / "summary.png").is_file()
+    record = json.loads((tmp_path / "heatmaps" / "CMU-1-Small-Region" / "record.json").read_text())
+    assert record["status"] == "ok"
+    assert record["scale"]["mpp"] == pytest.approx(0.499) and record["scale"]["mpp_source"] == "vendor property"
+    assert load_classifier(tmp_path / "model.safetensors")[1].mpp == 0.97
+
+
+@pytest.fixture
+def patch_folder(tmp_path) -> Path:
+    """48 patches of six groups."""
+    folder = tmp_path / "patches"
+    (folder / "images").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    with open(folder / "labels.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["id", "label", "stain_cluster"])
+        for number in range(48):
+            pixels = generator.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"p{number}.png")
+            writer.writerow([f"p{number}", number % 2, number // 8])
+    return folder
+
+
+def refusal(folder: Path | None, tmp_path: Path) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_stages("prepare", dataset_dir=None if folder is None else str(folder), output_dir=str(tmp_path / "out"))
+    message = str(stop.value)
+    assert message.startswith("medsd: ") and "\n" not in message
+    return message
+
+
+def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path):
+    assert "dataset_dir" in refusal(None, tmp_path)
+    assert "no such folder" in refusal(tmp_path / "nowhere", tmp_path)
+    table = patch_folder / "labels.csv"
+    good = table.read_text()
+    table.write_text(good.replace("stain_cluster", "stain_clust"))
+    assert "column 'stain_cluster' missing" in refusal(patch_folder, tmp_path)
+    table.write_text(good.replace("p3,1", "p3,tumour"))
+    assert "row 5" in refusal(patch_folder, tmp_path) and "tumour" in refusal(patch_folder, tmp_path)
+    table.write_text(good.replace("p3,", "p333,"))
+    assert "p333" in refusal(patch_folder, tmp_path)
+    table.write_text(good)
+    shutil.rmtree(patch_folder / "images")
+    assert "no patch named" in refusal(patch_folder, tmp_path)

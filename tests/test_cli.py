@@ -1,0 +1,91 @@
+"""The command line: what it prints, its exit codes, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import medsd
+from medsd import cli, doctor
+from medsd.slides.phantom import PhantomSpec, write_phantom
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "slide.tif"
+    write_phantom(PhantomSpec(seed=1, tumour=False, size_px=1024, pyramid_factor=4), path)
+    return path
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["medsd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_help_needs_no_heavy_package():
+    """Help answers at once because nothing heavy is imported for it."""
+    code = "import sys; sys.argv = ['medsd', '--help']\nimport medsd.cli\ntry:\n    medsd.cli.main()\nexcept SystemExit:\n    pass\n"
+    code += "heavy = {'torch', 'monai', 'tiatoolbox', 'openslide', 'matplotlib', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("doctor", "info", "phantom", "heatmap"))
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version") == (0, f"{medsd.__version__}\n", "")
+
+
+def test_info_tells_size_scale_and_levels(monkeypatch, capsys, slide):
+    code, out, _ = run(monkeypatch, capsys, "info", slide)
+    assert code == 0
+    assert "1024 x 1024 px, 0.51 x 0.51 mm" in out
+    assert "0.5 um per pixel (TIFF resolution tags)" in out
+    assert "level 1     256 x 256 px, 2 um per pixel" in out
+    assert "0.25 um per pixel (given by the caller)" in run(monkeypatch, capsys, "info", slide, "--mpp", 0.25)[1]
+
+
+def test_phantom_writes_a_camelyon_folder(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(monkeypatch, capsys, "phantom", tmp_path / "data", "--slides", 4, "--size", 512)
+    assert code == 0 and "4 phantom slides" in out
+    assert (tmp_path / "data" / "testing" / "reference.csv").is_file()
+
+
+def test_doctor_passes_here_and_names_a_fix_elsewhere(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0 and "FIX" not in out and "openslide library" in out
+    finding = doctor.Finding("imagecodecs", False, "not installed; run ./scripts/setup")
+    monkeypatch.setattr(doctor, "examine", lambda: [finding])
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 1 and out.startswith("FIX  imagecodecs") and "./scripts/setup" in out
+
+
+def test_doctor_sees_two_opencvs(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: "5.0" if name.endswith("headless") else "4.1")
+    finding = doctor._opencv()
+    assert not finding.ok and "share a folder" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "missing.svs"], ["missing.svs", "no such file"]),
+        (["info", "."], ["folder"]),
+        (["phantom", "{tmp}/p", "--slides", "2"], ["slides"]),
+        (["phantom", "{tmp}/p", "--difficulty", "3"], ["difficulty"]),
+        (["heatmap", "{slide}", "--weights", "none.safetensors", "--out", "{tmp}/o"], ["none.safetensors"]),
+        (["heatmap", "{slide}", "--weights", "{slide}", "--out", "{tmp}/o"], ["safetensors"]),
+    ],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, tmp_path, slide, arguments, words):
+    filled = [argument.format(tmp=tmp_path, slide=slide) for argument in arguments]
+    code, _, err = run(monkeypatch, capsys, *filled)
+    assert code == 1
+    assert err.startswith("medsd: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []
