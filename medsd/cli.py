@@ -74,10 +74,14 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
         width, height = opened.dimensions
         print(f"file        {opened.path}")
         print(f"reader      {opened.reader}")
-        print(f"dimensions  {width} x {height} px, {width * opened.mpp / 1000:.2f} x {height * opened.mpp / 1000:.2f} mm")
+        print(
+            f"dimensions  {width} x {height} px, {width * opened.mpp / 1000:.2f} x {height * opened.mpp / 1000:.2f} mm"
+        )
         print(f"mpp         {opened.mpp:g} um per pixel ({opened.mpp_source})")
         for number, level in enumerate(opened.levels):
-            print(f"level {number}     {level.width} x {level.height} px, {opened.mpp * level.downsample_x:g} um per pixel")
+            print(
+                f"level {number}     {level.width} x {level.height} px, {opened.mpp * level.downsample_x:g} um per pixel"
+            )
 
 
 @app.command()
@@ -105,7 +109,9 @@ def heatmap(
     weights: Annotated[Path, typer.Option(help="A calibrated classifier (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
     mpp: MppOption = None,
-    block_px: Annotated[int, typer.Option(help="Side of the blocks computed at once; smaller needs less memory.")] = 2048,
+    block_px: Annotated[
+        int, typer.Option(help="Side of the blocks computed at once; smaller needs less memory.")
+    ] = 2048,
     device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
 ) -> None:
     """Map slides: saliency, probability, contours, overlay and report. Exit code 1 when a slide failed."""

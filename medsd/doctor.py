@@ -43,7 +43,9 @@ def examine() -> list[Finding]:
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
     well = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return Finding("python", well, found if well else f"{found}; medsd needs 3.11 or 3.12, make .venv with one of these")
+    return Finding(
+        "python", well, found if well else f"{found}; medsd needs 3.11 or 3.12, make .venv with one of these"
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -57,20 +59,26 @@ def _packages() -> Iterator[Finding]:
             yield Finding(requirement.name, False, "not installed; run ./scripts/setup")
             continue
         well = requirement.specifier.contains(found, prereleases=True)
-        yield Finding(requirement.name, well, found if well else f"{found}, needs {requirement.specifier}; ./scripts/setup")
+        yield Finding(
+            requirement.name, well, found if well else f"{found}, needs {requirement.specifier}; ./scripts/setup"
+        )
 
 
 def _openslide() -> Finding:
     try:
         openslide = importlib.import_module("openslide")
     except (ImportError, OSError) as error:
-        return Finding("openslide library", False, f"{error}; pip install openslide-bin, or your system's libopenslide0")
+        return Finding(
+            "openslide library", False, f"{error}; pip install openslide-bin, or your system's libopenslide0"
+        )
     return Finding("openslide library", True, openslide.__library_version__)
 
 
 def _codecs() -> Finding:
     imagecodecs = importlib.import_module("imagecodecs")
-    missing = [name for name in ("JPEG8", "JPEG2K", "DEFLATE", "LZW", "ZSTD") if not getattr(imagecodecs, name).available]
+    missing = [
+        name for name in ("JPEG8", "JPEG2K", "DEFLATE", "LZW", "ZSTD") if not getattr(imagecodecs, name).available
+    ]
     text = f"without {', '.join(missing)}; reinstall imagecodecs" if missing else "JPEG, JPEG 2000, deflate, LZW, zstd"
     return Finding("image codecs", not missing, text)
 
@@ -102,4 +110,6 @@ def _opencv() -> Finding:
 def _disk() -> Finding:
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     well = free_gb >= _LEAST_FREE_GB
-    return Finding("disk here", well, f"{free_gb:.0f} GB free" if well else f"{free_gb:.1f} GB free; make room for outputs")
+    return Finding(
+        "disk here", well, f"{free_gb:.0f} GB free" if well else f"{free_gb:.1f} GB free; make room for outputs"
+    )

@@ -122,4 +122,6 @@ def _check_arguments(key: str, component: dict[str, Any]) -> None:
     taken = inspect.signature(factory).parameters
     for argument in component:
         if not argument.startswith("_") and argument not in taken:
-            raise ConfigError(f"config key '{key}::{argument}': {target} takes no such argument{nearest(argument, taken)}")
+            raise ConfigError(
+                f"config key '{key}::{argument}': {target} takes no such argument{nearest(argument, taken)}"
+            )

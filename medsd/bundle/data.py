@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from medsd.bundle.config import boundary
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.evaluate.predict import predict
 from medsd.heatmap.cohort import SlideJob
@@ -130,7 +130,14 @@ class SlideData:
 
     @cached_property
     def _prepared(self) -> PreparedSlides:
-        return load_prepared(self._slides, self.work_dir, self.validation_share, self.seed)
+        prepared = load_prepared(self._slides, self.work_dir, self.validation_share, self.seed)
+        index = prepared.index
+        if (index.tile_px, index.mpp) != (self.tile_px, self.mpp):
+            raise DatasetError(
+                f"{self.work_dir}: holds tiles of {index.tile_px} px at {index.mpp:g} um per pixel; "
+                "run the stage 'prepare' again"
+            )
+        return prepared
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def calibrate_on_slides(
         probabilities.append(probability.values[probability.seen])
         saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))
     source = f"{len(slides)} validation slides"
-    return _calibration(engine, np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies), source)
+    return _calibration(
+        engine, np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies), source
+    )
 
 
 def calibrate_on_patches(

@@ -63,9 +63,14 @@ def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
     interval = scores["tiles"]["patch_auc"]
     axes.plot([0, 1], [0, 1], ":", color="#999999")
     axes.plot(false_positives, sensitivity, color=_INK)
-    axes.text(0.97, 0.05, f"AUC {interval['value']:.3f}\n95 %: {interval['low']:.3f} to {interval['high']:.3f}", ha="right")
+    axes.text(
+        0.97, 0.05, f"AUC {interval['value']:.3f}\n95 %: {interval['low']:.3f} to {interval['high']:.3f}", ha="right"
+    )
     axes.set(
-        xlabel="1 - specificity", ylabel="sensitivity", title=f"{scores['tiles']['items']} held-out tiles", aspect="equal"
+        xlabel="1 - specificity",
+        ylabel="sensitivity",
+        title=f"{scores['tiles']['items']} held-out tiles",
+        aspect="equal",
     )
 
 

@@ -159,8 +159,15 @@ class _Mapper:
                 files = _MAP_FILES
                 content = {"pixels_read": maps.pixels_read, "map_seconds": round(mapped - started, 2)}
             result = SlideResult(**{**vars(result), "seconds": round(time.perf_counter() - started, 2)})
-            scale = {"mpp": slide.mpp, "mpp_source": slide.mpp_source, "dimensions": slide.dimensions, "reader": slide.reader}
-        write_record(folder, job.path, recipe, result.status, files, {"result": vars(result), "scale": scale, **content})
+            scale = {
+                "mpp": slide.mpp,
+                "mpp_source": slide.mpp_source,
+                "dimensions": slide.dimensions,
+                "reader": slide.reader,
+            }
+        write_record(
+            folder, job.path, recipe, result.status, files, {"result": vars(result), "scale": scale, **content}
+        )
         return result
 
     def _write(self, slide: Slide, folder: Path, maps: SlideMaps, picture: RGB, level0_px: float) -> SlideResult:

@@ -104,6 +104,9 @@ class DenseEngine:
         if tile_px % stride:
             raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {stride}")
         self.window = tile_px // stride
+        # In cells: the saliency's halo, or what the tile window around a cell sees, whichever reaches further.
+        windowed = self.geometry.features.size / 2 / stride + self.window / 2
+        self._halo = max(self.geometry.halo_px // stride, math.ceil(windowed) + 1)
         self.origin_px = _canvas_origin(self.geometry)
         # Map pixel of the canvas's first cell, for either map.
         self._shifts = [_shift(field, self.origin_px) for field in (self.geometry.features, self.geometry.hidden)]
@@ -198,9 +201,7 @@ class DenseEngine:
                 part = wanted[top:bottom, left:right]
                 if part.any():
                     down, across = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-                    blocks.append(
-                        _Block(left + across[0], top + down[0], left + across[-1] + 1, top + down[-1] + 1)
-                    )
+                    blocks.append(_Block(left + across[0], top + down[0], left + across[-1] + 1, top + down[-1] + 1))
         return blocks
 
     def _read(
@@ -208,7 +209,7 @@ class DenseEngine:
     ) -> Iterator[tuple[_Block, _Block, RGB]]:
         """Each block with its crop (the block and its halo, clipped to the canvas) and pixels, read ahead."""
         stride = self.geometry.features.stride
-        halo = self.geometry.halo_px // stride
+        halo = self._halo
 
         def read(block: _Block) -> tuple[_Block, _Block, RGB]:
             crop = _Block(
@@ -223,7 +224,9 @@ class DenseEngine:
 
         with ThreadPoolExecutor(1) as reader:
             waiting = iter(blocks)
-            queue: list[Future[tuple[_Block, _Block, RGB]]] = [reader.submit(read, b) for b in islice(waiting, _READ_AHEAD)]
+            queue: list[Future[tuple[_Block, _Block, RGB]]] = [
+                reader.submit(read, b) for b in islice(waiting, _READ_AHEAD)
+            ]
             while queue:
                 done = queue.pop(0).result()
                 queue.extend(reader.submit(read, block) for block in islice(waiting, 1))

@@ -36,9 +36,7 @@ def run_stage(stage: str, folder: Path, **overrides: object) -> ConfigWorkflow:
         logging_file=False,
         run_id=stage,
         bundle_root=str(ROOT),
-        phantom_dir=str(folder / "phantom"),
-        output_dir=str(folder / "out"),
-        **{**SMALL, **overrides},
+        **{"phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "out"), **SMALL, **overrides},
     )
     flow.initialize()
     flow.run()
@@ -52,7 +50,9 @@ def finished(tmp_path_factory) -> Path:
     arguments = [f"--{key}={value}" for key, value in SMALL.items()]
     arguments += [f"--bundle_root={ROOT}", f"--phantom_dir={folder / 'phantom'}", f"--output_dir={folder / 'out'}"]
     command = [sys.executable, "-m", "monai.bundle", "run", f"--config_file={BUNDLE}", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "patch AUC" in done.stdout and "heatmaps" in done.stdout
     assert "ERROR" not in done.stderr
@@ -114,16 +114,17 @@ def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
     (tmp_path / "phantom").symlink_to(finished / "phantom")
     for stage in ("prepare", "finetune"):
         run_stage(stage, tmp_path)
-    assert load_classifier(tmp_path / "out" / "model.safetensors")[2] == load_classifier(
-        finished / "out" / "model.safetensors"
-    )[2]
+    assert (
+        load_classifier(tmp_path / "out" / "model.safetensors")[2]
+        == load_classifier(finished / "out" / "model.safetensors")[2]
+    )
 
 
 @pytest.mark.parametrize(
     ("stage", "overrides", "words"),
     [
         ("prepare", {"dataset_dir": "nowhere"}, ["nowhere", "no such folder"]),
-        ("finetune", {}, ["tiles.npz", "prepare"]),
+        ("finetune", {}, ["prepared", "run the stage 'prepare'"]),
         ("evaluate", {}, ["model.safetensors", "finetune"]),
         ("heatmap", {}, ["model.safetensors", "finetune"]),
         ("report", {}, ["scores.json", "evaluate"]),
@@ -143,9 +144,9 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, 
     ("overrides", "words"),
     [
         ({"encoder": "resnet1o"}, ["resnet1o"]),
-        ({"encoder": "efficientnet_b0"}, ["global operations"]),
+        ({"encoder": "efficientnet_b0", "layer": "blocks.2"}, ["global operations"]),
         ({"layer": "layr1"}, ["layr1", "layer1"]),
-        ({"tile_px": 40}, ["tile_px=40"]),
+        ({"tile_px": 32}, ["prepare", "tile"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),
         ({"lr": 0.5}, ["another lr", "output_dir"]),
     ],

@@ -92,7 +92,9 @@ def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights
     broken.write_bytes(b"not a slide")
     truncated = tmp_path / "truncated.tif"
     truncated.write_bytes(fiducial_slide.read_bytes()[:200_000])
-    jobs = [SlideJob(path) for path in (broken, tmp_path / "missing.tif", blank_slide(tmp_path / "blank.tif"), truncated)]
+    jobs = [
+        SlideJob(path) for path in (broken, tmp_path / "missing.tif", blank_slide(tmp_path / "blank.tif"), truncated)
+    ]
     results = map_slides([*jobs, SlideJob(fiducial_slide)], green_weights, tmp_path / "out")
     assert [result.status for result in results] == ["failed", "failed", "empty", "failed", "ok"]
     assert str(broken) in results[0].reason and "no such file" in results[1].reason

@@ -44,19 +44,20 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "layer", "attribution", "smoothing"),
+    ("encoder", "tile_px", "layer", "attribution", "smoothing"),
     [
-        ("resnet10t", "layer1", "gradient", "backward_hook"),
-        ("resnet10t", "layer2", "gradient", "none"),
-        ("resnet10t", "layer3", "gradient_x_activation", "backward_hook"),
-        ("resnet18", "layer2", "gradient", "backward_hook"),
+        ("resnet10t", 96, "layer1", "gradient", "backward_hook"),
+        ("resnet10t", 64, "layer2", "gradient", "none"),
+        ("resnet10t", 96, "layer3", "gradient_x_activation", "backward_hook"),
+        ("resnet10t", 288, "layer4", "gradient_x_activation", "backward_hook"),
+        ("resnet18", 96, "layer2", "gradient", "backward_hook"),
     ],
 )
-def test_blocks_equal_one_piece(array_slide, encoder, layer, attribution, smoothing):
+def test_blocks_equal_one_piece(array_slide, encoder, tile_px, layer, attribution, smoothing):
     network = trained_looking(encoder)
     slide = array_slide(noise(600, 640))
     whole, parts = (
-        DenseEngine(network, 96, 1.0, settings=MapSettings(layer, attribution, smoothing, block_px)).map(
+        DenseEngine(network, tile_px, 1.0, settings=MapSettings(layer, attribution, smoothing, block_px)).map(
             slide, all_tissue(slide)
         )
         for block_px in (2048, 320)
@@ -72,7 +73,7 @@ def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
     slide = array_slide(noise(500, 600))
     engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(block_px=256))
     whole = DenseEngine(classifier, 96, 1.0).map(slide, all_tissue(slide)).saliency.values
-    monkeypatch.setattr(type(engine.geometry), "halo_px", property(lambda _: 64))
+    monkeypatch.setattr(engine, "_halo", 2)
     cut = engine.map(slide, all_tissue(slide)).saliency.values
     assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
 
