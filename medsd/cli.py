@@ -79,9 +79,8 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
         )
         print(f"mpp         {opened.mpp:g} um per pixel ({opened.mpp_source})")
         for number, level in enumerate(opened.levels):
-            print(
-                f"level {number}     {level.width} x {level.height} px, {opened.mpp * level.downsample_x:g} um per pixel"
-            )
+            level_mpp = opened.mpp * level.downsample_x
+            print(f"level {number}     {level.width} x {level.height} px, {level_mpp:g} um per pixel")
 
 
 @app.command()

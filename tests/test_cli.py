@@ -30,8 +30,17 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 
 def test_help_needs_no_heavy_package():
     """Help answers at once because nothing heavy is imported for it."""
-    code = "import sys; sys.argv = ['medsd', '--help']\nimport medsd.cli\ntry:\n    medsd.cli.main()\nexcept SystemExit:\n    pass\n"
-    code += "heavy = {'torch', 'monai', 'tiatoolbox', 'openslide', 'matplotlib', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    code = """
+import sys
+sys.argv = ["medsd", "--help"]
+import medsd.cli
+try:
+    medsd.cli.main()
+except SystemExit:
+    pass
+heavy = {"torch", "monai", "tiatoolbox", "openslide", "matplotlib", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in ("doctor", "info", "phantom", "heatmap"))

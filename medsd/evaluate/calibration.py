@@ -38,7 +38,7 @@ def calibrate_on_slides(
     labels, probabilities, saliencies = [], [], []
     for entry in progress(slides, len(slides), "slide"):
         with open_slide(entry.path) as slide:
-            maps = engine.map(slide, find_tissue(slide))
+            maps = engine.map(slide, find_tissue(slide), progress)
         probability = maps.probability
         height, width = probability.values.shape
         tumour = np.zeros((height, width), bool)

@@ -94,7 +94,7 @@ def map_slides(
         output: the folder to write to.
         block_px: side of the engine's blocks, in pixels at the model's mpp.
         device: where the network runs.
-        progress: shows the slides as they are done.
+        progress: shows the slides, and the blocks of each, as they are done.
 
     Raises:
         DatasetError: no slides, or two of one name.
@@ -112,7 +112,8 @@ def map_slides(
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
     output = make_folder(output)
     settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
-    mapper = _Mapper(DenseEngine(classifier, card.tile_px, card.mpp, settings=settings), card, calibration, digest)
+    engine = DenseEngine(classifier, card.tile_px, card.mpp, settings=settings)
+    mapper = _Mapper(engine, card, calibration, digest, progress)
     results = [mapper.finish(job, output) for job in progress(jobs, len(jobs), "slide")]
     write_text(output / "slides.csv", _table(results))
     write_index(output / "index.html", [_index_row(result) for result in results], "Slide heatmaps")
@@ -125,6 +126,7 @@ class _Mapper:
     card: ModelCard
     calibration: Calibration
     digest: str
+    progress: Progress
 
     def finish(self, job: SlideJob, output: Path) -> SlideResult:
         """The slide's outputs, made or found complete; a failure becomes a result."""
@@ -153,7 +155,7 @@ class _Mapper:
                 files = ["thumbnail.png"]
                 content = {}
             else:
-                maps = self.engine.map(slide, tissue)
+                maps = self.engine.map(slide, tissue, self.progress)
                 mapped = time.perf_counter()
                 result = self._write(slide, folder, maps, picture, level0_px)
                 files = _MAP_FILES

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import get_args
 
 import numpy as np
@@ -318,4 +318,4 @@ def _even_parts(cells: npt.NDArray[np.intp], size: int) -> list[tuple[int, int]]
     first, last = int(cells[0]), int(cells[-1]) + 1
     count = max(1, round((last - first) / size))
     edges = [first + (last - first) * part // count for part in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

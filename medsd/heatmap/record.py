@@ -21,7 +21,7 @@ class Recipe:
     """What a slide's maps follow from: the same recipe on the same file gives the same outputs.
 
     Attributes:
-        weights_sha256: of the classifier's tensors.
+        weights_sha256: of the classifier's tensors and card.
         calibration: threshold, scale, layer, attribution, smoothing as in the weights.
         mpp_override: the caller's micrometres per level-0 pixel, or None.
         block_px: side of the engine's blocks.

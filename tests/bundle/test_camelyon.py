@@ -98,7 +98,7 @@ def test_maps_and_regions_agree_with_the_weights(finished):
 
 def test_running_again_keeps_what_is_done(finished):
     files = [path for path in (finished / "phantom").rglob("*") if path.is_file()]
-    files += list((finished / "out" / "heatmaps").glob("*/*")) + [finished / "out" / "training" / "checkpoint.pt"]
+    files += [*(finished / "out" / "heatmaps").glob("*/*"), finished / "out" / "training" / "checkpoint.pt"]
     before = {path: path.stat().st_mtime_ns for path in files}
     for stage in ("prepare", "finetune", "heatmap"):
         run_stage(stage, finished)
@@ -160,5 +160,5 @@ def test_a_wrong_choice_is_told_before_training(finished, overrides, words):
 
 def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit, match="no \\*.tif slides"):
+    with pytest.raises(SystemExit, match=r"no \*\.tif slides"):
         run_stage("prepare", tmp_path, dataset_dir=str(tmp_path / "data"))
