@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_LISTED = 20
+
 MppOption = Annotated[
     Optional[float],  # noqa: UP045 (typer reads this form)
     typer.Option("--mpp", help="Micrometres per level-0 pixel, where the file's own is missing or wrong."),
@@ -113,15 +115,20 @@ def heatmap(
     ] = 2048,
     device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Map slides: saliency, probability, contours, overlay and report. Exit code 1 when a slide failed."""
+    """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
     from medsd.heatmap.cohort import SlideJob, map_slides
     from medsd.progress import progress_bar
 
     jobs = [SlideJob(slide, mpp) for slide in slides]
     results = map_slides(jobs, weights, out, block_px, device, progress_bar("heatmap"))
+    counts = {status: sum(result.status == status for result in results) for status in ("ok", "empty", "failed")}
     for result in results:
-        outcome = f"score {result.score:.3f}, {result.regions} regions" if result.score is not None else result.reason
-        print(f"{result.status:<7} {result.slide}: {outcome}")
-    print(f"overview: {out / 'index.html'}")
-    if any(result.status == "failed" for result in results):
+        if result.score is None:
+            print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
+        elif len(results) <= _LISTED:
+            area = f"{result.region_area_mm2:.2f} mm2"
+            print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}")
+    total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    print(f"{total}; see {out / 'index.html'}")
+    if counts["failed"] or not counts["ok"]:
         raise typer.Exit(1)

@@ -49,7 +49,12 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    for line in requires("medsd") or []:
+    try:
+        lines = requires("medsd") or []
+    except PackageNotFoundError:
+        yield Finding("medsd package", False, "not installed; run ./scripts/setup")
+        return
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -75,7 +80,10 @@ def _openslide() -> Finding:
 
 
 def _codecs() -> Finding:
-    imagecodecs = importlib.import_module("imagecodecs")
+    try:
+        imagecodecs = importlib.import_module("imagecodecs")
+    except ImportError as error:
+        return Finding("image codecs", False, f"{error}; run ./scripts/setup")
     missing = [
         name for name in ("JPEG8", "JPEG2K", "DEFLATE", "LZW", "ZSTD") if not getattr(imagecodecs, name).available
     ]
@@ -84,7 +92,11 @@ def _codecs() -> Finding:
 
 
 def _devices() -> Iterator[Finding]:
-    torch = importlib.import_module("torch")
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        yield Finding("cpu", False, f"{error}; run ./scripts/setup")
+        return
     yield Finding("cpu", True, f"{torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         yield Finding("gpu", True, "none found; everything runs on the CPU")

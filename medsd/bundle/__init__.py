@@ -6,6 +6,7 @@ A user's mistake ends the run with one line and exit code 1; MONAI would print a
 from medsd.bundle.config import check_config
 from medsd.bundle.data import default_device, patch_data, slide_data
 from medsd.bundle.stages import (
+    check_slides,
     classifier,
     dataset,
     evaluate,
@@ -20,6 +21,7 @@ from medsd.bundle.stages import (
 
 __all__ = [
     "check_config",
+    "check_slides",
     "classifier",
     "dataset",
     "default_device",

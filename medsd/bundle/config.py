@@ -18,8 +18,9 @@ from medsd.errors import ConfigError, MedsdError, nearest
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*)")
+_REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:::\w+)*)")
 # Keys that MONAI itself looks up or adds (metadata, experiment tracking).
+_SEPARATOR = "::"
 _MONAI_KEYS = {
     "_meta_",
     "imports",
@@ -46,7 +47,11 @@ def boundary(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except MedsdError as error:
-            raise SystemExit(f"medsd: {error}") from error
+            # A DataLoader worker's error comes with its traceback; the last line is the message.
+            line = (
+                str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+            )
+            raise SystemExit(f"medsd: {line}") from error
 
     return guarded
 
@@ -64,24 +69,31 @@ def check_config(base_file: str) -> None:
     Raises:
         SystemExit: a key or argument is unknown (the message is a `ConfigError`'s).
     """
-    config = _running_parser().get()
-    known = set(_MONAI_KEYS) | set(_load(base_file))
-    for text in _strings(config):
-        known.update(_REFERENCE.findall(text))
-    for key in config:
+    workflow = _running_workflow()
+    config = workflow.parser.get()
+    used = {reference for text in _strings(config) for reference in _REFERENCE.findall(text)}
+    known = (
+        _MONAI_KEYS | set(_keys(_load(base_file), "")) | used | {reference.split(_SEPARATOR)[0] for reference in used}
+    )
+    if workflow.run_id not in config:
+        stages = [key for key, value in config.items() if isinstance(value, list)]
+        raise ConfigError(
+            f"stage '{workflow.run_id}': this bundle has none of that name{nearest(workflow.run_id, stages)}"
+        )
+    for key in _keys(config, ""):
         if key not in known:
             raise ConfigError(f"config key '{key}': nothing uses it{nearest(key, known)}")
     for key, component in _components(config, ""):
-        _check_arguments(key, component)
+        _check_arguments(key, component, workflow.parser)
 
 
-def _running_parser() -> ConfigParser:
-    """The parser of the workflow that is evaluating us; MONAI hands its expressions no reference to it."""
+def _running_workflow() -> ConfigWorkflow:
+    """The workflow that is evaluating us; MONAI hands its expressions no reference to it."""
     frame = inspect.currentframe()
     while frame is not None:
         workflow = frame.f_locals.get("self")
         if isinstance(workflow, ConfigWorkflow):
-            return workflow.parser
+            return workflow
         frame = frame.f_back
     raise ConfigError("check_config was called outside a MONAI workflow; call it from 'initialize'")
 
@@ -102,10 +114,20 @@ def _strings(config: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
+def _keys(config: Any, key: str) -> Iterator[str]:
+    """Keys of plain dictionaries at any depth, full ids; a component's arguments are judged by its signature."""
+    if isinstance(config, dict) and "_target_" not in config:
+        for name, value in config.items():
+            full = f"{key}{_SEPARATOR}{name}" if key else name
+            yield full
+            if name not in ("_meta_", "settings"):
+                yield from _keys(value, full)
+
+
 def _components(config: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every `{"_target_": "medsd..."}` with its key."""
+    """Every `{"_target_": ...}` with its key."""
     if isinstance(config, dict):
-        if str(config.get("_target_", "")).startswith("medsd."):
+        if "_target_" in config:
             yield key, config
         for name, value in config.items():
             yield from _components(value, f"{key}::{name}" if key else name)
@@ -114,12 +136,15 @@ def _components(config: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _components(value, f"{key}::{number}")
 
 
-def _check_arguments(key: str, component: dict[str, Any]) -> None:
-    target = component["_target_"]
-    factory = pydoc.locate(target)
+def _check_arguments(key: str, component: dict[str, Any], parser: ConfigParser) -> None:
+    target = str(component["_target_"])
+    found = target if "." in target else f"{parser.locator.get_component_module_name(target)}.{target}"
+    factory = pydoc.locate(found)
     if not callable(factory):
-        raise ConfigError(f"config key '{key}': medsd has no '{target}'")
+        raise ConfigError(f"config key '{key}': there is no '{target}'")
     taken = inspect.signature(factory).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
     for argument in component:
         if not argument.startswith("_") and argument not in taken:
             raise ConfigError(

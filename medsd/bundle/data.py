@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from medsd.bundle.config import boundary
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.evaluate.predict import predict
 from medsd.heatmap.cohort import SlideJob
@@ -26,6 +27,8 @@ from medsd.slides.index import TileGrid
 from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.slides.phantom import write_phantom_dataset
 from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
+
+_PARTS = ("training", "validation", "testing")
 
 
 class Items(Protocol):
@@ -51,6 +54,7 @@ class Data(Protocol):
 
     @property
     def description(self) -> str: ...
+    def fingerprint(self) -> str: ...
     def prepare(self) -> None: ...
     def part(self, name: str) -> Items: ...
     def calibrate(self, engine: DenseEngine) -> Calibration: ...
@@ -89,6 +93,16 @@ class SlideData:
         if self.dataset_dir is None:
             return f"{len(self._prepared.training)} phantom slides (drawn, not tissue)"
         return f"{len(self._prepared.training)} slides of {self.dataset_dir.name}"
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of which tiles with which labels play which part."""
+        digest = hashlib.sha256()
+        for part in _PARTS:
+            index = self.part(part).index
+            digest.update(f"{part} {index.tile_px} {index.mpp} {index.names}".encode())
+            for column in (index.slide, index.x, index.y, index.label):
+                digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def prepare(self) -> None:
         """Phantoms if no folder is given; then tissue, tiles and labels of every slide."""
@@ -130,14 +144,7 @@ class SlideData:
 
     @cached_property
     def _prepared(self) -> PreparedSlides:
-        prepared = load_prepared(self._slides, self.work_dir, self.validation_share, self.seed)
-        index = prepared.index
-        if (index.tile_px, index.mpp) != (self.tile_px, self.mpp):
-            raise DatasetError(
-                f"{self.work_dir}: holds tiles of {index.tile_px} px at {index.mpp:g} um per pixel; "
-                "run the stage 'prepare' again"
-            )
-        return prepared
+        return load_prepared(self._slides, self.work_dir, self.grid, self.validation_share, self.seed)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,14 @@ class PatchData:
         """The data in words."""
         rows = self._parts["training"]
         return f"{len(rows.paths)} patches of {self.dataset_dir.name}, {len(np.unique(rows.group))} groups"
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of which patches with which labels play which part."""
+        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}".encode())
+        for part in _PARTS:
+            rows = self._parts[part]
+            digest.update(f"{part} {[path.name for path in rows.paths]} {rows.label.tolist()}".encode())
+        return digest.hexdigest()
 
     def prepare(self) -> None:
         """Read the table and check that every part has both classes."""
@@ -184,7 +199,7 @@ class PatchData:
     def _parts(self) -> dict[str, PatchTable]:
         table = read_patch_table(self.dataset_dir, self.group_column)
         sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
-        return {name: table.rows(side) for name, side in zip(("training", "validation", "testing"), sides, strict=True)}
+        return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
 
 
 @boundary

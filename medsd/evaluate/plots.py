@@ -29,11 +29,17 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
     """
     folder = Path(folder)
     scores = json.loads((folder / "scores.json").read_text("utf-8"))
-    drawers: list[Callable[[Axes, Path, dict[str, Any]], None]] = [_draw_training, _draw_roc]
+    drawers: list[Callable[[Axes, Path, dict[str, Any]], None]] = []
+    if (folder / "training" / "history.csv").is_file():
+        drawers.append(_draw_training)
+    if scores["tiles"]["patch_auc"]["value"] is not None:
+        drawers.append(_draw_roc)
     if scores.get("slides", {}).get("slides"):
         drawers.append(_draw_slides)
     if scores.get("slides", {}).get("pointing"):
         drawers.append(_draw_pointing)
+    if not drawers:
+        return
     figure = Figure(figsize=(4.2 * len(drawers), 3.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for drawer, axes in zip(drawers, np.atleast_1d(figure.subplots(1, len(drawers))), strict=True):
@@ -60,18 +66,21 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
 def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
     with np.load(folder / "test_tiles.npz", allow_pickle=False) as tiles:
         false_positives, sensitivity = roc_curve(tiles["label"], tiles["probability"])
-    interval = scores["tiles"]["patch_auc"]
+    interval = scores["tiles"]["patch_auc_by_group"]
     axes.plot([0, 1], [0, 1], ":", color="#999999")
     axes.plot(false_positives, sensitivity, color=_INK)
-    axes.text(
-        0.97, 0.05, f"AUC {interval['value']:.3f}\n95 %: {interval['low']:.3f} to {interval['high']:.3f}", ha="right"
-    )
+    axes.text(0.97, 0.05, f"AUC {interval['value']:.3f}{_bounds(interval)}", ha="right")
     axes.set(
         xlabel="1 - specificity",
         ylabel="sensitivity",
         title=f"{scores['tiles']['items']} held-out tiles",
         aspect="equal",
     )
+
+
+def _bounds(interval: dict[str, float | None]) -> str:
+    low, high = interval["low"], interval["high"]
+    return "" if low is None or high is None else f"\n95 % over groups: {low:.3f} to {high:.3f}"
 
 
 def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:

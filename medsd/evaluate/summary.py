@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medsd.errors import DatasetError
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
 from medsd.heatmap.cohort import SlideResult
+from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.slides.annotations import rasterise, read_asap_xml
 from medsd.slides.camelyon import SlideEntry
@@ -43,17 +45,13 @@ class SlideScores:
         slide_auc: AUC of the slide scores; nan when one class only.
         slides: slide scores with their labels (1 tumour), by name.
         pointing: for each annotated slide, how much of its positive saliency lies in tumour.
+        mean_pointing_ratio: mean of the slides' ratios, those without one left out; nan without any.
     """
 
     slide_auc: float
     slides: dict[str, tuple[int, float]]
     pointing: dict[str, PointingShare]
-
-    @property
-    def mean_pointing_ratio(self) -> float:
-        """Mean over slides of the share of positive saliency in tumour over tumour's share of the tissue."""
-        ratios = [share.ratio for share in self.pointing.values()]
-        return float(np.mean(ratios)) if ratios else math.nan
+    mean_pointing_ratio: float
 
 
 def score_tiles(
@@ -73,20 +71,35 @@ def score_tiles(
     )
 
 
-def score_slides(entries: Sequence[SlideEntry], results: Sequence[SlideResult], folder: str | Path) -> SlideScores:
+def score_slides(
+    entries: Sequence[SlideEntry], results: Sequence[SlideResult], folder: str | Path, weights_sha256: str
+) -> SlideScores:
     """Scores of mapped slides against their labels and annotations.
 
     Args:
         entries: the slides with their labels.
         results: what became of them; those not "ok" are left out.
         folder: holds a folder a slide with its maps.
+        weights_sha256: of the weights whose maps they must be.
+
+    Raises:
+        DatasetError: maps of other weights.
     """
     by_name = {result.slide: result for result in results if result.status == "ok"}
     kept = [entry for entry in entries if entry.name in by_name]
+    for entry in kept:
+        if read_record(Path(folder) / entry.name)["recipe"]["weights_sha256"] != weights_sha256:
+            raise DatasetError(f"{Path(folder) / entry.name}: maps of other weights; run the stage 'heatmap' again")
     slides = {entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept}
     pointing = {entry.name: _pointing(entry, Path(folder)) for entry in kept if entry.annotation is not None}
     labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
-    return SlideScores(auc(labels, scores) if slides else math.nan, slides, pointing)
+    ratios = [share.ratio for share in pointing.values() if math.isfinite(share.ratio)]
+    return SlideScores(
+        slide_auc=auc(labels, scores) if slides else math.nan,
+        slides=slides,
+        pointing=pointing,
+        mean_pointing_ratio=float(np.mean(ratios)) if ratios else math.nan,
+    )
 
 
 def as_json(scores: TileScores | SlideScores) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from shapely.errors import GEOSException
 
-from medsd.errors import DatasetError, MedsdError, WeightsError
+from medsd.errors import ConfigError, DatasetError, MedsdError, WeightsError
 from medsd.files import atomic_path, make_folder, write_text
 from medsd.heatmap.engine import DenseEngine, MapSettings, SlideMaps
 from medsd.heatmap.overlay import draw_overlay
@@ -33,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 TOP_SHARE = 0.01
 _THUMBNAIL_PX = 1600
+_THUMBNAIL = "thumbnail.png"
 _TOP_REGIONS = 8
 _REGION_PICTURE_PX = 192
+# What a damaged file or a full memory can raise deep inside a library.
+_COSTS_ONE_SLIDE = (OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError, GEOSException)
 _TUMOUR_COLOUR = (214, 39, 40)
 _MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
 
@@ -100,13 +104,14 @@ def map_slides(
         DatasetError: no slides, or two of one name.
         WeightsError: weights that cannot be used, or were never calibrated.
         OutputError: `output` cannot be written to.
+        ConfigError: the device does not exist here.
     """
     names = [job.name for job in jobs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not jobs:
         reason = f"two slides are named '{twice[0]}'; map them into two folders" if twice else "no slides to map"
         raise DatasetError(reason)
-    classifier, card, digest = load_classifier(weights, device)
+    classifier, card, digest = load_classifier(weights, _usable(device))
     calibration = card.calibration
     if calibration is None:
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
@@ -114,10 +119,23 @@ def map_slides(
     settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
     engine = DenseEngine(classifier, card.tile_px, card.mpp, settings=settings)
     mapper = _Mapper(engine, card, calibration, digest, progress)
-    results = [mapper.finish(job, output) for job in progress(jobs, len(jobs), "slide")]
-    write_text(output / "slides.csv", _table(results))
+    results = []
+    for job in progress(jobs, len(jobs), "slide"):
+        results.append(mapper.finish(job, output))
+        write_text(output / "slides.csv", _table(results))  # a killed run keeps its table
     write_index(output / "index.html", [_index_row(result) for result in results], "Slide heatmaps")
     return results
+
+
+def _usable(device: torch.device | str) -> torch.device | str:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device '{device}': cannot be used here ({reason}); try 'cpu', and see medsd doctor"
+        ) from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ class _Mapper:
 
     def finish(self, job: SlideJob, output: Path) -> SlideResult:
         """The slide's outputs, made or found complete; a failure becomes a result."""
-        recipe = Recipe(self.digest, asdict(self.calibration), job.mpp, self.engine.settings.block_px)
+        recipe = Recipe(self.digest, asdict(self.calibration), job.mpp)
         folder = output / job.name
         try:
             if is_complete(folder, job.path, recipe):
@@ -139,27 +157,32 @@ class _Mapper:
         except MedsdError as error:
             logger.error("%s", error)
             return SlideResult(job.name, "failed", str(error))
+        except _COSTS_ONE_SLIDE as error:
+            # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
+            logger.exception("%s", job.path)
+            return SlideResult(job.name, "failed", f"{job.path}: {type(error).__name__}: {str(error).splitlines()[:1]}")
 
     def _make(self, job: SlideJob, folder: Path, recipe: Recipe) -> SlideResult:
         started = time.perf_counter()
         with open_slide(job.path, job.mpp) as slide:
-            make_folder(folder)
-            # Outputs of another recipe are no longer vouched for, whatever happens from here.
-            (folder / RECORD).unlink(missing_ok=True)
+            _clear(make_folder(folder))
             picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
             tissue = find_tissue(slide)
-            if not tissue.mask.any():
-                with atomic_path(folder / "thumbnail.png") as temporary:
-                    Image.fromarray(picture).save(temporary)
-                result = SlideResult(job.name, "empty", "no tissue found; see thumbnail.png")
-                files = ["thumbnail.png"]
-                content = {}
-            else:
-                maps = self.engine.map(slide, tissue, self.progress)
-                mapped = time.perf_counter()
+            maps = self.engine.map(slide, tissue, self.progress)
+            mapped = time.perf_counter()
+            if maps.probability.seen.any():
                 result = self._write(slide, folder, maps, picture, level0_px)
                 files = _MAP_FILES
-                content = {"pixels_read": maps.pixels_read, "map_seconds": round(mapped - started, 2)}
+            else:
+                with atomic_path(folder / _THUMBNAIL) as temporary:
+                    Image.fromarray(picture).save(temporary)
+                result = SlideResult(job.name, "empty", f"no tissue found; see {_THUMBNAIL}")
+                files = [_THUMBNAIL]
+            content = {
+                "methods": [maps.probability.method, maps.saliency.method],
+                "pixels_read": maps.pixels_read,
+                "map_seconds": round(mapped - started, 2),
+            }
             result = SlideResult(**{**vars(result), "seconds": round(time.perf_counter() - started, 2)})
             scale = {
                 "mpp": slide.mpp,
@@ -211,30 +234,43 @@ class _Mapper:
             threshold=threshold,
             threshold_source=f"fixed on {self.calibration.source}",
             regions=regions,
-            scores={
-                "Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)",
-                "Regions": f"{len(regions)} above {threshold:.2f}",
-                "Area of regions": f"{area_mm2:.2f} mm²",
-            },
+            scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
             region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
             provenance=self._provenance(slide),
-            caveats=[
-                f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little.",
-                "Saliency shows what the model reacts to; it is not the probability of tumour and no diagnosis.",
-            ],
+            caveats=self._caveats(slide),
         )
         write_report(folder / "report.html", content)
         return SlideResult(name, "ok", "", score, len(regions), area_mm2)
 
+    def _caveats(self, slide: Slide) -> list[str]:
+        caveats = [
+            f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little.",
+            "Saliency shows what the model reacts to; it is not the probability of tumour and no diagnosis.",
+        ]
+        if slide.mpp > 1.1 * self.card.mpp:
+            caveats.insert(
+                0,
+                f"The slide ({slide.mpp:g} µm per pixel) is coarser than the classifier expects "
+                f"({self.card.mpp:g}): it was enlarged, and detail that the classifier looks for is missing.",
+            )
+        return caveats
+
     def _provenance(self, slide: Slide) -> dict[str, str]:
         return {
             "Slide file": f"{slide.path.name}, read by {slide.reader}",
-            "Scale": f"{slide.mpp:g} µm per pixel ({slide.mpp_source})",
             "Classifier": f"{self.card.encoder}, tiles of {self.card.tile_px} px at {self.card.mpp:g} µm per pixel",
             "Weights SHA-256": self.digest,
             "Colour scale": f"±{self.calibration.saliency_limit:.3g}: 99.5th percentile of |saliency| in "
             f"{self.calibration.source}",
         }
+
+
+def _clear(folder: Path) -> None:
+    """Outputs of another recipe, and what a killed run left, are not vouched for from here on."""
+    for name in (RECORD, _THUMBNAIL, *_MAP_FILES):
+        (folder / name).unlink(missing_ok=True)
+        for leftover in folder.glob(f".*-{name}"):
+            leftover.unlink()
 
 
 def top_mean(probabilities: npt.NDArray[np.float32]) -> float:

@@ -54,6 +54,8 @@ class MapSettings:
     block_px: int = 2048
 
     def __post_init__(self) -> None:
+        if self.block_px < 1:
+            raise ConfigError(f"block_px={self.block_px}: must be positive")
         for name, known in (("attribution", Attribution), ("smoothing", Smoothing)):
             value, choices = getattr(self, name), get_args(known)
             if value not in choices:
@@ -244,7 +246,7 @@ class DenseEngine:
             method = f"{settings.attribution.replace('_', ' ')} at {settings.layer}{smoothed}, {method}"
         unit = "probability" if quantity == "probability" else "log-odds per unit activation"
         if quantity == "saliency" and settings.attribution == "gradient_x_activation":
-            unit = "log-odds"
+            unit = "log-odds per channel"
         return ValueMap(
             values=values,
             level0_px=stride * ratio,
@@ -316,6 +318,6 @@ def _empty(width: float, height: float, stride: int) -> npt.NDArray[np.float32]:
 def _even_parts(cells: npt.NDArray[np.intp], size: int) -> list[tuple[int, int]]:
     """The range from the first to the last cell in about equal parts of about `size` cells."""
     first, last = int(cells[0]), int(cells[-1]) + 1
-    count = max(1, round((last - first) / size))
+    count = max(1, math.ceil((last - first) / size - 0.1))  # a tenth over does not pay for another halo
     edges = [first + (last - first) * part // count for part in range(count + 1)]
     return list(pairwise(edges))

@@ -26,7 +26,7 @@ from medsd.heatmap.scale import ColourScale
 from medsd.heatmap.tiff import RESEARCH_USE_ONLY, shrink
 from medsd.heatmap.value_map import ValueMap
 
-NOT_PROBABILITY = "Model sensitivity, not tumour probability."
+NOT_PROBABILITY = "What the model reacts to, not tumour probability."
 _DPI = 100
 _WIDTH_PX = 1800
 _MARGIN_PX = 30
@@ -121,7 +121,7 @@ def draw_overlay(
     Raises:
         OutputError: the file cannot be written.
     """
-    footer = _footer(maps, slide_mpp, mpp_source, caption)
+    footer = _footer(maps, slide_mpp, mpp_source, caption, opacity)
     height, width = thumbnail.shape[:2]
     place = layout(1 + len(maps), width / height, len(footer))
     figure = Figure(figsize=(place.width / _DPI, place.height / _DPI), dpi=_DPI, facecolor="white")
@@ -236,10 +236,12 @@ def _colour_bar(figure: Figure, place: Layout, box: Box, scale: ColourScale) -> 
     _text(figure, place, box.left + box.width / 2, bar.top + 52, scale.title, size=9.5, align="center")
 
 
-def _footer(maps: Sequence[tuple[ValueMap, ColourScale]], slide_mpp: float, mpp_source: str, caption: str) -> list[str]:
+def _footer(
+    maps: Sequence[tuple[ValueMap, ColourScale]], slide_mpp: float, mpp_source: str, caption: str, opacity: float
+) -> list[str]:
     parts = [f"Slide: {slide_mpp:.4g} µm per pixel ({mpp_source})."]
     parts += [f"{scale.label}: {value_map.method}, {value_map.mpp:.3g} µm per map pixel." for value_map, scale in maps]
-    warning = RESEARCH_USE_ONLY
+    warning = f"{RESEARCH_USE_ONLY} Maps are drawn over the slide at {opacity:.0%} opacity, bars in full colour."
     if any(value_map.quantity == "saliency" for value_map, _ in maps):
         warning += f" Saliency: {NOT_PROBABILITY[0].lower()}{NOT_PROBABILITY[1:]}"
     return [*textwrap.wrap(f"{caption} {' '.join(parts)}", 240), warning]

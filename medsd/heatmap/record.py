@@ -24,14 +24,12 @@ class Recipe:
         weights_sha256: of the classifier's tensors and card.
         calibration: threshold, scale, layer, attribution, smoothing as in the weights.
         mpp_override: the caller's micrometres per level-0 pixel, or None.
-        block_px: side of the engine's blocks.
         medsd: version that made them.
     """
 
     weights_sha256: str
     calibration: dict[str, Any]
     mpp_override: float | None
-    block_px: int
     medsd: str = medsd.__version__
 
 
@@ -52,8 +50,8 @@ def is_complete(folder: Path, slide: Path, recipe: Recipe) -> bool:
             and record["slide"]["modified_ns"] == status.st_mtime_ns
             and all((folder / name).is_file() for name in record["files"])
         )
-    except (ValueError, KeyError, TypeError):
-        return False  # a record of another version: the slide is done again
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no such slide any more, or a record of another version: trying tells
 
 
 def write_record(

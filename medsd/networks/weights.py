@@ -55,6 +55,8 @@ class ModelCard:
         tile_px: side of the tiles it was trained on, in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles.
         trained_on: the training data, in words.
+        data_sha256: of the items and labels of its training, validation and test parts.
+        settings_sha256: of the settings it was trained with.
         calibration: None until validation data have fixed it.
     """
 
@@ -63,6 +65,8 @@ class ModelCard:
     tile_px: int
     mpp: float
     trained_on: str
+    data_sha256: str = ""
+    settings_sha256: str = ""
     calibration: Calibration | None = None
 
 

@@ -87,7 +87,7 @@ class TileIndex:
 
     def rows(self, chosen: npt.NDArray[np.bool_]) -> TileIndex:
         """The index with the chosen rows only; the slides stay as they are."""
-        columns = {name: getattr(self, name)[chosen] for name in _COLUMNS}
+        columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
         return TileIndex(self.names, self.paths, tile_px=self.tile_px, mpp=self.mpp, **columns)
 
     def of_slides(self, names: Sequence[str]) -> TileIndex:
@@ -99,7 +99,7 @@ class TileIndex:
         """Write the index as a NumPy archive (no pickle)."""
         head = json.dumps({"names": self.names, "paths": self.paths, "tile_px": self.tile_px, "mpp": self.mpp})
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-            np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in _COLUMNS})
+            np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in COLUMNS})
 
     @staticmethod
     def load(path: str | Path) -> TileIndex:
@@ -110,14 +110,14 @@ class TileIndex:
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                return _checked(json.loads(str(archive["head"])), {name: archive[name] for name in _COLUMNS})
+                return _checked(json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS})
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no tile index; run the stage 'prepare' first") from error
         except _NOT_AN_INDEX as error:
             raise DatasetError(f"{path}: not a tile index ({error}); delete it and run the stage 'prepare'") from error
 
 
-_COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
+COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
 # What NumPy, zip and JSON raise for files that are damaged or hold something else.
 _NOT_AN_INDEX = (
     OSError,
@@ -135,7 +135,7 @@ _NOT_AN_INDEX = (
 def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> TileIndex:
     """The index of a file's content; ValueError where the content contradicts itself."""
     names, rows = head["names"], len(columns["slide"])
-    for name, dtype in _COLUMNS.items():
+    for name, dtype in COLUMNS.items():
         if columns[name].shape != (rows,) or columns[name].dtype != dtype:
             raise ValueError(f"column '{name}' is not {rows} values of {np.dtype(dtype)}")
     if len(head["paths"]) != len(names) or (
@@ -200,7 +200,7 @@ def join(parts: Sequence[TileIndex]) -> TileIndex:
     if len({(part.tile_px, part.mpp) for part in parts}) != 1:
         raise DatasetError("tile indexes of different tile sizes cannot be joined; run the stage 'prepare' again")
     offsets = np.cumsum([0] + [len(part.names) for part in parts])
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     numbers = [part.slide + offset for part, offset in zip(parts, offsets, strict=False)]
     columns["slide"] = np.concatenate(numbers).astype(np.int32)
     paths = tuple(path for part in parts for path in part.paths)

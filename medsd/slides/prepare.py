@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medsd.errors import DatasetError, NoTissueError
+from medsd.errors import AnnotationError, DatasetError, NoTissueError, SlideError
 from medsd.files import atomic_path, make_folder, write_json, write_text
 from medsd.progress import Progress, no_progress
 from medsd.slides.annotations import read_asap_xml
 from medsd.slides.camelyon import SlideEntry, split_validation
-from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, tiles_of_slide
+from medsd.slides.index import COLUMNS, MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, tiles_of_slide
 from medsd.slides.slide import Slide, open_slide, thumbnail
 from medsd.slides.tissue import find_tissue
+
+logger = logging.getLogger(__name__)
 
 _THUMBNAIL_PX = 1024
 _RECORD = "prepared.json"
@@ -57,11 +60,11 @@ def prepare_slides(
 ) -> PreparedSlides:
     """Find tissue and tiles of every slide; leave index, split, thumbnails and `slides.csv` in `folder`.
 
-    A run with the same slides and settings is not repeated. A slide without tissue has the status `empty` and plays
-    no part.
+    A run with the same slides and settings is not repeated. A slide without tissue has the status `empty`, one that
+    cannot be read (or its annotation) `failed` with the reason; neither plays a part, and failed ones are tried again
+    by the next run.
 
     Raises:
-        SlideError, AnnotationError: a slide or annotation cannot be read.
         NoTissueError: no tile at all on the training or testing side.
     """
     folder = make_folder(folder)
@@ -70,30 +73,35 @@ def prepare_slides(
         (folder / _RECORD).unlink(missing_ok=True)  # or a run killed below would pass for a whole one
         parts, rows = [], []
         for entry in progress(slides, len(slides), "slide"):
-            tiles = _prepare_slide(entry, grid, folder / "thumbnails")
+            reason = ""
+            try:
+                tiles = _prepare_slide(entry, grid, folder / "thumbnails")
+            except (SlideError, AnnotationError) as error:
+                logger.error("%s", error)
+                tiles, reason = _no_tiles(entry, grid), str(error)
             parts.append(tiles)
-            rows.append(_row(entry, tiles))
+            rows.append(_row(entry, tiles, reason))
         join(parts).save(folder / "tiles.npz")
         write_text(folder / "slides.csv", _table(rows))
         write_json(folder / _RECORD, record)
-    return load_prepared(slides, folder, validation_share, seed)
+    return load_prepared(slides, folder, grid, validation_share, seed)
 
 
 def load_prepared(
-    slides: Sequence[SlideEntry], folder: str | Path, validation_share: float, seed: int
+    slides: Sequence[SlideEntry], folder: str | Path, grid: TileGrid, validation_share: float, seed: int
 ) -> PreparedSlides:
     """What `prepare_slides` left in `folder`.
 
     Raises:
-        DatasetError: nothing is there, it was not finished, or it is of other slides.
+        DatasetError: nothing is there, it was not finished, or it is of other slides or settings.
         NoTissueError: no tile at all on the training or testing side.
     """
     folder = Path(folder)
     if not (folder / _RECORD).is_file():
         raise DatasetError(f"{folder}: slides are not prepared; run the stage 'prepare' first")
+    if not _matches(folder, _record(slides, grid, validation_share, seed)):
+        raise DatasetError(f"{folder}: other slides or settings were prepared; run the stage 'prepare' again")
     index = TileIndex.load(folder / "tiles.npz")
-    if index.paths != tuple(str(slide.path) for slide in slides):
-        raise DatasetError(f"{folder}: other slides were prepared; run the stage 'prepare' again")
     with_tiles = {index.names[number] for number in np.unique(index.slide)}
     kept = [slide for slide in slides if slide.name in with_tiles]
     for part in ("training", "testing"):
@@ -128,12 +136,18 @@ def _draw_tiles(slide: Slide, tiles: TileIndex, path: Path) -> None:
         picture.save(temporary)
 
 
-def _row(entry: SlideEntry, tiles: TileIndex) -> dict[str, Any]:
+def _no_tiles(entry: SlideEntry, grid: TileGrid) -> TileIndex:
+    empty = {name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
+    return TileIndex((entry.name,), (str(entry.path),), tile_px=grid.tile_px, mpp=grid.mpp, **empty)
+
+
+def _row(entry: SlideEntry, tiles: TileIndex, reason: str) -> dict[str, Any]:
     return {
         "slide": entry.name,
         "part": entry.part,
         "label": "tumor" if entry.label else "normal",
-        "status": "ok" if len(tiles) else "empty",
+        "status": "failed" if reason else "ok" if len(tiles) else "empty",
+        "reason": reason,
         "tiles": len(tiles),
         "tumour_tiles": int((tiles.label == TUMOUR).sum()),
         "normal_tiles": int((tiles.label == NORMAL).sum()),
@@ -161,11 +175,22 @@ def _record(slides: Sequence[SlideEntry], grid: TileGrid, validation_share: floa
     }
 
 
+def failed_slides(folder: str | Path) -> dict[str, str]:
+    """The slides that could not be prepared, with the reason of each, from the `slides.csv` in `folder`."""
+    path = Path(folder) / "slides.csv"
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as handle:
+        return {row["slide"]: row["reason"] for row in csv.DictReader(handle) if row["status"] == "failed"}
+
+
 def _is_current(folder: Path, record: dict[str, Any]) -> bool:
-    path = folder / _RECORD
-    if not (path.is_file() and (folder / "tiles.npz").is_file() and (folder / "slides.csv").is_file()):
-        return False
+    files = (folder / name for name in (_RECORD, "tiles.npz", "slides.csv"))
+    return all(file.is_file() for file in files) and _matches(folder, record) and not failed_slides(folder)
+
+
+def _matches(folder: Path, record: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads(path.read_text("utf-8")) == record)
+        return bool(json.loads((folder / _RECORD).read_text("utf-8")) == record)
     except ValueError:
         return False  # damaged: prepared again

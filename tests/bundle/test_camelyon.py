@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import shapely
 from monai.bundle import ConfigWorkflow
 
+from medsd.bundle import summary
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier
 
@@ -146,9 +148,11 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, 
         ({"encoder": "resnet1o"}, ["resnet1o"]),
         ({"encoder": "efficientnet_b0", "layer": "blocks.2"}, ["global operations"]),
         ({"layer": "layr1"}, ["layr1", "layer1"]),
-        ({"tile_px": 32}, ["prepare", "tile"]),
+        ({"tile_px": 32}, ["other slides or settings", "prepare"]),
+        ({"validation_share": 0.6}, ["other slides or settings", "prepare"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),
         ({"lr": 0.5}, ["another lr", "output_dir"]),
+        ({"batch_size": 4096}, ["batch_size=4096"]),
     ],
 )
 def test_a_wrong_choice_is_told_before_training(finished, overrides, words):
@@ -156,6 +160,43 @@ def test_a_wrong_choice_is_told_before_training(finished, overrides, words):
         run_stage("finetune", finished, **overrides)
     message = str(stop.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_maps_of_other_weights_are_not_scored(finished, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    scores["weights_sha256"] = "0" * 64
+    (tmp_path / "out" / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(SystemExit, match="maps of other weights; run the stage 'heatmap'"):
+        run_stage("report", tmp_path, phantom_dir=str(finished / "phantom"))
+
+
+def test_without_annotations_or_with_one_class_there_is_a_summary_all_the_same(finished, tmp_path):
+    """Slide AUC and pointing have no value then; nothing crashes on it."""
+    shutil.copytree(finished / "phantom", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "testing" / "lesion_annotations")
+    for slide, word in (("test_001", "tumor"), ("test_002", "normal")):
+        if word == "tumor":
+            (tmp_path / "data" / "testing" / "images" / f"{slide}.tif").unlink()
+    overrides = {"dataset_dir": str(tmp_path / "data")}
+    for stage in ("prepare", "finetune", "evaluate", "heatmap", "report"):
+        run_stage(stage, tmp_path, **{**overrides, "max_epochs": 1, "samples_per_epoch": 32})
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["tiles"]["patch_auc"]["value"] is None and scores["slides"]["slide_auc"] is None
+    assert scores["slides"]["mean_pointing_ratio"] is None
+    assert "patch AUC    -" in summary(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "summary.png").is_file()
+
+
+def test_a_bad_test_slide_fails_the_run_after_the_rest_is_done(finished, tmp_path):
+    shutil.copytree(finished / "phantom", tmp_path / "data")
+    bad = tmp_path / "data" / "testing" / "images" / "test_001.tif"
+    bad.write_bytes(bad.read_bytes()[:5000])
+    overrides = {"dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "samples_per_epoch": 32}
+    with pytest.raises(SystemExit, match=r"1 slide\(s\) failed, the others are done; .*test_001\.tif"):
+        run_stage("run", tmp_path, **overrides)
+    assert (tmp_path / "out" / "heatmaps" / "test_002" / "report.html").is_file()
+    assert (tmp_path / "out" / "summary.png").is_file()
 
 
 def test_an_empty_folder_is_named(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from medsd.bundle.config import check_config
+from medsd.bundle.config import boundary, check_config
 from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +47,33 @@ def test_a_misspelt_key_is_refused_and_the_nearest_named(wrong, right):
     assert f"'{wrong}'" in message and f"'{right}'" in message
 
 
-def test_a_misspelt_argument_of_a_component_is_refused():
-    message = refusal(workflow(**{"data::tile_pxx": 3}))
-    assert "data::tile_pxx" in message and "'tile_px'" in message
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("data::tile_pxx", "tile_px"),
+        ("train::samplr", "train::sampler"),
+        ("train::dataloader::num_worker", "num_workers"),
+        ("optimizer::weigth_decay", "weight_decay"),
+        ("validate::evaluator::val_data_loadr", "val_data_loader"),
+    ],
+)
+def test_a_misspelt_nested_key_is_refused_and_the_nearest_named(wrong, right):
+    message = refusal(workflow(**{wrong: 3}))
+    assert f"'{wrong}'" in message and f"'{right}'" in message
+
+
+def test_a_misspelt_stage_is_refused_and_the_nearest_named():
+    message = refusal(workflow(run_id="heatmp"))
+    assert "'heatmp'" in message and "'heatmap'" in message
+
+
+def test_an_error_of_a_loader_worker_is_still_one_line():
+    @boundary
+    def fail():
+        raise DatasetError("Caught DatasetError in worker 0.\nTraceback:\nmedsd.errors.DatasetError: a.png: damaged")
+
+    with pytest.raises(SystemExit, match=r"^medsd: a\.png: damaged$"):
+        fail()
 
 
 def test_a_component_that_does_not_exist_is_refused():

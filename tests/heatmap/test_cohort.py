@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 import medsd.heatmap.cohort as cohort
-from medsd.errors import DatasetError, OutputError, WeightsError
+from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import SlideJob, map_slides, read_results, top_mean
 from medsd.heatmap.overlay import layout
 from medsd.heatmap.tiff import read_ome_tiff
@@ -83,8 +83,8 @@ def test_what_is_complete_is_kept_and_another_recipe_redone(mapped, fiducial_sli
     (mapped / "overlay.png").unlink()
     map_slides([SlideJob(fiducial_slide)], green_weights, mapped.parent)
     assert (mapped / "overlay.png").is_file()
-    map_slides([SlideJob(fiducial_slide)], green_weights, mapped.parent, block_px=512)
-    assert json.loads((mapped / "record.json").read_text())["recipe"]["block_px"] == 512
+    map_slides([SlideJob(fiducial_slide, mpp=0.5)], green_weights, mapped.parent)
+    assert json.loads((mapped / "record.json").read_text())["recipe"]["mpp_override"] == 0.5
 
 
 def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights):
@@ -105,6 +105,38 @@ def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights
     page = (tmp_path / "out" / "index.html").read_text()
     assert "no tissue" in page and "no such file" in page
     assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
+
+
+def test_no_old_output_stands_beside_a_new_status(tmp_path, fiducial_slide, green_weights):
+    slide = tmp_path / "slide.tif"
+    slide.write_bytes(fiducial_slide.read_bytes())
+    out = tmp_path / "out"
+    map_slides([SlideJob(slide)], green_weights, out)
+    (out / "slide" / ".77-overlay.png").touch()  # as a killed run leaves it
+    slide.unlink()
+    assert map_slides([SlideJob(slide)], green_weights, out)[0].status == "failed"
+    blank_slide(slide)
+    assert map_slides([SlideJob(slide)], green_weights, out)[0].status == "empty"
+    assert sorted(path.name for path in (out / "slide").iterdir()) == ["record.json", "thumbnail.png"]
+
+
+def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, fiducial_slide, green_weights, monkeypatch):
+    def full(*_arguments):
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(cohort, "find_regions", full)
+    (result,) = map_slides([SlideJob(fiducial_slide)], green_weights, tmp_path)
+    assert result.status == "failed" and "MemoryError" in result.reason and "\n" not in result.reason
+    assert (tmp_path / "index.html").is_file()
+
+
+def test_a_strip_thinner_than_a_map_pixel_is_no_crash(tmp_path, green_weights):
+    pixels = np.full((1024, 1024, 3), 245, np.uint8)
+    pixels[512:540, 200:800] = (190, 80, 160)
+    path = tmp_path / "strip.tif"
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit=3)
+    (result,) = map_slides([SlideJob(path)], green_weights, tmp_path / "out")
+    assert result.status in ("ok", "empty")
 
 
 def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, fiducial_slide, green_weights, monkeypatch):
@@ -145,6 +177,10 @@ def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_c
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="another output folder"):
         map_slides([job], green_weights, tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="device 'cuda:99'"):
+        map_slides([job], green_weights, tmp_path, device="cuda:99")
+    with pytest.raises(ConfigError, match="block_px=0"):
+        map_slides([job], green_weights, tmp_path, block_px=0)
     with pytest.raises(DatasetError, match="run the stage 'heatmap'"):
         read_results(tmp_path / "nowhere")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsd.errors import DatasetError, NoTissueError, SlideError
+from medsd.errors import DatasetError, NoTissueError
 from medsd.slides import prepare as prepare_module
 from medsd.slides.annotations import read_asap_xml, tumour_share
 from medsd.slides.camelyon import SlideEntry, find_slides
 from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
-from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
+from medsd.slides.prepare import PreparedSlides, failed_slides, load_prepared, prepare_slides
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
 
@@ -163,7 +164,7 @@ def test_killed_half_way_is_not_taken_for_whole(
     assert not (copy / "prepared.json").exists()
     assert TileIndex.load(copy / "tiles.npz").tile_px == 128
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare'"):
-        load_prepared(entries, copy, 0.5, 0)
+        load_prepared(entries, copy, GRID, 0.5, 0)
     assert prepare_slides(entries, copy, GRID, 0.5, 0).index.tile_px == 64
     assert not list(copy.rglob(".*"))
 
@@ -172,10 +173,12 @@ def test_loading_what_is_not_there_or_of_other_slides(
     done: tuple[Path, PreparedSlides], entries: list[SlideEntry], tmp_path: Path
 ) -> None:
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare' first"):
-        load_prepared(entries, tmp_path, 0.5, 0)
-    with pytest.raises(DatasetError, match="other slides were prepared"):
-        load_prepared(entries[:-1], done[0], 0.5, 0)
-    loaded = load_prepared(entries, done[0], 0.5, 0)
+        load_prepared(entries, tmp_path, GRID, 0.5, 0)
+    with pytest.raises(DatasetError, match="other slides or settings were prepared"):
+        load_prepared(entries[:-1], done[0], GRID, 0.5, 0)
+    with pytest.raises(DatasetError, match="other slides or settings were prepared"):
+        load_prepared(entries, done[0], replace(GRID, stride_px=GRID.stride_px + 1), 0.5, 0)
+    loaded = load_prepared(entries, done[0], GRID, 0.5, 0)
     assert (loaded.training, loaded.validation, loaded.testing) == (
         done[1].training,
         done[1].validation,
@@ -245,12 +248,19 @@ def test_a_tumour_slide_that_nobody_outlined_has_only_mixed_tiles(
     assert table(tmp_path / "work")[name]["label"] == "tumor"
 
 
-def test_a_bad_slide_is_named_and_leaves_no_record(entries: list[SlideEntry], tmp_path: Path) -> None:
-    (tmp_path / "broken.tif").write_bytes(b"II*\0 nonsense")
-    slides = [*entries[:2], SlideEntry("broken", tmp_path / "broken.tif", 0, "training", None)]
-    with pytest.raises(SlideError, match=r"broken\.tif"):
-        prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
-    assert not (tmp_path / "work" / "prepared.json").exists()
+def test_a_bad_slide_costs_only_itself_and_is_tried_again(entries: list[SlideEntry], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(b"II*\0 nonsense")
+    slides = [*entries, SlideEntry("broken", broken, 0, "training", None)]
+    prepared = prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+    assert "broken" not in (*prepared.training, *prepared.validation, *prepared.testing)
+    row = table(tmp_path / "work")["broken"]
+    assert row["status"] == "failed" and str(broken) in row["reason"] and row["tiles"] == "0"
+    assert failed_slides(tmp_path / "work") == {"broken": row["reason"]}
+    shutil.copyfile(entries[0].path, broken)
+    prepared = prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+    assert "broken" in (*prepared.training, *prepared.validation)
+    assert failed_slides(tmp_path / "work") == {} == failed_slides(tmp_path)
 
 
 def test_progress_counts_slides(entries: list[SlideEntry], tmp_path: Path) -> None:
