@@ -46,7 +46,7 @@ def dataset(data: Data, part: str) -> Items:
 
 
 @boundary
-def sampler(dataset: Items, samples: int, batch_size: int, run: int = 8, seed: int = 0) -> SlideGroupedSampler:
+def sampler(dataset: Items, samples: int, batch_size: int, run: int = 1, seed: int = 0) -> SlideGroupedSampler:
     """Balanced draws of `samples` items an epoch, at least a batch, see `SlideGroupedSampler`."""
     if not 2 <= batch_size <= samples:
         raise ConfigError(f"batch_size={batch_size}: must lie in 2 to samples_per_epoch={samples}")

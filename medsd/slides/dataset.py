@@ -81,15 +81,16 @@ class TileDataset(Dataset[Sample]):
 class SlideGroupedSampler(Sampler[int]):
     """Draws as many tumour as normal items, the same number (to one) from every slide of a class, in runs by slide.
 
-    A run of tiles of one slide reads neighbouring file tiles through one handle; several runs fill a batch, so
-    that a batch still mixes slides. Items are drawn without replacement until a slide is used up, then anew. The
+    A run of tiles of one slide reads through one open handle, which pays on slides too many to keep open. A run is of
+    one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should hold
+    eight runs or more. Items are drawn without replacement until a slide is used up, then anew. The
     draw depends on the seed and the epoch alone, so that a resumed training sees what the whole one would have.
 
     Args:
         labels: (n,) class of each item, 0 or 1.
         groups: (n,) slide of each item.
         samples: items drawn an epoch.
-        run: items of one slide in a row.
+        run: items of one slide and class in a row.
         seed: start of the random draw.
 
     Raises:
@@ -97,7 +98,7 @@ class SlideGroupedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], samples: int, run: int = 8, seed: int = 0
+        self, labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], samples: int, run: int = 1, seed: int = 0
     ) -> None:
         self.samples, self.run, self.seed = samples, run, seed
         self.epoch = 0
