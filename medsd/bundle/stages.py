@@ -46,11 +46,17 @@ def dataset(data: Data, part: str) -> Items:
 
 
 @boundary
-def sampler(dataset: Items, samples: int, batch_size: int, run: int = 1, seed: int = 0) -> SlideGroupedSampler:
-    """Balanced draws of `samples` items an epoch, at least a batch, see `SlideGroupedSampler`."""
+def sampler(
+    dataset: Items, samples: int, batch_size: int, run: int = 1, by_group: bool = True, seed: int = 0
+) -> SlideGroupedSampler:
+    """Balanced draws of `samples` items an epoch, at least a batch, see `SlideGroupedSampler`.
+
+    Classes are drawn evenly; with `by_group` so are the slides (or clusters) of a class, else as many as they hold.
+    """
     if not 2 <= batch_size <= samples:
         raise ConfigError(f"batch_size={batch_size}: must lie in 2 to samples_per_epoch={samples}")
-    return SlideGroupedSampler(dataset.labels, dataset.groups, samples, run, seed)
+    groups = dataset.groups if by_group else np.zeros_like(dataset.groups)
+    return SlideGroupedSampler(dataset.labels, groups, samples, run, seed)
 
 
 @boundary
