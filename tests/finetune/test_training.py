@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -416,14 +418,24 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(tmp_path: Path, monke
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def die_in_epoch_three(folder: Path) -> None:
+    run = training()
+    run.trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run.run(folder)
+
+
 def test_killed_by_the_system_between_epochs(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
-    child = os.fork()
-    if child == 0:
-        run = training()
-        run.trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run.run(tmp_path)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # A new process, not a fork: OpenMP's threads do not survive a fork, and the child would wait for them for ever.
+    code = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("training_test", {str(Path(__file__))!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = module
+spec.loader.exec_module(module)
+module.die_in_epoch_three(pathlib.Path({str(tmp_path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "settings.json"]
     assert checkpoint(tmp_path)["state"]["epoch"] == 2
     training().run(tmp_path)
