@@ -55,9 +55,9 @@ class ModelCard:
         tile_px: side of the tiles it was trained on, in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles.
         trained_on: the training data, in words.
+        calibration: None until validation data have fixed it.
         data_sha256: of the items and labels of its training, validation and test parts.
         settings_sha256: of the settings it was trained with.
-        calibration: None until validation data have fixed it.
     """
 
     encoder: str
@@ -65,9 +65,9 @@ class ModelCard:
     tile_px: int
     mpp: float
     trained_on: str
+    calibration: Calibration | None = None
     data_sha256: str = ""
     settings_sha256: str = ""
-    calibration: Calibration | None = None
 
 
 def save_classifier(path: str | Path, classifier: TileClassifier, card: ModelCard) -> str:

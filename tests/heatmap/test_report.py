@@ -187,10 +187,10 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
     words = page[1].words
     for sentence in (
         "Research use only",
-        "Model sensitivity, not tumour probability.",
+        "What the model reacts to, not tumour probability.",
         "Trained on two hospitals.",
         "best F1 on validation slides",
-        "0.25 µm per pixel, from vendor",
+        "0.25 µm per pixel (vendor)",
         "one map pixel is 25 µm wide here",
         "Saliency (logit)",
         "8,000 × 6,000 px",
