@@ -60,7 +60,8 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
     other.plot(epochs, [float(row["validation_auc"]) for row in rows], "--s", ms=3, color="#2ca02c", label="AUC")
     other.set(ylabel="validation AUC (dashed)", ylim=(0.4, 1.02))
     other.spines["top"].set_visible(False)
-    axes.legend(frameon=False, loc="center right", fontsize="small")
+    # Below the axes: both curves may pass anywhere inside them.
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small")
 
 
 def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
 
 def _bounds(interval: dict[str, float | None]) -> str:
     low, high = interval["low"], interval["high"]
-    return "" if low is None or high is None else f"\n95 % over groups: {low:.3f} to {high:.3f}"
+    return "" if low is None or high is None else f"\n95 % over groups:\n{low:.3f} to {high:.3f}"
 
 
 def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
