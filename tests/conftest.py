@@ -39,6 +39,11 @@ class ArraySlide:
         region[np.ix_(inside_rows, inside_columns)] = self.pixels[np.ix_(rows[inside_rows], columns[inside_columns])]
         return region
 
+    def read_seen(
+        self, x: float, y: float, width: int, height: int, mpp: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.read(x, y, width, height, mpp), None
+
     def close(self) -> None:
         pass
 

@@ -27,7 +27,8 @@ from medsd.heatmap.scale import probability_scale, saliency_scale
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.networks.weights import Calibration, ModelCard, load_classifier
 from medsd.progress import Progress, no_progress
-from medsd.slides.slide import RGB, Slide, open_slide, thumbnail
+from medsd.slides.readers.base import RGB
+from medsd.slides.slide import Slide, open_slide, thumbnail
 from medsd.slides.tissue import find_tissue
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from medsd.networks.weights import Attribution, Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency.hidden import tapped
 from medsd.saliency.smoothing import backward_hook
-from medsd.slides.slide import RGB, Slide
+from medsd.slides.readers.base import RGB
+from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
 _READ_AHEAD = 2

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from medsd.errors import SlideError
-from medsd.slides.levels import LevelReader, OpenSlideLevels, TiledTiffLevels, open_with_openslide, plain_pages
 from medsd.slides.mpp import resolve_mpp
-from medsd.slides.resample import plan_axis, resample
-
-RGB = npt.NDArray[np.uint8]
+from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.readers.cache import TileCache
+from medsd.slides.readers.choose import open_reader
+from medsd.slides.resample import Axis, plan_axis, resample
 
 # Most level pixels that are resampled at once: about 250 MB at work.
 _MOST_LEVEL_PX = 2**24
+# A glass slide of 75 x 50 mm at 0.05 um per pixel is 1,500,000 px long; scanners write up to 2^37 px in all.
+_LONGEST_SIDE_PX = 2**21
+_LARGEST_AREA_PX = 2**37
 
 
 class Slide(Protocol):
@@ -63,6 +64,17 @@ class Slide(Protocol):
         """
         ...
 
+    def read_seen(
+        self, x: float, y: float, width: int, height: int, mpp: float | None = None
+    ) -> tuple[RGB, Bools | None]:
+        """Like `read`, but what cannot be decoded is white and said to be not seen.
+
+        Returns:
+            the pixels, and (height, width) bool that is False where a pixel needed what could not be decoded; None
+            where everything was. What lies outside the slide counts as seen.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -76,63 +88,63 @@ class Level:
     downsample_y: float
 
 
-def open_slide(path: str | Path, mpp: float | None = None) -> FileSlide:
-    """Open a slide of any format that OpenSlide reads.
+def open_slide(
+    path: str | Path, mpp: float | None = None, reader: str | None = None, cache: TileCache | None = None
+) -> FileSlide:
+    """Open a slide of any known format.
 
     Args:
         path: the slide's file.
         mpp: micrometres per level-0 pixel where the file does not know it, or knows it wrong.
+        reader: one of `readers.choose.READERS`, or None to choose by the file.
+        cache: where decoded tiles are kept; None for one of its own.
 
     Raises:
-        SlideError: no such file, not a slide, or damaged.
+        SlideError: no such file, not a slide, damaged, or larger than any slide is.
         MissingMppError: the scale is unknown and not given.
+        ConfigError: no reader of that name.
     """
-    return FileSlide(Path(path), mpp)
+    return FileSlide(Path(path), mpp, reader, cache)
 
 
 class FileSlide:
-    """A `Slide` in a file: OpenSlide says what it is, and tifffile reads the pixels where it can (see `levels`).
+    """A `Slide` in a file.
 
-    Safe to share between threads, to fork and to pickle: each process and thread opens a handle of its own
-    when it first reads.
+    Safe to share between threads, to fork and to pickle: handles are opened when first read.
+
+    Attributes:
+        levels: the pyramid, finest first.
+        bounds: (x, y, width, height) of the scanned area in level-0 pixels, where the file says that the rest of its
+            canvas is empty (MIRAX); else the whole slide.
     """
 
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
+    def __init__(
+        self, path: Path, mpp: float | None = None, reader: str | None = None, cache: TileCache | None = None
+    ) -> None:
         self.path = path
-        self._readers: dict[tuple[int, int], LevelReader] = {}
         self._closed = False
-        with open_with_openslide(path) as slide:
-            resolved = resolve_mpp(path, slide.properties, mpp)
-            self.mpp, self.mpp_source = resolved.value, resolved.source
-            self.dimensions: tuple[int, int] = slide.dimensions
-            self.levels = tuple(_level(self.dimensions, size) for size in slide.level_dimensions)
-            self._pages = plain_pages(path, slide)
-        self.reader = "openslide" if self._pages is None else "tifffile"
+        self._reader = open_reader(path, reader, cache)
+        self.reader = self._reader.name
+        self.dimensions = check_size(path, self._reader.sizes[0])
+        self.levels = tuple(_level(self.dimensions, size) for size in self._reader.sizes)
+        resolved = resolve_mpp(path, self._reader.properties, mpp)
+        self.mpp, self.mpp_source = resolved.value, resolved.source
+        self.bounds = _bounds(self._reader.properties, self.dimensions)
 
     def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> RGB:
         """See `Slide.read`."""
-        if width < 1 or height < 1:
-            raise ValueError(f"width and height must be at least 1, got {width} x {height}")
-        if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-            raise ValueError(f"mpp must be a positive number, got {mpp}")
-        ratio = 1.0 if mpp is None else mpp / self.mpp
-        index = self._level_for(ratio)
-        level = self.levels[index]
-        columns = plan_axis(x / level.downsample_x, _snap(ratio / level.downsample_x), width)
-        rows = plan_axis(y / level.downsample_y, _snap(ratio / level.downsample_y), height)
-        whole = rows.weights is None and columns.weights is None
-        if not whole and rows.length * columns.length > _MOST_LEVEL_PX and width * height > 1:
-            return self._read_halves(x, y, width, height, ratio)
-        return resample(self._read_level(index, columns.first, rows.first, columns.length, rows.length), rows, columns)
+        return self._read(x, y, width, height, mpp, self._strict)[0]
+
+    def read_seen(
+        self, x: float, y: float, width: int, height: int, mpp: float | None = None
+    ) -> tuple[RGB, Bools | None]:
+        """See `Slide.read_seen`."""
+        return self._read(x, y, width, height, mpp, self._reader.read_seen)
 
     def close(self) -> None:
         """Let go of every handle of this process; reading afterwards raises SlideError."""
         self._closed = True
-        for key in list(self._readers):
-            # A handle that another thread is reading with lives until that read ends; those of a parent process are
-            # not ours to close.
-            if key[0] == os.getpid():
-                self._readers.pop(key, None)
+        self._reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,57 +154,101 @@ class FileSlide:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+    def _strict(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, None]:
+        return self._reader.read(level, column, row, columns, rows), None
+
+    def _read(
+        self, x: float, y: float, width: int, height: int, mpp: float | None, decode: _Decode
+    ) -> tuple[RGB, Bools | None]:
+        if width < 1 or height < 1:
+            raise ValueError(f"width and height must be at least 1, got {width} x {height}")
+        if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+            raise ValueError(f"mpp must be a positive number, got {mpp}")
+        if self._closed:
+            raise SlideError(f"{self.path}: the slide was closed; open it again")
+        ratio = 1.0 if mpp is None else mpp / self.mpp
+        index = self._level_for(ratio)
+        level = self.levels[index]
+        columns = plan_axis(x / level.downsample_x, _snap(ratio / level.downsample_x), width)
+        rows = plan_axis(y / level.downsample_y, _snap(ratio / level.downsample_y), height)
+        whole = rows.weights is None and columns.weights is None
+        if not whole and rows.length * columns.length > _MOST_LEVEL_PX and width * height > 1:
+            return self._read_halves(x, y, width, height, ratio, decode)
+        pixels, seen = self._read_level(index, columns, rows, decode)
+        return resample(pixels, rows, columns), None if seen is None else _wholly_seen(seen, rows, columns)
 
     def _level_for(self, ratio: float) -> int:
         """The coarsest level that is not coarser than `ratio` level-0 pixels per pixel."""
         fitting = [i for i, level in enumerate(self.levels) if level.downsample_x <= ratio * (1 + 1e-6)]
         return max(fitting, key=lambda i: self.levels[i].downsample_x, default=0)
 
-    def _read_halves(self, x: float, y: float, width: int, height: int, ratio: float) -> RGB:
+    def _read_halves(
+        self, x: float, y: float, width: int, height: int, ratio: float, decode: _Decode
+    ) -> tuple[RGB, Bools | None]:
         """The same pixels by two smaller reads, so that a coarse view of a slide without a pyramid fits in memory."""
         mpp = ratio * self.mpp
-        if width > height:
+        axis = 1 if width > height else 0
+        if axis == 1:
             left = width // 2
-            parts = [self.read(x, y, left, height, mpp), self.read(x + left * ratio, y, width - left, height, mpp)]
-            return np.concatenate(parts, axis=1)
-        top = height // 2
-        parts = [self.read(x, y, width, top, mpp), self.read(x, y + top * ratio, width, height - top, mpp)]
-        return np.concatenate(parts, axis=0)
+            parts = [(x, y, left, height), (x + left * ratio, y, width - left, height)]
+        else:
+            top = height // 2
+            parts = [(x, y, width, top), (x, y + top * ratio, width, height - top)]
+        read = [self._read(*part, mpp, decode) for part in parts]
+        pixels = np.concatenate([part for part, _ in read], axis=axis)
+        if all(seen is None for _, seen in read):
+            return pixels, None
+        masks = [np.ones(part.shape[:2], np.bool_) if seen is None else seen for part, seen in read]
+        return pixels, np.concatenate(masks, axis=axis)
 
-    def _read_level(self, index: int, column: int, row: int, columns: int, rows: int) -> RGB:
+    def _read_level(self, index: int, columns: Axis, rows: Axis, decode: _Decode) -> tuple[RGB, Bools | None]:
         """Whole pixels of one level, white outside the slide."""
-        reader, level = self._reader(), self.levels[index]
-        left, right = max(column, 0), min(column + columns, level.width)
-        top, bottom = max(row, 0), min(row + rows, level.height)
+        level = self.levels[index]
+        left, right = max(columns.first, 0), min(columns.first + columns.length, level.width)
+        top, bottom = max(rows.first, 0), min(rows.first + rows.length, level.height)
         inside = left < right and top < bottom
-        if inside and (right - left, bottom - top) == (columns, rows):
-            return self._decode(reader, index, column, row, columns, rows)
-        pixels = np.full((rows, columns, 3), 255, np.uint8)
-        if inside:
-            part = self._decode(reader, index, left, top, right - left, bottom - top)
-            pixels[top - row : bottom - row, left - column : right - column] = part
-        return pixels
+        if inside and (right - left, bottom - top) == (columns.length, rows.length):
+            return decode(index, left, top, columns.length, rows.length)
+        pixels = np.full((rows.length, columns.length, 3), 255, np.uint8)
+        if not inside:
+            return pixels, None
+        place = np.s_[top - rows.first : bottom - rows.first, left - columns.first : right - columns.first]
+        pixels[place], part_seen = decode(index, left, top, right - left, bottom - top)
+        if part_seen is None:
+            return pixels, None
+        seen = np.ones(pixels.shape[:2], np.bool_)
+        seen[place] = part_seen
+        return pixels, seen
 
-    def _decode(self, reader: LevelReader, index: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        try:
-            return reader.read(index, column, row, columns, rows)
-        except SlideError:
-            # OpenSlide refuses everything after its first error; the next read starts with a new handle.
-            self._readers.pop((os.getpid(), threading.get_ident()), None)
-            raise
 
-    def _reader(self) -> LevelReader:
-        if self._closed:
-            raise SlideError(f"{self.path}: the slide was closed; open it again")
-        key = (os.getpid(), threading.get_ident())
-        reader = self._readers.get(key)
-        if reader is None:
-            pages = self._pages
-            reader = OpenSlideLevels(self.path) if pages is None else TiledTiffLevels(self.path, pages)
-            self._readers[key] = reader
-        return reader
+_Decode = Callable[[int, int, int, int, int], tuple[RGB, Bools | None]]
+
+
+def check_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a slide, if a glass slide can have it.
+
+    Raises:
+        SlideError: no slide is as large, or the size is not positive: the header is damaged or made up.
+    """
+    if min(size) < 1 or max(size) > _LONGEST_SIDE_PX or size[0] * size[1] > _LARGEST_AREA_PX:
+        raise SlideError(
+            f"{path}: {size[0]} x {size[1]} px is no size of a slide; its header is damaged, copy it again"
+        )
+    return size
+
+
+def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple[int, int, int, int]:
+    keys = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
+    if not all(properties.get(key, "").isdecimal() for key in keys):
+        return (0, 0, *dimensions)
+    x, y, width, height = (int(properties[key]) for key in keys)
+    return x, y, width, height
+
+
+def _wholly_seen(seen: Bools, rows: Axis, columns: Axis) -> Bools:
+    """The output pixels that need no unseen pixel."""
+    unseen = np.where(seen, 0, 255).astype(np.uint8)
+    return resample(np.repeat(unseen[..., None], 3, axis=2), rows, columns)[..., 0] < 1
 
 
 def thumbnail(slide: Slide, longest_px: int) -> tuple[RGB, float]:

@@ -1,0 +1,132 @@
+"""The tiles of TIFF files, from bytes to pixels.
+
+Nothing here trusts the bytes: no tile becomes larger than its header allows, and damage is an error, never grey pixels.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import tifffile
+
+RGB = npt.NDArray[np.uint8]
+
+DAMAGED = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, struct.error, MemoryError)
+"""What tifffile and the codecs raise for damaged bytes (codec errors are RuntimeErrors)."""
+
+_COMPRESSION, _PHOTOMETRIC = tifffile.COMPRESSION, tifffile.PHOTOMETRIC
+_JPEG2000 = (_COMPRESSION.APERIO_JP2000_RGB, _COMPRESSION.JPEG2000)
+_UNPACKERS: dict[int, Callable[..., bytes | bytearray]] = {
+    _COMPRESSION.LZW: imagecodecs.lzw_decode,
+    _COMPRESSION.DEFLATE: imagecodecs.zlib_decode,
+    _COMPRESSION.ADOBE_DEFLATE: imagecodecs.zlib_decode,
+    _COMPRESSION.ZSTD: imagecodecs.zstd_decode,
+    _COMPRESSION.PACKBITS: imagecodecs.packbits_decode,
+}
+_PREDICTORS = (tifffile.PREDICTOR.NONE, tifffile.PREDICTOR.HORIZONTAL)
+_SOI, _APP0 = b"\xff\xd8", b"\xff\xe0"
+
+# A tile is decoded as a whole; the largest seen in slides is 4,096 px a side.
+_LARGEST_TILE_PX = 2**26
+
+
+@dataclass(frozen=True)
+class TileCodec:
+    """How the tiles of one level are coded.
+
+    Attributes:
+        width, height: size of a tile in pixels.
+        compression: TIFF compression.
+        samples: colours of a pixel: 1 (grey) or 3 (RGB).
+        differences: whether pixels are stored as differences to their left neighbour.
+        jpeg_head: what to put before a JPEG tile in place of its first two bytes: tables that tiles share, and the
+            colour space that the TIFF states (tiles themselves often do not).
+    """
+
+    width: int
+    height: int
+    compression: int
+    samples: int
+    differences: bool
+    jpeg_head: bytes
+
+    def decode(self, data: bytes, out: RGB | None = None) -> RGB:
+        """The pixels (height, width, 3) of a tile.
+
+        Args:
+            data: the tile as it lies in the file.
+            out: contiguous array of the result's shape to decode into, where the codec can.
+
+        Raises:
+            one of `DAMAGED`: the bytes are not a whole tile.
+        """
+        if self.compression == _COMPRESSION.JPEG:
+            return self._decode_jpeg(data, out)
+        if self.compression in _JPEG2000:
+            return self._checked(np.asarray(imagecodecs.jpeg2k_decode(data)))
+        size = self.width * self.height * self.samples
+        unpack = _UNPACKERS.get(self.compression)
+        raw = data if unpack is None else unpack(data, out=size)
+        if len(raw) != size:
+            raise ValueError(f"a tile has {len(raw)} bytes instead of {size}")
+        pixels = np.frombuffer(raw, np.uint8).reshape(self.height, self.width, self.samples)
+        if self.differences:
+            pixels = imagecodecs.delta_decode(pixels, axis=1)
+        return self._checked(pixels)
+
+    def _decode_jpeg(self, data: bytes, out: RGB | None) -> RGB:
+        if data[:2] != _SOI:
+            raise ValueError("a tile is not JPEG")
+        start = 2
+        if data[2:4] == _APP0:  # a JFIF head means YCbCr to decoders, whatever the TIFF says
+            start = 4 + int.from_bytes(data[4:6], "big")
+        whole = self.jpeg_head + data[start:]
+        height, width = simplejpeg.decode_jpeg_header(whole)[:2]
+        if (height, width) != (self.height, self.width):
+            raise ValueError(f"a tile holds {width} x {height} px instead of {self.width} x {self.height}")
+        # strict: libjpeg itself would fill what is missing with grey and go on
+        colour = "GRAY" if self.samples == 1 else "RGB"
+        return self._checked(simplejpeg.decode_jpeg(whole, colour, buffer=None if self.samples == 1 else out))
+
+    def _checked(self, pixels: npt.NDArray[np.uint8]) -> RGB:
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if pixels.dtype != np.uint8 or pixels.shape != (self.height, self.width, self.samples):
+            raise ValueError(f"a tile holds {pixels.shape} {pixels.dtype} instead of 8-bit pixels of its size")
+        return np.repeat(pixels, 3, axis=2) if self.samples == 1 else pixels
+
+
+def codec_of(page: tifffile.TiffPage) -> TileCodec | None:
+    """The codec of a page's tiles; None where they are not plain 8-bit grey or RGB of a known compression."""
+    compression, colour = page.compression, page.photometric
+    rgb = colour == _PHOTOMETRIC.RGB or (colour == _PHOTOMETRIC.YCBCR and compression == _COMPRESSION.JPEG)
+    plain = (
+        page.is_tiled
+        and page.dtype == np.uint8
+        and page.bitspersample == 8
+        and (page.samplesperpixel, rgb, colour == _PHOTOMETRIC.MINISBLACK) in ((3, True, False), (1, False, True))
+        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+        and page.fillorder == tifffile.FILLORDER.MSB2LSB
+        and page.predictor in _PREDICTORS
+        and compression in (_COMPRESSION.NONE, _COMPRESSION.JPEG, *_JPEG2000, *_UNPACKERS)
+        and 0 < page.tilewidth * page.tilelength <= _LARGEST_TILE_PX
+    )
+    if not plain:
+        return None
+    # An Adobe marker tells decoders the colour space: 0 as it is, 1 YCbCr.
+    space = 1 if colour == _PHOTOMETRIC.YCBCR else 0
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([space])
+    tables = (page.jpegtables or b"")[2:-2]
+    return TileCodec(
+        width=page.tilewidth,
+        height=page.tilelength,
+        compression=int(compression),
+        samples=page.samplesperpixel,
+        differences=page.predictor == tifffile.PREDICTOR.HORIZONTAL,
+        jpeg_head=_SOI + adobe + tables,
+    )

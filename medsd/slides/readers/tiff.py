@@ -1,0 +1,178 @@
+"""Tiled TIFF families, decoded tile by tile: generic TIFF, Aperio, Philips (CAMELYON), OME-TIFF.
+
+OpenSlide is asked for places in level-0 pixels and divides by a mean downsample. Where a level's size was rounded the
+quotient is rarely whole, and OpenSlide then interpolates: pixels are blurred and up to half a level-0 pixel off.
+Decoding the file's own tiles gives the pixels themselves, and several times faster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.slides.readers.base import RGB, Bools, Size, undecodable
+from medsd.slides.readers.cache import TileCache
+from medsd.slides.readers.codecs import DAMAGED, TileCodec
+
+
+@dataclass(frozen=True, eq=False)
+class TiledLevel:
+    """One level of a tiled TIFF.
+
+    Attributes:
+        width, height: size in pixels; what tiles hold beyond is padding.
+        across: tiles in a row of tiles.
+        offsets, counts: (n,) where each tile lies in the file, and its bytes; 0 bytes mean an absent (white) tile.
+        codec: how tiles are coded.
+    """
+
+    width: int
+    height: int
+    across: int
+    offsets: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    codec: TileCodec
+
+
+class TiledTiff:
+    """A `LevelReader` of a tiled TIFF; one file descriptor a process, read at given offsets by any thread."""
+
+    name = "tifffile"
+
+    def __init__(
+        self, path: Path, levels: tuple[TiledLevel, ...], properties: Mapping[str, str], cache: TileCache | None = None
+    ) -> None:
+        self.path = path
+        self.levels = levels
+        self.sizes: tuple[Size, ...] = tuple((level.width, level.height) for level in levels)
+        self.properties = properties
+        self._cache = TileCache() if cache is None else cache
+        self._file = _File(path)
+
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        """See `LevelReader.read`."""
+        pixels, unseen = self._read(level, column, row, columns, rows, strict=True)
+        assert not unseen
+        return pixels
+
+    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
+        """See `LevelReader.read_seen`; damage is fenced in by the file's own tiles."""
+        pixels, unseen = self._read(level, column, row, columns, rows, strict=False)
+        if not unseen:
+            return pixels, None
+        seen = np.ones((rows, columns), np.bool_)
+        for place in unseen:
+            seen[place] = False
+        return pixels, seen
+
+    def close(self) -> None:
+        """See `LevelReader.close`."""
+        self._file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": _File(self.path)}
+
+    def _read(
+        self, number: int, column: int, row: int, columns: int, rows: int, strict: bool
+    ) -> tuple[RGB, list[tuple[slice, slice]]]:
+        """The rectangle, and the parts of it that could not be decoded (white)."""
+        level = self.levels[number]
+        pixels = np.empty((rows, columns, 3), np.uint8)
+        unseen = []
+        for tile, left, top in _tiles_under(level, column, row, columns, rows):
+            place, part = _overlap(level.codec, left - column, top - row, columns, rows)
+            try:
+                self._paste(pixels, place, part, number, tile)
+            except DAMAGED as error:
+                if strict:
+                    raise undecodable(self.path, number, left, top, error) from error
+                pixels[place] = 255
+                unseen.append(place)
+        return pixels, unseen
+
+    def _paste(
+        self, pixels: RGB, place: tuple[slice, slice], part: tuple[slice, slice] | None, number: int, tile: int
+    ) -> None:
+        """Write a tile's part to its place in `pixels`; `part` is None where the tile falls inside as a whole."""
+        level = self.levels[number]
+        count = int(level.counts[tile])
+        if count == 0:
+            pixels[place] = 255
+            return
+        key = (str(self.path), number, tile)
+        decoded = self._cache.get(key)
+        if decoded is not None:
+            pixels[place] = decoded if part is None else decoded[part]
+            return
+        data = self._file.read(int(level.offsets[tile]), count)
+        if part is None:  # whole tiles are not asked for again by the neighbours' reads, and are not kept
+            target = pixels[place]
+            direct = target if target.flags.c_contiguous else None
+            decoded = level.codec.decode(data, direct)
+            if not (direct is not None and np.shares_memory(decoded, direct)):
+                target[...] = decoded
+            return
+        decoded = level.codec.decode(data)
+        pixels[place] = decoded[part]
+        self._cache.put(key, decoded)
+
+
+class _File:
+    """A file read at offsets: opened when first needed, shared by threads, safe after a fork."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: _Descriptor | None = None
+
+    def read(self, offset: int, count: int) -> bytes:
+        # A local reference: another thread's close takes effect when this read has ended.
+        descriptor = self._descriptor
+        if descriptor is None:
+            descriptor = self._descriptor = _Descriptor(self._path)
+        data = os.pread(descriptor.number, count, offset)
+        if len(data) != count:
+            raise ValueError("the file ends before this tile does")
+        return data
+
+    def close(self) -> None:
+        self._descriptor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_descriptor": None}
+
+
+class _Descriptor:
+    """An open file that is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _tiles_under(level: TiledLevel, column: int, row: int, columns: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Number and top left corner (level pixels) of each tile that the rectangle touches."""
+    width, height = level.codec.width, level.codec.height
+    for down in range(row // height, (row + rows - 1) // height + 1):
+        for right in range(column // width, (column + columns - 1) // width + 1):
+            yield down * level.across + right, right * width, down * height
+
+
+def _overlap(
+    codec: TileCodec, left: int, top: int, columns: int, rows: int
+) -> tuple[tuple[slice, slice], tuple[slice, slice] | None]:
+    """Where a tile at (left, top) of a picture of (columns, rows) shows, and which part of it; None for all of it."""
+    x0, x1 = max(left, 0), min(left + codec.width, columns)
+    y0, y1 = max(top, 0), min(top + codec.height, rows)
+    place = slice(y0, y1), slice(x0, x1)
+    if (x1 - x0, y1 - y0) == (codec.width, codec.height):
+        return place, None
+    return place, (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
