@@ -86,13 +86,11 @@ class TileCodec:
         start = 2
         if data[2:4] == _APP0:  # a JFIF head means YCbCr to decoders, whatever the TIFF says
             start = 4 + int.from_bytes(data[4:6], "big")
-        whole = self.jpeg_head + data[start:]
-        height, width = simplejpeg.decode_jpeg_header(whole)[:2]
-        if (height, width) != (self.height, self.width):
-            raise ValueError(f"a tile holds {width} x {height} px instead of {self.width} x {self.height}")
-        # strict: libjpeg itself would fill what is missing with grey and go on
+        if out is None or self.samples == 1:
+            out = np.empty((self.height, self.width, self.samples), np.uint8)
+        # A picture larger than the buffer is refused. Strict, for libjpeg fills what is missing with grey and goes on.
         colour = "GRAY" if self.samples == 1 else "RGB"
-        return self._checked(simplejpeg.decode_jpeg(whole, colour, buffer=None if self.samples == 1 else out))
+        return self._checked(simplejpeg.decode_jpeg(self.jpeg_head + data[start:], colour, buffer=out, strict=True))
 
     def _checked(self, pixels: npt.NDArray[np.uint8]) -> RGB:
         pixels = pixels.reshape(*pixels.shape[:2], -1)
