@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -30,7 +29,8 @@ from medsd.networks.weights import Attribution, Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency.hidden import tapped
 from medsd.saliency.smoothing import backward_hook
-from medsd.slides.readers.base import RGB
+from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.reading import read_ahead
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
@@ -65,12 +65,21 @@ class MapSettings:
 
 @dataclass(frozen=True)
 class SlideMaps:
-    """The maps of one slide, and how many blocks and pixels (at the model's mpp) were read for them."""
+    """The maps of one slide, and what was read for them.
+
+    Attributes:
+        probability, saliency: the maps.
+        blocks, pixels_read: number of blocks, and of pixels at the model's mpp, halos included.
+        unseen: share of the tissue (0 to 1) that could not be decoded; NaN in the maps.
+        lost: (height, width) bool on the saliency's grid, True where something could not be decoded; None if nothing.
+    """
 
     probability: ValueMap
     saliency: ValueMap
     blocks: int
     pixels_read: int
+    unseen: float = 0.0
+    lost: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,16 @@ class _Block:
     top: int
     right: int
     bottom: int
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A block, its crop (the block and its halo, clipped to the canvas), and the crop's pixels as `Slide.read_seen`."""
+
+    block: _Block
+    crop: _Block
+    pixels: RGB
+    seen: Bools | None
 
 
 class DenseEngine:
@@ -123,8 +142,7 @@ class DenseEngine:
             tissue: blocks without tissue are not read.
             progress: shows the blocks as they are done.
 
-        Raises:
-            SlideError: an area cannot be decoded.
+        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
         """
         ratio = self.mpp / slide.mpp
         features, hidden = self.geometry.features, self.geometry.hidden
@@ -138,18 +156,24 @@ class DenseEngine:
         ]
         blocks = self._blocks(canvas, tissue, ratio)
         pixels = 0
-        for block, crop, image in progress(self._read(slide, blocks, canvas, ratio), len(blocks), "block"):
-            pixels += image.shape[0] * image.shape[1]
-            tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(self.device)
+        lost = [np.zeros(values.shape, np.bool_) for values in (probability, saliency)]
+        for read in progress(self._read(slide, blocks, canvas, ratio), len(blocks), "block"):
+            pixels += read.pixels.shape[0] * read.pixels.shape[1]
+            tensor = torch.from_numpy(read.pixels).permute(2, 0, 1)[None].to(self.device)
             block_probability, block_saliency = self.run(tensor)
-            _place(probability, block_probability[0], block, crop, 1, self._shifts[0])
-            _place(saliency, block_saliency[0], block, crop, scale, self._shifts[1])
-        return SlideMaps(
+            _place(probability, block_probability[0], read.block, read.crop, 1, self._shifts[0])
+            _place(saliency, block_saliency[0], read.block, read.crop, scale, self._shifts[1])
+            self._mark_lost(lost, read)
+        maps = [
             self._value_map(probability, features.stride, ratio, tissue, "probability"),
             self._value_map(saliency, hidden.stride, ratio, tissue, "saliency"),
-            len(blocks),
-            pixels,
-        )
+        ]
+        if not lost[1].any():
+            return SlideMaps(maps[0], maps[1], len(blocks), pixels)
+        unseen = float(lost[1][maps[1].seen].mean()) if maps[1].seen.any() else 0.0
+        for value_map, marks in zip(maps, lost, strict=True):
+            value_map.values[marks] = np.nan
+        return SlideMaps(maps[0], maps[1], len(blocks), pixels, unseen, lost[1])
 
     def run(self, images: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Maps of whole images (B, 3, H, W), sides multiples of the stride, without any placing.
@@ -207,14 +231,12 @@ class DenseEngine:
                     blocks.append(_Block(left + across[0], top + down[0], left + across[-1] + 1, top + down[-1] + 1))
         return blocks
 
-    def _read(
-        self, slide: Slide, blocks: list[_Block], canvas: list[int], ratio: float
-    ) -> Iterator[tuple[_Block, _Block, RGB]]:
-        """Each block with its crop (the block and its halo, clipped to the canvas) and pixels, read ahead."""
+    def _read(self, slide: Slide, blocks: list[_Block], canvas: list[int], ratio: float) -> Iterator[_Read]:
+        """Each block with its crop and pixels, read ahead."""
         stride = self.geometry.features.stride
         halo = self._halo
 
-        def read(block: _Block) -> tuple[_Block, _Block, RGB]:
+        def read(block: _Block) -> _Read:
             crop = _Block(
                 max(0, block.left - halo),
                 max(0, block.top - halo),
@@ -223,17 +245,23 @@ class DenseEngine:
             )
             x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
             size = (crop.right - crop.left) * stride, (crop.bottom - crop.top) * stride
-            return block, crop, slide.read(x, y, *size, mpp=self.mpp)
+            return _Read(block, crop, *slide.read_seen(x, y, *size, mpp=self.mpp))
 
-        with ThreadPoolExecutor(1) as reader:
-            waiting = iter(blocks)
-            queue: list[Future[tuple[_Block, _Block, RGB]]] = [
-                reader.submit(read, b) for b in islice(waiting, _READ_AHEAD)
-            ]
-            while queue:
-                done = queue.pop(0).result()
-                queue.extend(reader.submit(read, block) for block in islice(waiting, 1))
-                yield done
+        return read_ahead(read, blocks, threads=1, ahead=_READ_AHEAD)
+
+    def _mark_lost(self, lost: list[Bools], read: _Read) -> None:
+        """Mark the pixels of both maps in which something could not be decoded."""
+        if read.seen is None:
+            return
+        down, across = np.nonzero(~read.seen)
+        features = self.geometry.features.stride
+        for marks, stride in zip(lost, (features, self.geometry.hidden.stride), strict=True):
+            row, column = (
+                np.floor((cell * features + self.origin_px + offset + 0.5) / stride).astype(np.int64)
+                for cell, offset in ((read.crop.top, down), (read.crop.left, across))
+            )
+            inside = (row >= 0) & (row < marks.shape[0]) & (column >= 0) & (column < marks.shape[1])
+            marks[row[inside], column[inside]] = True
 
     def _value_map(
         self, values: npt.NDArray[np.float32], stride: int, ratio: float, tissue: TissueMask, quantity: str

@@ -23,6 +23,7 @@ _MOST_LEVEL_PX = 2**24
 # A glass slide of 75 x 50 mm at 0.05 um per pixel is 1,500,000 px long; scanners write up to 2^37 px in all.
 _LONGEST_SIDE_PX = 2**21
 _LARGEST_AREA_PX = 2**37
+_STRIPE_PX, _STRIPE_GREYS = 4, (110, 190)
 
 
 class Slide(Protocol):
@@ -252,11 +253,22 @@ def _wholly_seen(seen: Bools, rows: Axis, columns: Axis) -> Bools:
 
 
 def thumbnail(slide: Slide, longest_px: int) -> tuple[RGB, float]:
-    """The whole slide as one picture of at most `longest_px` a side, and its level-0 pixels per pixel."""
+    """The whole slide as one picture of at most `longest_px` a side, and its level-0 pixels per pixel.
+
+    What cannot be decoded is hatched, as glass would be white.
+    """
     width, height = slide.dimensions
     level0_px = max(1.0, max(width, height) / longest_px)
     size = max(1, round(width / level0_px)), max(1, round(height / level0_px))
-    return slide.read(0, 0, *size, mpp=slide.mpp * level0_px), level0_px
+    pixels, seen = slide.read_seen(0, 0, *size, mpp=slide.mpp * level0_px)
+    return pixels if seen is None else hatched(pixels, ~seen), level0_px
+
+
+def hatched(pixels: RGB, mask: Bools) -> RGB:
+    """A copy of a picture (h, w, 3) with grey stripes where `mask` (h, w) is True: nothing is known there."""
+    rows, columns = np.indices(mask.shape)
+    stripes = np.where((rows + columns) // _STRIPE_PX % 2, *_STRIPE_GREYS).astype(np.uint8)
+    return np.where(mask[..., None], stripes[..., None], pixels)
 
 
 def _level(base: tuple[int, int], size: tuple[int, int]) -> Level:
