@@ -23,7 +23,7 @@ _MOST_LEVEL_PX = 2**24
 # A glass slide of 75 x 50 mm at 0.05 um per pixel is 1,500,000 px long; scanners write up to 2^37 px in all.
 _LONGEST_SIDE_PX = 2**21
 _LARGEST_AREA_PX = 2**37
-_STRIPE_PX, _STRIPE_GREYS = 4, (110, 190)
+_STRIPE_PX, _STRIPE_GREYS = 12, (110, 190)
 
 
 class Slide(Protocol):

@@ -12,10 +12,12 @@ import shapely
 import tifffile
 from PIL import Image
 
-import medsd.heatmap.cohort as cohort
+import medsd.heatmap.outputs as outputs
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
-from medsd.heatmap.cohort import SlideJob, map_slides, read_results, top_mean
+from medsd.heatmap.cohort import SlideJob, map_slides, read_results
+from medsd.heatmap.outputs import top_mean
 from medsd.heatmap.overlay import layout
+from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import save_classifier
 
@@ -124,7 +126,7 @@ def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, fiducial_slide, green
     def full(*_arguments):
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(cohort, "find_regions", full)
+    monkeypatch.setattr(outputs, "find_regions", full)
     (result,) = map_slides([SlideJob(fiducial_slide)], green_weights, tmp_path)
     assert result.status == "failed" and "MemoryError" in result.reason and "\n" not in result.reason
     assert (tmp_path / "index.html").is_file()
@@ -147,7 +149,7 @@ def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, fiducia
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(cohort, "write_report", die)
+        patch.setattr(outputs, "write_report", die)
         with pytest.raises(Killed):
             map_slides([SlideJob(fiducial_slide)], green_weights, tmp_path)
     folder = tmp_path / "fiducials"
@@ -189,3 +191,44 @@ def test_the_slide_score_is_the_mean_of_the_top_percent():
     values = np.linspace(0, 1, 1000, dtype=np.float32)
     assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
     assert top_mean(values[:5]) == pytest.approx(values[4])
+
+
+def hurt_tiles(slide: Path, copy: Path, numbers: list[int]) -> None:
+    """A copy of a slide whose tiles of those numbers hold zeros in the level that is read (1 um per pixel)."""
+    data = bytearray(slide.read_bytes())
+    with tifffile.TiffFile(slide) as file:
+        page = file.pages[1]
+        for number in numbers:
+            start, count = page.dataoffsets[number], page.databytecounts[number]
+            data[start : start + count] = bytes(count)
+    copy.write_bytes(data)
+
+
+def test_what_cannot_be_decoded_is_not_judged_and_said_so(tmp_path, mapped, fiducial_slide, green_weights):
+    damaged = tmp_path / fiducial_slide.name
+    hurt_tiles(fiducial_slide, damaged, [2 * 4 + 1])  # level-0 pixels 512 to 1024 across, 1024 to 1536 down
+    (result,) = map_slides([SlideJob(damaged)], green_weights, tmp_path / "out", max_unseen=0.3)
+    assert result.status == "ok" and "of the tissue could not be decoded" in result.reason
+    folder = tmp_path / "out" / result.slide
+    assert 0 < read_record(folder)["unseen_share"] < 0.3
+    whole, part = (read_ome_tiff(at / "saliency.ome.tif") for at in (mapped, folder))
+    left, top, right, bottom = (round(place / part.level0_px) for place in (512, 1024, 1024, 1536))
+    hole = np.isfinite(whole.values) & ~np.isfinite(part.values)
+    assert hole[top:bottom, left:right].all()
+    # Map pixels beside the tile whose first pixel is mixed with the tile's last count as well.
+    assert hole.sum() <= (bottom - top + 1) * (right - left + 1)
+    # Nothing moves elsewhere, but for the rim of the network's sight around the hole.
+    far = np.isfinite(part.values)
+    far[top - 24 : bottom + 24, left - 24 : right + 24] = False
+    assert np.allclose(part.values[far], whole.values[far], rtol=0, atol=1e-6 * np.nanmax(np.abs(whole.values)))
+    assert "could not be decoded and was not judged" in (folder / "report.html").read_text("utf-8")
+
+
+def test_a_slide_with_too_much_damage_has_failed(tmp_path, fiducial_slide, green_weights):
+    damaged = tmp_path / "bad.tif"
+    hurt_tiles(fiducial_slide, damaged, [4, 5, 6, 8, 9, 10])
+    good = SlideJob(fiducial_slide)
+    bad, fine = map_slides([SlideJob(damaged), good], green_weights, tmp_path / "out")
+    assert bad.status == "failed" and "cannot be decoded, more than 5%" in bad.reason and "bad.tif" in bad.reason
+    assert fine.status == "ok"
+    assert map_slides([SlideJob(damaged)], green_weights, tmp_path / "out", max_unseen=0.9)[0].status == "ok"

@@ -1,0 +1,155 @@
+"""The files that one slide with tissue leaves behind, all but its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from medsd.heatmap.engine import SlideMaps
+from medsd.heatmap.overlay import draw_overlay
+from medsd.heatmap.regions import Region, find_regions, write_geojson
+from medsd.heatmap.report import ReportContent, write_report
+from medsd.heatmap.scale import probability_scale, saliency_scale
+from medsd.heatmap.tiff import write_ome_tiff
+from medsd.networks.weights import Calibration, ModelCard
+from medsd.slides.readers.base import RGB
+from medsd.slides.slide import Slide, hatched
+
+MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
+TOP_SHARE = 0.01
+_TOP_REGIONS = 8
+_REGION_PICTURE_PX = 192
+_TUMOUR_COLOUR = (214, 39, 40)
+
+
+class MapSummary(NamedTuple):
+    """What a slide's maps come to: its score, number of regions, and their area."""
+
+    score: float
+    regions: int
+    region_area_mm2: float
+
+
+@dataclass(frozen=True)
+class OutputWriter:
+    """Writes the outputs of one classifier's maps.
+
+    Attributes:
+        card: of the classifier.
+        calibration: its threshold and scale.
+        digest: SHA-256 of its weights.
+    """
+
+    card: ModelCard
+    calibration: Calibration
+    digest: str
+
+    def write(self, folder: Path, slide: Slide, maps: SlideMaps, picture: RGB, level0_px: float) -> MapSummary:
+        """Write `MAP_FILES` into `folder`.
+
+        Args:
+            folder: the slide's own.
+            slide: the slide, open.
+            maps: its maps, with tissue.
+            picture: the slide as a thumbnail, one pixel `level0_px` level-0 pixels wide.
+        """
+        if maps.lost is not None:
+            lost = Image.fromarray(maps.lost).resize(picture.shape[1::-1], Image.Resampling.NEAREST)
+            picture = hatched(picture, np.asarray(lost))
+        probability, saliency = maps.probability, maps.saliency
+        threshold = self.calibration.threshold
+        scales = probability_scale(), saliency_scale(self.calibration.saliency_limit, saliency.unit)
+        # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
+        smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
+        regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
+        score = top_mean(probability.values[probability.seen])
+        name = slide.path.stem
+        write_ome_tiff(folder / "saliency.ome.tif", saliency)
+        write_ome_tiff(folder / "probability.ome.tif", probability)
+        write_geojson(folder / "regions.geojson", regions, "Tumour (model)", _TUMOUR_COLOUR, name)
+        draw_overlay(
+            folder / "overlay.png",
+            picture,
+            level0_px,
+            [(probability, scales[0]), (saliency, scales[1])],
+            regions,
+            name,
+            slide.mpp,
+            slide.mpp_source,
+            f"Contours: tumour probability above {threshold:.2f} (fixed on {self.calibration.source})."
+            + ("" if maps.lost is None else " Grey stripes: could not be decoded, not judged."),
+        )
+        area_mm2 = sum(region.area_um2 for region in regions) / 1e6
+        content = ReportContent(
+            slide_name=name,
+            dimensions=slide.dimensions,
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source,
+            thumbnail=picture,
+            thumbnail_level0_px=level0_px,
+            probability=probability,
+            probability_scale=scales[0],
+            saliency=saliency,
+            saliency_scale=scales[1],
+            threshold=threshold,
+            threshold_source=f"fixed on {self.calibration.source}",
+            regions=regions,
+            scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
+            region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
+            provenance=self._provenance(slide),
+            caveats=self._caveats(slide, maps.unseen),
+        )
+        write_report(folder / "report.html", content)
+        return MapSummary(score, len(regions), area_mm2)
+
+    def _caveats(self, slide: Slide, unseen: float) -> list[str]:
+        caveats = [
+            f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little.",
+            "Saliency shows what the model reacts to; it is not the probability of tumour and no diagnosis.",
+        ]
+        if slide.mpp > 1.1 * self.card.mpp:
+            caveats.insert(
+                0,
+                f"The slide ({slide.mpp:g} µm per pixel) is coarser than the classifier expects "
+                f"({self.card.mpp:g}): it was enlarged, and detail that the classifier looks for is missing.",
+            )
+        if unseen:
+            caveats.insert(
+                0,
+                f"The slide file is damaged: {unseen:.1%} of the tissue (grey stripes) could not be decoded "
+                f"and was not judged.",
+            )
+        return caveats
+
+    def _provenance(self, slide: Slide) -> dict[str, str]:
+        return {
+            "Slide file": f"{slide.path.name}, read by {slide.reader}",
+            "Classifier": f"{self.card.encoder}, tiles of {self.card.tile_px} px at {self.card.mpp:g} µm per pixel",
+            "Weights SHA-256": self.digest,
+            "Colour scale": f"±{self.calibration.saliency_limit:.3g}: 99.5th percentile of |saliency| in "
+            f"{self.calibration.source}",
+        }
+
+
+def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
+    """Slide score: the mean of the highest 1 % of the tissue's probabilities, at least one (our choice).
+
+    The single highest would follow one odd place; the mean of all would lose a small metastasis.
+    """
+    count = max(1, round(TOP_SHARE * len(probabilities)))
+    return float(np.partition(probabilities, -count)[-count:].mean(dtype=np.float64))
+
+
+def _region_picture(slide: Slide, region: Region) -> RGB:
+    """The region with a margin, as a small square picture."""
+    left, top, right, bottom = region.polygon.bounds
+    side = 1.2 * max(right - left, bottom - top, _REGION_PICTURE_PX)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    size = _REGION_PICTURE_PX, _REGION_PICTURE_PX
+    pixels, seen = slide.read_seen(x, y, *size, mpp=slide.mpp * side / _REGION_PICTURE_PX)
+    return pixels if seen is None else hatched(pixels, ~seen)
