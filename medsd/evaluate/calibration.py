@@ -14,7 +14,7 @@ from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import DenseEngine
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
-from medsd.slides.annotations import rasterise, read_asap_xml
+from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
 from medsd.slides.dataset import Sample
 from medsd.slides.slide import open_slide
@@ -37,13 +37,15 @@ def calibrate_on_slides(
     """
     labels, probabilities, saliencies = [], [], []
     for entry in progress(slides, len(slides), "slide"):
-        with open_slide(entry.path) as slide:
+        with open_slide(entry.path, entry.mpp) as slide:
             maps = engine.map(slide, find_tissue(slide), progress)
+            slide_size_px = slide.dimensions
         probability = maps.probability
         height, width = probability.values.shape
         tumour = np.zeros((height, width), bool)
         if entry.annotation is not None:
-            tumour = rasterise(read_asap_xml(entry.annotation), width, height, probability.level0_px)
+            outlines = read_annotations(entry.annotation, slide_size_px)
+            tumour = rasterise(outlines, width, height, probability.level0_px)
         labels.append(tumour[probability.seen])
         probabilities.append(probability.values[probability.seen])
         saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))

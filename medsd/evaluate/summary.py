@@ -16,7 +16,7 @@ from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, i
 from medsd.heatmap.cohort import SlideResult
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
-from medsd.slides.annotations import rasterise, read_asap_xml
+from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
 
 
@@ -90,7 +90,9 @@ def score_slides(
     for entry in kept:
         if read_record(Path(folder) / entry.name)["recipe"]["weights_sha256"] != weights_sha256:
             raise DatasetError(f"{Path(folder) / entry.name}: maps of other weights; run the stage 'heatmap' again")
-    slides = {entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept}
+    slides = {
+        entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept if entry.label is not None
+    }
     pointing = {entry.name: _pointing(entry, Path(folder)) for entry in kept if entry.annotation is not None}
     labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
     ratios = [share.ratio for share in pointing.values() if math.isfinite(share.ratio)]
@@ -119,5 +121,6 @@ def _pointing(entry: SlideEntry, folder: Path) -> PointingShare:
     saliency = read_ome_tiff(folder / entry.name / "saliency.ome.tif")
     height, width = saliency.values.shape
     assert entry.annotation is not None
-    tumour = rasterise(read_asap_xml(entry.annotation), width, height, saliency.level0_px)
+    slide_size_px = tuple(read_record(folder / entry.name)["scale"]["dimensions"])
+    tumour = rasterise(read_annotations(entry.annotation, slide_size_px), width, height, saliency.level0_px)
     return inside_share(saliency.values, tumour, saliency.seen)

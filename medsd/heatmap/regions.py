@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,8 @@ from scipy import ndimage
 from skimage import measure
 
 from medsd.errors import ConfigError
-from medsd.files import write_text
 from medsd.heatmap.value_map import ValueMap
+from medsd.slides.annotation_geojson import feature, write_features
 
 _UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.regions")
 
@@ -173,14 +173,12 @@ def write_geojson(
         _feature(region, f"{name} {number}", name, colour_rgb, slide_name)
         for number, region in enumerate(regions, start=1)
     ]
-    collection = {"type": "FeatureCollection", "features": features}
-    write_text(path, json.dumps(collection, allow_nan=False, separators=(",", ":")) + "\n")
+    write_features(path, features)
 
 
 def _feature(
     region: Region, name: str, classification: str, colour_rgb: tuple[int, int, int], slide_name: str
-) -> dict[str, object]:
-    rings = [region.polygon.exterior, *region.polygon.interiors]
+) -> dict[str, Any]:
     measurements = {
         "Area um^2": region.area_um2,
         "Mean probability": region.mean_probability,
@@ -188,18 +186,6 @@ def _feature(
     }
     if region.mean_saliency is not None:
         measurements["Mean saliency"] = region.mean_saliency
-    return {
-        "type": "Feature",
-        "id": str(uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")),
-        "geometry": {
-            "type": "Polygon",
-            "coordinates": [[[int(x), int(y)] for x, y in ring.coords] for ring in rings],
-        },
-        "properties": {
-            "objectType": "annotation",
-            "name": name,
-            "classification": {"name": classification, "color": list(colour_rgb)},
-            "isLocked": False,
-            "measurements": measurements,
-        },
-    }
+    object_id = uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")
+    properties = {"isLocked": False, "measurements": measurements}
+    return feature(region.polygon, object_id, name, classification, colour_rgb, properties)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from medsd.errors import ConfigError, DatasetError
 from medsd.files import make_folder, write_json, write_text
-from medsd.slides.phantom_files import write_asap_xml, write_pyramid
+from medsd.slides.phantom_files import write_outlines, write_pyramid
 from medsd.slides.phantom_layers import cell_share, draw_cytoplasm, draw_nuclei, punch_fat, render, target_density
 from medsd.slides.phantom_shapes import (
     ByteArray,
@@ -143,7 +143,7 @@ def write_phantom(
     """
     phantom = draw_phantom(spec)
     if annotation_path is not None:
-        write_asap_xml(annotation_path, phantom.polygons)
+        write_outlines(annotation_path, phantom.polygons)
     if mask_path is not None:
         write_pyramid(mask_path, phantom.mask, spec.mpp, spec.pyramid_factor)
     # Last: a slide that is there has its annotation and mask.

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
+from shapely.geometry import Polygon
 
-from medsd.files import atomic_path, write_text
+from medsd.files import atomic_path
+from medsd.slides.annotations import Outline, annotations_of, write_asap_xml
 from medsd.slides.phantom_shapes import ByteArray, IntArray
 
 _TILE_PX = 256
 _SMALLEST_LEVEL_PX = 512
 _JPEG_QUALITY = 85
 _BIG_TIFF_BYTES = 2**31
+# As in the files of CAMELYON16.
+_OUTLINE_COLOUR, _GROUP_COLOUR = (0xF4, 0xFA, 0x58), (0x64, 0xFE, 0x2E)
 
 
 def pyramid(level0: ByteArray, factor: int) -> Iterator[ByteArray]:
@@ -71,21 +74,14 @@ def write_pyramid(path: str | Path, level0: ByteArray, mpp: float, factor: int) 
             )
 
 
-def write_asap_xml(path: str | Path, polygons: tuple[IntArray, ...]) -> None:
+def write_outlines(path: str | Path, polygons: tuple[IntArray, ...]) -> None:
     """Write outlines (n, 2) of level-0 pixels (x, y) as ASAP XML, in group `_0` (tumour) as CAMELYON16 does.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    root = ElementTree.Element("ASAP_Annotations")
-    outlines = ElementTree.SubElement(root, "Annotations")
-    for index, polygon in enumerate(polygons):
-        attributes = {"Name": f"Annotation {index}", "Type": "Polygon", "PartOfGroup": "_0", "Color": "#F4FA58"}
-        coordinates = ElementTree.SubElement(ElementTree.SubElement(outlines, "Annotation", attributes), "Coordinates")
-        for order, (x, y) in enumerate(polygon.tolist()):
-            ElementTree.SubElement(coordinates, "Coordinate", {"Order": str(order), "X": str(x), "Y": str(y)})
-    groups = ElementTree.SubElement(root, "AnnotationGroups")
-    group = ElementTree.SubElement(groups, "Group", {"Name": "_0", "PartOfGroup": "None", "Color": "#64FE2E"})
-    ElementTree.SubElement(group, "Attributes")
-    ElementTree.indent(root, "\t")
-    write_text(path, '<?xml version="1.0"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n")
+    outlines = [
+        Outline(f"Annotation {index}", "_0", False, Polygon(polygon), _OUTLINE_COLOUR, _GROUP_COLOUR)
+        for index, polygon in enumerate(polygons)
+    ]
+    write_asap_xml(path, annotations_of(outlines))

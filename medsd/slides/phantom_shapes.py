@@ -11,9 +11,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from shapely.geometry import Polygon
+from shapely.geometry import MultiPolygon, Polygon
 
 from medsd.errors import DatasetError
+from medsd.slides import annotation_tiles
+from medsd.slides.annotation_shapes import Annotations
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]
@@ -171,15 +173,8 @@ def _blob(rng: np.random.Generator, node: Node, area: float) -> Polygon:
 
 def rasterise(polygons: tuple[IntArray, ...], size_px: int) -> ByteArray:
     """0/1 mask (size_px, size_px): 1 where a pixel's centre (column + 0.5, row + 0.5) lies in a polygon (even-odd)."""
-    flips = np.zeros((size_px, size_px + 1), np.uint8)
-    for polygon in polygons:
-        for (x0, y0), (x1, y1) in zip(polygon.tolist(), np.roll(polygon, -1, axis=0).tolist(), strict=True):
-            rows = np.arange(max(0, math.ceil(min(y0, y1) - 0.5)), min(size_px, math.ceil(max(y0, y1) - 0.5)))
-            if rows.size:
-                crossing = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-                flips[rows, np.clip(np.ceil(crossing - 0.5), 0, size_px).astype(int)] ^= 1
-    mask: ByteArray = np.bitwise_xor.accumulate(flips, axis=1)[:, :size_px]
-    return mask
+    area = MultiPolygon([Polygon(polygon) for polygon in polygons])
+    return annotation_tiles.rasterise(Annotations(area, 0, MultiPolygon()), size_px, size_px, 1.0).astype(np.uint8)
 
 
 @dataclass(frozen=True)

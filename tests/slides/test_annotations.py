@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
 from medsd.errors import AnnotationError
-from medsd.slides.annotations import Annotations, rasterise, read_asap_xml, tumour_share
+from medsd.slides import annotation_tiles
+from medsd.slides.annotation_mask import mask_polygons
+from medsd.slides.annotations import Annotations, contains, rasterise, read_annotations, read_asap_xml, tumour_share
 
 SQUARE = [(0, 0), (100, 0), (100, 100), (0, 100)]
 
@@ -71,30 +73,61 @@ def test_shared_xml_equals_json(shared_data: Path) -> None:
         assert found.excluded.symmetric_difference(excluded).area == 0, file.name
 
 
-def test_camelyon_points_lie_on_the_right_side(shared_data: Path, tmp_path: Path) -> None:
-    """Tumour points are tumour and normal ones are not; three of 26,396 lie on an outline, on neither side."""
+def test_all_26396_camelyon_points_lie_on_the_right_side(shared_data: Path) -> None:
+    """Three of them lie on an outline; the rule for these is the one of the program that chose the points."""
     folder = shared_data / "camelyon16_annotations"
-    points: dict[str, dict[bool, list[tuple[int, int]]]] = {}
+    points: dict[tuple[str, bool], list[tuple[int, int]]] = {}
     for name, label in (("tumor_valid_coords.csv", True), ("normal_valid_coords.csv", False)):
         for slide, x, y in csv.reader((folder / name).read_text().splitlines()):
-            points.setdefault(slide, {True: [], False: []})[label].append((int(x), int(y)))
-    assert len(points) == 16
-    on_outline = {}
-    for slide, sides in points.items():
-        outlines = json.loads((folder / "json" / f"{slide}.json").read_text())
-        groups = [("_0", o) for o in outlines["positive"]] + [("_2", o) for o in outlines["negative"]]
-        found = read(tmp_path, asap(*((group, "Polygon", o["vertices"]) for group, o in groups)))
-        for label, places in sides.items():
-            if places:
-                x, y = np.array(places, float).T
-                inside = shapely.contains_xy(found.tumour, x, y)
-                touched = shapely.intersects_xy(found.tumour, x, y) & ~inside
-                assert (inside == label)[~touched].all(), (slide, label)
-                on_outline[slide, label] = int(touched.sum())
-    assert {key: count for key, count in on_outline.items() if count} == {
-        ("Tumor_102", False): 2,
-        ("Tumor_103", True): 1,
-    }
+            points.setdefault((slide, label), []).append((int(x), int(y)))
+    assert sum(len(places) for places in points.values()) == 26_396
+    on_outline = 0
+    for (slide, label), places in points.items():
+        found = read_annotations(folder / "json" / f"{slide}.json")
+        x, y = np.array(places, float).T
+        assert (contains(found, x, y) == label).all(), (slide, label)
+        on_outline += int((shapely.distance(found.tumour.boundary, shapely.points(x, y)) == 0).sum())
+    assert on_outline == 3
+
+
+def test_counts_of_the_shared_slides(shared_data: Path) -> None:
+    """Polygons, holes, corners and areas as the folder's index has them (which was counted without this code)."""
+    folder = shared_data / "camelyon16_annotations"
+    with open(folder / "index.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 37
+    for row in rows:
+        found = read_annotations(folder / "json" / f"{row['slide']}.json")
+        tumour = [outline for outline in found.outlines if not outline.excluded]
+        assert len(tumour) == int(row["positive_polygons"])
+        assert len(found.outlines) - len(tumour) == int(row["negative_polygons"])
+        drawn_px2 = sum(outline.shape.area for outline in tumour)
+        assert drawn_px2 == pytest.approx(float(row["positive_area_px2_level0"]), abs=1), row["slide"]
+        if tumour:  # the other slides' rings repeat their first corner, which is not kept
+            assert sum(len(o.shape.exterior.coords) - 1 for o in found.outlines) == int(row["vertices"])
+
+
+def test_point_on_an_outline_is_in_one_of_two_neighbours() -> None:
+    left, right = of(box(0, 0, 10, 10)), of(box(10, 0, 20, 10))
+    x, y = np.array([[0, 0], [10, 5], [20, 5], [5, 10], [10, 0], [10, 10], [5, 0]], float).T
+    assert contains(left, x, y).tolist() == [True, False, False, False, False, False, True]
+    assert contains(right, x, y).tolist() == [False, True, False, False, True, False, False]
+    slope = of(Polygon([(0, 0), (10, 10), (0, 10)]))
+    assert contains(slope, [5], [5]).tolist() == [False]  # the triangle lies left of its slope
+
+
+def test_points_in_no_annotations() -> None:
+    assert contains(of(), [1, 2], [3, 4]).tolist() == [False, False]
+
+
+@settings(max_examples=40, deadline=None)
+@given(corners=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=3, max_size=8))
+def test_pixel_centres_contained_are_the_raster(corners: list[tuple[int, int]]) -> None:
+    # Many centres lie on edges. Crossing rings are left out: their repair puts corners at rounded places.
+    drawn = Polygon(corners)
+    found = of(drawn if drawn.is_valid else drawn.convex_hull.buffer(0))
+    x, y = np.meshgrid(np.arange(12) + 0.5, np.arange(12) + 0.5)
+    assert (contains(found, x.ravel(), y.ravel()).reshape(12, 12) == rasterise(found, 12, 12, 1.0)).all()
 
 
 def test_every_shared_slide_agrees_with_an_even_odd_count(shared_data: Path, tmp_path: Path) -> None:
@@ -199,7 +232,7 @@ def test_bad_files_are_named_in_one_line(content: str | bytes, words: str, tmp_p
 
 
 def test_unknown_group_lists_the_known_ones(tmp_path: Path) -> None:
-    known = "_0, _1, Tumor, metastases, None .*_2, Exclusion, normal"
+    known = "_0, _1, Tumor, .*Metastases, None .*_2, Exclusion, .*Normal"
     with pytest.raises(AnnotationError, match=r"'lymph\\nnode'.*" + known):
         read(tmp_path, asap(("lymph&#10;node", "Polygon", SQUARE)))
 
@@ -214,7 +247,7 @@ HOLE = [(20, 20), (40, 20), (40, 40)]
 VALID = asap(("_0", "Polygon", SQUARE), ("_2", "Spline", HOLE), ("_1", "Dot", [(1, 1)])).encode()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 40), st.binary(max_size=6) | st.sampled_from(
@@ -265,12 +298,23 @@ def test_share_equals_plain_intersection() -> None:
     assert {0.0, 1.0} < set(np.round(expected, 9))
 
 
+def test_share_along_pixel_edges_equals_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts run along edges and through corners here; every tile's share is a count of mask pixels."""
+    monkeypatch.setattr(annotation_tiles, "_PIECE_VERTICES", 8)
+    for seed in range(6):
+        mask = np.random.default_rng(seed).random((32, 32)) < 0.3 + seed / 15
+        found = of(*mask_polygons(mask))
+        y, x = np.mgrid[0:32:4, 0:32:4].reshape(2, -1)
+        expected = mask.reshape(8, 4, 8, 4).mean(axis=(1, 3)).ravel()
+        np.testing.assert_allclose(tumour_share(found, x, y, 4), expected, atol=1e-12)
+
+
 def test_share_of_100_000_tiles_is_fast() -> None:
     x, y = (axis.ravel() for axis in np.meshgrid(np.arange(320) * 190, np.arange(320) * 190))
     found = of(wavy(8000, 2))
-    start = time.perf_counter()
+    start = time.process_time()
     share = tumour_share(found, x, y, 224)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10  # of this process: others may be busy
     # Tiles of 190 px would add up to the area; these overlap, each place being covered (224 / 190)^2 times on average.
     assert share.sum() * 190**2 == pytest.approx(found.tumour.area, rel=1e-3)
 

@@ -1,0 +1,214 @@
+"""Outlines as they were drawn, and the tumour area that they make.
+
+Everything is in level-0 pixels of the slide, x to the right, y down, origin at the top left.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import shapely
+from shapely.geometry import MultiPolygon, Polygon
+
+from medsd.errors import AnnotationError, nearest
+
+_log = logging.getLogger(__name__)
+
+Colour: TypeAlias = tuple[int, int, int]
+
+# What CAMELYON16 (`_0`, `_1`, `Tumor`; `_2`, `Exclusion`), CAMELYON17 (`metastases`; `normal`) and users of QuPath
+# write.
+# `None` is ASAP's word for an outline without a group; in CAMELYON16 such outlines are tumour.
+TUMOUR_GROUPS = ("_0", "_1", "Tumor", "Tumour", "Metastasis", "Metastases", "None")
+EXCLUDED_GROUPS = ("_2", "Exclusion", "Exclude", "Ignore", "Normal")
+OUTLINE_TYPES = ("Polygon", "Spline", "Rectangle")
+
+# No slide is 2^31 pixels wide; numbers beyond it overflow areas without a word.
+LARGEST_PX = 2.0**31
+# Parsing takes several times the file's size in memory; the largest annotation files of CAMELYON are below 20 MB.
+LARGEST_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Outline:
+    """One drawn shape, as the file has it.
+
+    Attributes:
+        name: the shape's own name.
+        group: ASAP's group or QuPath's class, as written (`Tumor`, `_0`); empty for none.
+        excluded: whether its area is taken out of the tumour.
+        shape: polygon with its holes, or several, in level-0 pixels: the corners of the file in its order, not
+            repaired. A ring is closed, whether the file repeats its first corner or not.
+        colour: the shape's red, green and blue, 0 to 255; None where the file names none that can be read.
+        group_colour: the same of its group.
+        kind: ASAP's type of annotation. Splines are taken as the polygon through their points.
+    """
+
+    name: str
+    group: str
+    excluded: bool
+    shape: Polygon | MultiPolygon
+    colour: Colour | None = None
+    group_colour: Colour | None = None
+    kind: str = "Polygon"
+
+    @property
+    def polygons(self) -> tuple[Polygon, ...]:
+        """The polygons of the shape, in order."""
+        return tuple(self.shape.geoms) if isinstance(self.shape, MultiPolygon) else (self.shape,)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The annotations of one slide, in level-0 pixels.
+
+    Attributes:
+        tumour: tumour area; overlapping outlines are merged and the excluded area is cut out.
+        repaired: number of outlines with rings that cross themselves or each other. A ring counts by the even-odd
+            rule, and what lies in a hole's ring is not part of its outline.
+        excluded: area drawn as not tumour (it may reach beyond the tumour outlines).
+        dropped: number of rings without an area (fewer than three corners, or all on a line) that were left out.
+        outlines: what was drawn, in the file's order. The areas above are made of them (`annotations_of`).
+        left_out: number of points, lines and objects that no one drew (QuPath's detections and cells), not kept.
+    """
+
+    tumour: MultiPolygon
+    repaired: int
+    excluded: MultiPolygon
+    dropped: int = 0
+    outlines: tuple[Outline, ...] = ()
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which groups are tumour and which are not.
+
+    Names are compared in any case, without QuPath's `*`; a class derived from another (`Tumor: Positive`) has the role
+    of its base unless it is named itself.
+
+    Attributes:
+        tumour, excluded: names of groups, before those in `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`. The empty name
+            stands for shapes without a class.
+    """
+
+    tumour: Sequence[str] = ()
+    excluded: Sequence[str] = ()
+
+    def is_excluded(self, group: str, path: Path) -> bool:
+        """Whether `group` is not tumour.
+
+        Raises:
+            AnnotationError: it is unknown, or has both roles.
+        """
+        roles = {_folded(name): False for name in TUMOUR_GROUPS} | {_folded(name): True for name in EXCLUDED_GROUPS}
+        twice = {_folded(name) for name in self.tumour} & {_folded(name) for name in self.excluded}
+        if twice:
+            raise AnnotationError(f"group {min(twice)!r} is both in tumour_groups and in excluded_groups; choose one")
+        roles |= {_folded(name): False for name in self.tumour} | {_folded(name): True for name in self.excluded}
+        for name in (group, group.split(":")[0]):
+            if _folded(name) in roles:
+                return roles[_folded(name)]
+        known = (*self.tumour, *TUMOUR_GROUPS), (*self.excluded, *EXCLUDED_GROUPS)
+        what = f"annotation group {quoted(group)} is unknown" if group else "an annotation has no group"
+        raise AnnotationError(
+            f"{path}: {what}{nearest(group, known[0] + known[1])}; name it in tumour_groups or excluded_groups, or "
+            f"rename it to one of {', '.join(known[0])} (tumour) or {', '.join(known[1])} (not tumour)"
+        )
+
+
+def annotations_of(
+    outlines: Iterable[Outline], source: str | Path = "outlines", dropped: int = 0, left_out: int = 0
+) -> Annotations:
+    """The areas that outlines make; what is left out is counted and logged as a warning.
+
+    Args:
+        outlines: what was drawn.
+        source: what messages name.
+        dropped, left_out: how many rings and others were left out before, see `Annotations`.
+
+    Raises:
+        AnnotationError: the outlines cannot be merged.
+    """
+    kept: list[Outline] = []
+    areas: dict[bool, list[MultiPolygon]] = {True: [], False: []}
+    repaired = 0
+    try:
+        for outline in outlines:
+            parts = [area_of(polygon) for polygon in outline.polygons]
+            if all(part.is_empty for part in parts):
+                dropped += 1
+                continue
+            kept.append(outline)
+            areas[outline.excluded] += parts
+            repaired += not all(polygon.is_valid for polygon in outline.polygons)
+        excluded = only_polygons(shapely.union_all(areas[True]))
+        tumour = only_polygons(shapely.difference(shapely.union_all(areas[False]), excluded))
+    except shapely.errors.GEOSException as error:
+        raise AnnotationError(f"{source}: outlines cannot be merged ({one_line(error)}); redraw them") from error
+    if left_out:
+        _log.warning("%s: %d points, lines and computed objects are no outlines and are left out", source, left_out)
+    if dropped:
+        _log.warning("%s: %d rings have no area (fewer than three corners or a line), left out", source, dropped)
+    return Annotations(tumour, repaired, excluded, dropped, tuple(kept), left_out)
+
+
+def area_of(polygon: Polygon) -> MultiPolygon:
+    """The valid area of a drawn polygon: its outer ring less its holes, each ring by the even-odd rule."""
+    if polygon.is_valid:
+        return only_polygons(polygon)
+    # Ring by ring: shapely's repair of the whole would fill what two holes share, and add what a hole has outside.
+    shell, *holes = (only_polygons(shapely.make_valid(Polygon(ring))) for ring in rings_of(polygon))
+    return only_polygons(shapely.difference(shell, shapely.union_all(holes)))
+
+
+def only_polygons(geometry: Any) -> MultiPolygon:
+    """The polygons of any geometry: repairs and cuts leave lines and points behind, which have no area."""
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    return MultiPolygon([part for part in parts if isinstance(part, Polygon) and part.area > 0])
+
+
+def rings_of(polygon: Polygon) -> list[Any]:
+    """The closed rings of a polygon, the outer one first."""
+    return [polygon.exterior, *polygon.interiors]
+
+
+def read_bounded(path: Path) -> bytes:
+    """The content of a file, unpacked if it is packed by gzip.
+
+    Raises:
+        AnnotationError: it cannot be read or unpacked, or has more than `LARGEST_BYTES`.
+    """
+    try:
+        with open(path, "rb") as handle:
+            packed = handle.read(2) == b"\x1f\x8b"
+            handle.seek(0)
+            with gzip.GzipFile(fileobj=handle) if packed else handle as content:
+                data = content.read(LARGEST_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise AnnotationError(f"{path}: damaged gzip file ({one_line(error)}); save it again") from error
+    except OSError as error:
+        raise AnnotationError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if len(data) > LARGEST_BYTES:
+        raise AnnotationError(f"{path}: larger than {LARGEST_BYTES / 2**30:g} GiB, no slide's annotations; split it")
+    return data
+
+
+def one_line(error: Exception) -> str:
+    """An error's words on one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def quoted(text: str) -> str:
+    """A name from a file, fit for a message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _folded(group: str) -> str:
+    return group.strip().rstrip("*").casefold()
