@@ -18,6 +18,10 @@ class MissingMppError(SlideError):
     """The scale of a slide (micrometres per pixel) is unknown."""
 
 
+class NotBrightFieldError(SlideError):
+    """A slide is not stained tissue on bright glass (fluorescence, dark field, inverted colours)."""
+
+
 class NoTissueError(MedsdError):
     """No tissue was found where some is needed."""
 

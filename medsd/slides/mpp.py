@@ -12,6 +12,13 @@ from medsd.errors import MissingMppError
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Micrometres per level-0 pixel that a microscope can have; tags outside are not believed (our choice)."""
 
+_SOURCES = {
+    "openslide.mpp": "vendor property",
+    "ome.mpp": "OME-XML",
+    "ngff.mpp": "NGFF scale",
+    "jp2.mpp": "JPEG 2000 capture resolution",
+}
+_TAGS = "TIFF resolution tags"
 _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 
 
@@ -24,11 +31,15 @@ class Mpp:
 
 
 def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | None = None) -> Mpp:
-    """The scale of the slide at `path`: the caller's, else the vendor's, else the TIFF resolution tags if plausible.
+    """The scale of the slide at `path`, from the first of these that states a plausible one.
+
+    The caller's; the vendor's; PhysicalSize of OME-XML; the scale of OME-NGFF; the capture resolution of JPEG 2000;
+    the TIFF resolution tags.
 
     Args:
         path: the slide's file, for the error message.
-        properties: OpenSlide properties of the slide.
+        properties: what the reader found in the file: OpenSlide's names, and `ome.mpp-x`, `ngff.mpp-x`, `jp2.mpp-x`
+            (um) where such a file states them.
         override: micrometres per level-0 pixel, as the caller knows it.
 
     Raises:
@@ -38,12 +49,11 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
         if not (math.isfinite(override) and override > 0):
             raise MissingMppError(f"{path}: mpp={override} given; it must be a positive number of um per level-0 pixel")
         return Mpp(float(override), "given by the caller")
-    # OpenSlide fills mpp-x of plain TIFFs from the resolution tags: that is the TIFF's word, not the vendor's.
-    plain_tiff = properties.get("openslide.vendor") == "generic-tiff"
-    candidates = [
-        ("TIFF resolution tags" if plain_tiff else "vendor property", _vendor_mpp(properties)),
-        ("TIFF resolution tags", _tiff_mpp(properties)),
-    ]
+    candidates = [(source, _pair(properties, key)) for key, source in _SOURCES.items()]
+    if properties.get("openslide.vendor") == "generic-tiff":
+        # OpenSlide fills mpp-x of plain TIFFs from the resolution tags: that is the TIFF's word, not the vendor's.
+        candidates = [*candidates[1:], (_TAGS, candidates[0][1])]
+    candidates.append((_TAGS, _tiff_mpp(properties)))
     for source, pair in candidates:
         if pair is None or not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in pair):
             continue
@@ -52,22 +62,23 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
                 f"{path}: pixels are not square ({pair[0]:g} x {pair[1]:g} um); give one scale with mpp=..."
             )
         return Mpp((pair[0] + pair[1]) / 2, source)
-    raise MissingMppError(f"{path}: scale unknown{_hint(properties, candidates[0][1])}; give it with mpp=... (--mpp)")
-
-
-def _vendor_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    return _pair(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
+    stated = next((pair for _, pair in candidates[:-1] if pair is not None), None)
+    raise MissingMppError(f"{path}: scale unknown{_hint(properties, stated)}; give it with mpp=... (--mpp)")
 
 
 def _tiff_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
     unit = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
-    resolution = _pair(properties.get("tiff.XResolution"), properties.get("tiff.YResolution"))
+    resolution = _numbers(properties.get("tiff.XResolution"), properties.get("tiff.YResolution"))
     if unit is None or resolution is None or min(resolution) <= 0:
         return None
-    return _pair(str(unit / resolution[0]), str(unit / resolution[1]))
+    return _numbers(str(unit / resolution[0]), str(unit / resolution[1]))
 
 
-def _pair(x: str | None, y: str | None) -> tuple[float, float] | None:
+def _pair(properties: Mapping[str, str], key: str) -> tuple[float, float] | None:
+    return _numbers(properties.get(f"{key}-x"), properties.get(f"{key}-y"))
+
+
+def _numbers(x: str | None, y: str | None) -> tuple[float, float] | None:
     try:
         # Tags are single precision (0.4990000128): beyond seven digits there is only noise.
         pair = float(f"{float(x or 'nan'):.7g}"), float(f"{float(y or 'nan'):.7g}")
@@ -76,9 +87,9 @@ def _pair(x: str | None, y: str | None) -> tuple[float, float] | None:
     return pair if all(math.isfinite(value) for value in pair) else None
 
 
-def _hint(properties: Mapping[str, str], vendor: tuple[float, float] | None) -> str:
-    if vendor is not None:
-        return f" (the file says {vendor[0]:g} um per pixel, which no microscope has)"
+def _hint(properties: Mapping[str, str], stated: tuple[float, float] | None) -> str:
+    if stated is not None:
+        return f" (the file says {stated[0]:g} um per pixel, which no microscope has)"
     power = properties.get("openslide.objective-power")
     # The objective alone does not fix the scale (camera and adapter differ), so it is only passed on.
     return f" (the file names only a {power}x objective)" if power else " (the file does not state it)"

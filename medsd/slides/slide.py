@@ -95,7 +95,7 @@ def open_slide(
     """Open a slide of any known format.
 
     Args:
-        path: the slide's file.
+        path: the slide's file, or the folder of an OME-NGFF image.
         mpp: micrometres per level-0 pixel where the file does not know it, or knows it wrong.
         reader: one of `readers.choose.READERS`, or None to choose by the file.
         cache: where decoded tiles are kept; None for one of its own.
@@ -243,6 +243,8 @@ def _bounds(properties: Mapping[str, str], dimensions: tuple[int, int]) -> tuple
     if not all(properties.get(key, "").isdecimal() for key in keys):
         return (0, 0, *dimensions)
     x, y, width, height = (int(properties[key]) for key in keys)
+    if min(width, height) < 1 or x + width > dimensions[0] or y + height > dimensions[1]:
+        return (0, 0, *dimensions)
     return x, y, width, height
 
 

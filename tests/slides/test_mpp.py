@@ -32,6 +32,38 @@ def test_tags_step_in_for_a_vendor_who_is_silent_or_absurd(vendor: dict[str, str
     assert (found.value, found.source) == (0.5, "TIFF resolution tags")
 
 
+def pair(key: str, value: str) -> dict[str, str]:
+    return {f"{key}-x": value, f"{key}-y": value}
+
+
+ORDER = [
+    (pair("openslide.mpp", "0.21"), "vendor property"),
+    (pair("ome.mpp", "0.22"), "OME-XML"),
+    (pair("ngff.mpp", "0.23"), "NGFF scale"),
+    (pair("jp2.mpp", "0.24"), "JPEG 2000 capture resolution"),
+    (TAGS, "TIFF resolution tags"),
+]
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)))
+def test_sources_are_asked_in_order(first: int) -> None:
+    properties = {key: value for stated, _ in ORDER[first:] for key, value in stated.items()}
+    assert resolve_mpp(PATH, properties).source == ORDER[first][1]
+
+
+@pytest.mark.parametrize("first", range(len(ORDER) - 1))
+def test_an_absurd_source_hands_on_to_the_next(first: int) -> None:
+    properties = {key: value for stated, _ in ORDER[first:] for key, value in stated.items()}
+    absurd = dict.fromkeys(ORDER[first][0], "352.8")
+    assert resolve_mpp(PATH, properties | absurd).source == ORDER[first + 1][1]
+
+
+def test_ome_xml_comes_before_the_tags_as_openslide_shows_them() -> None:
+    tags = {"openslide.vendor": "generic-tiff"} | pair("openslide.mpp", "0.5")
+    found = resolve_mpp(PATH, tags | pair("ome.mpp", "0.25"))
+    assert (found.value, found.source) == (0.25, "OME-XML")
+
+
 def test_inches() -> None:
     tags = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "50800", "tiff.YResolution": "50800"}
     assert resolve_mpp(PATH, tags).value == 0.5

@@ -50,7 +50,7 @@ def levels_of_sizes(path: Path, sizes: Sequence[Size], absent: bool) -> tuple[Ti
 
 
 def ome_levels(path: Path) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
-    """Levels and scale of an OME-TIFF with levels in SubIFDs; None where the file is none, or not plain.
+    """Levels (in SubIFDs) and scale of an OME-TIFF; None where the file is none, or not plain.
 
     Raises:
         SlideError: the TIFF is damaged.
@@ -60,7 +60,7 @@ def ome_levels(path: Path) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] |
             if not file.is_ome or not file.series:
                 return None
             series = file.series[0]
-            if len(series.levels) < 2 or any(len(level.pages) != 1 for level in series.levels):
+            if any(len(level.pages) != 1 for level in series.levels):
                 return None
             pages = [level.keyframe for level in series.levels]
             levels = [level_of_page(page, (page.imagewidth, page.imagelength)) for page in pages]

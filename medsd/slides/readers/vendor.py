@@ -81,7 +81,7 @@ def _open(path: Path) -> openslide.OpenSlide:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise UnknownFormatError(
-            f"{path}: not a slide that OpenSlide can read; convert it to a tiled pyramidal TIFF"
+            f"{path}: not a slide of a known format; convert it to a tiled pyramidal TIFF"
         ) from error
     except openslide.OpenSlideError as error:
         raise damaged(path, error) from error

@@ -1,0 +1,215 @@
+"""What OpenSlide cannot open and tiatoolbox can: JPEG 2000 (JP2), and OME-TIFF that is not plain tiles of RGB.
+
+tiatoolbox opens the file; level pixels are then taken from the handle beneath its reader (glymur, zarr), since what the
+reader itself returns is resampled (OME-TIFF levels of odd sizes) or lacks the last row and column (JP2 levels of odd
+sizes). Neither format has checksums: a JPEG 2000 byte that was changed is a changed pixel.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tifffile
+
+from medsd.errors import SlideError
+from medsd.slides.readers.base import RGB, Bools, Size, damaged, read_seen_by_halves, undecodable
+from medsd.slides.readers.tiff_layout import is_tiff, ome_scale
+from medsd.slides.readers.zarr_levels import ZARR_DAMAGED, ArrayLevel, as_rgb, unfit
+from medsd.slides.tiatoolbox_import import logging_untouched
+
+_JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
+_OPENJPEG = "2.4.0"
+# Enumerated colour spaces of JP2 that are taken as they are: sRGB and grey; none is named where there is a profile.
+_COLOUR_SPACES = (16, 17, None)
+_OME_AXES = ("YXS", "SYX", "CYX")
+_MOST_HALVINGS = 32
+_CACHE_BYTES = 2**24
+
+
+def is_jp2(path: Path) -> bool:
+    """Whether the file starts like a JP2."""
+    with open(path, "rb") as handle:
+        return handle.read(len(_JP2)) == _JP2
+
+
+def is_ome_pyramid(path: Path) -> bool:
+    """Whether a TIFF is an OME-TIFF whose image takes several pages: levels, or planes of colours."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            if not file.is_ome or not file.series:
+                return False
+            levels = file.series[0].levels
+            return len(levels) > 1 or len(levels[0].pages) > 1
+    except ZARR_DAMAGED:
+        return False
+
+
+class _Levels(Protocol):
+    @property
+    def sizes(self) -> tuple[Size, ...]: ...
+    @property
+    def properties(self) -> Mapping[str, str]: ...
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB: ...
+
+
+class TiatoolboxSlide:
+    """A `LevelReader` over tiatoolbox: one handle a thread and process, opened lazily.
+
+    Opening the first takes seconds, in which tiatoolbox is imported.
+
+    Args:
+        path: a JP2 or an OME-TIFF.
+
+    Raises:
+        SlideError: damaged, not 8-bit grey or RGB, or a library is missing.
+    """
+
+    name = "tiatoolbox"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handles: dict[tuple[int, int], _Levels] = {}
+        levels = self._handle()
+        self.sizes, self.properties = levels.sizes, levels.properties
+
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        """See `LevelReader.read`."""
+        handle = self._handle()
+        try:
+            return handle.read(level, column, row, columns, rows)
+        except ZARR_DAMAGED as error:
+            raise undecodable(self.path, level, column, row, error) from error
+
+    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
+        """See `LevelReader.read_seen`."""
+        return read_seen_by_halves(self, level, column, row, columns, rows)
+
+    def close(self) -> None:
+        """See `LevelReader.close`."""
+        for key in list(self._handles):
+            if key[0] == os.getpid():
+                self._handles.pop(key, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
+
+    def _handle(self) -> _Levels:
+        key = (os.getpid(), threading.get_ident())
+        levels = self._handles.get(key)
+        if levels is None:
+            levels = self._handles[key] = _open(self.path)
+        return levels
+
+
+def _open(path: Path) -> _Levels:
+    try:
+        with logging_untouched():
+            from tiatoolbox.wsicore.wsireader import JP2WSIReader, TIFFWSIReader
+    except ImportError as error:
+        raise SlideError(f"{path}: only tiatoolbox reads it, which is missing ({error}); install tiatoolbox") from error
+    try:
+        if is_tiff(path):
+            _check_axes(path)
+            return _OmeLevels(path, TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None))
+        _check_openjpeg(path)
+        return _Jp2Levels(path, JP2WSIReader(path))
+    except ZARR_DAMAGED as error:
+        raise damaged(path, error) from error
+
+
+def _check_axes(path: Path) -> None:
+    with tifffile.TiffFile(path) as file:
+        axes = file.series[0].axes
+    if axes not in _OME_AXES:
+        raise unfit(path, f"axes {axes}")
+
+
+def _check_openjpeg(path: Path) -> None:
+    import glymur
+
+    if glymur.version.openjpeg_version < _OPENJPEG:
+        raise SlideError(
+            f"{path}: JPEG 2000 needs the OpenJPEG library; install it (apt install libopenjp2-7, conda: openjpeg)"
+        )
+
+
+class _OmeLevels:
+    """The arrays of tiatoolbox's TIFF reader, largest first."""
+
+    def __init__(self, path: Path, reader: Any) -> None:
+        views = reader.level_arrays.values()
+        self._levels = tuple(ArrayLevel(view.array, str(view.axes).lower()) for view in views)
+        for level in self._levels:
+            level.check(path, coded_by_store=True)
+        self.sizes = tuple(level.size for level in self._levels)
+        with tifffile.TiffFile(path) as file:
+            self.properties = ome_scale(file.pages[0].aspage().description)
+
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        return self._levels[level].read(column, row, columns, rows)
+
+
+class _Jp2Levels:
+    """The resolutions of a JP2: each half the one before, rounded up (ISO 15444-1, B.5).
+
+    A wavelet's pixel is centred on the first of the pixels that it stands for, not on their middle: what is read from a
+    level lies right and down of its place by just under half a pixel of that level.
+    """
+
+    def __init__(self, path: Path, reader: Any) -> None:
+        self._jp2 = reader.glymur_jp2
+        segments = self._jp2.codestream.segment
+        size = segments[1]
+        if {*size.xrsiz, *size.yrsiz} != {1} or (size.xosiz, size.yosiz) != (0, 0):
+            raise unfit(path, "its colours differ in size, or it is a part of a larger picture")
+        if set(size.bitdepth) != {8} or any(size.signed):
+            raise unfit(path, f"{max(size.bitdepth)} bits a colour")
+        space = _box(self._jp2.box, "jp2h", "colr")
+        if space is not None and space.colorspace not in _COLOUR_SPACES:
+            raise unfit(path, f"colour space {space.colorspace}")
+        if self._jp2.shape[2:] not in ((), (1,), (3,)):
+            raise unfit(path, f"{self._jp2.shape[2]} channels")
+        self._size = self._jp2.shape[1], self._jp2.shape[0]
+        halvings = next((segment.num_res for segment in segments if segment.marker_id == "COD"), 0)
+        self.sizes = tuple(
+            (math.ceil(self._size[0] / 2**level), math.ceil(self._size[1] / 2**level))
+            for level in range(min(halvings, _MOST_HALVINGS) + 1)
+        )
+        self.properties = _jp2_scale(self._jp2.box)
+
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        step = 2**level
+        bottom, right = min((row + rows) * step, self._size[1]), min((column + columns) * step, self._size[0])
+        pixels = np.asarray(self._jp2[row * step : bottom : step, column * step : right : step])
+        return as_rgb(pixels.reshape(rows, columns, -1))
+
+
+def _box(boxes: list[Any], *names: str) -> Any:
+    """The first JP2 box on that way through boxes in boxes, or None."""
+    found = next((box for box in boxes if box.box_id == names[0]), None)
+    return found if found is None or len(names) == 1 else _box(found.box, *names[1:])
+
+
+def _jp2_scale(boxes: list[Any]) -> dict[str, str]:
+    """The scale that the scanner wrote (XML of Aperio and Omnyx), and that of the capture resolution box.
+
+    Not tiatoolbox's own, which is guessed from the magnification where the file does not state it.
+    """
+    found: dict[str, str] = {}
+    text = _box(boxes, "xml ")
+    description = None if text is None or text.xml is None else text.xml.findtext("description")
+    stated = re.search(r"MPP\s*=\s*(\d*\.?\d+)", description or "", re.IGNORECASE)
+    if stated is not None:
+        found |= {"openslide.mpp-x": stated[1], "openslide.mpp-y": stated[1]}
+    capture = _box(boxes, "jp2h", "res ", "resc")
+    if capture is not None and capture.horizontal_resolution > 0 and capture.vertical_resolution > 0:
+        found["jp2.mpp-x"] = str(1e6 / float(capture.horizontal_resolution))
+        found["jp2.mpp-y"] = str(1e6 / float(capture.vertical_resolution))
+    return found

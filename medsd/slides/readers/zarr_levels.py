@@ -1,0 +1,232 @@
+"""Levels kept as zarr arrays: OME-NGFF folders."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.errors import SlideError
+from medsd.slides.readers.base import RGB, Bools, Size, damaged, read_seen_by_halves, undecodable
+from medsd.slides.readers.codecs import DAMAGED
+
+if TYPE_CHECKING:
+    import zarr
+
+ZARR_DAMAGED = (*DAMAGED, AttributeError, EOFError, zlib.error, lzma.LZMAError)
+"""What zarr and its codecs raise for damaged metadata and chunks."""
+
+# Codecs that make bytes of bytes. Among the others is one that unpickles: it runs what the file says.
+_CODECS = {
+    *("blosc", "zstd", "lz4", "zlib", "gzip", "bz2", "lzma", "shuffle", "delta"),
+    *("bytes", "transpose", "crc32c", "sharding_indexed"),
+}
+_LARGEST_CHUNK_BYTES = 2**28
+_UM_PER_UNIT = {
+    "micrometer": 1.0,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
+    "centimeter": 1e4,
+    "meter": 1e6,
+    "angstrom": 1e-4,
+    "inch": 25_400.0,
+}
+_RGB_HEX = ["FF0000", "00FF00", "0000FF"]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayLevel:
+    """One level as an array of 8-bit pixels, grey or RGB; axes other than x, y and colour have one entry.
+
+    Attributes:
+        array: of any order of axes.
+        axes: a letter an axis: y, x, c (or s) for colours, others for planes.
+    """
+
+    array: zarr.Array[Any]
+    axes: str
+
+    @property
+    def size(self) -> Size:
+        """(width, height)."""
+        return self.array.shape[self.axes.index("x")], self.array.shape[self.axes.index("y")]
+
+    def check(self, path: Path, coded_by_store: bool = False) -> None:
+        """Raise SlideError where the array is no picture, or its chunks are not safe to decode.
+
+        Args:
+            path: the file, for the error message.
+            coded_by_store: whether chunks are decoded by what holds them (TIFF) instead of by zarr.
+        """
+        if sorted(axis for axis in self.axes if axis in "yx") != ["x", "y"] or len(self.axes) != self.array.ndim:
+            raise unfit(path, f"axes '{self.axes}' of an array of {self.array.ndim} dimensions")
+        lengths = dict(zip(self.axes, self.array.shape, strict=True))
+        colours = lengths.get("c", 1) * lengths.get("s", 1)
+        planes = [axis for axis, length in lengths.items() if axis not in "yxcs" and length != 1]
+        if planes:
+            raise unfit(path, f"{lengths[planes[0]]} planes along {planes[0]}")
+        if self.array.dtype != np.uint8 or colours not in (1, 3):
+            raise unfit(path, f"{colours} channels of {self.array.dtype}")
+        unknown = set() if coded_by_store else _codec_names(self.array) - _CODECS
+        if unknown:
+            raise SlideError(f"{path}: compression '{min(unknown)}' is not decoded here; write it with zstd")
+        if np.prod([float(length) for length in self.array.chunks]) > _LARGEST_CHUNK_BYTES:
+            raise SlideError(f"{path}: chunks of {self.array.chunks} are decoded as a whole; write smaller ones")
+
+    def read(self, column: int, row: int, columns: int, rows: int) -> RGB:
+        """Pixels (rows, columns, 3) of a rectangle inside the level."""
+        parts = {"x": slice(column, column + columns), "y": slice(row, row + rows), "c": slice(None), "s": slice(None)}
+        pixels = np.asarray(self.array[tuple(parts.get(axis, 0) for axis in self.axes)])
+        left = [axis for axis in self.axes if axis in parts]
+        order = [left.index(axis) for axis in "yxcs" if axis in left]
+        return as_rgb(pixels.transpose(order).reshape(rows, columns, -1))
+
+
+def as_rgb(pixels: npt.NDArray[np.uint8]) -> RGB:
+    """Pixels (rows, columns, 3) of the same with one channel or three."""
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+
+
+def unfit(path: Path, why: str) -> SlideError:
+    """The error of an image that is whole, but of another kind than a slide is."""
+    return SlideError(f"{path}: not one picture of 8-bit RGB or grey ({why}); export it as such")
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether the path is a zarr folder, of version 2 or 3."""
+    return path.is_dir() and any((path / name).is_file() for name in (".zgroup", ".zattrs", "zarr.json"))
+
+
+class NgffSlide:
+    """A `LevelReader` of an OME-NGFF folder (0.4 or 0.5), one handle a process.
+
+    Read with zarr itself: tiatoolbox 2.1 shows the first level of such a folder alone and wants display settings
+    (omero) that the format leaves optional. A chunk that is not there has the fill value, as the format says; nothing
+    tells one that was lost.
+
+    Args:
+        path: the folder with the multiscales.
+
+    Raises:
+        SlideError: not OME-NGFF, not 8-bit grey or RGB, or damaged.
+    """
+
+    name = "zarr"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handles: dict[int, tuple[ArrayLevel, ...]] = {}
+        self.sizes: tuple[Size, ...] = tuple(level.size for level in self._levels())
+        try:
+            self.properties: Mapping[str, str] = _scale(_multiscale(path))
+        except ZARR_DAMAGED as error:
+            raise damaged(path, error) from error
+
+    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        """See `LevelReader.read`."""
+        try:
+            return self._levels()[level].read(column, row, columns, rows)
+        except ZARR_DAMAGED as error:
+            raise undecodable(self.path, level, column, row, error) from error
+
+    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
+        """See `LevelReader.read_seen`."""
+        return read_seen_by_halves(self, level, column, row, columns, rows)
+
+    def close(self) -> None:
+        """See `LevelReader.close`."""
+        self._handles.pop(os.getpid(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
+
+    def _levels(self) -> tuple[ArrayLevel, ...]:
+        levels = self._handles.get(os.getpid())
+        if levels is None:
+            levels = self._handles[os.getpid()] = _open(self.path)
+        return levels
+
+
+def _open(path: Path) -> tuple[ArrayLevel, ...]:
+    import zarr
+
+    multiscale = _multiscale(path)
+    try:
+        group = zarr.open_group(path, mode="r")
+        axes = "".join(axis["name"].lower() for axis in multiscale["axes"])
+        levels = []
+        for dataset in multiscale["datasets"]:
+            array = group[dataset["path"]]
+            if not isinstance(array, zarr.Array):
+                raise ValueError(f"level {dataset['path']!r} is no array")
+            levels.append(ArrayLevel(array, axes))
+            levels[-1].check(path)
+    except ZARR_DAMAGED as error:
+        raise damaged(path, error) from error
+    if not levels:
+        raise SlideError(f"{path}: has no levels; write it again")
+    return tuple(levels)
+
+
+def _multiscale(path: Path) -> dict[str, Any]:
+    """The first multiscale image of the folder."""
+    import zarr
+
+    try:
+        attributes: Any = dict(zarr.open_group(path, mode="r").attrs)
+        attributes = attributes.get("ome", attributes)
+        scales = attributes.get("multiscales") or [{}]
+        if all(isinstance(axis, dict) for axis in scales[0].get("axes") or [None]):
+            _check_colours(path, attributes.get("omero"))
+            return dict(scales[0])
+    except ZARR_DAMAGED as error:
+        raise damaged(path, error) from error
+    inner = f"name an image in it, such as {path / '0'}" if is_zarr(path / "0") else "write it as OME-NGFF 0.4"
+    raise SlideError(f"{path}: a zarr folder, but no image of OME-NGFF 0.4 or 0.5; {inner}")
+
+
+def _check_colours(path: Path, omero: Any) -> None:
+    """Raise SlideError where three channels are said to be shown in other colours than red, green and blue."""
+    channels = omero.get("channels") if isinstance(omero, dict) else None
+    colours = [str(channel.get("color", "")).upper() for channel in channels or []]
+    if len(colours) == 3 and all(colours) and colours != _RGB_HEX:
+        raise unfit(path, f"its channels are to be shown in the colours {', '.join(colours)}")
+
+
+def _scale(multiscale: Mapping[str, Any]) -> dict[str, str]:
+    """The size of a level-0 pixel in um as `ngff.mpp-x` and `ngff.mpp-y`, where it is stated with its unit."""
+    axes = multiscale["axes"]
+    found = {}
+    for number, axis in enumerate(axes):
+        unit = _UM_PER_UNIT.get(str(axis.get("unit")))
+        if axis["name"].lower() not in ("x", "y") or unit is None:
+            continue
+        factors = [
+            float(transform["scale"][number])
+            for holder in (multiscale, multiscale["datasets"][0])
+            for transform in holder.get("coordinateTransformations") or []
+            if isinstance(transform, dict) and _is_scale(transform, len(axes))
+        ]
+        if factors:
+            found[f"ngff.mpp-{axis['name'].lower()}"] = str(float(np.prod(factors)) * unit)
+    return found
+
+
+def _is_scale(transform: Mapping[str, Any], length: int) -> bool:
+    scale: Sequence[Any] | None = transform.get("scale")
+    return transform.get("type") == "scale" and isinstance(scale, list) and len(scale) == length
+
+
+def _codec_names(array: zarr.Array[Any]) -> set[str]:
+    metadata: Any = array.metadata.to_dict()
+    if metadata["zarr_format"] == 2:
+        codecs = [metadata.get("compressor"), *(metadata.get("filters") or ())]
+        return {str(codec["id"]) for codec in codecs if codec is not None}
+    return {str(codec["name"]) for codec in metadata["codecs"]}

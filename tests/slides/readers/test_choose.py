@@ -1,0 +1,163 @@
+"""Which reader opens a file, and that what it shows is right or refused in words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from medsd.errors import ConfigError, SlideError
+from medsd.slides.readers.choose import READERS, open_reader
+from medsd.slides.slide import open_slide
+
+HEAVY = ("tiatoolbox", "zarr", "glymur", "torch", "cucim", "matplotlib")
+
+
+def test_opening_slides_imports_nothing_heavy(coded_slides: dict[str, Any]) -> None:
+    code = (
+        "import sys, medsd.slides.slide as slide\n"
+        f"slide.open_slide({str(coded_slides['even-2x'].path)!r}).read(0, 0, 9, 9)\n"
+        f"print(*[name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
+
+
+def make(kind: str, folder: Path, coding: Any, formats: Any) -> Path:
+    pixels = coding.coded_pixels(128, 96)
+    if kind == "ngff":
+        return formats.ngff(folder / "slide", [pixels])
+    path = folder / "slide.tif"  # the same name for all
+    if kind == "tiled":
+        coding.write_levels(path, [pixels], 0.5, 2)
+    elif kind == "alpha":
+        alpha = np.full((96, 128, 1), 9, np.uint8)
+        coding.write_levels(path, [np.concatenate([pixels, alpha], -1)], 0.5, 2, extrasamples=["unassalpha"])
+    elif kind == "planes":
+        formats.planes(path, [pixels, coding.halved(pixels, 2)])
+    elif kind == "ome":
+        with tifffile.TiffWriter(path, ome=True) as writer:
+            options: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "compression": "deflate"}
+            writer.write(pixels, subifds=1, metadata={"axes": "YXS"}, **options)
+            writer.write(coding.halved(pixels, 2), subfiletype=1, metadata=None, **options)
+    elif kind == "jp2":
+        formats.jp2(path.with_suffix(".jp2"), pixels, tilesize=None).rename(path)
+    else:
+        Image.fromarray(pixels).save(path, format=kind)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader"),
+    [
+        ("tiled", "tifffile"),
+        ("ome", "tifffile"),
+        ("alpha", "openslide"),
+        ("planes", "tiatoolbox"),
+        ("jp2", "tiatoolbox"),
+        ("ngff", "zarr"),
+        ("TIFF", "pillow"),
+        ("PNG", "pillow"),
+        ("JPEG", "pillow"),
+    ],
+)
+def test_what_is_in_the_file_decides(tmp_path: Path, coding: Any, formats: Any, kind: str, reader: str) -> None:
+    path = make(kind, tmp_path, coding, formats)
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.reader == reader and slide.dimensions == (128, 96)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["tiled", "planes", "jp2", "ngff", "PNG"])
+def test_a_named_reader_reads_it_or_says_so(tmp_path: Path, coding: Any, formats: Any, kind: str, name: str) -> None:
+    path = make(kind, tmp_path, coding, formats)
+    if name == "openslide" and kind == "planes":
+        return  # it takes the first page for the slide; whoever names it gets what it shows
+    try:
+        reader = open_reader(path, name)
+    except SlideError as error:
+        assert path.name in str(error) and "\n" not in str(error)
+    else:
+        assert reader.name == name
+        pixels = coding.coded_pixels(128, 96)
+        assert np.array_equal(reader.read(0, 0, 0, 128, 96), pixels)
+
+
+def test_a_misspelt_reader() -> None:
+    with pytest.raises(ConfigError, match="reader 'cuzim' is unknown; did you mean 'cucim'"):
+        open_reader(Path("any.svs"), "cuzim")
+
+
+@pytest.mark.parametrize("name", [None, "tifffile", "openslide"])
+def test_a_folder_is_no_slide_unless_it_is_zarr(tmp_path: Path, name: str | None) -> None:
+    with pytest.raises(SlideError, match="is a folder"):
+        open_reader(tmp_path, name)
+    (tmp_path / ".zgroup").write_text('{"zarr_format": 2}')
+    with pytest.raises(SlideError, match="a zarr folder"):
+        open_reader(tmp_path, name)
+
+
+@pytest.mark.parametrize("turn", range(2, 9))
+@pytest.mark.parametrize("tile", [(64, 64), None])
+def test_turned_tiffs_are_refused(tmp_path: Path, coding: Any, turn: int, tile: tuple[int, int] | None) -> None:
+    path = tmp_path / "turned.tif"
+    tag = [(274, "H", 1, turn, True)]
+    tifffile.imwrite(path, coding.coded_pixels(128, 96), tile=tile, photometric="rgb", extratags=tag, metadata=None)
+    names = (None, "openslide") if tile else (None, "pillow")
+    for name in names:
+        with pytest.raises(SlideError, match=rf"turned\.tif: stored turned \(Orientation {turn}\).*save it upright"):
+            open_reader(path, name)
+
+
+def test_a_tag_that_says_upright_is_fine(tmp_path: Path, coding: Any) -> None:
+    path, pixels = tmp_path / "upright.tif", coding.coded_pixels(128, 96)
+    tag = [(274, "H", 1, 1, True)]
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", extratags=tag, metadata=None)
+    assert np.array_equal(open_reader(path).read(0, 0, 0, 128, 96), pixels)
+
+
+REFUSED = {
+    "broken.svs",
+    "crash-0c7e0e8e11ce787078f00b5b0ca409a167f070e0.tif",
+    "crash-0e16d3bfb83be87356d026d66919deaefca44dac.tif",
+    "crash-1185209cf7655b5aed8ae5e77784dfdd18ab59e9.tif",
+    "crash-338516dbd2f0e83caddb8ce256c22db3bd6dc40f.tif",
+    "crash-63b1dffefc8c075ddc606c0a2f5fdc15ece78863.tif",
+    "crash-86214e58da443d2b80820cff9677a38a33dcbbca.tif",
+    "oom-225817ca0f8c663be7ab4b9e717b02c661e66834.tif",
+    "test_orient3.tif",
+    "test_orient6.tif",
+    "tiff_strip_planar_16bit_RGB.tiff",
+    "unopenable.tiff",
+    "unreadable.svs",
+    "zero_gi.tif",
+}
+
+
+def test_odd_files_are_right_or_refused(shared_data: Path) -> None:
+    paths = [path for path in sorted((shared_data / "wsi_odd").iterdir()) if path.suffix != ".md"]
+    refused = set()
+    for path in paths:
+        try:
+            with open_slide(path, mpp=0.5) as slide:
+                pixels = slide.read(0, 0, *slide.dimensions)
+        except SlideError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused.add(path.name)
+            continue
+        try:
+            expected = np.asarray(Image.open(path).convert("RGB"))
+        except UnidentifiedImageError:
+            assert path.name == "small_la.tiff" and pixels.tolist() == [[[0, 0, 0], [255, 255, 255]]]
+            continue
+        if "cmyk" in path.name:  # libtiff and PIL round ink differently
+            assert np.abs(pixels.astype(int) - expected).max() <= 1
+        else:
+            assert np.array_equal(pixels, expected), path.name
+    assert refused == REFUSED
