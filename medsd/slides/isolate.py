@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -20,6 +19,7 @@ from medsd.errors import MedsdError, SlideError
 from medsd.slides.isolate_child import Description
 from medsd.slides.isolate_process import ChildError, ChildProcess, named_error
 from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.slide import check_area
 
 logger = logging.getLogger(__name__)
 
@@ -272,12 +272,7 @@ class _Area:
 
 def _area(x: float, y: float, width: int, height: int, mpp: float | None) -> _Area:
     """The area, checked here: what the child raises is blamed on the file."""
-    if width < 1 or height < 1:
-        raise ValueError(f"width and height must be at least 1, got {width} x {height}")
-    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp must be a positive number, got {mpp}")
-    if not (math.isfinite(x) and math.isfinite(y)):
-        raise ValueError(f"x and y must be numbers, got {x}, {y}")
+    check_area(x, y, width, height, mpp)
     return _Area(float(x), float(y), index(width), index(height), None if mpp is None else float(mpp))
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 RGB = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -61,6 +64,8 @@ def plan_axis(start: float, scale: float, count: int) -> Axis:
 @lru_cache(maxsize=64)
 def _plan(start: float, scale: float, count: int) -> Axis:
     """The axis for a start in [0, 1); tiles of one grid have few different ones."""
+    from scipy.sparse import csr_array  # half of the time that reading slides at their own scale takes to import
+
     plan = (start, scale, count)
     centre = start - 0.5 + (np.arange(count) + 0.5) * scale
     centre = np.floor(centre * _PHASES + 0.5 + _TIE) / _PHASES

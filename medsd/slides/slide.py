@@ -161,10 +161,7 @@ class FileSlide:
     def _read(
         self, x: float, y: float, width: int, height: int, mpp: float | None, decode: _Decode
     ) -> tuple[RGB, Bools | None]:
-        if width < 1 or height < 1:
-            raise ValueError(f"width and height must be at least 1, got {width} x {height}")
-        if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-            raise ValueError(f"mpp must be a positive number, got {mpp}")
+        check_area(x, y, width, height, mpp)
         if self._closed:
             raise SlideError(f"{self.path}: the slide was closed; open it again")
         ratio = 1.0 if mpp is None else mpp / self.mpp
@@ -223,6 +220,16 @@ class FileSlide:
 
 
 _Decode = Callable[[int, int, int, int, int], tuple[RGB, Bools | None]]
+
+
+def check_area(x: float, y: float, width: int, height: int, mpp: float | None) -> None:
+    """Raise ValueError where the arguments of `Slide.read` mean no area."""
+    if width < 1 or height < 1:
+        raise ValueError(f"width and height must be at least 1, got {width} x {height}")
+    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"mpp must be a positive number, got {mpp}")
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise ValueError(f"x and y must be numbers, got {x}, {y}")
 
 
 def check_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:
