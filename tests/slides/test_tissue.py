@@ -263,6 +263,11 @@ class ArraySlide:
         out[seen] = self.image[np.ix_(rows[rows < self.image.shape[0]], columns[columns < self.image.shape[1]])]
         return out
 
+    def read_seen(
+        self, x: float, y: float, width: int, height: int, mpp: float | None = None
+    ) -> tuple[np.ndarray[Any, Any], None]:
+        return self.read(x, y, width, height, mpp), None
+
     def close(self) -> None: ...
 
 
