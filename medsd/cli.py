@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -34,6 +35,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("medsd").setLevel(logging.INFO)
+    # What these say of damaged files, tag by tag, is said in one line by the error that follows.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         app()
     except MedsdError as error:
@@ -80,6 +84,9 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
             f"dimensions  {width} x {height} px, {width * opened.mpp / 1000:.2f} x {height * opened.mpp / 1000:.2f} mm"
         )
         print(f"mpp         {opened.mpp:g} um per pixel ({opened.mpp_source})")
+        if opened.bounds != (0, 0, width, height):
+            x, y, across, down = opened.bounds
+            print(f"scanned     {across} x {down} px from ({x}, {y}); the rest of the canvas is empty")
         for number, level in enumerate(opened.levels):
             level_mpp = opened.mpp * level.downsample_x
             print(f"level {number}     {level.width} x {level.height} px, {level_mpp:g} um per pixel")
@@ -105,8 +112,78 @@ def phantom(
 
 
 @app.command()
+def tiles(
+    source: Annotated[Path, typer.Argument(help="A folder searched for slides, or a manifest (.csv) that lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a run into it goes on where another one ended.")],
+    manifest: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Table of the slides in SOURCE: slide,mpp,label,annotation; empty cells are fine."),
+    ] = None,
+    annotations: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of annotations named as the slides: ASAP XML, GeoJSON, NCRF JSON, mask TIFF."),
+    ] = None,
+    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels at --tile-mpp.")] = 256,
+    stride_px: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Step between tiles in pixels at --tile-mpp; a tile's side when not given."),
+    ] = None,
+    tile_mpp: Annotated[float, typer.Option(help="Micrometres per pixel of a tile.")] = 0.5,
+    min_tissue: Annotated[float, typer.Option(help="Least share of a tile that is tissue, 0 to 1.")] = 0.5,
+    tissue: Annotated[
+        str, typer.Option(help="How tissue is found: saturation, tiatoolbox-otsu or tiatoolbox-morphological.")
+    ] = "saturation",
+    force_tissue: Annotated[
+        bool, typer.Option("--force-tissue", help="Take slides that are no stained tissue on bright glass, too.")
+    ] = False,
+    max_unseen: Annotated[float, typer.Option(help="Share of undecodable tiles beyond which a slide fails.")] = 0.05,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Slides at work at once; as many as processors when not given."),
+    ] = None,
+) -> None:
+    """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
+    from medsd.progress import progress_bar
+    from medsd.slides.index import TileGrid
+    from medsd.slides.manifest import find_cohort
+    from medsd.slides.tile_store import Tiling
+    from medsd.slides.tiling import tile_slides
+
+    grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
+    tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
+    entries = find_cohort(source, manifest, annotations, leave_out=out)
+    cohort = tile_slides(entries, out, tiling, workers, progress=progress_bar("tiles"))
+    counts = {word: sum(slide.status == word for slide in cohort.slides) for word in ("ok", "empty", "failed")}
+    total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    print(f"{total}; {len(cohort.index)} tiles; see {out / 'slides.csv'} and {out / 'thumbnails'}")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stain(
+    slide: Annotated[Path, typer.Argument(help="A slide whose stain others are to be normalised to.")],
+    out: Annotated[Path, typer.Option(help="File to write: a configuration to lay on top of a bundle (.json).")],
+    method: Annotated[str, typer.Option(help="macenko, vahadane or reinhard.")] = "macenko",
+    mpp: MppOption = None,
+) -> None:
+    """Fit the stain of a slide, as the target that a bundle normalises every slide to."""
+    from dataclasses import asdict
+
+    from medsd.files import write_json
+    from medsd.slides.slide import open_slide
+    from medsd.slides.stain import check_method
+    from medsd.slides.stain_slide import fit_slide
+
+    chosen = check_method(method)
+    with open_slide(slide, mpp) as opened:
+        write_json(out, {"stain_target": asdict(fit_slide(opened, chosen))})
+    print(f"{method} stain of {slide.name} in {out}; use it with --config_file \"['bundles/camelyon.json','{out}']\"")
+
+
+@app.command()
 def heatmap(
-    slides: Annotated[list[Path], typer.Argument(help="Slide files.")],
+    slides: Annotated[list[Path], typer.Argument(help="Slide files, or manifests (.csv) that list them.")],
     weights: Annotated[Path, typer.Option(help="A calibrated classifier (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
     mpp: MppOption = None,
@@ -118,8 +195,14 @@ def heatmap(
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
     from medsd.heatmap.cohort import SlideJob, map_slides
     from medsd.progress import progress_bar
+    from medsd.slides.manifest import read_manifest
 
-    jobs = [SlideJob(slide, mpp) for slide in slides]
+    jobs: list[SlideJob] = []
+    for slide in slides:
+        if slide.suffix.lower() == ".csv":
+            jobs += [SlideJob(entry.path, entry.mpp or mpp) for entry in read_manifest(slide)]
+        else:
+            jobs.append(SlideJob(slide, mpp))
     results = map_slides(jobs, weights, out, block_px, device, progress_bar("heatmap"))
     counts = {status: sum(result.status == status for result in results) for status in ("ok", "empty", "failed")}
     for result in results:

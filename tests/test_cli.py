@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ import pytest
 
 import medsd
 from medsd import cli, doctor
+from medsd.heatmap import cohort
 from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.slides.slide import open_slide
+from medsd.slides.stain import profile_from_dict
+from medsd.slides.stain_slide import fit_slide
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("doctor", "info", "phantom", "heatmap"))
+    assert all(verb in done.stdout for verb in ("doctor", "info", "phantom", "tiles", "stain", "heatmap"))
 
 
 def test_version(monkeypatch, capsys):
@@ -98,3 +103,23 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, tmp_path, slide, arguments, 
     assert err.startswith("medsd: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stain_writes_a_configuration_for_the_bundle(monkeypatch, capsys, slide, tmp_path):
+    code, out, _ = run(monkeypatch, capsys, "stain", slide, "--out", tmp_path / "stain.json")
+    assert code == 0 and "macenko stain of slide.tif" in out
+    kept = json.loads((tmp_path / "stain.json").read_text("utf-8"))["stain_target"]
+    with open_slide(slide) as opened:
+        assert profile_from_dict(kept) == fit_slide(opened, "macenko")
+    code, _, err = run(monkeypatch, capsys, "stain", slide, "--out", tmp_path / "b.json", "--method", "macenkoo")
+    assert code == 1 and "did you mean 'macenko'?" in err and not (tmp_path / "b.json").exists()
+
+
+def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        cohort, "map_slides", lambda jobs, *_: asked.extend(jobs) or [cohort.SlideResult("a", "ok", "", 1.0)]
+    )
+    (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
+    assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
+    assert asked == [cohort.SlideJob(slide, 0.25), cohort.SlideJob(slide)]

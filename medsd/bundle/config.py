@@ -120,7 +120,7 @@ def _keys(config: Any, key: str) -> Iterator[str]:
         for name, value in config.items():
             full = f"{key}{_SEPARATOR}{name}" if key else name
             yield full
-            if name not in ("_meta_", "settings"):
+            if name not in ("_meta_", "settings", "stain_target"):
                 yield from _keys(value, full)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from medsd.slides.index import TileGrid
 from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.slides.phantom import write_phantom_dataset
 from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
+from medsd.slides.slide import open_slide
+from medsd.slides.stain import StainProfile, profile_from_dict
+from medsd.slides.stain_slide import StainNormaliser
 
 _PARTS = ("training", "validation", "testing")
 
@@ -46,11 +49,13 @@ class Data(Protocol):
 
     Attributes:
         tile_px, mpp: size and scale of its tiles.
+        stain_target: what the stain of its slides is normalised to, or None.
         description: the data in words, kept with the weights.
     """
 
     tile_px: int
     mpp: float
+    stain_target: StainProfile | None
 
     @property
     def description(self) -> str: ...
@@ -76,6 +81,7 @@ class SlideData:
     validation_share: float
     seed: int
     cache: bool
+    stain_target: StainProfile | None = None
 
     @property
     def tile_px(self) -> int:
@@ -96,7 +102,7 @@ class SlideData:
 
     def fingerprint(self) -> str:
         """A SHA-256 of which tiles with which labels play which part."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.stain_target).encode() if self.stain_target else b"")
         for part in _PARTS:
             index = self.part(part).index
             digest.update(f"{part} {index.tile_px} {index.mpp} {index.names}".encode())
@@ -118,25 +124,34 @@ class SlideData:
         prepare_slides(
             self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
         )
+        if self._normaliser is not None:  # here, so that loader workers find every fit and need no tiatoolbox
+            index = self._prepared.index
+            for number in progress_bar("stain")(np.unique(index.slide), len(np.unique(index.slide)), "slide"):
+                with open_slide(index.paths[number], index.slide_mpp[number]) as slide:
+                    self._normaliser.fit(slide)
 
     def part(self, name: str) -> TileDataset:
         """The labelled tiles of the part "training", "validation" or "testing"."""
         prepared = self._prepared
-        return TileDataset(prepared.index.of_slides(getattr(prepared, name)), cache=self.cache)
+        return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
 
     def calibrate(self, engine: DenseEngine) -> Calibration:
         """Threshold and scale from the validation slides' maps."""
         prepared = self._prepared
         slides = [prepared.entry(name) for name in prepared.validation]
-        return calibrate_on_slides(engine, slides, progress_bar("calibrate"))
+        return calibrate_on_slides(engine, slides, progress_bar("calibrate"), self._normaliser)
 
     def jobs(self) -> list[SlideJob]:
         """The test slides, to be mapped."""
-        return [SlideJob(slide.path) for slide in self.test_slides()]
+        return [SlideJob(slide.path, slide.mpp) for slide in self.test_slides()]
 
     def test_slides(self) -> Sequence[SlideEntry]:
         """The test slides, those without tissue too."""
         return [slide for slide in self._slides if slide.part == "testing"]
+
+    @cached_property
+    def _normaliser(self) -> StainNormaliser | None:
+        return None if self.stain_target is None else StainNormaliser(self.stain_target, self.work_dir / "stains")
 
     @cached_property
     def _slides(self) -> list[SlideEntry]:
@@ -159,6 +174,7 @@ class PatchData:
     validation_share: float
     test_share: float
     seed: int
+    stain_target: None = None
 
     @property
     def description(self) -> str:
@@ -218,6 +234,7 @@ def slide_data(
     validation_share: float = 0.25,
     seed: int = 0,
     cache: bool = False,
+    stain_target: dict[str, Any] | None = None,
 ) -> SlideData:
     """Whole slides with annotations.
 
@@ -230,6 +247,7 @@ def slide_data(
         validation_share: share of the training slides held out, of each class.
         seed: chooses phantoms and split.
         cache: keep decoded tiles in memory.
+        stain_target: numbers of the stain that slides are normalised to, as `medsd stain` writes them; None for none.
     """
     _check_grid(tile_px, mpp)
     return SlideData(
@@ -243,6 +261,7 @@ def slide_data(
         validation_share=validation_share,
         seed=seed,
         cache=cache,
+        stain_target=None if stain_target is None else profile_from_dict(stain_target),
     )
 
 
@@ -256,6 +275,7 @@ def patch_data(
     validation_share: float = 0.15,
     test_share: float = 0.25,
     seed: int = 0,
+    stain_target: dict[str, Any] | None = None,
 ) -> PatchData:
     """Patches on disk, as PatchCamelyon's.
 
@@ -267,8 +287,11 @@ def patch_data(
         slides: slide files that the heatmap stage maps.
         validation_share, test_share: shares of patches.
         seed: deals the groups.
+        stain_target: must be None: a stain cannot be fitted well to a patch.
     """
     _check_grid(tile_px, mpp)
+    if stain_target is not None:
+        raise ConfigError("stain_target: patches are too small to fit a stain to; normalise their slides, or leave it")
     if dataset_dir is None:
         raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
     jobs = tuple(SlideJob(Path(slide)) for slide in slides)

@@ -67,9 +67,11 @@ def step(
     ramp_epochs: float,
     seed: int = 0,
     stain: float = 0.1,
+    stain_apart: float = 0.0,
 ) -> SaliencyDecorStep:
     """The SaliencyDecor training step, see `SaliencyDecor` and `SaliencyDecorStep`."""
-    return SaliencyDecorStep(SaliencyDecor(consistency, decorrelation, masked_share, ramp_epochs), seed, stain)
+    objective = SaliencyDecor(consistency, decorrelation, masked_share, ramp_epochs)
+    return SaliencyDecorStep(objective, seed, stain, stain_apart)
 
 
 @boundary
@@ -110,6 +112,7 @@ def finetune(
         trained_on=data.description,
         data_sha256=settings["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        stain_target=data.stain_target,
     )
     path = Path(output_dir) / WEIGHTS
     if not _is_written(path, network, card, map_settings):

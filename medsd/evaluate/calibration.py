@@ -18,6 +18,7 @@ from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
 from medsd.slides.dataset import Sample
 from medsd.slides.slide import open_slide
+from medsd.slides.stain_slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
 SCALE_PERCENTILE = 99.5
@@ -25,9 +26,12 @@ _HIGHEST_THRESHOLD = 0.99
 
 
 def calibrate_on_slides(
-    engine: DenseEngine, slides: Sequence[SlideEntry], progress: Progress = no_progress
+    engine: DenseEngine,
+    slides: Sequence[SlideEntry],
+    progress: Progress = no_progress,
+    normaliser: StainNormaliser | None = None,
 ) -> Calibration:
-    """Threshold and scale from the maps of validation slides.
+    """Threshold and scale from the maps of validation slides, their stain normalised if the classifier's tiles were.
 
     The threshold is Youden's on map pixels against the annotation (normal slides count as all normal); the scale
     ends at the 99.5th percentile of |saliency| in their tissue (both our choice).
@@ -38,7 +42,9 @@ def calibrate_on_slides(
     labels, probabilities, saliencies = [], [], []
     for entry in progress(slides, len(slides), "slide"):
         with open_slide(entry.path, entry.mpp) as slide:
-            maps = engine.map(slide, find_tissue(slide), progress)
+            tissue = find_tissue(slide)
+            seen = slide if normaliser is None or not tissue.mask.any() else normaliser.slide(slide, tissue)
+            maps = engine.map(seen, tissue, progress)
             slide_size_px = slide.dimensions
         probability = maps.probability
         height, width = probability.values.shape

@@ -12,6 +12,7 @@ from medsd.errors import ConfigError, TrainingError
 from medsd.finetune.augment import augment
 from medsd.finetune.objective import SaliencyDecor
 from medsd.networks.classifier import TileClassifier
+from medsd.slides.stain_augment import StainAugment
 
 _SEED_STEP = 1_000_003
 
@@ -27,15 +28,18 @@ class SaliencyDecorStep:
         objective: the loss.
         seed: start of the random draws.
         stain: strength of the stain augmentation, 0 for none (see `augment`).
+        stain_apart: strength of the one that changes haematoxylin and eosin on their own, 0 for none (see
+            `StainAugment`; its shift is a quarter of its strength, our choice).
 
     Raises:
-        ConfigError: `stain` lies outside 0 to 1.
+        ConfigError: `stain` or `stain_apart` lies outside 0 to 1.
     """
 
-    def __init__(self, objective: SaliencyDecor, seed: int = 0, stain: float = 0.1) -> None:
+    def __init__(self, objective: SaliencyDecor, seed: int = 0, stain: float = 0.1, stain_apart: float = 0.0) -> None:
         if not 0 <= stain < 1:
             raise ConfigError(f"stain={stain}: must lie in 0 to 1, 1 excluded")
         self.objective, self.seed, self.stain = objective, seed, stain
+        self._restain = StainAugment(stain_apart, stain_apart / 4) if stain_apart else None
 
     def __call__(self, engine: SupervisedTrainer, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Run the step; returns the parts of the loss as floats, with `pred` (logits) and `label`.
@@ -48,6 +52,8 @@ class SaliencyDecorStep:
         _check_labels(batch["label"], network.classes)
         seed = self.seed + _SEED_STEP * iteration
         images = augment(batch["image"], torch.Generator().manual_seed(seed), self.stain)
+        if self._restain is not None:
+            images = self._restain(images, torch.Generator().manual_seed(seed + 2))
         images = images.to(device, non_blocking=True)
         labels = batch["label"].to(device, torch.int64, non_blocking=True)
         masking = torch.Generator(device).manual_seed(seed + 1)

@@ -24,6 +24,7 @@ from medsd.networks.weights import load_classifier
 from medsd.progress import Progress, no_progress
 from medsd.slides.isolate import IsolatedSlide
 from medsd.slides.slide import open_slide, thumbnail
+from medsd.slides.stain_slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ def map_slides(
     output = make_folder(output)
     settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
     engine = DenseEngine(classifier, card.tile_px, card.mpp, settings=settings)
-    mapper = _Mapper(engine, OutputWriter(card, calibration, digest), progress, isolate, max_unseen)
+    normaliser = None if card.stain_target is None else StainNormaliser(card.stain_target, output / "stains")
+    mapper = _Mapper(engine, OutputWriter(card, calibration, digest), normaliser, progress, isolate, max_unseen)
     results = []
     for job in progress(jobs, len(jobs), "slide"):
         results.append(mapper.finish(job, output))
@@ -137,6 +139,7 @@ def _usable(device: torch.device | str) -> torch.device | str:
 class _Mapper:
     engine: DenseEngine
     writer: OutputWriter
+    normaliser: StainNormaliser | None
     progress: Progress
     isolate: bool
     max_unseen: float
@@ -163,7 +166,9 @@ class _Mapper:
             _clear(make_folder(folder))
             picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
             tissue = find_tissue(slide)
-            maps = self.engine.map(slide, tissue, self.progress)
+            normaliser = self.normaliser if tissue.mask.any() else None
+            shown = slide if normaliser is None else normaliser.slide(slide, tissue)
+            maps = self.engine.map(shown, tissue, self.progress)
             mapped = time.perf_counter()
             unseen = max(tissue.unseen, maps.unseen)
             if unseen > self.max_unseen:
@@ -194,6 +199,8 @@ class _Mapper:
                 "dimensions": slide.dimensions,
                 "reader": slide.reader,
             }
+            if normaliser is not None:
+                content["stain"] = asdict(normaliser.fit(slide, tissue))
         write_record(
             folder, job.path, recipe, result.status, files, {"result": vars(result), "scale": scale, **content}
         )

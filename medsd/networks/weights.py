@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import medsd
-from medsd.errors import NetworkError, OutputError, WeightsError
+from medsd.errors import ConfigError, NetworkError, OutputError, WeightsError
 from medsd.files import atomic_path
 from medsd.networks.classifier import TileClassifier
+from medsd.slides.stain import StainProfile, profile_from_dict
 
 FORMAT = "medsd-classifier-1"
 
@@ -58,6 +59,8 @@ class ModelCard:
         calibration: None until validation data have fixed it.
         data_sha256: of the items and labels of its training, validation and test parts.
         settings_sha256: of the settings it was trained with.
+        stain_target: the stain that its tiles were normalised to, and that slides are before it maps them; None where
+            they are taken as they are.
     """
 
     encoder: str
@@ -68,6 +71,7 @@ class ModelCard:
     calibration: Calibration | None = None
     data_sha256: str = ""
     settings_sha256: str = ""
+    stain_target: StainProfile | None = None
 
 
 def save_classifier(path: str | Path, classifier: TileClassifier, card: ModelCard) -> str:
@@ -127,12 +131,13 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
 def _card(path: Path, text: str) -> ModelCard:
     try:
         fields = json.loads(text)
-        calibration = fields.pop("calibration")
+        calibration, stain = fields.pop("calibration"), fields.pop("stain_target", None)
         return ModelCard(
             **{**fields, "classes": tuple(fields["classes"])},
             calibration=None if calibration is None else Calibration(**calibration),
+            stain_target=None if stain is None else profile_from_dict(stain),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
 
 

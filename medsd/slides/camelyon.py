@@ -21,13 +21,23 @@ LABELS = {"normal": 0, "tumor": 1, "tumour": 1}
 
 @dataclass(frozen=True)
 class SlideEntry:
-    """One slide of a data set: its file, label (1 tumour, 0 normal), part ("training" or "testing"), annotation."""
+    """One slide of a data set.
+
+    Attributes:
+        name: what its outputs are kept by.
+        path: its file.
+        label: 1 tumour, 0 normal, None where nobody says.
+        part: "training" or "testing"; empty where the data set has no parts.
+        annotation: the file of its outlines, if any.
+        mpp: micrometres per level-0 pixel, where the file's own is missing or wrong.
+    """
 
     name: str
     path: Path
-    label: int
+    label: int | None
     part: str
     annotation: Path | None
+    mpp: float | None = None
 
 
 def find_slides(folder: str | Path) -> list[SlideEntry]:
@@ -54,12 +64,18 @@ def find_slides(folder: str | Path) -> list[SlideEntry]:
         SlideEntry(path.stem, path, reference[path.stem], "testing", _annotation(folder / "testing", path, 0))
         for path in images
     ]
-    paths: dict[str, Path] = {}
-    for slide in training + testing:
-        if slide.name in paths:
-            raise DatasetError(f"{slide.path}: a slide of this name is also at {paths[slide.name]}; rename one")
-        paths[slide.name] = slide.path
+    check_names(training + testing)
     return training + testing
+
+
+def check_names(slides: Sequence[SlideEntry]) -> None:
+    """Raise DatasetError where two slides have one name, or names that some file systems take for one ("a", "A")."""
+    paths: dict[str, Path] = {}
+    for slide in slides:
+        key = slide.name.casefold()
+        if key in paths:
+            raise DatasetError(f"{slide.path}: a slide of this name is also at {paths[key]}; rename one")
+        paths[key] = slide.path
 
 
 def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> tuple[list[str], list[str]]:

@@ -13,9 +13,13 @@ from torch.utils.data import Dataset, Sampler
 
 from medsd.errors import DatasetError
 from medsd.slides.index import TileIndex
+from medsd.slides.readers.cache import TileCache
 from medsd.slides.slide import Slide, open_slide
+from medsd.slides.stain_slide import StainNormaliser
 
 _OPEN_SLIDES = 32
+# Shared by the open slides: tiles are drawn at random, so the file's own are rarely wanted again.
+_TILE_BYTES = 32 * 2**20
 
 
 class Sample(TypedDict):
@@ -28,24 +32,27 @@ class Sample(TypedDict):
 class TileDataset(Dataset[Sample]):
     """The tiles of an index as {"image": (3, tile_px, tile_px) uint8, "label": int64}.
 
-    Slides are opened when first read, in the process that reads, and the last 32 used stay open; pickling drops them.
+    Slides are opened when first read, in the process that reads, with the scale they were indexed with. The last 32
+    used stay open; pickling drops them.
     With `cache` decoded tiles are kept in memory (3 * tile_px^2 bytes each), for small sets that are read many times.
 
     Args:
         index: the tiles.
-        mpp: micrometres per level-0 pixel of slides, by name, whose files do not know it.
         cache: keep decoded tiles.
+        normaliser: gives slides the stain of its target; None reads them as they are.
 
     Raises (when an item is read):
         SlideError: the slide cannot be opened or decoded.
+        NoTissueError: the normaliser finds too little stain.
     """
 
-    def __init__(self, index: TileIndex, mpp: dict[str, float] | None = None, cache: bool = False) -> None:
+    def __init__(self, index: TileIndex, cache: bool = False, normaliser: StainNormaliser | None = None) -> None:
         self.index = index
         self.labels = index.label
         self.groups: npt.NDArray[np.str_] = np.array(index.names)[index.slide]
-        self._mpp = mpp or {}
+        self._normaliser = normaliser
         self._slides: OrderedDict[int, Slide] = OrderedDict()
+        self._tiles = TileCache(_TILE_BYTES)
         self._cache: dict[int, torch.Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -71,7 +78,8 @@ class TileDataset(Dataset[Sample]):
     def _slide(self, number: int) -> Slide:
         slide = self._slides.pop(number, None)
         if slide is None:
-            slide = open_slide(self.index.paths[number], self._mpp.get(self.index.names[number]))
+            opened = open_slide(self.index.paths[number], self.index.slide_mpp[number], cache=self._tiles)
+            slide = opened if self._normaliser is None else self._normaliser.slide(opened)
         self._slides[number] = slide
         while len(self._slides) > _OPEN_SLIDES:
             self._slides.popitem(last=False)  # not closed: another thread may be reading it

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ class TileIndex:
     Attributes:
         names: names of the slides.
         paths: the slides' files.
+        slide_mpp: micrometres per level-0 pixel that each slide was indexed with; None where it could not be opened.
         slide: (n,) int32, number of the tile's slide in `names`.
         x, y: (n,) int32, top left corner in level-0 pixels.
-        label: (n,) int8: 1 tumour, 0 normal, -1 mixed.
+        label: (n,) int8: 1 tumour, 0 normal, -1 mixed or not known.
         tissue: (n,) float32, share of the tile that is tissue.
         tile_px: side of a tile in pixels at `mpp`.
         mpp: micrometres per pixel of a tile.
@@ -74,6 +76,7 @@ class TileIndex:
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
+    slide_mpp: tuple[float | None, ...]
     slide: npt.NDArray[np.int32]
     x: npt.NDArray[np.int32]
     y: npt.NDArray[np.int32]
@@ -88,7 +91,7 @@ class TileIndex:
     def rows(self, chosen: npt.NDArray[np.bool_]) -> TileIndex:
         """The index with the chosen rows only; the slides stay as they are."""
         columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
-        return TileIndex(self.names, self.paths, tile_px=self.tile_px, mpp=self.mpp, **columns)
+        return replace(self, **columns)
 
     def of_slides(self, names: Sequence[str]) -> TileIndex:
         """The labelled tiles (tumour or normal) of the named slides."""
@@ -97,7 +100,7 @@ class TileIndex:
 
     def save(self, path: str | Path) -> None:
         """Write the index as a NumPy archive (no pickle)."""
-        head = json.dumps({"names": self.names, "paths": self.paths, "tile_px": self.tile_px, "mpp": self.mpp})
+        head = json.dumps({name: getattr(self, name) for name in _HEAD})
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in COLUMNS})
 
@@ -106,17 +109,24 @@ class TileIndex:
         """Read an index written by `save`.
 
         Raises:
-            DatasetError: the file is missing or is no tile index.
+            DatasetError: the file is missing, is no tile index, or is one of an earlier version.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                return _checked(json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS})
+                head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS}
+                earlier = "names" in head and "slide_mpp" not in head
+                index = None if earlier else _checked(head, columns)
         except FileNotFoundError as error:
-            raise DatasetError(f"{path}: no tile index; run the stage 'prepare' first") from error
+            raise DatasetError(f"{path}: no tile index; {_FIX} first") from error
         except _NOT_AN_INDEX as error:
-            raise DatasetError(f"{path}: not a tile index ({error}); delete it and run the stage 'prepare'") from error
+            raise DatasetError(f"{path}: not a tile index ({error}); delete it, then {_FIX}") from error
+        if index is None:
+            raise DatasetError(f"{path}: of an earlier version, without the slides' scales; {_FIX} again")
+        return index
 
 
+_FIX = "run the stage 'prepare' (or medsd tiles)"
+_HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
 COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
 # What NumPy, zip and JSON raise for files that are damaged or hold something else.
 _NOT_AN_INDEX = (
@@ -138,12 +148,15 @@ def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> Tile
     for name, dtype in COLUMNS.items():
         if columns[name].shape != (rows,) or columns[name].dtype != dtype:
             raise ValueError(f"column '{name}' is not {rows} values of {np.dtype(dtype)}")
-    if len(head["paths"]) != len(names) or (
+    scales = tuple(None if scale is None else float(scale) for scale in head["slide_mpp"])
+    if not len(head["paths"]) == len(scales) == len(names) or (
         rows and not 0 <= columns["slide"].min() <= columns["slide"].max() < len(names)
     ):
         raise ValueError("tiles of slides that are not named")
+    if any((scales[number] or 0.0) <= 0 for number in np.unique(columns["slide"])):
+        raise ValueError("tiles of a slide without a scale")
     return TileIndex(
-        tuple(names), tuple(head["paths"]), tile_px=int(head["tile_px"]), mpp=float(head["mpp"]), **columns
+        tuple(names), tuple(head["paths"]), scales, tile_px=int(head["tile_px"]), mpp=float(head["mpp"]), **columns
     )
 
 
@@ -169,6 +182,7 @@ def tiles_of_slide(
     return TileIndex(
         names=(name,),
         paths=(str(slide.path),),
+        slide_mpp=(slide.mpp,),
         slide=np.zeros(len(x), np.int32),
         x=x.astype(np.int32),
         y=y.astype(np.int32),
@@ -177,6 +191,12 @@ def tiles_of_slide(
         tile_px=grid.tile_px,
         mpp=grid.mpp,
     )
+
+
+def no_tiles(name: str, path: str, slide_mpp: float | None, grid: TileGrid) -> TileIndex:
+    """The index of a slide that has no tile."""
+    empty = {column: np.zeros(0, dtype) for column, dtype in COLUMNS.items()}
+    return TileIndex((name,), (path,), (slide_mpp,), tile_px=grid.tile_px, mpp=grid.mpp, **empty)
 
 
 def _places(length: int, side: float, stride: float) -> npt.NDArray[np.float64]:
@@ -194,14 +214,15 @@ def join(parts: Sequence[TileIndex]) -> TileIndex:
         DatasetError: two slides of one name, no part, or parts of different grids.
     """
     names = tuple(name for part in parts for name in part.names)
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DatasetError(f"two slides are named '{twice[0]}'; rename one (outputs are kept by slide name)")
     if len({(part.tile_px, part.mpp) for part in parts}) != 1:
-        raise DatasetError("tile indexes of different tile sizes cannot be joined; run the stage 'prepare' again")
+        raise DatasetError(f"tile indexes of different tile sizes cannot be joined; {_FIX} again")
     offsets = np.cumsum([0] + [len(part.names) for part in parts])
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     numbers = [part.slide + offset for part, offset in zip(parts, offsets, strict=False)]
     columns["slide"] = np.concatenate(numbers).astype(np.int32)
     paths = tuple(path for part in parts for path in part.paths)
-    return TileIndex(names, paths, tile_px=parts[0].tile_px, mpp=parts[0].mpp, **columns)
+    scales = tuple(scale for part in parts for scale in part.slide_mpp)
+    return TileIndex(names, paths, scales, tile_px=parts[0].tile_px, mpp=parts[0].mpp, **columns)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +20,22 @@ Result = TypeVar("Result")
 # Tiles are read in strips of this many columns: neighbouring rows of a strip fit the reader's cache of decoded tiles,
 # rows across a whole slide would not. (Reading a strip's cell as one area and cutting it up was tried: slower.)
 _STRIP_TILES = 16
+# Handing over single tiles costs more than it spares.
+_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
-class TileBatch:
-    """Some tiles of a slide.
+class ReadTile(NamedTuple):
+    """A tile of a slide.
 
     Attributes:
-        rows: (n,) numbers of the tiles among those asked for.
-        pixels: (n, tile_px, tile_px, 3) uint8 RGB.
-        seen: (n,) False where a part of the tile could not be decoded.
+        row: its number among the tiles asked for.
+        pixels: (tile_px, tile_px, 3) uint8 RGB.
+        seen: (tile_px, tile_px) bool, False where it could not be decoded; None where all of it was.
     """
 
-    rows: npt.NDArray[np.intp]
+    row: int
     pixels: RGB
-    seen: Bools
+    seen: Bools | None
 
 
 def read_tiles(
@@ -45,31 +45,27 @@ def read_tiles(
     tile_px: int,
     mpp: float | None = None,
     threads: int = 1,
-    batch: int = 32,
-) -> Iterator[TileBatch]:
-    """Every tile once, in an order that suits the file: place results by `TileBatch.rows`.
+) -> Iterator[ReadTile]:
+    """Every tile once, in an order that suits the file: place results by `ReadTile.row`.
 
     Args:
         slide: an open slide.
         x, y: (n,) top left corners in level-0 pixels.
         tile_px: side of a tile in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles; None for level 0.
-        threads: how many read at once; `threads` + 1 batches are held in memory besides the caller's.
-        batch: tiles a batch.
+        threads: how many read at once, ahead of the caller by at most 8 tiles each and 8 more.
     """
     side_px = tile_px * (1.0 if mpp is None else mpp / slide.mpp)
     order = np.lexsort((x, y, x // (_STRIP_TILES * side_px)))
-    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+    places = list(zip(order.tolist(), x[order].tolist(), y[order].tolist(), strict=True))
+    parts = [places[start : start + _AT_ONCE] for start in range(0, len(places), _AT_ONCE)]
 
-    def read(rows: npt.NDArray[np.intp]) -> TileBatch:
-        pixels = np.empty((len(rows), tile_px, tile_px, 3), np.uint8)
-        seen = np.ones(len(rows), np.bool_)
-        for number, row in enumerate(rows):
-            pixels[number], mask = slide.read_seen(int(x[row]), int(y[row]), tile_px, tile_px, mpp)
-            seen[number] = mask is None or bool(mask.all())
-        return TileBatch(rows, pixels, seen)
+    def read(part: list[tuple[int, int, int]]) -> list[ReadTile]:
+        return [ReadTile(row, *slide.read_seen(left, top, tile_px, tile_px, mpp)) for row, left, top in part]
 
-    return read_ahead(read, parts, threads, threads + 1)
+    for tiles in read_ahead(read, parts, threads, threads + 1):
+        while tiles:
+            yield tiles.pop(0)  # let go here: memory that the caller has done with is used again
 
 
 def read_ahead(work: Callable[[Job], Result], jobs: Iterable[Job], threads: int, ahead: int) -> Iterator[Result]:

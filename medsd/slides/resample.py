@@ -57,6 +57,8 @@ def plan_axis(start: float, scale: float, count: int) -> Axis:
         count: number of output pixels.
     """
     base = math.floor(start)
+    if scale == 1.0 and start == base:
+        return Axis(base, count, None, (0.0, scale, count))
     axis = _plan(start - base, scale, count)
     return Axis(base + axis.first, axis.length, axis.weights, axis.plan)
 

@@ -177,8 +177,11 @@ class FileSlide:
 
     def _level_for(self, ratio: float) -> int:
         """The coarsest level that is not coarser than `ratio` level-0 pixels per pixel."""
-        fitting = [i for i, level in enumerate(self.levels) if level.downsample_x <= ratio * (1 + 1e-6)]
-        return max(fitting, key=lambda i: self.levels[i].downsample_x, default=0)
+        chosen = 0
+        for number, level in enumerate(self.levels):
+            if self.levels[chosen].downsample_x < level.downsample_x <= ratio * (1 + 1e-6):
+                chosen = number
+        return chosen
 
     def _read_halves(
         self, x: float, y: float, width: int, height: int, ratio: float, decode: _Decode

@@ -98,8 +98,10 @@ def profile_from_dict(values: Mapping[str, Any]) -> StainProfile:
     """The profile that `dataclasses.asdict` wrote, also after a round trip through JSON.
 
     Raises:
-        ConfigError: a key is missing or not known, or a value is not what a fit gives.
+        ConfigError: no mapping, a key is missing or not known, or a value is not what a fit gives.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"stain target {values!r}: give the numbers of a fit (medsd stain SLIDE writes them)")
     method = values.get("method")
     kind = LabColours if check_method(method) == "reinhard" else TwoStains
     known = tuple(kind.__dataclass_fields__)

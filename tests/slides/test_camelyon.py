@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsd.errors import DatasetError
-from medsd.slides.camelyon import SlideEntry, _read_reference, find_slides, split_validation
+from medsd.slides.camelyon import SlideEntry, _read_reference, check_names, find_slides, split_validation
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ def test_two_slides_of_one_name_are_refused(folder: Path) -> None:
     (folder / "training/normal/tumor_001.tif").touch()
     with pytest.raises(DatasetError, match=r"tumor/tumor_001\.tif: a slide of this name is also at .*normal/tumor_001"):
         find_slides(folder)
+
+
+def test_names_that_differ_by_case_alone_are_one_file_elsewhere() -> None:
+    one, other = (SlideEntry(name, Path(f"{name}.tif"), None, "", None) for name in ("Case", "case"))
+    check_names([one])
+    for slides in ([one, other], [one, one]):
+        with pytest.raises(DatasetError, match=r"ase\.tif: a slide of this name is also at Case\.tif; rename one"):
+            check_names(slides)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,18 @@ from medsd.slides.index import TileIndex
 from medsd.slides.slide import open_slide
 
 
-def index_of(paths: list[Path], rows: list[tuple[int, int, int, int]], tile_px: int = 32, mpp: float = 0.5) -> Any:
+def index_of(
+    paths: list[Path],
+    rows: list[tuple[int, int, int, int]],
+    tile_px: int = 32,
+    mpp: float = 0.5,
+    slide_mpp: float | None = 0.5,
+) -> Any:
     table = np.array(rows)
     slide, x, y = (table[:, column].astype(np.int32) for column in range(3))
     label, tissue = table[:, 3].astype(np.int8), np.ones(len(table), np.float32)
     names = tuple(path.stem for path in paths)
-    return TileIndex(names, tuple(map(str, paths)), slide, x, y, label, tissue, tile_px, mpp)
+    return TileIndex(names, tuple(map(str, paths)), (slide_mpp,) * len(paths), slide, x, y, label, tissue, tile_px, mpp)
 
 
 @pytest.fixture
@@ -75,7 +81,9 @@ def test_pickling_drops_handles_and_tiles(index: TileIndex, cache: bool) -> None
 def test_few_slides_stay_open(index: TileIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "_OPEN_SLIDES", 1)
     opened = []
-    monkeypatch.setattr(dataset_module, "open_slide", lambda *args: (opened.append(args[0]), open_slide(*args))[1])
+    monkeypatch.setattr(
+        dataset_module, "open_slide", lambda *args, **kw: (opened.append(args[0]), open_slide(*args, **kw))[1]
+    )
     data = TileDataset(index)
     for item in (0, 1, 6, 7, 0):
         data[item]
@@ -99,18 +107,18 @@ def test_forked_workers_read_the_same(index: TileIndex) -> None:
     assert torch.equal(torch.cat([batch["image"] for batch in loader]), here)
 
 
-def test_scales_by_name_and_missing_files(tmp_path: Path, coding: Any) -> None:
+def test_slides_are_opened_with_the_scale_of_the_index(tmp_path: Path, coding: Any) -> None:
     path = tmp_path / "bare.tif"
-    coding.write_levels(path, [coding.coded_pixels(128, 128)], 500.0, 2)
-    index = index_of([path], [(0, 0, 0, 0)])
+    coding.write_levels(path, [coding.coded_pixels(128, 128)], 500.0, 2)  # no microscope has 500 um per pixel
     with pytest.raises(MissingMppError, match=r"bare\.tif"):
-        TileDataset(index)[0]
-    image = TileDataset(index, mpp={"bare": 0.25})[0]["image"]
+        TileDataset(index_of([path], [(0, 0, 0, 0)], slide_mpp=None))[0]
+    index = index_of([path], [(0, 0, 0, 0)], slide_mpp=0.25)
+    image = TileDataset(index)[0]["image"]
     expected = open_slide(path, mpp=0.25).read(0, 0, 32, 32, mpp=0.5)
     assert np.array_equal(image.numpy(), expected.transpose(2, 0, 1))
     path.unlink()
     with pytest.raises(SlideError, match="no such file"):
-        TileDataset(index, mpp={"bare": 0.25})[0]
+        TileDataset(index)[0]
 
 
 def pool(sizes: dict[str, tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from shapely.geometry import MultiPolygon, box
 
 from medsd.errors import ConfigError, DatasetError
 from medsd.slides.annotations import Annotations
-from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, tiles_of_slide
+from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
 from medsd.slides.tissue import TissueMask
+
+HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
 
 
 class Blank:
@@ -27,6 +31,9 @@ class Blank:
         self.dimensions, self.mpp = (width, height), mpp
 
     def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> Any:
+        raise AssertionError("the index needs no pixels")
+
+    def read_seen(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> Any:
         raise AssertionError("the index needs no pixels")
 
     def close(self) -> None:
@@ -43,6 +50,7 @@ def index_of(names: tuple[str, ...], rows: list[tuple[int, int, int, int]], tile
     return TileIndex(
         names,
         tuple(f"{name}.tif" for name in names),
+        tuple(0.25 * (number + 1) for number in range(len(names))),
         table[:, 0].astype(np.int32),
         table[:, 1].astype(np.int32),
         table[:, 2].astype(np.int32),
@@ -54,7 +62,7 @@ def index_of(names: tuple[str, ...], rows: list[tuple[int, int, int, int]], tile
 
 
 def same(one: TileIndex, other: TileIndex) -> bool:
-    heads = (one.names, one.paths, one.tile_px, one.mpp) == (other.names, other.paths, other.tile_px, other.mpp)
+    heads = all(getattr(one, name) == getattr(other, name) for name in HEAD)
     columns = ("slide", "x", "y", "label", "tissue")
     pairs = [(getattr(one, name), getattr(other, name)) for name in columns]
     return heads and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
@@ -91,7 +99,8 @@ def test_whole_factors_give_exact_places_in_row_major_order() -> None:
     tiles = tiles_of_slide(Blank(64, 33, 0.25), "a", TileGrid(8, 8, 0.5), all_tissue(64, 33))
     assert tiles.x.tolist() == [0, 16, 32, 48] * 2 and tiles.y.tolist() == [0] * 4 + [16] * 4
     assert (tiles.x.dtype, tiles.label.dtype, tiles.tissue.dtype) == (np.int32, np.int8, np.float32)
-    assert (tiles.names, tiles.paths) == (("a",), ("blank.tif",)) and (tiles.label == NORMAL).all()
+    assert (tiles.names, tiles.paths, tiles.slide_mpp) == (("a",), ("blank.tif",), (0.25,))
+    assert (tiles.label == NORMAL).all()
 
 
 def test_tiles_need_their_share_of_tissue() -> None:
@@ -151,8 +160,34 @@ def test_what_is_saved_is_loaded(tmp_path: Path, index: TileIndex) -> None:
 
 
 def test_a_missing_index_names_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"tiles\.npz: no tile index; run the stage 'prepare'"):
+    with pytest.raises(
+        DatasetError, match=r"tiles\.npz: no tile index; run the stage 'prepare' \(or medsd tiles\) first"
+    ):
         TileIndex.load(tmp_path / "tiles.npz")
+
+
+def without_scales(path: Path) -> None:
+    """An index as it was before it kept the slides' scales."""
+    head = {"names": ["a"], "paths": ["a.tif"], "tile_px": 8, "mpp": 0.5}
+    columns = {name: getattr(index_of(("a",), [(0, 0, 0, 0)]), name) for name in ("slide", "x", "y", "label", "tissue")}
+    np.savez_compressed(path, head=np.array(json.dumps(head)), **columns)
+
+
+def test_an_index_of_an_earlier_version_asks_to_be_made_again(tmp_path: Path) -> None:
+    without_scales(tmp_path / "tiles.npz")
+    with pytest.raises(DatasetError, match=r"tiles\.npz: of an earlier version.*run the stage 'prepare'.* again"):
+        TileIndex.load(tmp_path / "tiles.npz")
+
+
+def test_a_slide_that_never_opened_has_no_scale_and_no_tiles(tmp_path: Path) -> None:
+    lost = no_tiles("a", "a.tif", None, TileGrid(8, 8, 0.5))
+    joined = join([lost, index_of(("b",), [(0, 1, 2, 0)])])
+    joined.save(tmp_path / "tiles.npz")
+    assert TileIndex.load(tmp_path / "tiles.npz").slide_mpp == joined.slide_mpp == (None, 0.25)
+    for scales in ((0.25, None), (0.25, -1.0), (0.25,)):
+        replace(joined, slide_mpp=scales).save(tmp_path / "tiles.npz")
+        with pytest.raises(DatasetError, match="not a tile index"):
+            TileIndex.load(tmp_path / "tiles.npz")
 
 
 def test_every_truncation_is_the_error(tmp_path: Path) -> None:
@@ -216,7 +251,7 @@ def test_joining_renumbers_the_slides() -> None:
     assert joined.names == ("a", "d", "b", "c") and joined.paths == ("a.tif", "d.tif", "b.tif", "c.tif")
     found = [(joined.names[s], int(x), int(y)) for s, x, y in zip(joined.slide, joined.x, joined.y, strict=True)]
     assert found == [("a", 1, 2), ("c", 3, 4), ("b", 5, 6)]
-    assert joined.slide.dtype == np.int32
+    assert joined.slide.dtype == np.int32 and joined.slide_mpp == (0.25, 0.25, 0.25, 0.5)
     assert same(join([one]), one)
 
 

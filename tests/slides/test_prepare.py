@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from medsd.errors import DatasetError, NoTissueError
 from medsd.slides import prepare as prepare_module
+from medsd.slides import tile_picture, tiling
 from medsd.slides.annotations import read_asap_xml, tumour_share
 from medsd.slides.camelyon import SlideEntry, find_slides
 from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
@@ -23,7 +23,7 @@ from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
 
 GRID = TileGrid(tile_px=64, stride_px=64, mpp=1.0)
-FILES = ["prepared.json", "slides.csv", "thumbnails", "tiles.npz"]
+FILES = ["prepared.json", "slides", "slides.csv", "thumbnails", "tiles.npz"]
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,10 @@ def copy(done: tuple[Path, PreparedSlides], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pictures for what is prepared in a test; `done` is prepared before, at full size."""
-    monkeypatch.setattr(prepare_module, "_THUMBNAIL_PX", 64)
+def quick(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pictures and no child processes for what is prepared in a test; `done` is prepared before, with both."""
+    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
+    monkeypatch.setattr(tiling, "IsolatedSlide", open_slide)
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -96,25 +97,9 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
     assert (prepared.index.label == TUMOUR).any() and (prepared.index.label == NORMAL).any()
 
 
-def test_thumbnails_show_the_tiles(done: tuple[Path, PreparedSlides]) -> None:
-    folder, prepared = done
-    entry = next(slide for slide in prepared.slides if slide.label == 1)
-    picture = np.asarray(Image.open(folder / "thumbnails" / f"{entry.name}.png").convert("RGB")).astype(int)
-    with open_slide(entry.path) as slide:
-        plain = slide.read(0, 0, 1024, 1024).astype(int)
-    assert picture.shape == plain.shape
-    changed = np.abs(picture - plain).sum(-1) > 0
-    inside = np.zeros_like(changed)
-    tiles = of(prepared.index, entry.name)
-    for x, y in zip(tiles.x, tiles.y, strict=True):
-        inside[y : y + 128, x : x + 128] = True
-        assert changed[y : y + 128, x : x + 128].any()
-    assert not changed[~inside].any()
-
-
 def test_a_second_call_does_nothing(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(copy)
-    monkeypatch.setattr(prepare_module, "open_slide", None)
+    monkeypatch.setattr(prepare_module, "tile_slides", None)
     again = prepare_slides(entries, copy, GRID, 0.5, 0)
     assert tree(copy) == before and len(again.index) > 0
 
@@ -139,9 +124,23 @@ def test_what_changed_is_redone(copy: Path, phantoms: Path, tmp_path: Path, spoi
         (data / "training" / "lesion_annotations" / f"{entries[2].name}.xml").touch()
     prepared = prepare_slides(entries, copy, grid, 0.5, seed)
     after = tree(copy)
-    assert set(after) == set(before) and all(after[name] > before.get(name, 0) for name in after)
+    whole = {"prepared.json", "slides.csv", "tiles.npz"}
+    of_slides = {name for name in before if "/" in name}
+    redone = {"grid": of_slides, "slide_changed": {n for n in of_slides if Path(n).stem == entries[2].name}}
+    assert {name for name in after if after[name] > before.get(name, 0)} == whole | redone.get(spoil, set())
+    assert set(after) == whole | of_slides and len(of_slides) == 3 * len(entries)
     assert prepared.index.tile_px == grid.tile_px
     assert json.loads((copy / "prepared.json").read_text())["grid"]["tile_px"] == grid.tile_px
+
+
+def test_what_an_earlier_version_prepared_is_prepared_again(copy: Path, entries: list[SlideEntry]) -> None:
+    record = json.loads((copy / "prepared.json").read_text())
+    del record["format"]
+    (copy / "prepared.json").write_text(json.dumps(record))
+    with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
+        load_prepared(entries, copy, GRID, 0.5, 0)
+    shutil.rmtree(copy / "slides")
+    assert len(prepare_slides(entries, copy, GRID, 0.5, 0).index) > 0
 
 
 class Killed(BaseException):
@@ -158,7 +157,7 @@ def test_killed_half_way_is_not_taken_for_whole(
             raise Killed
 
         # After the new tiles are written, before the record: the old record must not vouch for them.
-        patch.setattr(prepare_module, "write_text", killed)
+        patch.setattr(prepare_module, "write_json", killed)
         with pytest.raises(Killed):
             prepare_slides(entries, copy, other, 0.5, 0)
     assert not (copy / "prepared.json").exists()
