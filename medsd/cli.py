@@ -173,7 +173,7 @@ def stain(
     from medsd.files import write_json
     from medsd.slides.slide import open_slide
     from medsd.slides.stain import check_method
-    from medsd.slides.stain_slide import fit_slide
+    from medsd.slides.stain.slide import fit_slide
 
     chosen = check_method(method)
     with open_slide(slide, mpp) as opened:

@@ -15,7 +15,7 @@ from medsd.heatmap import cohort
 from medsd.slides.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
-from medsd.slides.stain_slide import fit_slide
+from medsd.slides.stain.slide import fit_slide
 
 
 @pytest.fixture(scope="module")

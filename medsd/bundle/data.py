@@ -29,7 +29,7 @@ from medsd.slides.phantom import write_phantom_dataset
 from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict
-from medsd.slides.stain_slide import StainNormaliser
+from medsd.slides.stain.slide import StainNormaliser
 
 _PARTS = ("training", "validation", "testing")
 

@@ -18,7 +18,7 @@ from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
 from medsd.slides.dataset import Sample
 from medsd.slides.slide import open_slide
-from medsd.slides.stain_slide import StainNormaliser
+from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
 SCALE_PERCENTILE = 99.5

@@ -12,7 +12,7 @@ from medsd.errors import ConfigError, TrainingError
 from medsd.finetune.augment import augment
 from medsd.finetune.objective import SaliencyDecor
 from medsd.networks.classifier import TileClassifier
-from medsd.slides.stain_augment import StainAugment
+from medsd.slides.stain.augment import StainAugment
 
 _SEED_STEP = 1_000_003
 

@@ -22,9 +22,9 @@ from medsd.heatmap.record import RECORD, Recipe, is_complete, read_record, write
 from medsd.heatmap.report import IndexRow, write_index
 from medsd.networks.weights import load_classifier
 from medsd.progress import Progress, no_progress
-from medsd.slides.isolate import IsolatedSlide
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import open_slide, thumbnail
-from medsd.slides.stain_slide import StainNormaliser
+from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from medsd.errors import DatasetError
 from medsd.slides.index import TileIndex
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.slide import Slide, open_slide
-from medsd.slides.stain_slide import StainNormaliser
+from medsd.slides.stain.slide import StainNormaliser
 
 _OPEN_SLIDES = 32
 # Shared by the open slides: tiles are drawn at random, so the file's own are rarely wanted again.

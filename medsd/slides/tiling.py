@@ -21,7 +21,7 @@ from medsd.progress import Progress, no_progress
 from medsd.slides.annotations import Annotations, read_annotations
 from medsd.slides.camelyon import SlideEntry, check_names
 from medsd.slides.index import MIXED, NORMAL, TUMOUR, TileIndex, join, no_tiles, tiles_of_slide
-from medsd.slides.isolate import IsolatedSlide
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide, open_slide
 from medsd.slides.tile_picture import draw_tiles

@@ -19,7 +19,7 @@ from medsd.slides.phantom import PhantomSpec, write_phantom
 from medsd.slides.prepare import load_prepared
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import TwoStains
-from medsd.slides.stain_slide import StainNormaliser, fit_slide
+from medsd.slides.stain.slide import StainNormaliser, fit_slide
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

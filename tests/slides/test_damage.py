@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medsd.errors import MissingMppError, SlideError
-from medsd.slides.isolate import IsolatedSlide
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import FileSlide, check_size, open_slide
 
 GOOD = [
