@@ -30,6 +30,8 @@ import numpy.typing as npt
 import openslide
 
 from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.slides.readers.choose import open_reader
+from medsd.slides.readers.tiff import TiledTiff
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
@@ -171,6 +173,33 @@ def compare(path: Path, side: int, offset: tuple[int, int], rounds: int, targets
     )
 
 
+def decoding_alone(path: Path, rounds: int) -> None:
+    """How much two threads gain where nothing is done but decoding JPEG: what the machine allows."""
+    reader = open_reader(path)
+    assert isinstance(reader, TiledTiff)
+    level = reader.levels[0]
+    with open(path, "rb") as handle:
+        stored = []
+        for number in np.flatnonzero(level.counts)[:800]:
+            handle.seek(level.offsets[number])
+            stored.append(handle.read(level.counts[number]))
+
+    def decode(part: list[bytes]) -> None:
+        pixels = np.empty((level.codec.height, level.codec.width, 3), np.uint8)
+        for data in part:
+            level.codec.decode(data, pixels)
+
+    def both() -> None:
+        threads = [threading.Thread(target=decode, args=(stored[start::2],)) for start in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    print(f"\n{path.name}: the decoder alone, {len(stored)} of the file's tiles")
+    row("2 threads against 1", [seconds([lambda: decode(stored)]) / seconds([both]) for _ in range(rounds)], None)
+
+
 def compare_between(path: Path, factor: float, rounds: int, target: float) -> None:
     side = 224
     reach = int(side * factor) + 1
@@ -191,14 +220,14 @@ def compare_between(path: Path, factor: float, rounds: int, target: float) -> No
 
 
 def memory(path: Path) -> None:
-    """Resident memory after 1,000 and after 10,000 tiles."""
+    """Resident memory as tiles go by; it grows until the cache of decoded tiles is full (128 MiB)."""
     x, y = grid(path, 256, 100, (7, 3))
     chosen = np.resize(np.arange(len(x)), MEMORY_TILES)
     print(f"\n{path.name}: resident memory over {MEMORY_TILES:,} tiles")
     with open_slide(path) as slide:
         for number, place in enumerate(chosen, start=1):
             slide.read(int(x[place]), int(y[place]), 256, 256)
-            if number in (1_000, MEMORY_TILES):
+            if number in (1_000, MEMORY_TILES // 2, MEMORY_TILES):
                 print(f"    after {number:>6,} tiles {resident_mib():8.1f} MiB, {threading.active_count()} thread(s)")
 
 
@@ -229,6 +258,7 @@ def main() -> None:
             compare(path, 224, (17, 29), asked.rounds, {**everywhere, "openslide": unaligned})
         for path, _, _ in files:
             compare_between(path, 1.5, asked.rounds, 3.0)
+        decoding_alone(files[-1][0], asked.rounds)
         memory(files[-1][0])
 
 

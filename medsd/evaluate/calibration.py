@@ -17,7 +17,7 @@ from medsd.progress import Progress, no_progress
 from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
 from medsd.slides.dataset import Sample
-from medsd.slides.slide import open_slide
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
@@ -41,7 +41,7 @@ def calibrate_on_slides(
     """
     labels, probabilities, saliencies = [], [], []
     for entry in progress(slides, len(slides), "slide"):
-        with open_slide(entry.path, entry.mpp) as slide:
+        with IsolatedSlide(entry.path, entry.mpp) as slide:
             tissue = find_tissue(slide)
             seen = slide if normaliser is None or not tissue.mask.any() else normaliser.slide(slide, tissue)
             maps = engine.map(seen, tissue, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from medsd.slides.tiatoolbox_import import logging_untouched
 from medsd.slides.tissue.morphology import Bools, drop_small
 
 _WHITE = np.uint8(255)
@@ -26,8 +27,9 @@ def masked_by_tiatoolbox(
     Returns:
         shape (h, w).
     """
-    import cv2
-    from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
+    with logging_untouched():
+        import cv2
+        from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
 
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     if seen is None:
