@@ -150,7 +150,9 @@ class _Mapper:
         folder = output / job.name
         try:
             if is_complete(folder, job.path, recipe):
-                return SlideResult(**{**read_record(folder)["result"], "seconds": 0.0})
+                record = read_record(folder)
+                if record.get("unseen_share", 0.0) <= self.max_unseen:
+                    return SlideResult(**{**record["result"], "seconds": 0.0})
             return self._make(job, folder, recipe)
         except MedsdError as error:
             logger.error("%s", error)
@@ -158,7 +160,9 @@ class _Mapper:
         except _COSTS_ONE_SLIDE as error:
             # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
             logger.exception("%s", job.path)
-            return SlideResult(job.name, "failed", f"{job.path}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            return SlideResult(
+                job.name, "failed", f"{job.path}: {type(error).__name__}: {' '.join(str(error).split())}"
+            )
 
     def _make(self, job: SlideJob, folder: Path, recipe: Recipe) -> SlideResult:
         started = time.perf_counter()

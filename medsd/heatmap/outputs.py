@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from medsd.heatmap.engine import SlideMaps
 from medsd.heatmap.overlay import draw_overlay
@@ -59,8 +58,10 @@ class OutputWriter:
             picture: the slide as a thumbnail, one pixel `level0_px` level-0 pixels wide.
         """
         if maps.lost is not None:
-            lost = Image.fromarray(maps.lost).resize(picture.shape[1::-1], Image.Resampling.NEAREST)
-            picture = hatched(picture, np.asarray(lost))
+            scale = level0_px / maps.saliency.level0_px
+            rows, columns = (((np.arange(size) + 0.5) * scale).astype(np.int64) for size in picture.shape[:2])
+            inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
+            picture = hatched(picture, maps.lost[np.ix_(*inside)])
         probability, saliency = maps.probability, maps.saliency
         threshold = self.calibration.threshold
         scales = probability_scale(), saliency_scale(self.calibration.saliency_limit, saliency.unit)

@@ -111,7 +111,8 @@ def open_slide(
 class FileSlide:
     """A `Slide` in a file.
 
-    Safe to share between threads, to fork and to pickle: handles are opened when first read.
+    Safe to share between threads, to fork while no other thread reads, and to pickle: handles are opened when first
+    read.
 
     Attributes:
         levels: the pyramid, finest first.
@@ -126,8 +127,11 @@ class FileSlide:
         self._closed = False
         self._reader = open_reader(path, reader, cache)
         self.reader = self._reader.name
-        self.dimensions = check_size(path, self._reader.sizes[0])
-        self.levels = tuple(_level(self.dimensions, size) for size in self._reader.sizes)
+        sizes = self._reader.sizes
+        self.dimensions = check_size(path, sizes[0])
+        if any(size[0] > self.dimensions[0] or size[1] > self.dimensions[1] or min(size) < 1 for size in sizes):
+            raise SlideError(f"{path}: a level is larger than level 0; its header is damaged, copy it again")
+        self.levels = tuple(_level(self.dimensions, size) for size in sizes)
         resolved = resolve_mpp(path, self._reader.properties, mpp)
         self.mpp, self.mpp_source = resolved.value, resolved.source
         self.bounds = _bounds(self._reader.properties, self.dimensions)
@@ -179,7 +183,8 @@ class FileSlide:
         """The coarsest level that is not coarser than `ratio` level-0 pixels per pixel."""
         chosen = 0
         for number, level in enumerate(self.levels):
-            if self.levels[chosen].downsample_x < level.downsample_x <= ratio * (1 + 1e-6):
+            finer = max(level.downsample_x, level.downsample_y) <= ratio * (1 + 1e-6)
+            if finer and level.downsample_x > self.levels[chosen].downsample_x:
                 chosen = number
         return chosen
 

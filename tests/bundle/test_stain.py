@@ -93,7 +93,7 @@ def test_another_target_is_another_training(finished, target, tmp_path):
     config = tmp_path / "other.json"
     other = replace(target, strongest=tuple(1.2 * value for value in target.strongest))
     config.write_text(json.dumps({"stain_target": asdict(other)}))
-    with pytest.raises(SystemExit, match="settings"):
+    with pytest.raises(SystemExit, match="another split"):
         workflow("finetune", finished, config).run()
 
 

@@ -30,7 +30,7 @@ _UNPACKERS: dict[int, Callable[..., bytes | bytearray]] = {
     _COMPRESSION.PACKBITS: imagecodecs.packbits_decode,
 }
 _PREDICTORS = (tifffile.PREDICTOR.NONE, tifffile.PREDICTOR.HORIZONTAL)
-_SOI, _APP0 = b"\xff\xd8", b"\xff\xe0"
+_SOI, _JPEG2000_HEAD = b"\xff\xd8", b"\xff\x4f\xff\x51"
 
 # A tile is decoded as a whole; the largest seen in slides is 4,096 px a side.
 _LARGEST_TILE_PX = 2**26
@@ -69,6 +69,7 @@ class TileCodec:
         if self.compression == _COMPRESSION.JPEG:
             return self._decode_jpeg(data, out)
         if self.compression in _JPEG2000:
+            self._check_jpeg2000(data)
             return self._checked(np.asarray(imagecodecs.jpeg2k_decode(data)))
         size = self.width * self.height * self.samples
         unpack = _UNPACKERS.get(self.compression)
@@ -83,14 +84,19 @@ class TileCodec:
     def _decode_jpeg(self, data: bytes, out: RGB | None) -> RGB:
         if data[:2] != _SOI:
             raise ValueError("a tile is not JPEG")
-        start = 2
-        if data[2:4] == _APP0:  # a JFIF head means YCbCr to decoders, whatever the TIFF says
-            start = 4 + int.from_bytes(data[4:6], "big")
+        start = _after_applications(data, 2)
         if out is None or self.samples == 1:
             out = np.empty((self.height, self.width, self.samples), np.uint8)
         # A picture larger than the buffer is refused. Strict, for libjpeg fills what is missing with grey and goes on.
         colour = "GRAY" if self.samples == 1 else "RGB"
         return self._checked(simplejpeg.decode_jpeg(self.jpeg_head + data[start:], colour, buffer=out, strict=True))
+
+    def _check_jpeg2000(self, data: bytes) -> None:
+        """Raise ValueError where a tile says that it is larger, before memory is taken for it."""
+        start = data.find(_JPEG2000_HEAD)
+        right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+        if start < 0 or (right - left, bottom - top) != (self.width, self.height):
+            raise ValueError(f"a tile holds {right - left} x {bottom - top} px instead of {self.width} x {self.height}")
 
     def _checked(self, pixels: npt.NDArray[np.uint8]) -> RGB:
         pixels = pixels.reshape(*pixels.shape[:2], -1)
@@ -99,8 +105,23 @@ class TileCodec:
         return np.repeat(pixels, 3, axis=2) if self.samples == 1 else pixels
 
 
-def codec_of(page: tifffile.TiffPage) -> TileCodec | None:
-    """The codec of a page's tiles; None where they are not plain 8-bit grey or RGB of a known compression."""
+def _after_applications(data: bytes, start: int) -> int:
+    """Where the JPEG segments behind APP0 to APP15 begin.
+
+    JFIF and Adobe heads tell decoders a colour space; the TIFF's word counts, and the last head would win.
+    """
+    while len(data) > start + 3 and data[start] == 0xFF and 0xE0 <= data[start + 1] <= 0xEF:
+        start += 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+    return start
+
+
+def codec_of(page: tifffile.TiffPage, believe_jfif: bool = False) -> TileCodec | None:
+    """The codec of a page's tiles; None where they are not plain 8-bit grey or RGB of a known compression.
+
+    Args:
+        page: a page of a TIFF.
+        believe_jfif: whether JFIF tiles are YCbCr where the TIFF says RGB: writers of OME-TIFF leave it wrong.
+    """
     compression, colour = page.compression, page.photometric
     rgb = colour == _PHOTOMETRIC.RGB or (colour == _PHOTOMETRIC.YCBCR and compression == _COMPRESSION.JPEG)
     plain = (
@@ -117,9 +138,11 @@ def codec_of(page: tifffile.TiffPage) -> TileCodec | None:
     if not plain:
         return None
     # An Adobe marker tells decoders the colour space: 0 as it is, 1 YCbCr.
-    space = 1 if colour == _PHOTOMETRIC.YCBCR else 0
+    jfif = believe_jfif and compression == _COMPRESSION.JPEG and rgb and page.is_jfif
+    space = 1 if colour == _PHOTOMETRIC.YCBCR or jfif else 0
     adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([space])
-    tables = (page.jpegtables or b"")[2:-2]
+    tables = (page.jpegtables or b"")[:-2]
+    tables = tables[_after_applications(tables, 2) :]
     return TileCodec(
         width=page.tilewidth,
         height=page.tilelength,

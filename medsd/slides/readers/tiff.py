@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medsd.errors import SlideError
 from medsd.slides.readers.base import RGB, Bools, Size, undecodable
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.codecs import DAMAGED, TileCodec
@@ -53,6 +54,8 @@ class TiledTiff:
         self.sizes: tuple[Size, ...] = tuple((level.width, level.height) for level in levels)
         self.properties = properties
         self._cache = TileCache() if cache is None else cache
+        # Of this very file: a shared cache may hold tiles of what lay here before.
+        self._key = f"{path} {path.stat().st_mtime_ns}"
         self._file = _File(path)
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
@@ -105,7 +108,7 @@ class TiledTiff:
         if count == 0:
             pixels[place] = 255
             return
-        key = (str(self.path), number, tile)
+        key = (self._key, number, tile)
         decoded = self._cache.get(key)
         if decoded is not None:
             pixels[place] = decoded if part is None else decoded[part]
@@ -151,7 +154,10 @@ class _Descriptor:
     """An open file that is closed when nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        try:
+            self.number = os.open(path, os.O_RDONLY)
+        except OSError as error:  # no damage: nothing of it is a tile that cannot be decoded
+            raise SlideError(f"{path}: cannot be opened any more ({error.strerror}); check the path") from error
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

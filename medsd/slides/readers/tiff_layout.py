@@ -12,11 +12,11 @@ import tifffile
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
+from medsd.errors import SlideError
 from medsd.slides.readers.base import Size, damaged
 from medsd.slides.readers.codecs import DAMAGED, codec_of
 from medsd.slides.readers.tiff import TiledLevel
 
-# Level 0 and what OpenSlide found may differ by padding alone: Philips pads levels to whole tiles.
 _UM_PER_UNIT = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0}
 _MOST_PAGES = 10_000
 
@@ -27,21 +27,28 @@ def is_tiff(path: Path) -> bool:
         return handle.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def levels_of_sizes(path: Path, sizes: Sequence[Size], absent: bool) -> tuple[TiledLevel, ...] | None:
-    """The TIFF's levels of those sizes, or None where one is missing or not plain.
+def levels_of_sizes(
+    path: Path, sizes: Sequence[Size], absent: bool, reduced: bool = False
+) -> tuple[TiledLevel, ...] | None:
+    """The TIFF's levels of those sizes, or None where one is missing or not plain. No page is two levels.
 
     Args:
         path: a TIFF.
         sizes: (width, height) of the levels wanted. A page may be padded by less than a tile beyond them.
         absent: whether tiles may be absent (0 bytes; white).
+        reduced: whether pages but the first must be marked as reduced, as OpenSlide asks of generic TIFF.
     """
     try:
         with tifffile.TiffFile(path) as file:
             pages = [file.pages[number].aspage() for number in range(min(len(file.pages), _MOST_PAGES))]
-            found = [_page_of_size(pages, size) for size in sizes]
-            levels = [
-                None if page is None else level_of_page(page, size) for page, size in zip(found, sizes, strict=True)
-            ]
+            free = [page for page in pages if page.is_tiled and (page is pages[0] or page.is_reduced or not reduced)]
+            levels = []
+            for size in sizes:
+                page = _page_of_size(free, size)
+                if page is None:
+                    return None
+                free.remove(page)
+                levels.append(level_of_page(page, size))
     except DAMAGED:
         return None
     if any(level is None or (not absent and not level.counts.all()) for level in levels):
@@ -53,17 +60,21 @@ def ome_levels(path: Path) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] |
     """Levels (in SubIFDs) and scale of an OME-TIFF; None where the file is none, or not plain.
 
     Raises:
-        SlideError: the TIFF is damaged.
+        SlideError: the TIFF is damaged, one of several files of an image, or its first image is not the slide.
     """
     try:
         with tifffile.TiffFile(path) as file:
             if not file.is_ome or not file.series:
                 return None
             series = file.series[0]
+            if series.keyframe.parent is not file:
+                raise SlideError(f"{path}: its first image lies in another file of the OME-TIFF; export it as one file")
+            if series.size < max(other.size for other in file.series):
+                raise SlideError(f"{path}: its first image is not its largest, maybe a label; export the slide alone")
             if any(len(level.pages) != 1 for level in series.levels):
                 return None
             pages = [level.keyframe for level in series.levels]
-            levels = [level_of_page(page, (page.imagewidth, page.imagelength)) for page in pages]
+            levels = [level_of_page(page, (page.imagewidth, page.imagelength), believe_jfif=True) for page in pages]
             description = file.pages[0].aspage().description
     except DAMAGED as error:
         raise damaged(path, error) from error
@@ -94,9 +105,9 @@ def ome_scale(description: str) -> dict[str, str]:
     return {}
 
 
-def level_of_page(page: tifffile.TiffPage, size: Size) -> TiledLevel | None:
-    """A page as a level of that size; None where its tiles are not plain."""
-    codec = codec_of(page)
+def level_of_page(page: tifffile.TiffPage, size: Size, believe_jfif: bool = False) -> TiledLevel | None:
+    """A page as a level of that size; None where its tiles are not plain. `believe_jfif` as for `codec_of`."""
+    codec = codec_of(page, believe_jfif)
     if codec is None:
         return None
     across = math.ceil(page.imagewidth / codec.width)
@@ -108,12 +119,11 @@ def level_of_page(page: tifffile.TiffPage, size: Size) -> TiledLevel | None:
 
 
 def _page_of_size(pages: Sequence[tifffile.TiffPage], size: Size) -> tifffile.TiffPage | None:
-    """The first tiled page of that size, or of that size padded to whole tiles."""
-    tiled = [page for page in pages if page.is_tiled]
-    for page in tiled:
+    """The first of tiled pages of that size, or of that size padded to whole tiles, as Philips pads its levels."""
+    for page in pages:
         if (page.imagewidth, page.imagelength) == size:
             return page
-    for page in tiled:
+    for page in pages:
         padded = (
             math.ceil(size[0] / page.tilewidth) * page.tilewidth,
             math.ceil(size[1] / page.tilelength) * page.tilelength,

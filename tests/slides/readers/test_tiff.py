@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import struct
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -18,6 +20,7 @@ import tifffile
 from medsd.errors import SlideError
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.choose import open_reader
+from medsd.slides.readers.codecs import TileCodec
 from medsd.slides.readers.tiff import TiledTiff
 from medsd.slides.readers.tiff_layout import ome_scale
 from medsd.slides.readers.vendor import VendorSlide
@@ -124,7 +127,7 @@ def test_jpeg_tiles_are_openslides_to_the_last_bit(tmp_path: Path, kind: str) ->
     assert np.abs(shown.astype(int) - (base if base.ndim == 3 else base[..., None])).mean() < 8  # it is the picture
 
 
-def philips(path: Path) -> Path:
+def philips(path: Path, tile: int = 64) -> Path:
     """As CAMELYON's slides are: levels padded to whole tiles, their scale in XML, tiles of glass left out."""
     base = np.zeros((512, 448, 3), np.uint8) + 255
     base[:437, :371] = picture()
@@ -153,9 +156,11 @@ def philips(path: Path) -> Path:
     )
     with tifffile.TiffWriter(path, bigtiff=True) as writer:
         for number, level in enumerate((base, half, quarter)):
+            padding = [(0, -side % tile) for side in level.shape[:2]]
+            level = np.pad(level, (*padding, (0, 0)), constant_values=255)
             writer.write(
                 level,
-                tile=(64, 64),
+                tile=(tile, tile),
                 photometric="rgb",
                 compression="jpeg",
                 subfiletype=1 if number else 0,
@@ -178,6 +183,117 @@ def test_a_camelyon_slide_with_padding_and_absent_tiles(tmp_path: Path) -> None:
         assert np.array_equal(got, oracle.read(number, 0, 0, level.width, level.height)), number
     assert (slide.read(6 * 64, 0, 64, 64) == 255).all()  # absent is glass, and seen
     assert slide.read_seen(6 * 64, 0, 64, 64)[1] is None
+
+
+def test_low_levels_of_one_padded_size_are_not_confused(tmp_path: Path) -> None:
+    """As in CAMELYON: the two lowest levels are both padded to one tile, and only the file's order tells them apart."""
+    path = philips(tmp_path / "low.tif", tile=256)
+    fast, oracle = open_reader(path), VendorSlide(path)
+    assert fast.name == "tifffile" and fast.sizes == oracle.sizes == ((512, 512), (256, 256), (128, 128))
+    for number, size in enumerate(fast.sizes):
+        assert np.array_equal(fast.read(number, 0, 0, *size), oracle.read(number, 0, 0, *size)), number
+
+
+def test_a_page_that_is_not_marked_as_reduced_is_no_level(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    base, other = picture(512, 512), picture(256, 256, seed=9)[::-1]
+    kinds: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "metadata": None, "compression": "deflate"}
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(base, **kinds)
+        writer.write(other, subfiletype=0, **kinds)
+        writer.write(base[::2, ::2], subfiletype=1, **kinds)
+    reader = open_reader(path)
+    assert reader.name == "tifffile" and reader.sizes == ((512, 512), (256, 256))
+    assert np.array_equal(reader.read(1, 0, 0, 256, 256), base[::2, ::2])
+
+
+def adobe(path: Path, page: int, transform: int) -> None:
+    """Put an Adobe head into every JPEG tile of a page, moved to the end of the file."""
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        tags = [file.pages[page].tags[name] for name in ("TileOffsets", "TileByteCounts")]
+        places = [(tag.valueoffset, {3: 2, 4: 4, 16: 8}[int(tag.dtype)], tag.value) for tag in tags]
+    head = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+    for number, (start, count) in enumerate(zip(places[0][2], places[1][2], strict=True)):
+        tile = bytes(data[start : start + count])
+        tile = tile[:2] + head + tile[2:]
+        for (where, size, _), value in zip(places, (len(data), len(tile)), strict=True):
+            data[where + size * number : where + size * (number + 1)] = value.to_bytes(size, "little")
+        data += tile
+    path.write_bytes(data)
+
+
+def test_the_tiffs_colour_space_counts_whatever_a_tile_says(tmp_path: Path) -> None:
+    base = picture(512, 512)
+    path = write(tmp_path / "slide.tif", [base, base[::2, ::2]], compression="jpeg")
+    wanted = open_reader(path).read(1, 0, 0, 256, 256)
+    adobe(path, 1, transform=0)
+    reader = open_reader(path)
+    assert np.array_equal(reader.read(1, 0, 0, 256, 256), wanted)
+
+
+def test_ome_tiff_that_calls_its_jfif_tiles_rgb(tmp_path: Path) -> None:
+    """Writers of OME-TIFF leave the tag at RGB over YCbCr tiles; tifffile and Bio-Formats believe the tiles."""
+    path = tmp_path / "slide.ome.tif"
+    base = picture(256, 256)
+    with tifffile.TiffWriter(path, bigtiff=True, ome=True) as writer:
+        writer.write(base, tile=(128, 128), photometric="rgb", compression="jpeg", metadata={"axes": "YXS"})
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        data[file.pages[0].tags["PhotometricInterpretation"].valueoffset] = 2
+        jfif = file.pages[0].is_jfif
+    path.write_bytes(data)
+    shown = open_reader(path).read(0, 0, 0, 256, 256).astype(int)
+    assert jfif and np.abs(shown - base).mean() < 8
+
+
+def test_an_ome_tiff_that_begins_with_a_label_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "slide.ome.tif"
+    kinds: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb"}
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        writer.write(picture(70, 90), metadata={"axes": "YXS"}, **kinds)
+        writer.write(picture(300, 400), metadata={"axes": "YXS"}, **kinds)
+    with pytest.raises(SlideError, match="first image is not its largest"):
+        open_slide(path, mpp=0.5)
+
+
+def test_a_file_that_went_away_is_not_called_damaged(tmp_path: Path) -> None:
+    path = write(tmp_path / "slide.tif", [picture()], compression="deflate")
+    slide = pickle.loads(pickle.dumps(open_slide(path, mpp=0.5)))
+    path.rename(tmp_path / "moved.tif")
+    with pytest.raises(SlideError, match="cannot be opened any more"):
+        slide.read_seen(0, 0, 100, 100)
+
+
+def test_a_jpeg2000_tile_larger_than_it_may_be_is_refused_unread(tmp_path: Path) -> None:
+    codec = TileCodec(64, 64, 34712, 3, differences=False, jpeg_head=b"")
+    small, large = (imagecodecs.jpeg2k_encode(np.zeros((side, side, 3), np.uint8), level=0) for side in (64, 4096))
+    assert codec.decode(small).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="4096 x 4096 px instead of 64 x 64"):
+        codec.decode(large)
+    with pytest.raises((ValueError, struct.error)):
+        codec.decode(small[:20])
+
+
+def test_a_level_larger_than_level_0_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "slide.ome.tif"
+    kinds: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb"}
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        writer.write(picture(100, 100), subifds=1, metadata={"axes": "YXS"}, **kinds)
+        writer.write(picture(300, 300), subfiletype=1, **kinds)
+    with pytest.raises(SlideError, match=r"slide\.ome\.tif: a level is larger than level 0"):
+        open_slide(path, mpp=0.5)
+
+
+def test_a_shared_cache_forgets_a_file_that_was_rewritten(tmp_path: Path) -> None:
+    cache = TileCache()
+    path = tmp_path / "slide.tif"
+    for seed in (1, 2):
+        base = picture(seed=seed)
+        write(path, [base], compression="deflate")
+        os.utime(path, ns=(seed, seed))
+        with open_slide(path, mpp=0.5, cache=cache) as slide:
+            assert np.array_equal(slide.read(3, 3, 30, 30), base[3:33, 3:33])
 
 
 def test_absent_tiles_of_aperio_are_left_to_openslide(tmp_path: Path) -> None:
