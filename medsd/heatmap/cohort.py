@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from shapely.errors import GEOSException
 
 from medsd.errors import ConfigError, DatasetError, MedsdError, SlideError, WeightsError
 from medsd.files import atomic_path, make_folder, write_text
@@ -26,13 +25,12 @@ from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import open_slide, thumbnail
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
+from medsd.slides.unforeseen import UNFORESEEN, in_one_line
 
 logger = logging.getLogger(__name__)
 
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
-# What a damaged file or a full memory can raise deep inside a library.
-_COSTS_ONE_SLIDE = (OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError, GEOSException)
 
 
 @dataclass(frozen=True)
@@ -157,12 +155,10 @@ class _Mapper:
         except MedsdError as error:
             logger.error("%s", error)
             return SlideResult(job.name, "failed", str(error))
-        except _COSTS_ONE_SLIDE as error:
+        except UNFORESEEN as error:
             # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
             logger.exception("%s", job.path)
-            return SlideResult(
-                job.name, "failed", f"{job.path}: {type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            return SlideResult(job.name, "failed", in_one_line(job.path, error))
 
     def _make(self, job: SlideJob, folder: Path, recipe: Recipe) -> SlideResult:
         started = time.perf_counter()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from shapely.errors import GEOSException
 
 from medsd.errors import ConfigError, DatasetError, MedsdError, MissingMppError
 from medsd.files import make_folder
@@ -27,14 +26,13 @@ from medsd.slides.slide import Slide, open_slide
 from medsd.slides.tile_picture import draw_tiles
 from medsd.slides.tile_store import INDEX, TiledSlide, TileStore, Tiling
 from medsd.slides.tissue import TissueMask, find_tissue
+from medsd.slides.unforeseen import UNFORESEEN, in_one_line
 
 logger = logging.getLogger(__name__)
 
 _LABELS = {1: "tumor", 0: "normal", None: ""}
 # Writing the table of thousands of slides takes a while, too.
 _TABLE_SECONDS = 1.0
-# What a damaged file or a full memory can raise deep inside a library.
-_COSTS_ONE_SLIDE = (OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError, GEOSException)
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,10 @@ class _Work:
             reason = _reason(error)
             logger.error("%s", reason)
             row = _row(entry, "failed", reason)
-        except _COSTS_ONE_SLIDE as error:
+        except UNFORESEEN as error:
             # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
             logger.exception("%s", entry.path)
-            row = _row(entry, "failed", f"{entry.path}: {type(error).__name__}: {' '.join(str(error).split())}")
+            row = _row(entry, "failed", in_one_line(entry.path, error))
         row = replace(row, seconds=round(time.perf_counter() - started, 2))
         return no_tiles(entry.name, str(entry.path), row.mpp, self.store.tiling.grid), row
 

@@ -63,11 +63,11 @@ def read_seen_by_halves(
         if max(columns, rows) <= _SMALLEST_UNSEEN_PX:
             return np.full((rows, columns, 3), 255, np.uint8), np.zeros((rows, columns), np.bool_)
     if columns >= rows:
-        left = columns // 2
-        parts = [(column, row, left, rows), (column + left, row, columns - left, rows)]
+        half = columns // 2
+        parts = [(column, row, half, rows), (column + half, row, columns - half, rows)]
     else:
-        top = rows // 2
-        parts = [(column, row, columns, top), (column, row + top, columns, rows - top)]
+        half = rows // 2
+        parts = [(column, row, columns, half), (column, row + half, columns, rows - half)]
     pixels = np.empty((rows, columns, 3), np.uint8)
     seen = np.ones((rows, columns), np.bool_)
     for left, top, width, height in parts:

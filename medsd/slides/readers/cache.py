@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +47,5 @@ class TileCache:
             while self.used_bytes > self.max_bytes:
                 self.used_bytes -= self._tiles.popitem(last=False)[1].nbytes
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"max_bytes": self.max_bytes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["max_bytes"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[TileCache], tuple[int]]:
+        return TileCache, (self.max_bytes,)  # pickled empty

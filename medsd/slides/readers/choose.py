@@ -70,7 +70,7 @@ def _choose(path: Path, cache: TileCache | None) -> LevelReader:
     if is_jp2(path):
         return TiatoolboxSlide(path)
     if is_tiff(path):
-        if _has_other_pages(path):
+        if _is_ome_but_not_plain(path):
             return TiatoolboxSlide(path)
         tiled = _tiled_tiff(path, cache)
         if tiled is not None:
@@ -83,14 +83,14 @@ def _choose(path: Path, cache: TileCache | None) -> LevelReader:
         raise
 
 
-def _has_other_pages(path: Path) -> bool:
+def _is_ome_but_not_plain(path: Path) -> bool:
     """Whether a TIFF's first page, which OpenSlide takes for the slide, may be one colour of three."""
     return is_ome_pyramid(path) and ome_levels(path) is None
 
 
 def _named(path: Path, name: str, cache: TileCache | None) -> LevelReader:
     if name in ("tifffile", "cucim"):
-        tiled = _tiled_tiff(path, cache) if is_tiff(path) and not _has_other_pages(path) else None
+        tiled = _tiled_tiff(path, cache) if is_tiff(path) and not _is_ome_but_not_plain(path) else None
         if tiled is None:
             raise SlideError(f"{path}: not a plain tiled TIFF, so {name} cannot read it; leave out reader={name}")
         return tiled if name == "tifffile" else CucimSlide(tiled)
