@@ -215,3 +215,17 @@ def heatmap(
     print(f"{total}; see {out / 'index.html'}")
     if counts["failed"] or not counts["ok"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of bundle runs on the same test set.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: compare.md, compare.csv, compare.png.")],
+) -> None:
+    """Lay runs side by side: accuracy, calibration, faithfulness of explanations, features, cost."""
+    from medsd.evaluate.compare import compare_runs
+
+    compared = compare_runs(runs, out)
+    for run in compared:
+        print(f"{run.folder}: {run.label}")
+    print(f"{len(compared)} runs; see {out / 'compare.md'} and {out / 'compare.png'}")

@@ -5,21 +5,26 @@ A user's mistake ends the run with one line and exit code 1; MONAI would print a
 
 from medsd.bundle.config import check_config
 from medsd.bundle.data import default_device, patch_data, slide_data
-from medsd.bundle.stages import (
-    check_slides,
+from medsd.bundle.stages import check_slides, evaluate, finetune, heatmap, prepare, report, summary
+from medsd.bundle.training import (
+    aim,
+    aim_classifier,
     classifier,
     dataset,
-    evaluate,
-    finetune,
-    heatmap,
-    prepare,
-    report,
+    hard_negatives,
+    map_settings,
+    parameters,
+    place,
+    saliency_decor,
     sampler,
+    start_ranks,
     step,
-    summary,
+    stop_ranks,
 )
 
 __all__ = [
+    "aim",
+    "aim_classifier",
     "check_config",
     "check_slides",
     "classifier",
@@ -27,12 +32,19 @@ __all__ = [
     "default_device",
     "evaluate",
     "finetune",
+    "hard_negatives",
     "heatmap",
+    "map_settings",
+    "parameters",
     "patch_data",
+    "place",
     "prepare",
     "report",
+    "saliency_decor",
     "sampler",
     "slide_data",
+    "start_ranks",
     "step",
+    "stop_ranks",
     "summary",
 ]

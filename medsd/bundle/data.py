@@ -16,9 +16,9 @@ import torch
 from medsd.bundle.config import boundary
 from medsd.errors import ConfigError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
-from medsd.evaluate.predict import predict
 from medsd.heatmap.cohort import SlideJob
-from medsd.heatmap.engine import DenseEngine
+from medsd.heatmap.engine import Engine
+from medsd.networks.predict import predict
 from medsd.networks.weights import Calibration
 from medsd.progress import progress_bar
 from medsd.slides.camelyon import SlideEntry, find_slides
@@ -62,7 +62,7 @@ class Data(Protocol):
     def fingerprint(self) -> str: ...
     def prepare(self) -> None: ...
     def part(self, name: str) -> Items: ...
-    def calibrate(self, engine: DenseEngine) -> Calibration: ...
+    def calibrate(self, engine: Engine) -> Calibration: ...
     def jobs(self) -> list[SlideJob]: ...
     def test_slides(self) -> Sequence[SlideEntry]: ...
 
@@ -135,7 +135,7 @@ class SlideData:
         prepared = self._prepared
         return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
 
-    def calibrate(self, engine: DenseEngine) -> Calibration:
+    def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scale from the validation slides' maps."""
         prepared = self._prepared
         slides = [prepared.entry(name) for name in prepared.validation]
@@ -198,10 +198,11 @@ class PatchData:
         """The patches of the part "training", "validation" or "testing"."""
         return PatchDataset(self._parts[name], side_px=self.tile_px)
 
-    def calibrate(self, engine: DenseEngine) -> Calibration:
+    def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scale from the validation patches."""
         validation = self.part("validation")
-        return calibrate_on_patches(engine, validation, validation.labels, predict(engine.classifier, validation))
+        probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
+        return calibrate_on_patches(engine, validation, validation.labels, probabilities)
 
     def jobs(self) -> list[SlideJob]:
         """The slides given to be mapped."""

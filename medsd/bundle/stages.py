@@ -1,77 +1,46 @@
-"""The stages of a bundle, and the factories of its parts."""
+"""The stages of a bundle."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 
 from medsd.bundle.config import boundary
-from medsd.bundle.data import Data, Items
-from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
+from medsd.bundle.data import Data
+from medsd.errors import DatasetError, NoTissueError, SlideError, WeightsError
+from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.plots import draw_summary
-from medsd.evaluate.predict import predict
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
+from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
 from medsd.files import atomic_path, make_folder, write_json
-from medsd.finetune.objective import SaliencyDecor
-from medsd.finetune.step import SaliencyDecorStep
+from medsd.finetune.hard_negatives import HardNegativeRound
+from medsd.finetune.ranks import RankSampler, rank
+from medsd.finetune.step import ObjectiveStep
 from medsd.finetune.training import run_training
 from medsd.heatmap.cohort import map_slides, read_results
-from medsd.heatmap.engine import DenseEngine, MapSettings
-from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import Attribution, ModelCard, Smoothing, load_classifier, save_classifier
+from medsd.heatmap.engine import make_engine
+from medsd.heatmap.maps import MapSettings
+from medsd.networks.classifier import Classifier
+from medsd.networks.predict import predict_logits
+from medsd.networks.weights import (
+    ModelCard,
+    load_classifier,
+    save_classifier,
+    written_state,
+)
 from medsd.progress import progress_bar
 from medsd.slides.dataset import SlideGroupedSampler
 from medsd.slides.prepare import failed_slides
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
-
-
-@boundary
-def classifier(encoder: str, pretrained: bool = False) -> TileClassifier:
-    """The network: a timm encoder with a linear head for the classes normal and tumour."""
-    return TileClassifier(encoder, pretrained=pretrained)
-
-
-@boundary
-def dataset(data: Data, part: str) -> Items:
-    """The items of the part "training", "validation" or "testing"."""
-    return data.part(part)
-
-
-@boundary
-def sampler(
-    dataset: Items, samples: int, batch_size: int, run: int = 1, by_group: bool = True, seed: int = 0
-) -> SlideGroupedSampler:
-    """Balanced draws of `samples` items an epoch, at least a batch, see `SlideGroupedSampler`.
-
-    Classes are drawn evenly; with `by_group` so are the slides (or clusters) of a class, else as many as they hold.
-    """
-    if not 2 <= batch_size <= samples:
-        raise ConfigError(f"batch_size={batch_size}: must lie in 2 to samples_per_epoch={samples}")
-    groups = dataset.groups if by_group else np.zeros_like(dataset.groups)
-    return SlideGroupedSampler(dataset.labels, groups, samples, run, seed)
-
-
-@boundary
-def step(
-    consistency: float,
-    decorrelation: float,
-    masked_share: float,
-    ramp_epochs: float,
-    seed: int = 0,
-    stain: float = 0.1,
-    stain_apart: float = 0.0,
-) -> SaliencyDecorStep:
-    """The SaliencyDecor training step, see `SaliencyDecor` and `SaliencyDecorStep`."""
-    objective = SaliencyDecor(consistency, decorrelation, masked_share, ramp_epochs)
-    return SaliencyDecorStep(objective, seed, stain, stain_apart)
 
 
 @boundary
@@ -86,24 +55,30 @@ def finetune(
     data: Data,
     trainer: SupervisedTrainer,
     evaluator: SupervisedEvaluator,
-    sampler: SlideGroupedSampler,
+    sampler: SlideGroupedSampler | RankSampler,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    step: ObjectiveStep,
     output_dir: str,
-    layer: str,
-    attribution: Attribution,
-    smoothing: Smoothing,
-    block_px: int,
+    map_settings: MapSettings,
     settings: dict[str, Any],
+    patience: int | None = None,
+    hard_negatives: HardNegativeRound | None = None,
 ) -> None:
-    """Stage finetune: train (or go on), then fix threshold and scale on validation data, then write the weights."""
-    network = trainer.network
-    assert isinstance(network, TileClassifier)
-    map_settings = MapSettings(layer, attribution, smoothing, block_px)
+    """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
+
+    Temperature, threshold and colour scale are the validation data's. Of several ranks the first does what follows
+    the training.
+    """
+    network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
-    engine = DenseEngine(network, data.tile_px, data.mpp, settings=map_settings)
+    make_engine(network, data.tile_px, data.mpp, settings=map_settings)
     # Training patches of one split are test patches of another: a training belongs to its split.
     settings = {**settings, "split": data.fingerprint()}
-    run_training(trainer, evaluator, sampler, scheduler, Path(output_dir) / "training", settings)
+    folder = Path(output_dir) / "training"
+    run_training(trainer, evaluator, sampler, scheduler, folder, settings, step, patience, hard_negatives)
+    if rank() > 0:
+        return
+    network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
     card = ModelCard(
         encoder=network.encoder_name,
         classes=network.classes,
@@ -113,13 +88,24 @@ def finetune(
         data_sha256=settings["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         stain_target=data.stain_target,
+        architecture=network.architecture,
+        options=network.options,
     )
     path = Path(output_dir) / WEIGHTS
     if not _is_written(path, network, card, map_settings):
+        validation = data.part("validation")
+        logits = predict_logits(network, validation, progress=progress_bar("calibrate"))  # type: ignore[arg-type]
+        engine = make_engine(
+            network,
+            data.tile_px,
+            data.mpp,
+            settings=map_settings,
+            temperature=fit_temperature(logits, validation.labels),
+        )
         save_classifier(path, network, replace(card, calibration=data.calibrate(engine)))
 
 
-def _is_written(path: Path, network: TileClassifier, card: ModelCard, settings: MapSettings) -> bool:
+def _is_written(path: Path, network: Classifier, card: ModelCard, settings: MapSettings) -> bool:
     """Whether `path` holds this network, calibrated with these settings: calibrating again would change nothing."""
     if not path.is_file():
         return False
@@ -128,7 +114,7 @@ def _is_written(path: Path, network: TileClassifier, card: ModelCard, settings: 
     except WeightsError:
         return False  # of an earlier version or damaged: written anew
     calibration = written_card.calibration
-    state = network.state_dict()
+    state = written_state(network)
     return (
         calibration is not None
         and replace(written_card, calibration=None) == card
@@ -139,18 +125,37 @@ def _is_written(path: Path, network: TileClassifier, card: ModelCard, settings: 
 
 
 @boundary
-def evaluate(data: Data, output_dir: str, device: torch.device, batch_size: int = 64) -> None:
-    """Stage evaluate: scores on the test tiles into `scores.json`, their probabilities into `test_tiles.npz`."""
+def evaluate(
+    data: Data, output_dir: str, device: torch.device, batch_size: int = 64, explained_tiles: int = 128, seed: int = 0
+) -> None:
+    """Stage evaluate: scores on the test tiles into `scores.json`, their probabilities into `test_tiles.npz`.
+
+    Args:
+        explained_tiles: tiles whose explanations are judged, see `score_explanations`; 0 for none.
+        seed: draws them.
+    """
     path = Path(output_dir) / WEIGHTS
     network, card, digest = load_classifier(path, device)
     if card.data_sha256 != data.fingerprint():
         raise WeightsError(f"{path}: trained on another split of the data; run the stage 'finetune' for this one")
-    items = data.part("testing")
-    probabilities = predict(network, items, batch_size=batch_size, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
-    scores = score_tiles(items.labels, probabilities, items.groups)
+    if card.calibration is None:
+        raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
+    calibration, items = card.calibration, data.part("testing")
+    logits = predict_logits(network, items, batch_size=batch_size, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
+    probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
+    content = {
+        "weights_sha256": digest,
+        "data_sha256": card.data_sha256,
+        "tiles": as_json(score_tiles(items.labels, probabilities, items.groups)),
+        "calibration": as_json(score_calibration(logits, items.labels, calibration.temperature, calibration.threshold)),
+    }
+    if explained_tiles:
+        settings = ExplanationSettings(items=explained_tiles, batch_size=batch_size, seed=seed)
+        explained = score_explanations(network, items, settings, progress=progress_bar("explain"))  # type: ignore[arg-type]
+        content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
         np.savez_compressed(handle, label=items.labels, probability=probabilities, group=items.groups)
-    write_json(Path(output_dir) / SCORES, {"weights_sha256": digest, "tiles": as_json(scores)})
+    write_json(Path(output_dir) / SCORES, content)
 
 
 @boundary

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils.data import Dataset
 
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
-from medsd.heatmap.engine import DenseEngine
+from medsd.heatmap.engine import Engine
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
 from medsd.slides.annotations import rasterise, read_annotations
@@ -26,7 +25,7 @@ _HIGHEST_THRESHOLD = 0.99
 
 
 def calibrate_on_slides(
-    engine: DenseEngine,
+    engine: Engine,
     slides: Sequence[SlideEntry],
     progress: Progress = no_progress,
     normaliser: StainNormaliser | None = None,
@@ -34,7 +33,13 @@ def calibrate_on_slides(
     """Threshold and scale from the maps of validation slides, their stain normalised if the classifier's tiles were.
 
     The threshold is Youden's on map pixels against the annotation (normal slides count as all normal); the scale
-    ends at the 99.5th percentile of |saliency| in their tissue (both our choice).
+    ends at the 99.5th percentile of |saliency| in their tissue (both our choice), that of masks at 1.
+
+    Args:
+        engine: makes the maps; its temperature is kept with the threshold, which holds for tempered probabilities.
+        slides: the validation slides.
+        progress: shows the slides, and the blocks or tiles of each.
+        normaliser: of the stain, or None.
 
     Raises:
         DatasetError: the slides show one class only.
@@ -52,8 +57,10 @@ def calibrate_on_slides(
         if entry.annotation is not None:
             outlines = read_annotations(entry.annotation, slide_size_px)
             tumour = rasterise(outlines, width, height, probability.level0_px)
-        labels.append(tumour[probability.seen])
-        probabilities.append(probability.values[probability.seen])
+        # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
+        known = probability.seen if entry.exhaustive else probability.seen & tumour
+        labels.append(tumour[known])
+        probabilities.append(probability.values[known])
         saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))
     source = f"{len(slides)} validation slides"
     return _calibration(
@@ -62,7 +69,7 @@ def calibrate_on_slides(
 
 
 def calibrate_on_patches(
-    engine: DenseEngine,
+    engine: Engine,
     dataset: Dataset[Sample],
     labels: npt.NDArray[np.int8],
     probabilities: npt.NDArray[np.float32],
@@ -70,23 +77,24 @@ def calibrate_on_patches(
 ) -> Calibration:
     """Threshold from the probabilities of validation patches, scale from the saliency of up to `scale_from` of them.
 
+    Args:
+        engine: makes the saliency; its temperature is kept with the threshold.
+        dataset: the patches, of the engine's `tile_px`.
+        labels: (n,) 0 or 1.
+        probabilities: (n,) of the patches, made with the engine's temperature.
+        scale_from: patches that the scale is taken from.
+
     Raises:
         DatasetError: the patches show one class only.
     """
     chosen = np.linspace(0, len(labels) - 1, min(scale_from, len(labels))).astype(int)
-    saliencies = [np.abs(engine.run(_cropped(dataset[i]["image"], engine))[1]).ravel() for i in chosen.tolist()]
+    saliencies = [np.abs(engine.patch_saliency(dataset[i]["image"][None])).ravel() for i in chosen.tolist()]
     source = f"{len(labels)} validation patches"
     return _calibration(engine, labels, probabilities, np.concatenate(saliencies), source)
 
 
-def _cropped(image: torch.Tensor, engine: DenseEngine) -> torch.Tensor:
-    stride = engine.geometry.features.stride
-    height, width = (side // stride * stride for side in image.shape[1:])
-    return image[None, :, :height, :width].to(engine.device)
-
-
 def _calibration(
-    engine: DenseEngine,
+    engine: Engine,
     labels: npt.NDArray[np.bool_] | npt.NDArray[np.int8],
     probabilities: npt.NDArray[np.float32],
     saliencies: npt.NDArray[np.float32],
@@ -95,12 +103,15 @@ def _calibration(
     if len(np.unique(labels)) < 2:
         raise DatasetError(f"{source} hold one class only; the threshold needs both, change validation_share or seed")
     settings = engine.settings
+    mask = settings.attribution == "mask"
     return Calibration(
         # A network that is sure of everything would give 1.0, which no map exceeds.
         threshold=min(youden_threshold(labels.astype(np.int8), probabilities), _HIGHEST_THRESHOLD),
-        saliency_limit=float(np.percentile(saliencies, SCALE_PERCENTILE)),
+        # The share of masks open has limits of its own.
+        saliency_limit=1.0 if mask else float(np.percentile(saliencies, SCALE_PERCENTILE)),
         layer=settings.layer,
         attribution=settings.attribution,
         smoothing=settings.smoothing,
         source=source,
+        temperature=engine.temperature,
     )

@@ -1,22 +1,43 @@
-"""One figure of a run: training, ROC on held-out tiles, slide scores, and where the saliency lies."""
+"""Figures: one of a run (training, ROC, slide scores, where the saliency lies), one that compares runs."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 
+from medsd.evaluate.compare import number_text
+from medsd.evaluate.runs import Estimate, Run
 from medsd.evaluate.scores import roc_curve
 from medsd.files import atomic_path
 
 _NORMAL, _TUMOUR, _INK = "#1f77b4", "#d62728", "#444444"
+_TERMS = (
+    ("cross_entropy", _INK),
+    ("consistency", "#9467bd"),
+    ("stage_cross_entropy", "#8c564b"),
+    ("mask_loss", "#17becf"),
+)
+# Okabe and Ito's colours without yellow and black; a marker with each, for those who see no colours.
+_RUNS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+)
+_COLUMNS = 5
+_DIRECTION = {"higher": "higher is better →", "lower": "← lower is better"}
 
 
 def draw_summary(path: str | Path, folder: str | Path) -> None:
@@ -53,7 +74,9 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
     with open(folder / "training" / "history.csv", newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     epochs = [int(row["epoch"]) for row in rows]
-    for name, colour in (("cross_entropy", _INK), ("consistency", "#9467bd")):
+    for name, colour in _TERMS:
+        if name not in rows[0]:
+            continue
         axes.plot(epochs, [float(row[name]) for row in rows], "-o", ms=3, color=colour, label=name.replace("_", "-"))
     axes.set(xlabel="epoch", ylabel="loss term (training)", title="Training", ylim=(0, None), xticks=epochs)
     other = axes.twinx()
@@ -109,3 +132,98 @@ def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
         axes.barh(rows + offset, [pointing[name][key] or 0 for name in names], 0.38, color=colour, label=word)
     axes.set(xlabel="share", xlim=(0, 1), yticks=rows, yticklabels=names, title="Where the saliency lies")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
+
+
+def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
+    """Draw runs side by side: accuracy under masking with its random control, and bars with 95 % intervals.
+
+    Raises:
+        OutputError: the figure cannot be written.
+    """
+    pointing, chance = "explanations.maps.gradient.pointing", "explanations.area_share"
+    if not any(run.estimate(pointing) for run in runs):
+        pointing, chance = "slide_pointing.positive_inside", "slide_pointing.area_share"
+    panels = (
+        ("patch AUC\n(dotted: chance)", "tiles.patch_auc", "higher", None),
+        ("masking gap", "explanations.maps.gradient.gap", "higher", None),
+        ("energy pointing\n(dotted: chance)", pointing, "higher", chance),
+        ("|correlation|\nof features", "explanations.features.mean_abs_correlation", "lower", None),
+        ("training,\nseconds a step", "training.seconds_per_step", "lower", None),
+    )
+    heights = (1.4 + 2.4 * -(-len(runs) // _COLUMNS), 1.3 + 0.6 * len(runs))
+    figure = Figure(figsize=(13, sum(heights)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
+    top, bottom = parts.tolist()
+    _draw_masking(top, runs)
+    for number, (axes, (title, key, better, beside)) in enumerate(
+        zip(bottom.subplots(1, len(panels), sharey=True), panels, strict=True)
+    ):
+        axes.spines[["top", "right"]].set_visible(False)
+        _draw_bars(axes, runs, key, beside)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(_DIRECTION[better], fontsize="small")
+        if number == 0:
+            axes.set_yticks(range(len(runs)), [textwrap.fill(run.label, 26) for run in runs])
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.3)
+            axes.set_xticks([0, 0.5, 1])
+            axes.axvline(0.5, color="#999999", ls=":", lw=1)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, metadata={"Description": "medsd comparison of runs, research use only"})
+
+
+def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
+    """A panel a run: what counts is each curve against its own control."""
+    columns = min(len(runs), _COLUMNS)
+    grid = part.subplots(-(-len(runs) // columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in grid[len(runs) :]:
+        axes.axis("off")
+    for number, (axes, run) in enumerate(zip(grid, runs, strict=False)):
+        colour, marker = _RUNS[number % len(_RUNS)]
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(textwrap.fill(run.label, 26), fontsize="small")
+        axes.set(xlabel="pixels masked, %", ylim=(0, 1.02))
+        shares = run.node("explanations.shares")
+        saliency = run.node("explanations.maps.gradient.accuracy")
+        control = run.node("explanations.random.accuracy")
+        if not (shares and saliency and control):
+            axes.text(0.5, 0.5, "– not measured", ha="center", color="#777777", transform=axes.transAxes)
+            continue
+        percent = 100 * np.asarray(shares)
+        bounds = [[step[end] for step in saliency] for end in ("low", "high")]
+        axes.fill_between(percent, *bounds, color=colour, alpha=0.18, lw=0)
+        axes.plot(percent, [step["value"] for step in saliency], marker + "-", color=colour, ms=5)
+        axes.plot(percent, [step["value"] for step in control], "--", color=_INK, lw=1.5)
+    grid[0].set_ylabel("accuracy")
+    lines = [Line2D([], [], color=_INK, ls=style) for style in ("-", "--")]
+    part.suptitle("Accuracy under masking: a faithful map has its solid line far below the dashed one")
+    words = ("most salient pixels first (band: 95 %)", "random pixels, the control")
+    part.legend(lines, words, frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+
+
+def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) -> None:
+    found = [run.estimate(key) for run in runs]
+    ends = [0.0]
+    for row, (run, estimate) in enumerate(zip(runs, found, strict=True)):
+        if estimate is None:
+            axes.text(0, row, " – not measured", va="center", color="#777777", fontsize="small")
+            continue
+        low, high = _ends(estimate)
+        ends += [low, high]
+        axes.barh(row, estimate.value, 0.6, color=_RUNS[row % len(_RUNS)][0], alpha=0.75)
+        axes.plot([low, high], [row, row], color="black", lw=1.5)
+        axes.text(max(high, 0), row, f"  {number_text(estimate.value, max(high, -low))}", va="center", fontsize="small")
+        by_chance = None if chance is None else run.estimate(chance)
+        if by_chance is not None:
+            axes.plot([by_chance.value] * 2, [row - 0.4, row + 0.4], color="black", lw=1.5, ls=":")
+    axes.axvline(0, color=_INK, lw=0.8)
+    span = max(ends) - min(ends) or 1.0
+    axes.set_xlim(min(ends) - 0.05 * span * (min(ends) < 0), max(ends) + 0.4 * span)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """Of the interval, or the value itself where there is none."""
+    value = estimate.value
+    return (value if estimate.low is None else estimate.low), (value if estimate.high is None else estimate.high)

@@ -13,6 +13,8 @@ from medsd.errors import ConfigError, DatasetError
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+_DRAWN_AT_ONCE = 2**18
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -94,8 +96,7 @@ def bootstrap_auc(
         DatasetError: as `auc`, or `groups` of another length.
         ConfigError: `resamples` below 1 or `level` not between 0 and 1.
     """
-    if resamples < 1 or not 0.0 < level < 1.0:
-        raise ConfigError(f"bootstrap: {resamples} resamples, level {level}; give at least 1 and a level in (0, 1)")
+    _check_bootstrap(resamples, level)
     positive, values = _checked(labels, scores)
     value = auc(positive, values)
     if math.isnan(value):
@@ -121,6 +122,40 @@ def bootstrap_auc(
         return Interval(value, math.nan, math.nan, level, 0)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), level, len(drawn))
+
+
+def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean with a percentile bootstrap interval (Efron 1979) over the values' items, such as images.
+
+    Two runs on the same items, given in the same order and with the same seed, are resampled alike.
+
+    Args:
+        values: one number an item, shape (n,).
+        resamples: number of resamples.
+        seed: of the random numbers.
+        level: coverage of the interval, between 0 and 1.
+
+    Returns:
+        value and bounds; nan where there is no item.
+
+    Raises:
+        DatasetError: values that are not finite, or not of shape (n,).
+        ConfigError: `resamples` below 1 or `level` not between 0 and 1.
+    """
+    _check_bootstrap(resamples, level)
+    items = np.asarray(values, np.float64)
+    if items.ndim != 1 or not np.isfinite(items).all():
+        raise DatasetError(f"mean of {items.shape} values: give (n,) finite ones, leave undefined items out")
+    if not len(items):
+        return Interval(math.nan, math.nan, math.nan, level, 0)
+    random = np.random.default_rng(seed)
+    rows = max(1, _DRAWN_AT_ONCE // len(items))
+    drawn = [
+        items[random.integers(len(items), size=(min(rows, resamples - start), len(items)))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(items.mean()), float(low), float(high), level, resamples)
 
 
 def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats]:
@@ -190,6 +225,11 @@ def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bool
     positive_inside = _ratio(float(positive[inside].sum()), float(positive[seen].sum()))
     area_share = _ratio(float(np.count_nonzero(inside)), float(np.count_nonzero(seen)))
     return PointingShare(positive_inside, area_share, _ratio(positive_inside, area_share))
+
+
+def _check_bootstrap(resamples: int, level: float) -> None:
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise ConfigError(f"bootstrap: {resamples} resamples, level {level}; give at least 1 and a level in (0, 1)")
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.slides.annotations import rasterise, read_annotations
 from medsd.slides.camelyon import SlideEntry
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def score_slides(
     slides = {
         entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept if entry.label is not None
     }
-    pointing = {entry.name: _pointing(entry, Path(folder)) for entry in kept if entry.annotation is not None}
+    # Saliency on tumour that nobody outlined would count as stray.
+    outlined = [entry for entry in kept if entry.annotation is not None and entry.exhaustive]
+    pointing = {entry.name: _pointing(entry, Path(folder)) for entry in outlined}
     labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
     ratios = [share.ratio for share in pointing.values() if math.isfinite(share.ratio)]
     return SlideScores(
@@ -104,8 +109,8 @@ def score_slides(
     )
 
 
-def as_json(scores: TileScores | SlideScores) -> dict[str, Any]:
-    """The scores as JSON values; nan becomes null."""
+def as_json(scores: DataclassInstance) -> dict[str, Any]:
+    """The scores (any data class of numbers) as JSON values; nan becomes null."""
     return {key: _plain(value) for key, value in asdict(scores).items()}
 
 

@@ -5,26 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from medsd.errors import OutputError, TrainingError
 from medsd.files import atomic_path, write_json
-
-# What torch and its unpickler raise on bytes that are no checkpoint, and the parts on states that are not theirs.
-_UNREADABLE = (
-    UnpicklingError,
-    RuntimeError,
-    LookupError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
-)
+from medsd.networks.start import UNREADABLE
 
 
 @dataclass
@@ -36,12 +23,14 @@ class TrainingState:
         best_metric: the best validation metric, -1 before the first.
         best_epoch: the epoch that gave it.
         best_network: state of the network at that epoch.
+        hard: items of the hard-negative round, once found.
     """
 
     epoch: int = 0
     best_metric: float = -1.0
     best_epoch: int = 0
     best_network: dict[str, torch.Tensor] | None = None
+    hard: torch.Tensor | None = None
 
 
 class Checkpoint:
@@ -73,7 +62,7 @@ class Checkpoint:
             for name, part in self.parts.items():
                 part.load_state_dict(content[name])
             return TrainingState(**content["state"])
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = f"{type(error).__name__} {error}".partition("\n")[0]
             raise TrainingError(
                 f"{self.path}: damaged or of another network ({reason}); delete it to start anew"

@@ -12,21 +12,20 @@ from medsd.networks.modes import evaluating
 
 Ranking = Literal["absolute", "signed"]
 Fill = Literal["uniform", "mean"]
+SaliencyPass = Literal["eval", "shared"]
 
 
-def pixel_scores(network: nn.Module, head: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
+def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
     """How much each pixel matters to the logit of its image's true class.
 
-    The input gradient is averaged over channels, then taken absolutely (`ranking` "absolute") or signed (the
-    parent's default). It is taken in eval mode and without a parameter graph: no parameter gradient and no
-    BatchNorm buffer is touched.
+    The gradient is taken in eval mode and without a parameter graph: no parameter gradient and no BatchNorm buffer
+    is touched. It is that of the logit, free of any scale that a half-precision loss may carry.
 
     Args:
-        network: offers `features(x)` (B, d).
-        head: its linear head, (B, d) to logits.
+        network: offers `features(x)` (B, d) and `head`.
         x: (B, C, H, W) float images.
         labels: (B,) class numbers.
-        ranking: "absolute" or "signed".
+        ranking: see `rank`.
 
     Returns:
         (B, H, W), detached.
@@ -37,11 +36,20 @@ def pixel_scores(network: nn.Module, head: nn.Module, x: Tensor, labels: Tensor,
         parameter.requires_grad_(False)
     try:
         with evaluating(network), torch.enable_grad():
-            logits = head(network.features(x))  # type: ignore[operator]
+            logits = network.head(network.features(x))  # type: ignore[operator]
             (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), x)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    return rank(gradient, ranking)
+
+
+def rank(gradient: Tensor, ranking: Ranking) -> Tensor:
+    """Scores (B, H, W) of an input gradient (B, C, H, W): its mean over channels, "absolute" or as it is ("signed").
+
+    The order, mean first, is the released code's; so is the signed ranking, its default. Its text asks for small
+    gradients, which is the absolute one.
+    """
     score = gradient.mean(dim=1)
     return score.abs() if ranking == "absolute" else score
 

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import math
+import time
 from collections.abc import Sized
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,52 +18,65 @@ from monai.engines.evaluator import SupervisedEvaluator
 from monai.engines.trainer import SupervisedTrainer
 from tqdm import tqdm
 
-from medsd.errors import TrainingError
+from medsd.errors import ConfigError, TrainingError
 from medsd.files import make_folder, write_text
 from medsd.finetune.checkpoint import Checkpoint, TrainingState
+from medsd.finetune.hard_negatives import HardNegativeRound
+from medsd.finetune.ranks import RankSampler, rank
+from medsd.finetune.step import ObjectiveStep
 from medsd.slides.dataset import SlideGroupedSampler
 
 logger = logging.getLogger(__name__)
 
-_TERMS = ("loss", "cross_entropy", "consistency", "decorrelation")
+_NOT_TERMS = ("pred", "label")
 
 
 def run_training(
     trainer: SupervisedTrainer,
     evaluator: SupervisedEvaluator,
-    sampler: SlideGroupedSampler,
+    sampler: SlideGroupedSampler | RankSampler,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     folder: str | Path,
     settings: dict[str, Any],
+    step: ObjectiveStep | None = None,
+    patience: int | None = None,
+    hard_negatives: HardNegativeRound | None = None,
 ) -> TrainingState:
     """Train to `max_epochs`, or go on from the last whole epoch; the network ends as the best one on validation.
 
     Leaves `checkpoint.pt`, `settings.json` and `history.csv` (a row an epoch) in `folder`. A finished training is
-    not repeated.
+    not repeated. Of several ranks the first writes; all validate, on all validation data.
 
     Args:
-        trainer: its iterations give the parts of the loss (`SaliencyDecorStep`).
+        trainer: its iterations give the loss and its parts as floats (`ObjectiveStep`).
         evaluator: run after every epoch; its key metric, higher is better, chooses the best network.
         sampler: told the epoch, so that a resumed training draws what the whole one would have.
         scheduler: stepped after every iteration.
         folder: where the training's state is kept.
         settings: what must be equal for a training to be resumed.
+        step: the trainer's, whose gradient scale is kept with the rest.
+        patience: stop after this many epochs without a better metric; None trains to the end.
+        hard_negatives: from its epoch on, false positives among the training items are drawn more often.
 
     Raises:
         TrainingError: another training's folder, a damaged checkpoint, or a loss or metric that is not finite.
         OutputError: the folder cannot be written to.
+        ConfigError: `patience` below 1.
     """
+    if patience is not None and patience < 1:
+        raise ConfigError(f"patience={patience}: must be 1 or more, or null to train to the end")
     folder = make_folder(folder)
     parts = {"network": trainer.network, "optimizer": trainer.optimizer, "scheduler": scheduler}
+    parts |= {} if step is None else {"step": step}
     checkpoint = Checkpoint(folder, settings, parts)
     state = checkpoint.load()
-    if state.epoch < trainer.state.max_epochs:
+    if state.epoch < trainer.state.max_epochs and not _out_of_patience(state, patience):
         if state.epoch:
             logger.info("resuming after epoch %d of %d", state.epoch, trainer.state.max_epochs)
         # With ignite's pausing on, a trainer that once failed would return from a second run having done nothing.
         trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch
-        loop = _Loop(trainer, evaluator, sampler, scheduler, checkpoint, state)
+        loop = _Loop(trainer, evaluator, sampler, scheduler, checkpoint, state, patience, hard_negatives)
         trainer.state.iteration = state.epoch * loop.length
         with ExitStack() as stack:
             stack.callback(loop.bar.close)
@@ -86,38 +100,50 @@ class _Loop:
         self,
         trainer: SupervisedTrainer,
         evaluator: SupervisedEvaluator,
-        sampler: SlideGroupedSampler,
+        sampler: SlideGroupedSampler | RankSampler,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         checkpoint: Checkpoint,
         state: TrainingState,
+        patience: int | None,
+        hard_negatives: HardNegativeRound | None,
     ) -> None:
         self.trainer, self.evaluator, self.sampler, self.scheduler = trainer, evaluator, sampler, scheduler
-        self.checkpoint, self.state = checkpoint, state
+        self.checkpoint, self.state, self.patience, self.hard_negatives = checkpoint, state, patience, hard_negatives
         self.length = len(cast(Sized, trainer.data_loader))
-        self.sums = dict.fromkeys(_TERMS, 0.0)
+        self.sums: dict[str, float] = {}
+        self.started = 0.0
         self.bar = tqdm(
             desc="finetune",
             total=trainer.state.max_epochs * self.length,
             initial=state.epoch * self.length,
             unit=" step",
-            disable=None,  # off when standard error is not a terminal
+            disable=True if rank() else None,  # off, too, when standard error is not a terminal
             dynamic_ncols=True,
         )
 
     def start_epoch(self) -> None:
-        self.sampler.set_epoch(self.trainer.state.epoch - 1)
-        self.sums = dict.fromkeys(_TERMS, 0.0)
+        epoch, hard = self.trainer.state.epoch - 1, self.hard_negatives
+        if hard is not None and epoch >= hard.epoch:
+            if self.state.hard is None:
+                self.state.hard = torch.from_numpy(hard.find(self.trainer.network))
+                logger.info("epoch %d: %d hard negatives", epoch + 1, len(self.state.hard))
+            self.sampler.set_hard(self.state.hard.numpy(), hard.share)
+        self.sampler.set_epoch(epoch)
+        self.sums = {}
+        self.started = time.perf_counter()
 
     def end_iteration(self) -> None:
         output = self.trainer.state.output
         self.scheduler.step()
-        for term in _TERMS:
-            self.sums[term] += output[term] / self.length
+        for term, value in output.items():
+            if term not in _NOT_TERMS:
+                self.sums[term] = self.sums.get(term, 0.0) + value / self.length
         self.bar.set_postfix(epoch=self.trainer.state.epoch, loss=f"{output['loss']:.3f}", refresh=False)
         self.bar.update()
 
     def end_epoch(self) -> None:
         state, trainer, evaluator = self.state, self.trainer, self.evaluator
+        seconds = (time.perf_counter() - self.started) / self.length
         evaluator.run(trainer.state.epoch)
         metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
         state.epoch = trainer.state.epoch
@@ -128,11 +154,18 @@ class _Loop:
         if metric > state.best_metric:
             network = {name: tensor.detach().cpu().clone() for name, tensor in trainer.network.state_dict().items()}
             state.best_metric, state.best_epoch, state.best_network = metric, state.epoch, network
-        # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
-        row = {"epoch": state.epoch, **self.sums, "validation_auc": metric}
-        _append_row(self.checkpoint.folder / "history.csv", row)
-        self.checkpoint.save(state)
-        logger.info("epoch %d: loss %.4f, validation AUC %.4f", state.epoch, self.sums["loss"], metric)
+        if rank() == 0:
+            # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
+            row = {"epoch": state.epoch, **self.sums, "validation_auc": metric, "seconds_per_step": seconds}
+            _append_row(self.checkpoint.folder / "history.csv", row)
+            self.checkpoint.save(state)
+            logger.info("epoch %d: loss %.4f, validation AUC %.4f", state.epoch, self.sums["loss"], metric)
+        if _out_of_patience(state, self.patience):
+            trainer.terminate()
+
+
+def _out_of_patience(state: TrainingState, patience: int | None) -> bool:
+    return patience is not None and state.epoch - state.best_epoch >= patience
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:

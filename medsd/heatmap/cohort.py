@@ -15,7 +15,8 @@ from PIL import Image
 
 from medsd.errors import ConfigError, DatasetError, MedsdError, SlideError, WeightsError
 from medsd.files import atomic_path, make_folder, write_text
-from medsd.heatmap.engine import DenseEngine, MapSettings
+from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.outputs import MAP_FILES, OutputWriter
 from medsd.heatmap.record import RECORD, Recipe, is_complete, read_record, write_record
 from medsd.heatmap.report import IndexRow, write_index
@@ -88,9 +89,9 @@ def map_slides(
         jobs: the slides.
         weights: a calibrated classifier's safetensors.
         output: the folder to write to.
-        block_px: side of the engine's blocks, in pixels at the model's mpp.
+        block_px: side of the dense engine's blocks, in pixels at the model's mpp.
         device: where the network runs.
-        progress: shows the slides, and the blocks of each, as they are done.
+        progress: shows the slides, and the blocks or tiles of each, as they are done.
         isolate: read each slide in a child process, so that a decoder that dies or hangs costs that slide alone.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
 
@@ -111,7 +112,7 @@ def map_slides(
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
     output = make_folder(output)
     settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
-    engine = DenseEngine(classifier, card.tile_px, card.mpp, settings=settings)
+    engine = make_engine(classifier, card.tile_px, card.mpp, settings=settings, temperature=calibration.temperature)
     normaliser = None if card.stain_target is None else StainNormaliser(card.stain_target, output / "stains")
     mapper = _Mapper(engine, OutputWriter(card, calibration, digest), normaliser, progress, isolate, max_unseen)
     results = []
@@ -135,7 +136,7 @@ def _usable(device: torch.device | str) -> torch.device | str:
 
 @dataclass(frozen=True)
 class _Mapper:
-    engine: DenseEngine
+    engine: Engine
     writer: OutputWriter
     normaliser: StainNormaliser | None
     progress: Progress

@@ -1,352 +1,98 @@
-"""The dense engine: probability and hidden-layer saliency of a whole slide from one pass over its tissue.
-
-A classifier that is linear after average pooling gives the logits of every tile position at once: the head is
-applied to each feature cell and averaged over the tile's window. The gradient of the sum of all windows is the
-average of what overlapping tiles on the feature grid would give, at the price of one forward and one backward pass.
-"""
+"""The two ways to a slide's maps behind one interface, and which of them a network takes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import get_args
+import logging
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from medsd.errors import ConfigError, NetworkError, nearest
-from medsd.heatmap.value_map import ValueMap
-from medsd.networks.classifier import TileClassifier, layer_of
-from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
-from medsd.networks.modes import evaluating
-from medsd.networks.weights import Attribution, Smoothing
+from medsd.errors import NetworkError
+from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.maps import MapSettings, SlideMaps
+from medsd.heatmap.tiled import TiledEngine
+from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.progress import Progress, no_progress
-from medsd.saliency.hidden import tapped
-from medsd.saliency.smoothing import backward_hook
-from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.reading import read_ahead
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-_READ_AHEAD = 2
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MapSettings:
-    """How a slide's maps are made.
-
-    Attributes:
-        layer: hidden layer of the saliency, a name in the encoder such as "layer2".
-        attribution: "gradient": the mean over channels of the gradient; "gradient_x_activation": of its product
-            with the activation. Both signed.
-        smoothing: "backward_hook" (Smooth Deep Saliency, variant B, symmetric) or "none".
-        block_px: side of the blocks computed at once, in pixels at the model's mpp, without the halo; about.
-    """
-
-    layer: str = "layer3"
-    attribution: Attribution = "gradient_x_activation"
-    smoothing: Smoothing = "backward_hook"
-    block_px: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.block_px < 1:
-            raise ConfigError(f"block_px={self.block_px}: must be positive")
-        for name, known in (("attribution", Attribution), ("smoothing", Smoothing)):
-            value, choices = getattr(self, name), get_args(known)
-            if value not in choices:
-                raise ConfigError(f"{name}='{value}': use one of {', '.join(choices)}{nearest(value, choices)}")
-
-
-@dataclass(frozen=True)
-class SlideMaps:
-    """The maps of one slide, and what was read for them.
-
-    Attributes:
-        probability, saliency: the maps.
-        blocks, pixels_read: number of blocks, and of pixels at the model's mpp, halos included.
-        unseen: share of the tissue (0 to 1) that could not be decoded; NaN in the maps.
-        lost: (height, width) bool on the saliency's grid, True where something could not be decoded; None if nothing.
-    """
-
-    probability: ValueMap
-    saliency: ValueMap
-    blocks: int
-    pixels_read: int
-    unseen: float = 0.0
-    lost: Bools | None = None
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Feature cells of the canvas: columns left to right and rows top to bottom (ends excluded)."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A block, its crop (the block and its halo, clipped to the canvas), and the crop's pixels as `Slide.read_seen`."""
-
-    block: _Block
-    crop: _Block
-    pixels: RGB
-    seen: Bools | None
-
-
-class DenseEngine:
+class Engine(Protocol):
     """Maps slides with one classifier.
 
-    Args:
-        classifier: put into eval mode while it runs.
-        tile_px: side of the tiles it was trained on, a multiple of its stride, in pixels at `mpp`.
-        mpp: micrometres per pixel that the classifier expects.
-        target: number of the class to map.
-        settings: layer, attribution, smoothing, block size.
-
-    Raises:
-        NetworkError: the network has global operations, no such layer, or a stride that does not divide the tile.
+    Attributes:
+        classifier: the network.
+        tile_px: side of the tiles it was trained on, in pixels at `mpp`.
+        mpp: micrometres per pixel that it expects.
+        target: number of the class that is mapped.
+        settings: how the maps are made.
+        temperature: probabilities are softmax(logits / temperature).
+        device: where the classifier's weights are.
     """
 
-    def __init__(
-        self, classifier: TileClassifier, tile_px: int, mpp: float, target: int = 1, settings: MapSettings | None = None
-    ) -> None:
-        self.classifier, self.mpp, self.target = classifier, mpp, target
-        self.settings = settings or MapSettings()
-        self.geometry = measure_geometry(classifier, self.settings.layer)
-        stride = self.geometry.features.stride
-        if tile_px % stride:
-            raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {stride}")
-        self.window = tile_px // stride
-        # In cells: the saliency's halo, or what the tile window around a cell sees, whichever reaches further.
-        windowed = self.geometry.features.size / 2 / stride + self.window / 2
-        self._halo = max(self.geometry.halo_px // stride, math.ceil(windowed) + 1)
-        self.origin_px = _canvas_origin(self.geometry)
-        # Map pixel of the canvas's first cell, for either map.
-        self._shifts = [_shift(field, self.origin_px) for field in (self.geometry.features, self.geometry.hidden)]
-        self.device = next(classifier.parameters()).device
+    tile_px: int
+    mpp: float
+    target: int
+    settings: MapSettings
+    temperature: float
+
+    @property
+    def classifier(self) -> Classifier: ...
+    @property
+    def device(self) -> torch.device: ...
 
     def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
         """Probability and saliency of the slide's tissue; NaN where there is none.
 
         Args:
             slide: read at the model's mpp.
-            tissue: blocks without tissue are not read.
-            progress: shows the blocks as they are done.
-
-        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
+            tissue: what holds none is not read.
+            progress: shows the blocks or tiles as they are done.
         """
-        ratio = self.mpp / slide.mpp
-        features, hidden = self.geometry.features, self.geometry.hidden
-        width, height = (length / ratio for length in slide.dimensions)
-        probability = _empty(width, height, features.stride)
-        saliency = _empty(width, height, hidden.stride)
-        scale = features.stride // hidden.stride
-        canvas = [
-            max(cells - self._shifts[0], math.ceil((finer - self._shifts[1]) / scale))
-            for cells, finer in zip(probability.shape[::-1], saliency.shape[::-1], strict=True)
-        ]
-        blocks = self._blocks(canvas, tissue, ratio)
-        pixels = 0
-        lost = [np.zeros(values.shape, np.bool_) for values in (probability, saliency)]
-        for read in progress(self._read(slide, blocks, canvas, ratio), len(blocks), "block"):
-            pixels += read.pixels.shape[0] * read.pixels.shape[1]
-            tensor = torch.from_numpy(read.pixels).permute(2, 0, 1)[None].to(self.device)
-            block_probability, block_saliency = self.run(tensor)
-            _place(probability, block_probability[0], read.block, read.crop, 1, self._shifts[0])
-            _place(saliency, block_saliency[0], read.block, read.crop, scale, self._shifts[1])
-            self._mark_lost(lost, read)
-        maps = [
-            self._value_map(probability, features.stride, ratio, tissue, "probability"),
-            self._value_map(saliency, hidden.stride, ratio, tissue, "saliency"),
-        ]
-        if not lost[1].any():
-            return SlideMaps(maps[0], maps[1], len(blocks), pixels)
-        unseen = float(lost[1][maps[1].seen].mean()) if maps[1].seen.any() else 0.0
-        for value_map, marks in zip(maps, lost, strict=True):
-            value_map.values[marks] = np.nan
-        return SlideMaps(maps[0], maps[1], len(blocks), pixels, unseen, lost[1])
+        ...
 
-    def run(self, images: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Maps of whole images (B, 3, H, W), sides multiples of the stride, without any placing.
-
-        Returns:
-            probability (B, H / stride, W / stride) of the tile around each cell, and saliency
-            (B, H / hidden stride, W / hidden stride): of a tile's logit of the target above the mean of the others
-            (for two classes the log-odds), averaged over the tiles that hold the place.
-        """
-        classifier = self.classifier
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(classifier))
-            stack.enter_context(torch.enable_grad())
-            if self.settings.smoothing == "backward_hook":
-                stack.enter_context(backward_hook(classifier.encoder, "symmetric"))
-            hidden = stack.enter_context(tapped(classifier, layer_of(classifier, self.settings.layer)))
-            cells = classifier.feature_map(images)
-            logits = F.conv2d(cells, classifier.head.weight[:, :, None, None])
-            # Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum
-            # over windows weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
-            objective = self._evidence(logits).sum() / self.window**2
-            (gradient,) = torch.autograd.grad(objective, hidden.activation)
-        if self.settings.attribution == "gradient_x_activation":
-            gradient = gradient * hidden.activation.detach()
-        windows = _window_mean(logits.detach(), self.window) + classifier.head.bias.detach()[:, None, None]
-        probability = windows.softmax(dim=1)[:, self.target]
-        return probability.float().cpu().numpy(), gradient.mean(dim=1).float().cpu().numpy()
-
-    def _evidence(self, logits: Tensor) -> Tensor:
-        """The target's logit above the mean of the others, (B, h, w).
-
-        Softmax ignores what all logits share, and so must the explanation. For two classes it is the log-odds, what
-        a network with a single logit has as its output.
-        """
-        others = [number for number in range(logits.shape[1]) if number != self.target]
-        return logits[:, self.target] - logits[:, others].mean(dim=1)
-
-    def _blocks(self, canvas: list[int], tissue: TissueMask, ratio: float) -> list[_Block]:
-        """Blocks of about `block_px` over the tissue, each shrunk to the cells that hold tissue."""
-        stride = self.geometry.features.stride
-        columns, rows = np.meshgrid(np.arange(canvas[0]), np.arange(canvas[1]))
-        x, y = ((cells.ravel() * stride + self.origin_px) * ratio for cells in (columns, rows))
-        wanted = tissue.share(x, y, stride * ratio).reshape(rows.shape) > 0
-        # A map pixel and the tile's window around it may lie a cell away from the tissue.
-        wanted = F.max_pool2d(torch.from_numpy(wanted).float()[None], 3, 1, 1)[0].numpy() > 0
-        if not wanted.any():
-            return []
-        size = max(1, self.settings.block_px // stride)
-        blocks = []
-        for top, bottom in _even_parts(np.flatnonzero(wanted.any(axis=1)), size):
-            for left, right in _even_parts(np.flatnonzero(wanted.any(axis=0)), size):
-                part = wanted[top:bottom, left:right]
-                if part.any():
-                    down, across = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-                    blocks.append(_Block(left + across[0], top + down[0], left + across[-1] + 1, top + down[-1] + 1))
-        return blocks
-
-    def _read(self, slide: Slide, blocks: list[_Block], canvas: list[int], ratio: float) -> Iterator[_Read]:
-        """Each block with its crop and pixels, read ahead."""
-        stride = self.geometry.features.stride
-        halo = self._halo
-
-        def read(block: _Block) -> _Read:
-            crop = _Block(
-                max(0, block.left - halo),
-                max(0, block.top - halo),
-                min(canvas[0], block.right + halo),
-                min(canvas[1], block.bottom + halo),
-            )
-            x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
-            size = (crop.right - crop.left) * stride, (crop.bottom - crop.top) * stride
-            return _Read(block, crop, *slide.read_seen(x, y, *size, mpp=self.mpp))
-
-        return read_ahead(read, blocks, threads=1, ahead=_READ_AHEAD)
-
-    def _mark_lost(self, lost: list[Bools], read: _Read) -> None:
-        """Mark the pixels of both maps in which something could not be decoded."""
-        if read.seen is None:
-            return
-        down, across = np.nonzero(~read.seen)
-        features = self.geometry.features.stride
-        for marks, stride in zip(lost, (features, self.geometry.hidden.stride), strict=True):
-            row, column = (
-                np.floor((cell * features + self.origin_px + offset + 0.5) / stride).astype(np.int64)
-                for cell, offset in ((read.crop.top, down), (read.crop.left, across))
-            )
-            inside = (row >= 0) & (row < marks.shape[0]) & (column >= 0) & (column < marks.shape[1])
-            marks[row[inside], column[inside]] = True
-
-    def _value_map(
-        self, values: npt.NDArray[np.float32], stride: int, ratio: float, tissue: TissueMask, quantity: str
-    ) -> ValueMap:
-        height, width = values.shape
-        values[tissue.at(width, height, stride * ratio) < 0.5] = np.nan  # a pixel is seen when most of it is tissue
-        settings = self.settings
-        smoothed = ", smoothed at strided convolutions" if settings.smoothing == "backward_hook" else ""
-        method = f"mean over tiles of {self.window * self.geometry.features.stride} px at {self.mpp:g} um/px"
-        if quantity == "saliency":
-            method = f"{settings.attribution.replace('_', ' ')} at {settings.layer}{smoothed}, {method}"
-        unit = "probability" if quantity == "probability" else "log-odds per unit activation"
-        if quantity == "saliency" and settings.attribution == "gradient_x_activation":
-            unit = "log-odds per channel"
-        return ValueMap(
-            values=values,
-            level0_px=stride * ratio,
-            mpp=stride * self.mpp,
-            quantity=quantity,
-            target=self.classifier.classes[self.target],
-            method=method,
-            unit=unit,
-        )
+    def patch_saliency(self, images: Tensor) -> npt.NDArray[np.float32]:
+        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
+        ...
 
 
-def _canvas_origin(geometry: Geometry) -> float:
-    """Where the canvas starts, in pixels at the model's mpp from the slide's origin (0 or negative).
+def make_engine(
+    classifier: Classifier,
+    tile_px: int,
+    mpp: float,
+    target: int = 1,
+    settings: MapSettings | None = None,
+    temperature: float = 1.0,
+) -> Engine:
+    """The engine for a network: as `settings.way` says, and for "auto" the dense one where the network allows it.
 
-    A cell of a ResNet looks at the top left of its own square, not at its middle. The canvas is shifted so that
-    what a hidden cell looks at is centred on a map pixel exactly, and what a feature cell looks at as nearly as the
-    hidden grid allows.
+    An `AimClassifier`, whose masks depend on the whole tile, and a network with global operations (squeeze-excite,
+    attention) have no dense map and are mapped tile by tile. The maps name the way that was taken.
+
+    Args:
+        classifier, tile_px, mpp, target, settings, temperature: as `DenseEngine` and `TiledEngine` take them.
+
+    Raises:
+        NetworkError: no such layer, no masks, a stride that does not divide the tile, or no dense map where it is
+            asked for.
+        ConfigError: a temperature that is not positive.
     """
-    hidden, features = geometry.hidden, geometry.features
-    exact = hidden.stride / 2 - hidden.centre
-    wish = features.stride / 2 - features.centre - features.stride
-    origin = exact + hidden.stride * round((wish - exact) / hidden.stride)
-    while origin > 0:
-        origin -= features.stride
-    return origin
-
-
-def _shift(field: ReceptiveField, origin_px: float) -> int:
-    return round((field.centre + origin_px) / field.stride - 0.5)
-
-
-def _place(
-    target: npt.NDArray[np.float32],
-    values: npt.NDArray[np.float32],
-    block: _Block,
-    crop: _Block,
-    scale: int,
-    shift: int,
-) -> None:
-    """Write the block's part of the crop's values into the map; `scale` map pixels make a feature cell."""
-    inner = values[
-        (block.top - crop.top) * scale : (block.bottom - crop.top) * scale,
-        (block.left - crop.left) * scale : (block.right - crop.left) * scale,
-    ]
-    top, left = block.top * scale + shift, block.left * scale + shift
-    inner = inner[max(0, -top) :, max(0, -left) :]
-    window = target[max(0, top) :, max(0, left) :][: inner.shape[0], : inner.shape[1]]
-    window[...] = inner[: window.shape[0], : window.shape[1]]
-
-
-def _window_mean(logits: Tensor, window: int) -> Tensor:
-    """Mean over the square of `window` cells around each cell (B, K, h, w), over the cells that exist.
-
-    A window of even size has no middle cell: its four placements around the cell are averaged.
-    """
-    taps = torch.ones(window + 1 - window % 2, device=logits.device, dtype=logits.dtype)
-    if window % 2 == 0:
-        taps[0] = taps[-1] = 0.5
-    kernel = (taps[:, None] * taps[None, :])[None, None]
-    stacked = torch.cat([logits.flatten(0, 1)[:, None], torch.ones_like(logits[:1, :1])])
-    sums = F.conv2d(stacked, kernel, padding=len(taps) // 2)
-    return (sums[:-1] / sums[-1:]).view_as(logits)
-
-
-def _empty(width: float, height: float, stride: int) -> npt.NDArray[np.float32]:
-    return np.full((math.ceil(height / stride - 1e-9), math.ceil(width / stride - 1e-9)), np.nan, np.float32)
-
-
-def _even_parts(cells: npt.NDArray[np.intp], size: int) -> list[tuple[int, int]]:
-    """The range from the first to the last cell in about equal parts of about `size` cells."""
-    first, last = int(cells[0]), int(cells[-1]) + 1
-    count = max(1, math.ceil((last - first) / size - 0.1))  # a tenth over does not pay for another halo
-    edges = [first + (last - first) * part // count for part in range(count + 1)]
-    return list(pairwise(edges))
+    settings = settings or MapSettings()
+    if settings.way == "dense" and not isinstance(classifier, TileClassifier):
+        raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
+    if settings.way == "tiled" or not isinstance(classifier, TileClassifier):
+        return TiledEngine(classifier, tile_px, mpp, target, settings, temperature)
+    try:
+        return DenseEngine(classifier, tile_px, mpp, target, settings, temperature)
+    except NetworkError as reason:
+        if settings.way == "dense":
+            raise
+        # A layer or tile that does not fit is refused by this engine as well.
+        tiled = TiledEngine(classifier, tile_px, mpp, target, settings, temperature)
+        logger.info("mapped tile by tile: %s", reason)
+        return tiled

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from medsd.heatmap.engine import SlideMaps
+from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.overlay import draw_overlay
 from medsd.heatmap.regions import Region, find_regions, write_geojson
 from medsd.heatmap.report import ReportContent, write_report

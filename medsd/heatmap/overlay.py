@@ -26,7 +26,11 @@ from medsd.heatmap.scale import ColourScale
 from medsd.heatmap.tiff import RESEARCH_USE_ONLY, shrink
 from medsd.heatmap.value_map import ValueMap
 
-NOT_PROBABILITY = "What the model reacts to, not tumour probability."
+# What a map is not, by its quantity.
+_WARNINGS = {
+    "saliency": "What the model reacts to, not tumour probability.",
+    "mask": "Which of its features the model used, each seeing more than its place; not tumour probability.",
+}
 _DPI = 100
 _WIDTH_PX = 1800
 _MARGIN_PX = 30
@@ -149,6 +153,11 @@ def draw_overlay(
         figure.savefig(temporary, format="png", dpi=_DPI, metadata=about)
 
 
+def explanation_warning(value_map: ValueMap) -> str:
+    """What a reader must not take the map for, as a sentence; empty for a probability."""
+    return _WARNINGS.get(value_map.quantity, "")
+
+
 def _axes(figure: Figure, place: Layout, box: Box) -> Axes:
     axes = figure.add_axes(
         (
@@ -242,8 +251,10 @@ def _footer(
     parts = [f"Slide: {slide_mpp:.4g} µm per pixel ({mpp_source})."]
     parts += [f"{scale.label}: {value_map.method}, {value_map.mpp:.3g} µm per map pixel." for value_map, scale in maps]
     warning = f"{RESEARCH_USE_ONLY} Maps are drawn over the slide at {opacity:.0%} opacity, bars in full colour."
-    if any(value_map.quantity == "saliency" for value_map, _ in maps):
-        warning += f" Saliency: {NOT_PROBABILITY[0].lower()}{NOT_PROBABILITY[1:]}"
+    for value_map, scale in maps:
+        words = explanation_warning(value_map)
+        if words:
+            warning += f" {scale.label}: {words[0].lower()}{words[1:]}"
     return [*textwrap.wrap(f"{caption} {' '.join(parts)}", 240), warning]
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medsd.files import write_text
-from medsd.heatmap.overlay import NOT_PROBABILITY
+from medsd.heatmap.overlay import explanation_warning
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import ColourScale
 from medsd.heatmap.tiff import RESEARCH_USE_ONLY, shrink
@@ -44,7 +44,7 @@ class ReportContent:
         thumbnail_level0_px: level-0 pixels per thumbnail pixel.
         probability: the probability map.
         probability_scale: its colours.
-        saliency: the saliency map, on any grid.
+        saliency: the explanation, a map of saliency or of masks, on any grid.
         saliency_scale: its colours.
         threshold: the threshold of the regions, in the probability's values.
         threshold_source: where it comes from, in words.
@@ -168,7 +168,7 @@ def write_report(path: str | Path, content: ReportContent) -> None:
             regions=rows,
             area_mm2=sum(region.area_um2 for region in content.regions) / 1e6,
             research_use_only=RESEARCH_USE_ONLY,
-            not_probability=NOT_PROBABILITY,
+            not_probability=explanation_warning(content.saliency),
         )
     )
     write_text(path, _encodable(page))

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.errors import ConfigError, nearest
+from medsd.heatmap.value_map import ValueMap
 
 # An odd count, so that the middle of a diverging scale has a colour of its own.
 STEPS = 257
@@ -22,6 +23,8 @@ STEPS = 257
 # legible where the model is indifferent. RdBu, coolwarm and PuOr each spend one half on a colour that the stain has.
 SALIENCY_COLORMAP = "BrBG_r"
 PROBABILITY_COLORMAP = "viridis"
+# Sequential as the probability, and told apart from it at a glance.
+MASK_COLORMAP = "cividis"
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,17 @@ def saliency_scale(limit: float, unit: str) -> ColourScale:
 def probability_scale() -> ColourScale:
     """Viridis from 0 to 1."""
     return ColourScale(0.0, 1.0, PROBABILITY_COLORMAP, "Probability", "")
+
+
+def mask_scale() -> ColourScale:
+    """Cividis from 0, all masks closed, to 1, all open."""
+    return ColourScale(0.0, 1.0, MASK_COLORMAP, "Mask", "share of masks open")
+
+
+def explanation_scale(value_map: ValueMap, limit: float) -> ColourScale:
+    """The scale of an explanation: masks have limits of their own, saliency ends at `limit` (see `saliency_scale`).
+
+    Raises:
+        ConfigError: `limit` of a saliency is not positive and finite.
+    """
+    return mask_scale() if value_map.quantity == "mask" else saliency_scale(limit, value_map.unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import timm
 import torch
@@ -10,37 +11,36 @@ from torch import Tensor, nn
 
 from medsd.errors import NetworkError, nearest
 from medsd.networks.modes import evaluating
+from medsd.networks.whitening import WhitenedHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _PROBE_PX = 64
 
 
-class TileClassifier(nn.Module):
-    """Logits of a tile, linear in the pooled features of a timm encoder.
+class Classifier(nn.Module):
+    """A tile classifier: an encoder, features pooled from a map, a linear head. The kinds differ in `feature_map`.
 
-    Because pooling and head are linear, the logits of any window of a region are the head applied to the window's
-    mean features: one pass over the region serves every tile position (`medsd.heatmap.engine`).
-
-    Args:
-        encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
+    Attributes:
+        architecture: what a model card calls its kind.
+        options: constructor arguments beside encoder and classes, as a model card keeps them.
+        encoder: a timm network without pooling and head; `encoder_name` is its timm name.
         classes: names of the classes in the order of the logits.
-        pretrained: load timm's ImageNet weights (downloads them).
-
-    Raises:
-        NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+        feature_dim: channels of the features.
+        head: linear, features to logits.
     """
 
+    architecture: ClassVar[Literal["tile", "aim"]]
+    options: dict[str, int | float | str | bool]
+    encoder: nn.Module
+    feature_dim: int
+    head: nn.Linear | WhitenedHead
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
+    def __init__(self, encoder: str, classes: Sequence[str]) -> None:
         super().__init__()
-        self.encoder_name = encoder
-        self.classes = tuple(classes)
-        self.encoder: nn.Module = _create_encoder(encoder, pretrained)
-        self.feature_dim = int(getattr(self.encoder, "num_features", 0))
-        self.head = nn.Linear(self.feature_dim, len(self.classes))
+        self.encoder_name, self.classes = encoder, tuple(classes)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -50,8 +50,7 @@ class TileClassifier(nn.Module):
 
     def feature_map(self, x: Tensor) -> Tensor:
         """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""
-        features: Tensor = self.encoder(self.normalise(x) if x.dtype == torch.uint8 else x)
-        return features
+        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features (B, d) of images as in `feature_map`."""
@@ -63,7 +62,37 @@ class TileClassifier(nn.Module):
         return logits
 
 
-def layer_of(classifier: TileClassifier, name: str) -> nn.Module:
+class TileClassifier(Classifier):
+    """Logits of a tile, linear in the pooled features of a timm encoder.
+
+    Because pooling and head are linear, the logits of any window of a region are the head applied to the window's
+    mean features: one pass over the region serves every tile position (`medsd.heatmap.dense`).
+
+    Args:
+        encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
+        classes: names of the classes in the order of the logits.
+        pretrained: load timm's ImageNet weights (downloads them).
+
+    Raises:
+        NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+    """
+
+    architecture = "tile"
+
+    def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
+        super().__init__(encoder, classes)
+        self.options = {}
+        self.encoder = create_encoder(encoder, pretrained)
+        self.feature_dim = int(getattr(self.encoder, "num_features", 0))
+        self.head = nn.Linear(self.feature_dim, len(self.classes))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""
+        features: Tensor = self.encoder(self.normalise(x) if x.dtype == torch.uint8 else x)
+        return features
+
+
+def layer_of(classifier: Classifier, name: str) -> nn.Module:
     """The encoder's module of that name, such as "layer2".
 
     Raises:
@@ -75,7 +104,8 @@ def layer_of(classifier: TileClassifier, name: str) -> nn.Module:
     return modules[name]
 
 
-def _create_encoder(name: str, pretrained: bool) -> nn.Module:
+def create_encoder(name: str, pretrained: bool) -> nn.Module:
+    """A timm network without pooling and head; the errors are those of `TileClassifier`."""
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, assert_never, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +16,15 @@ from torch import Tensor
 import medsd
 from medsd.errors import ConfigError, NetworkError, OutputError, WeightsError
 from medsd.files import atomic_path
-from medsd.networks.classifier import TileClassifier
+from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.whitening import WhitenedHead
 from medsd.slides.stain import StainProfile, profile_from_dict
 
 FORMAT = "medsd-classifier-1"
 
-Attribution = Literal["gradient", "gradient_x_activation"]
+Architecture = Literal["tile", "aim"]
+Attribution = Literal["gradient", "gradient_x_activation", "mask"]
 Smoothing = Literal["backward_hook", "none"]
 
 
@@ -33,9 +36,10 @@ class Calibration:
         threshold: tumour probability from which a place counts as tumour.
         saliency_limit: end of the colour scale, the 99.5th percentile of |saliency| in validation tissue.
         layer: hidden layer of the saliency.
-        attribution: "gradient" or "gradient_x_activation".
+        attribution: "gradient", "gradient_x_activation" or, of an `AimClassifier`, its "mask".
         smoothing: "backward_hook" or "none".
         source: the data that fixed these values, for legends.
+        temperature: probabilities are softmax(logits / temperature).
     """
 
     threshold: float
@@ -44,6 +48,7 @@ class Calibration:
     attribution: Attribution
     smoothing: Smoothing
     source: str
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class ModelCard:
         settings_sha256: of the settings it was trained with.
         stain_target: the stain that its tiles were normalised to, and that slides are before it maps them; None where
             they are taken as they are.
+        architecture: "tile" for a `TileClassifier`, "aim" for an `AimClassifier`.
+        options: the network's `options`.
     """
 
     encoder: str
@@ -72,19 +79,72 @@ class ModelCard:
     data_sha256: str = ""
     settings_sha256: str = ""
     stain_target: StainProfile | None = None
+    architecture: Architecture = "tile"
+    options: dict[str, int | float | str | bool] = field(default_factory=dict)
 
 
-def save_classifier(path: str | Path, classifier: TileClassifier, card: ModelCard) -> str:
+def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:
     """Write weights and card atomically; returns the SHA-256 of tensors and card.
+
+    A `WhitenedHead` is written as the plain linear head that it is in evaluation mode.
+
+    Raises:
+        WeightsError: the card is that of another network.
+        OutputError: the file cannot be written.
+    """
+    described = (card.architecture, card.encoder, card.classes, card.options)
+    network = (classifier.architecture, classifier.encoder_name, classifier.classes, classifier.options)
+    if described != network:
+        raise WeightsError(f"{path}: the card is that of {described}, the network is {network}; describe this one")
+    return save_tensors(path, written_state(classifier), FORMAT, asdict(card))
+
+
+def written_state(classifier: Classifier) -> dict[str, Tensor]:
+    """The state that `save_classifier` writes: the classifier's own, a `WhitenedHead` folded into a linear one."""
+    state: dict[str, Tensor] = classifier.state_dict()
+    if isinstance(classifier.head, WhitenedHead):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state |= {f"head.{name}": tensor for name, tensor in classifier.head.folded().state_dict().items()}
+    return state
+
+
+def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tuple[Classifier, ModelCard, str]:
+    """The classifier in eval mode, its card, and the SHA-256 of its tensors and card.
+
+    Raises:
+        WeightsError: no such file, not safetensors, not medsd's, altered, or not fitting its own network.
+    """
+    path = Path(path)
+    state, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path}: weights of another network (no '{FORMAT}' in its metadata); use medsd's own")
+    check_tensors(path, state, metadata)
+    card = _card(path, metadata["card"])
+    try:
+        classifier = _network(card)
+        classifier.load_state_dict(state)
+    except (NetworkError, ConfigError, RuntimeError, TypeError) as error:  # a TypeError tells of unknown options
+        reason = str(error).partition("\n")[0]
+        raise WeightsError(
+            f"{path}: weights of another network than '{card.encoder}' ({reason}); train again"
+        ) from error
+    return classifier.to(device).eval(), card, metadata["sha256"]
+
+
+def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: dict[str, Any]) -> str:
+    """Write tensors as safetensors atomically, with a card (plain JSON values) and a SHA-256 of both in the metadata.
+
+    Returns:
+        The SHA-256 as hexadecimal digits.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    text = json.dumps(asdict(card))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    text = json.dumps(card)
     digest = _digest(state, text)
     metadata = {
-        "format": FORMAT,
+        "format": kind,
         "card": text,
         "sha256": digest,
         "medsd": medsd.__version__,
@@ -99,39 +159,49 @@ def save_classifier(path: str | Path, classifier: TileClassifier, card: ModelCar
     return digest
 
 
-def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tuple[TileClassifier, ModelCard, str]:
-    """The classifier in eval mode, its card, and the SHA-256 of its tensors and card.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file; medsd's own are to be checked with `check_tensors`.
 
     Raises:
-        WeightsError: no such file, not safetensors, not medsd's, altered, or not fitting its own network.
+        WeightsError: no such file, or not safetensors.
     """
-    path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file; run the stage 'finetune' or check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); weights end in .safetensors") from error
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path}: weights of another network (no '{FORMAT}' in its metadata); use medsd's own")
-    text = metadata.get("card", "")
-    if _digest(state, text) != metadata.get("sha256"):
+
+
+def check_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Compare tensors and card with the SHA-256 that `save_tensors` wrote.
+
+    Raises:
+        WeightsError: they do not match.
+    """
+    if "card" not in metadata or _digest(state, metadata["card"]) != metadata.get("sha256"):
         raise WeightsError(f"{path}: tensors and card do not match their SHA-256; the file is damaged, copy it again")
-    card = _card(path, text)
-    try:
-        classifier = TileClassifier(card.encoder, card.classes)
-        classifier.load_state_dict(state)
-    except (NetworkError, RuntimeError) as error:
-        raise WeightsError(f"{path}: weights of another network than '{card.encoder}'; train again") from error
-    return classifier.to(device).eval(), card, metadata["sha256"]
+
+
+def _network(card: ModelCard) -> Classifier:
+    options: dict[str, Any] = card.options
+    match card.architecture:
+        case "tile":
+            # Neither class may fetch weights, whatever the options say.
+            return TileClassifier(card.encoder, card.classes, False, **options)
+        case "aim":
+            return AimClassifier(card.encoder, card.classes, False, **options)
+        case unknown:
+            assert_never(unknown)
 
 
 def _card(path: Path, text: str) -> ModelCard:
     try:
         fields = json.loads(text)
         calibration, stain = fields.pop("calibration"), fields.pop("stain_target", None)
+        if fields.get("architecture", "tile") not in get_args(Architecture):
+            raise ValueError(f"architecture '{fields['architecture']}' is unknown")
         return ModelCard(
             **{**fields, "classes": tuple(fields["classes"])},
             calibration=None if calibration is None else Calibration(**calibration),

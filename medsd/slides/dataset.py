@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from medsd.errors import DatasetError
+from medsd.errors import ConfigError, DatasetError
 from medsd.slides.index import TileIndex
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.slide import Slide, open_slide
@@ -92,7 +92,8 @@ class SlideGroupedSampler(Sampler[int]):
     A run of tiles of one slide reads through one open handle, which pays on slides too many to keep open. A run is of
     one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should hold
     eight runs or more. Items are drawn without replacement until a slide is used up, then anew. The
-    draw depends on the seed and the epoch alone, so that a resumed training sees what the whole one would have.
+    draw depends on the seed, the epoch and the hard items alone, so that a resumed training sees what the whole one
+    would have.
 
     Args:
         labels: (n,) class of each item, 0 or 1.
@@ -110,12 +111,16 @@ class SlideGroupedSampler(Sampler[int]):
     ) -> None:
         self.samples, self.run, self.seed = samples, run, seed
         self.epoch = 0
+        self._slide = np.unique(groups, return_inverse=True)[1]
+        self._labels = labels
         self._pools: list[list[npt.NDArray[np.intp]]] = []
         for label, word in ((0, "normal"), (1, "tumour")):
-            of_class = labels == label
-            if not of_class.any():
+            items = np.flatnonzero(labels == label)
+            if not len(items):
                 raise DatasetError(f"no {word} tiles to train on; training needs both classes")
-            self._pools.append([np.flatnonzero(of_class & (groups == name)) for name in np.unique(groups[of_class])])
+            self._pools.append(self._by_slide(items))
+        self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
+        self._hard_share = 0.0
 
     def __len__(self) -> int:
         return self.samples
@@ -124,16 +129,50 @@ class SlideGroupedSampler(Sampler[int]):
         """Choose the draw of epoch `epoch` (counted from 0)."""
         self.epoch = epoch
 
+    def set_hard(self, items: npt.ArrayLike, share: float) -> None:
+        """From now on, take `share` of the normal draws of an epoch from `items`, evenly over them.
+
+        The rest is drawn evenly over the slides, as before. With no items every draw is as before.
+
+        Args:
+            items: normal items, in any order, such as those of `medsd.finetune.hard_negatives`.
+            share: 0 to 1.
+
+        Raises:
+            DatasetError: an item is not there, or not normal.
+            ConfigError: `share` is out of its range.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"hard_negative_share={share!r}: allowed is 0 to 1")
+        hard = np.unique(np.asarray(items, np.intp))
+        inside = hard[(hard >= 0) & (hard < len(self._labels))]
+        if len(inside) < len(hard) or (self._labels[hard] != 0).any():
+            raise DatasetError("hard negatives: some items are not normal tiles of this data set; find them again")
+        self._hard, self._hard_share = hard, share
+
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
+        tumour = self.samples // 2
+        normal = self.samples - tumour
+        hard = round(self._hard_share * normal) if len(self._hard) else 0
         runs: list[npt.NDArray[np.intp]] = []
-        for pools, of_class in zip(self._pools, (self.samples - self.samples // 2, self.samples // 2), strict=True):
+        for pools, of_class in zip(self._pools, (normal - hard, tumour), strict=True):
             share, left_over = divmod(of_class, len(pools))
             for rank, number in enumerate(generator.permutation(len(pools))):
-                drawn = _draw(pools[number], share + (rank < left_over), generator)
-                runs += [drawn[start : start + self.run] for start in range(0, len(drawn), self.run)]
+                runs += self._runs(_draw(pools[number], share + (rank < left_over), generator))
+        for drawn in self._by_slide(_draw(self._hard, hard, generator)) if hard else ():
+            runs += self._runs(drawn)
         for number in generator.permutation(len(runs)):
             yield from runs[number].tolist()
+
+    def _by_slide(self, items: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        """The items of each slide that has some, in the order of the slides' names and then as given."""
+        slide = self._slide[items]
+        order = np.argsort(slide, kind="stable")
+        return np.split(items[order], np.flatnonzero(np.diff(slide[order])) + 1)
+
+    def _runs(self, drawn: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        return [drawn[start : start + self.run] for start in range(0, len(drawn), self.run)]
 
 
 def _draw(pool: npt.NDArray[np.intp], count: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:

@@ -107,6 +107,7 @@ def _record(slides: Sequence[SlideEntry], grid: TileGrid, validation_share: floa
         "grid": asdict(grid),
         "validation_share": validation_share,
         "seed": seed,
+        "partly_annotated": [slide.name for slide in slides if not slide.exhaustive],
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     }
 

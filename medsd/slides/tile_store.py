@@ -166,6 +166,7 @@ class TileStore:
             "slide": _identity(entry.path),
             "annotation": None if entry.annotation is None else _identity(entry.annotation),
             "label": entry.label,
+            "exhaustive": entry.exhaustive,
             "mpp": entry.mpp,
             **asdict(self.tiling),
         }

@@ -149,6 +149,8 @@ class _Work:
         labelled = _has_labels(entry, annotations)
         if not labelled:
             found.label[:] = MIXED  # nobody says what a tile is: no honest label
+        elif not entry.exhaustive:
+            found.label[found.label == NORMAL] = MIXED  # there may be tumour that nobody outlined
         seen = self._seen(slide, found) if tiling.verify else np.ones(len(found), np.bool_)
         draw_tiles(self.store.thumbnail(entry.name), slide, found, tissue, ~seen, labelled)
         tiles, unseen = found.rows(seen), found.rows(~seen)

@@ -36,7 +36,15 @@ def test_the_default_is_accepted():
 
 @pytest.mark.parametrize("overlay", CONFIGS)
 def test_every_overlay_is_accepted(overlay):
-    workflow(overlay).initialize()
+    if overlay.endswith("multi_gpu.json"):
+        assert "run torchrun" in refusal(workflow(overlay))
+    else:
+        workflow(overlay).initialize()
+
+
+def test_overlays_are_accepted_together():
+    aim, camelyon16, gpu = (str(ROOT / "configs" / f"{name}.json") for name in ("aim", "camelyon16", "gpu"))
+    workflow(aim, camelyon16, gpu).initialize()
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_shares_that_mask_nothing_or_all_are_refused(share: float) -> None:
 def test_scores_are_the_gradient_of_the_true_logit(network: ConvNet) -> None:
     x = torch.randn(4, 3, 10, 12, dtype=torch.float64)
     labels = torch.tensor([2, 0, 1, 1])
-    signed = pixel_scores(network, network.head, x, labels, "signed")
+    signed = pixel_scores(network, x, labels, "signed")
     assert not signed.requires_grad
     network.eval()
     for image in range(4):  # one by one, and by finite differences for a few pixels
@@ -141,7 +141,7 @@ def test_scores_are_the_gradient_of_the_true_logit(network: ConvNet) -> None:
             slope = (logit(x[image] + step) - logit(x[image] - step)).detach() / 2e-5 / 3
             torch.testing.assert_close(signed[image, row, column], slope, rtol=0, atol=1e-9)
     assert (signed < 0).any()
-    assert torch.equal(pixel_scores(network, network.head, x, labels, "absolute"), signed.abs())
+    assert torch.equal(pixel_scores(network, x, labels, "absolute"), signed.abs())
 
 
 def test_rankings_mask_different_pixels() -> None:
@@ -164,7 +164,7 @@ def test_the_saliency_pass_leaves_no_trace(training: bool) -> None:
     before = x.clone()
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
-    pixel_scores(network, network.head, x, torch.tensor([0, 1]), "absolute")
+    pixel_scores(network, x, torch.tensor([0, 1]), "absolute")
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(parameter.requires_grad != (parameter is frozen) for parameter in network.parameters())
     assert [module.training for module in network.modules()] == modes
@@ -177,18 +177,18 @@ def test_the_saliency_pass_leaves_no_trace(training: bool) -> None:
 def test_the_saliency_pass_ignores_dropout_and_batch_mates(network: ConvNet) -> None:
     network.train()
     x, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
-    first = pixel_scores(network, network.head, x, labels, "signed")
-    assert torch.equal(first, pixel_scores(network, network.head, x, labels, "signed"))
-    alone = pixel_scores(network, network.head, x[1:2], labels[1:2], "signed")
+    first = pixel_scores(network, x, labels, "signed")
+    assert torch.equal(first, pixel_scores(network, x, labels, "signed"))
+    alone = pixel_scores(network, x[1:2], labels[1:2], "signed")
     torch.testing.assert_close(first[1:2], alone, rtol=0, atol=1e-15)
 
 
 def test_the_saliency_pass_cleans_up_after_an_error_and_works_under_no_grad(network: ConvNet) -> None:
     network.train()
     with pytest.raises(RuntimeError):
-        pixel_scores(network, network.head, torch.randn(1, 5, 8, 8).double(), torch.tensor([0]), "signed")
+        pixel_scores(network, torch.randn(1, 5, 8, 8).double(), torch.tensor([0]), "signed")
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert all(module.training for module in network.modules())
     with torch.no_grad():
-        scores = pixel_scores(network, network.head, torch.randn(1, 3, 8, 8).double(), torch.tensor([0]), "signed")
+        scores = pixel_scores(network, torch.randn(1, 3, 8, 8).double(), torch.tensor([0]), "signed")
     assert scores.abs().max() > 0

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medsd.errors import OutputError, TrainingError
 from medsd.finetune.objective import SaliencyDecor
-from medsd.finetune.step import SaliencyDecorStep
+from medsd.finetune.step import ObjectiveStep
 from medsd.finetune.training import run_training
 from medsd.networks.classifier import TileClassifier
 from medsd.slides.dataset import SlideGroupedSampler
@@ -84,7 +84,7 @@ def training(
         network=network,
         optimizer=optimizer,
         loss_function=torch.nn.CrossEntropyLoss(),
-        iteration_update=step or SaliencyDecorStep(SaliencyDecor(decorrelation=0.01)),
+        iteration_update=step or ObjectiveStep(SaliencyDecor(decorrelation=0.01)),
         decollate=False,
     )
     evaluator = SupervisedEvaluator(
@@ -148,7 +148,7 @@ def test_what_a_training_leaves(whole: tuple[Path, dict[str, torch.Tensor], Any]
 
 
 def test_history_holds_the_means_of_the_epoch(tmp_path: Path) -> None:
-    inner, outputs = SaliencyDecorStep(SaliencyDecor()), []
+    inner, outputs = ObjectiveStep(SaliencyDecor()), []
 
     def step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         outputs.append(inner(engine, batch))
@@ -244,7 +244,7 @@ def test_batches_are_drawn_by_epoch(tmp_path: Path) -> None:
         run.sampler.set_epoch(epoch)
         expected += list(run.sampler)
     images, seen = Blobs(0).images, []
-    inner = SaliencyDecorStep(SaliencyDecor())
+    inner = ObjectiveStep(SaliencyDecor())
 
     def step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         for image in batch["image"]:
@@ -345,7 +345,7 @@ def test_checkpoints_of_other_contents_are_refused(
 def test_a_loss_of_nan_stops_and_leaves_the_last_epoch_usable(
     tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]
 ) -> None:
-    inner = SaliencyDecorStep(SaliencyDecor(decorrelation=0.01))
+    inner = ObjectiveStep(SaliencyDecor(decorrelation=0.01))
     broken = [5]
 
     def step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medsd.heatmap.engine import DenseEngine, MapSettings
+from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import Calibration, ModelCard, save_classifier
 from medsd.slides.phantom import PhantomSpec, draw_phantom, write_phantom

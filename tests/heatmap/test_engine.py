@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.heatmap.engine import DenseEngine, MapSettings, _window_mean
+from medsd.heatmap.dense import DenseEngine, _window_mean
+from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.slides.tissue import TissueMask
 

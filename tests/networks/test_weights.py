@@ -15,8 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from medsd.errors import OutputError, WeightsError
-from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import FORMAT, Calibration, ModelCard, load_classifier, save_classifier
+from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.weights import (
+    FORMAT,
+    Calibration,
+    ModelCard,
+    load_classifier,
+    save_classifier,
+)
+from medsd.networks.whitening import WhitenedHead
 
 CALIBRATION = Calibration(0.1 + 0.2, 1 / 3, "layer2", "gradient", "backward_hook", "validation: 3 slides, µ")
 CARD = ModelCard("test_resnet", ("normal", "tumour"), 96, 0.97, "phantoms", CALIBRATION)
@@ -139,10 +147,11 @@ def test_text_and_pickles_are_not_run(tmp_path: Path, classifier: TileClassifier
     assert not (tmp_path / "exploded").exists()
 
 
-def _sealed(path: Path, classifier: TileClassifier, card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def _sealed(path: Path, classifier: Classifier, card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file whose digest is right and whose card is `card`."""
     monkeypatch.setattr("medsd.networks.weights.asdict", lambda _card: card)
-    save_classifier(path, classifier, CARD)
+    described = replace(CARD, architecture=classifier.architecture, options=classifier.options)
+    save_classifier(path, classifier, described)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,11 @@ def _sealed(path: Path, classifier: TileClassifier, card: dict[str, Any], monkey
         ({"tile_px": None}, "card cannot be read"),
         ({"future": 1}, "card cannot be read"),
         ({"calibration": {"threshold": 0.5}}, "card cannot be read"),
+        ({"architecture": "aims"}, "card cannot be read .architecture 'aims' is unknown"),
+        ({"architecture": ["tile"]}, "card cannot be read"),
+        ({"architecture": "aim"}, "weights of another network"),
+        ({"options": {"end_stage": 3}}, "weights of another network .*'end_stage'"),
+        ({"options": [1]}, "weights of another network"),
     ],
 )
 def test_cards_of_other_networks_or_versions(
@@ -195,3 +209,113 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, classifier: TileClassifie
     with pytest.raises(OutputError):
         save_classifier(tmp_path / "m.safetensors", classifier, CARD)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "m.safetensors"]
+
+
+OLD_CARD = """{"encoder": "test_resnet", "classes": ["normal", "tumour"], "tile_px": 96, "mpp": 0.97,
+"trained_on": "phantoms", "calibration": {"threshold": 0.30000000000000004, "saliency_limit": 0.3333333333333333,
+"layer": "layer2", "attribution": "gradient", "smoothing": "backward_hook", "source": "validation: 3 slides, µ"},
+"data_sha256": "", "settings_sha256": "", "stain_target": null}"""
+
+
+def test_a_file_of_before_there_were_options(
+    path: Path, classifier: TileClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sealed(path, classifier, json.loads(OLD_CARD), monkeypatch)
+    loaded, card, _ = load_classifier(path)
+    assert card == CARD
+    assert (card.architecture, card.options) == ("tile", {})
+    assert card.calibration is not None and card.calibration.temperature == 1
+    assert type(loaded) is TileClassifier
+
+
+AIM_OPTIONS: dict[str, Any] = {
+    "end_stage": 3,
+    "feature_width": 16,
+    "mask_width": 8,
+    "temperature": 0.5,
+    "direction": "bottom_up",
+    "masking": True,
+}
+
+
+@pytest.fixture(scope="module")
+def aim() -> AimClassifier:
+    torch.manual_seed(0)
+    return AimClassifier("test_resnet", ("normal", "itc", "tumour"), **AIM_OPTIONS)
+
+
+AIM_CARD = replace(CARD, classes=("normal", "itc", "tumour"), architecture="aim", options=AIM_OPTIONS)
+
+
+def test_aim_round_trip(tmp_path: Path, aim: AimClassifier) -> None:
+    calibration = replace(CALIBRATION, attribution="mask", temperature=1.7)
+    saved = replace(AIM_CARD, calibration=calibration)
+    save_classifier(tmp_path / "aim.safetensors", aim, saved)
+    loaded, card, _ = load_classifier(tmp_path / "aim.safetensors")
+    assert card == saved
+    assert type(loaded) is AimClassifier
+    assert (loaded.stages, loaded.temperature, loaded.direction) == ((3,), 0.5, "bottom_up")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = loaded.masked(x), aim.eval().masked(x)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.masks[0], theirs.masks[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({**AIM_OPTIONS, "feature_width": 32}, "another network"),
+        ({**AIM_OPTIONS, "end_stage": 2}, "another network"),
+        ({**AIM_OPTIONS, "end_stage": 9}, "another network .*end_stage=9"),
+        ({**AIM_OPTIONS, "temperature": 0}, "another network .*temperature=0"),
+        ({**AIM_OPTIONS, "mask_width": "wide"}, "another network"),
+        ({**AIM_OPTIONS, "heads": 2}, "another network .*'heads'"),
+        ({**AIM_OPTIONS, "pretrained": True}, "another network .*'pretrained'"),
+        ({**AIM_OPTIONS, "encoder": "resnet18"}, "another network .*'encoder'"),
+    ],
+)
+def test_options_of_other_networks(
+    tmp_path: Path, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_: pytest.fail("fetched weights"))
+    network = AimClassifier("test_resnet", **AIM_OPTIONS)
+    card = {**asdict(CARD), "architecture": "aim", "options": options}
+    _sealed(tmp_path / "aim.safetensors", network, card, monkeypatch)
+    refuse(tmp_path / "aim.safetensors", words)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        CARD,
+        replace(AIM_CARD, architecture="tile"),
+        replace(AIM_CARD, classes=("normal", "tumour")),
+        replace(AIM_CARD, encoder="resnet18"),
+        replace(AIM_CARD, options={**AIM_OPTIONS, "direction": "top_down"}),
+    ],
+)
+def test_a_card_of_another_network_is_not_written(tmp_path: Path, aim: AimClassifier, card: ModelCard) -> None:
+    with pytest.raises(WeightsError, match="the card is that of"):
+        save_classifier(tmp_path / "m.safetensors", aim, card)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("group_size", [8, None])
+def test_a_whitened_head_is_saved_as_the_linear_one_it_is(
+    tmp_path: Path, classifier: TileClassifier, group_size: int | None
+) -> None:
+    classifier.head = WhitenedHead(classifier.feature_dim, 2, group_size)
+    x = torch.randn(16, 3, 64, 64)
+    for _ in range(3):  # so that running moments are not those of the start
+        classifier.train()(x + torch.randn_like(x))
+    save_classifier(tmp_path / "m.safetensors", classifier, CARD)
+    assert isinstance(classifier.head, WhitenedHead)
+    loaded = load_classifier(tmp_path / "m.safetensors")[0]
+    assert type(loaded.head) is torch.nn.Linear
+    assert loaded.state_dict().keys() == TileClassifier("test_resnet").state_dict().keys()
+    with torch.no_grad():
+        expected = classifier.eval()(x)
+        # Whitening by small eigenvalues makes large logits: 1e-5 of the largest.
+        torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max())))
+        assert not torch.allclose(expected, classifier.head.linear(classifier.features(x)), atol=1e-2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsd.errors import DatasetError
-from medsd.slides.camelyon import SlideEntry, _read_reference, check_names, find_slides, split_validation
+from medsd.slides.camelyon import (
+    PARTLY_ANNOTATED,
+    WITHDRAWN,
+    SlideEntry,
+    _read_reference,
+    check_names,
+    find_slides,
+    split_validation,
+)
 
 
 @pytest.fixture
@@ -153,6 +164,159 @@ def test_names_with_dots_keep_them(folder: Path) -> None:
 def test_the_real_test_labels_are_read(shared_data: Path) -> None:
     labels = _read_reference(shared_data / "camelyon16_metadata" / "test_slide_labels.csv")
     assert len(labels) == 128 and set(labels.values()) == {0, 1} and labels["test_001"] == 1
+
+
+BUCKET = (
+    "images/normal_001.tif",
+    "images/normal_002.tif",
+    "images/tumor_001.tif",
+    "images/tumor_002.tif",
+    "images/test_001.tif",
+    "images/test_002.tif",
+    "annotations/tumor_001.xml",
+    "annotations/tumor_002.xml",
+    "annotations/test_001.xml",
+    "masks/tumor_001_mask.tif",
+    "README.md",
+)
+REFERENCE = "image,type,class,center\ntest_001.tif,test,micro,1\ntest_002.tif,test,negative,0\n"
+
+
+@pytest.fixture
+def bucket_folder(tmp_path: Path) -> Path:
+    """The layout of the open bucket, of empty files."""
+    for name in (*BUCKET, "evaluation/reference.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "evaluation/reference.csv").write_text(REFERENCE)
+    return tmp_path
+
+
+def test_the_layout_of_the_bucket(bucket_folder: Path) -> None:
+    slides = find_slides(bucket_folder)
+    assert [(s.name, s.label, s.part) for s in slides] == [
+        ("normal_001", 0, "training"),
+        ("normal_002", 0, "training"),
+        ("tumor_001", 1, "training"),
+        ("tumor_002", 1, "training"),
+        ("test_001", 1, "testing"),
+        ("test_002", 0, "testing"),
+    ]
+    annotations = [None if slide.annotation is None else slide.annotation.name for slide in slides]
+    assert annotations == [None, None, "tumor_001.xml", "tumor_002.xml", "test_001.xml", None]
+    assert all(slide.exhaustive for slide in slides)
+    (bucket_folder / "evaluation/reference.csv").rename(bucket_folder / "reference.csv")
+    assert find_slides(bucket_folder) == slides
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("images/test_001.tif images/test_002.tif", r"images: no test_\*\.tif slides; fetch some"),
+        ("images/tumor_001.tif images/tumor_002.tif", r"images: no tumor_\*\.tif slides"),
+        ("annotations/tumor_002.xml", r"annotations/tumor_002\.xml: missing; a tumour slide for training needs"),
+        ("evaluation/reference.csv", r"evaluation/reference\.csv: missing; it must hold rows like"),
+    ],
+)
+def test_what_is_missing_of_the_bucket_is_named(bucket_folder: Path, gone: str, words: str) -> None:
+    for name in gone.split():
+        (bucket_folder / name).unlink()
+    with pytest.raises(DatasetError, match=words):
+        find_slides(bucket_folder)
+
+
+def test_a_slide_of_no_kind_is_named(bucket_folder: Path) -> None:
+    (bucket_folder / "images/case_7.tif").touch()
+    with pytest.raises(DatasetError, match=r"case_7\.tif: its name says not what it is; slides here are normal_\*, "):
+        find_slides(bucket_folder)
+
+
+@pytest.mark.parametrize(("word", "label"), [("itc", 1), ("Macro", 1), ("negative", 0), ("normal", 0), ("tumor", 1)])
+def test_the_class_of_a_bucket_slide_is_its_label(bucket_folder: Path, word: str, label: int) -> None:
+    (bucket_folder / "evaluation/reference.csv").write_text(REFERENCE.replace("micro", word))
+    assert find_slides(bucket_folder)[4].label == label
+    (bucket_folder / "evaluation/reference.csv").write_text(REFERENCE.replace("micro", "huge"))
+    with pytest.raises(DatasetError, match=r"reference\.csv: row 2: label 'huge' unknown"):
+        find_slides(bucket_folder)
+
+
+@pytest.mark.parametrize("part", ["training", "testing"])
+def test_annotations_that_are_still_packed_are_told(folder: Path, part: str) -> None:
+    outlines = folder / part / "lesion_annotations"
+    with zipfile.ZipFile(outlines.with_suffix(".zip"), "w") as packed:
+        for path in outlines.iterdir():
+            packed.write(path, f"lesion_annotations/{path.name}")
+    assert find_slides(folder)[2].annotation is not None  # both are there
+    expected = find_slides(folder)
+    shutil.rmtree(outlines)
+    with pytest.raises(DatasetError, match=r"lesion_annotations\.zip: still packed; unpack it: unzip -j ") as caught:
+        find_slides(folder)
+    command = shlex.split(str(caught.value).partition("unpack it: ")[2])
+    if shutil.which(command[0]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        assert find_slides(folder) == expected
+
+
+def test_releases_differ_in_case(folder: Path) -> None:
+    for kind in ("training/lesion_annotations/tumor", "testing/lesion_annotations/test"):
+        path = folder / f"{kind}_001.xml"
+        path.rename(path.with_name(path.name.capitalize()))
+    (folder / "testing/reference.csv").write_text("Test_001,Tumor\nTest_002,Normal\n")
+    slides = find_slides(folder)
+    assert [slide.label for slide in slides[4:]] == [1, 0]
+    assert slides[2].annotation == folder / "training/lesion_annotations/Tumor_001.xml"
+    assert slides[4].annotation == folder / "testing/lesion_annotations/Test_001.xml"
+
+
+def with_odd_slides(folder: Path) -> Path:
+    """Adds slides that the README speaks of, in the challenge's layout."""
+    for name in (
+        "training/normal/normal_086.tif",
+        "training/tumor/Tumor_010.tif",
+        "training/lesion_annotations/tumor_010.xml",
+        "testing/images/test_049.tif",
+        "testing/images/test_114.tif",
+    ):
+        (folder / name).touch()
+    with open(folder / "testing/reference.csv", "a") as handle:
+        handle.write("test_049,Tumor\ntest_114,Tumor\n")
+    return folder
+
+
+def test_the_notes_of_the_readme_are_kept_to(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (with_odd_slides(folder) / "README.md").write_text("# CAMELYON16 Data Set\n")
+    slides = {slide.name: slide for slide in find_slides(folder)}
+    assert not {"normal_086", "test_049"} & set(slides) and len(slides) == 8
+    assert [name for name, slide in slides.items() if not slide.exhaustive] == ["Tumor_010", "test_114"]
+    assert slides["test_114"].label == 1
+    assert [record.args[0].name for record in caplog.records] == ["normal_086.tif", "test_049.tif"]
+    assert "misclassified" in caplog.text and "duplicate" in caplog.text
+
+
+@pytest.mark.parametrize("readme", [None, "# Our data\n"])
+def test_your_own_slides_may_have_such_names(
+    folder: Path, readme: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    if readme:
+        (folder / "README.md").write_text(readme)
+    assert all(slide.exhaustive for slide in find_slides(folder)) and not caplog.records
+    slides = find_slides(with_odd_slides(folder))
+    assert len(slides) == 10 and all(slide.exhaustive for slide in slides)
+    assert "4 slides are named like some of CAMELYON16 that need care (normal_086)" in caplog.text
+
+
+def test_the_notes_name_slides_that_exist() -> None:
+    assert len(PARTLY_ANNOTATED) == 21 and not PARTLY_ANNOTATED & set(WITHDRAWN)
+    for name in {*PARTLY_ANNOTATED, *WITHDRAWN}:
+        kind, number = name.split("_")
+        assert 1 <= int(number) <= {"normal": 160, "tumor": 111, "test": 130}[kind] and len(number) == 3
+
+
+def test_what_was_taken_back_is_in_no_published_list(shared_data: Path) -> None:
+    labels = _read_reference(shared_data / "camelyon16_metadata" / "test_slide_labels.csv")
+    assert "test_049" not in labels and "test_048" in labels
+    outlined = {path.stem.lower() for path in (shared_data / "camelyon16_annotations" / "json").glob("*.json")}
+    assert not outlined & set(WITHDRAWN) and outlined & PARTLY_ANNOTATED
 
 
 def entries(normal: int, tumour: int) -> list[SlideEntry]:

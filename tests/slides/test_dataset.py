@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from medsd.errors import DatasetError, MissingMppError, SlideError
+from medsd.errors import ConfigError, DatasetError, MissingMppError, SlideError
 from medsd.slides import dataset as dataset_module
 from medsd.slides.dataset import SlideGroupedSampler, TileDataset
 from medsd.slides.index import TileIndex
@@ -179,6 +179,88 @@ def test_the_draw_depends_on_seed_and_epoch_alone() -> None:
 
     assert draw(1, 3) == draw(1, 3, again=True)
     assert len({tuple(draw(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=6),
+    samples=st.integers(2, 200),
+    run=st.integers(1, 9),
+    share=st.floats(0, 1),
+    pick=st.integers(1, 2**20 - 1),
+)
+def test_a_share_of_the_normal_draws_is_hard(
+    sizes: list[tuple[int, int]], samples: int, run: int, share: float, pick: int
+) -> None:
+    labels, groups = pool({f"s{i}": size for i, size in enumerate(sizes)})
+    normal = np.flatnonzero(labels == 0)
+    hard = [int(item) for bit, item in enumerate(normal) if pick >> (bit % 20) & 1]
+    before = SlideGroupedSampler(labels, groups, samples, run, seed=1)
+    sampler = SlideGroupedSampler(labels, groups, samples, run, seed=1)
+    sampler.set_hard(hard, share)
+    drawn = list(sampler)
+    wanted = samples - samples // 2
+    assert len(drawn) == samples and int((labels[drawn] == 0).sum()) == wanted
+    by_tumour_slide = Counter(groups[item] for item in drawn if labels[item] == 1)
+    assert by_tumour_slide.total() == samples // 2
+    assert max(by_tumour_slide[name] for name in groups) - min(by_tumour_slide[name] for name in groups) <= 1
+    of_hard = round(share * wanted) if hard else 0
+    if not of_hard:
+        assert drawn == list(before)
+        return
+    counts = Counter(item for item in drawn if labels[item] == 0)
+    least, most = of_hard // len(hard), -(-of_hard // len(hard))
+    assert all(counts[item] >= least for item in hard)  # evenly over the items
+    others = wanted - of_hard
+    by_slide = Counter(groups[item] for item in counts.elements())
+    expected = Counter(str(groups[item]) for item in hard)
+    for name in np.unique(groups[normal]):  # and the rest evenly over the slides
+        extra = others // len(np.unique(groups[normal]))
+        assert expected[str(name)] * least + extra <= by_slide[name] <= expected[str(name)] * most + extra + 1
+
+
+def test_hard_items_alone_are_drawn_evenly() -> None:
+    sampler = SlideGroupedSampler(*UNEVEN, samples=400, run=4)
+    normal = np.flatnonzero(UNEVEN[0] == 0)
+    hard = normal[[1, 3, 1000, 1002]]
+    sampler.set_hard(hard, 1.0)
+    counts = Counter(item for item in sampler if UNEVEN[0][item] == 0)
+    assert counts == dict.fromkeys(hard.tolist(), 50)
+    keys = [(int(UNEVEN[0][item]), str(UNEVEN[1][item])) for item in sampler]
+    lengths = [len(list(run)) for key, run in itertools.groupby(keys) if key[0] == 0]
+    assert all(length % 4 == 0 for length in lengths)
+
+
+def test_hard_draws_depend_on_seed_and_epoch_alone() -> None:
+    def draw(seed: int, epoch: int, hard: list[int], earlier: int = 0) -> list[int]:
+        sampler = SlideGroupedSampler(*UNEVEN, samples=100, seed=seed)
+        for number in range(earlier):
+            sampler.set_epoch(number)
+            list(sampler)
+        sampler.set_hard(hard, 0.5)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert draw(1, 3, [0, 5, 9]) == draw(1, 3, [9, 0, 5, 5], earlier=2)
+    assert len({tuple(draw(seed, epoch, [0, 5])) for seed in range(2) for epoch in range(3)}) == 6
+    assert draw(1, 3, []) != draw(1, 3, [0, 5])
+    sampler = SlideGroupedSampler(*UNEVEN, samples=100, seed=1)
+    before = list(sampler)
+    sampler.set_hard([0, 5], 0.5)
+    assert list(sampler) != before
+    sampler.set_hard([], 0.5)
+    assert list(sampler) == before
+
+
+@pytest.mark.parametrize("items", [[-1], [10**6], [0, 1003]])
+def test_hard_items_must_be_normal_ones(items: list[int]) -> None:
+    sampler = SlideGroupedSampler(*UNEVEN, samples=100)
+    assert UNEVEN[0][1003] == 1
+    with pytest.raises(DatasetError, match="some items are not normal tiles of this data set; find them again"):
+        sampler.set_hard(items, 0.5)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"hard_negative_share=.*: allowed is 0 to 1"):
+            sampler.set_hard([0], share)
 
 
 def test_mixed_tiles_are_never_drawn_and_a_class_must_be_there() -> None:

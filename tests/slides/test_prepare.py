@@ -247,6 +247,21 @@ def test_a_tumour_slide_that_nobody_outlined_has_only_mixed_tiles(
     assert table(tmp_path / "work")[name]["label"] == "tumor"
 
 
+def test_outside_the_outlines_of_a_partly_annotated_slide_no_tile_is_normal(
+    entries: list[SlideEntry], tmp_path: Path
+) -> None:
+    """There may be tumour that nobody outlined; a run before the slides were marked is not taken for this one."""
+    whole = prepare_slides(entries, tmp_path / "work", GRID, 0.5, 0)
+    partly = [replace(slide, exhaustive=slide.label == 0) for slide in entries]
+    prepared = prepare_slides(partly, tmp_path / "work", GRID, 0.5, 0)
+    for slide in entries:
+        before, after = of(whole.index, slide.name).label, of(prepared.index, slide.name).label
+        if slide.label == 0:
+            assert np.array_equal(before, after) and (after == NORMAL).all()
+        else:
+            assert (before == NORMAL).any() and np.array_equal(after, np.where(before == NORMAL, MIXED, before))
+
+
 def test_a_bad_slide_costs_only_itself_and_is_tried_again(entries: list[SlideEntry], tmp_path: Path) -> None:
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"II*\0 nonsense")

@@ -159,7 +159,7 @@ function showValues(x, y) {
   byId("at-mm").textContent = inside ? `${((x * data.mpp) / 1000).toFixed(3)}, ${((y * data.mpp) / 1000).toFixed(3)} mm` : "–";
   byId("at-px").textContent = inside ? `${Math.floor(x)}, ${Math.floor(y)} px` : "–";
   byId("at-probability").textContent = inside ? seen(probability, probability.toFixed(3)) : "–";
-  byId("at-saliency").textContent = inside ? seen(saliency, (saliency > 0 ? "+" : "") + saliency.toPrecision(3)) : "–";
+  byId("at-saliency").textContent = inside ? seen(saliency, (saliency > 0 && data.layers.saliency.vmin < 0 ? "+" : "") + saliency.toPrecision(3)) : "–";
   byId("above").textContent = inside ? seen(probability, probability > state.threshold ? "yes" : "no") : "–";
 }
 

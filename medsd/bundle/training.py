@@ -1,0 +1,228 @@
+"""What a bundle trains and with what: networks, objectives, optimiser's parameters, samplers, the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from medsd.bundle.config import boundary
+from medsd.bundle.data import Data, Items
+from medsd.errors import ConfigError
+from medsd.finetune import ranks
+from medsd.finetune.aim import AimObjective
+from medsd.finetune.hard_negatives import HardNegativeRound
+from medsd.finetune.masking import Fill, Ranking, SaliencyPass
+from medsd.finetune.objective import Decorrelated, Mode, SaliencyDecor
+from medsd.finetune.parameters import parameter_groups
+from medsd.finetune.ranks import RankSampler, world_size
+from medsd.finetune.step import ObjectiveStep, Precision
+from medsd.finetune.terms import Objective
+from medsd.heatmap.maps import MapSettings
+from medsd.networks.aim import AimClassifier, Direction
+from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.start import load_encoder
+from medsd.networks.weights import Attribution, Smoothing
+from medsd.networks.whitening import WhitenedHead
+from medsd.slides.dataset import SlideGroupedSampler
+
+# More would let a usual batch be whitened into anything.
+_WHITENED_TOGETHER = 32
+
+
+@boundary
+def classifier(
+    encoder: str,
+    pretrained: bool = False,
+    encoder_weights: str | None = None,
+    whitening: bool = False,
+    group_size: int | None = None,
+) -> TileClassifier:
+    """A timm encoder with a linear head for the classes normal and tumour.
+
+    Args:
+        encoder: timm name.
+        pretrained: start from timm's ImageNet weights (downloads them).
+        encoder_weights: file of a pre-trained encoder, see `load_encoder`; None starts from scratch, or `pretrained`.
+        whitening: whiten the features before the head in training (SaliencyDecor's mode "layer"); folded into the head
+            when the weights are written.
+        group_size: channels whitened together, best at most half the batch; None takes 32.
+    """
+    network = TileClassifier(encoder, pretrained=pretrained)
+    if encoder_weights is not None:
+        load_encoder(network.encoder, encoder_weights)
+    if whitening:
+        network.head = WhitenedHead(network.feature_dim, len(network.classes), group_size or _WHITENED_TOGETHER)
+    return network
+
+
+@boundary
+def aim_classifier(
+    encoder: str,
+    pretrained: bool = False,
+    encoder_weights: str | None = None,
+    end_stage: int = 2,
+    feature_width: int = 256,
+    mask_width: int = 64,
+    temperature: float = 1.0,
+    direction: Direction = "top_down",
+    masking: bool = True,
+) -> AimClassifier:
+    """A network that masks its own features, see `AimClassifier`; the first three as in `classifier`."""
+    network = AimClassifier(
+        encoder,
+        pretrained=pretrained,
+        end_stage=end_stage,
+        feature_width=feature_width,
+        mask_width=mask_width,
+        temperature=temperature,
+        direction=direction,
+        masking=masking,
+    )
+    if encoder_weights is not None:
+        load_encoder(network.encoder, encoder_weights)
+    return network
+
+
+@boundary
+def place(network: Classifier, device: torch.device, channels_last: bool = False, compiled: bool = False) -> Classifier:
+    """The network on its device.
+
+    Args:
+        channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
+        compiled: compile the encoder at its first run (torch.compile); names of the weights stay.
+    """
+    if world_size() > 1 and device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    network = network.to(device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        network.encoder.compile()
+    return network
+
+
+@boundary
+def parameters(
+    network: Classifier,
+    lr: float,
+    weight_decay: float,
+    frozen: Sequence[str] = (),
+    layer_decay: float = 1.0,
+    head_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """What an optimiser trains, and how fast, see `parameter_groups`."""
+    return parameter_groups(network, lr, weight_decay, frozen, layer_decay, head_lr)
+
+
+@boundary
+def saliency_decor(
+    consistency: float,
+    decorrelation: float,
+    masked_share: float,
+    ramp_epochs: float,
+    mode: Mode = "cov",
+    group_size: int | None = None,
+    ranking: Ranking = "absolute",
+    fill: Fill = "uniform",
+    decorrelated: Decorrelated = "clean",
+    saliency_pass: SaliencyPass = "eval",
+) -> SaliencyDecor:
+    """The SaliencyDecor objective."""
+    return SaliencyDecor(
+        consistency=consistency,
+        decorrelation=decorrelation,
+        masked_share=masked_share,
+        ramp_epochs=ramp_epochs,
+        ranking=ranking,
+        fill=fill,
+        mode=mode,
+        group_size=group_size,
+        decorrelated=decorrelated,
+        saliency_pass=saliency_pass,
+    )
+
+
+@boundary
+def aim(
+    max_epochs: int,
+    target: float = 0.25,
+    mask_weight: float = 6.0,
+    anneal_share: float = 0.3,
+    noise_off_share: float = 0.2,
+) -> AimObjective:
+    """The AIM objective."""
+    return AimObjective(max_epochs, target, mask_weight, anneal_share, noise_off_share)
+
+
+@boundary
+def dataset(data: Data, part: str) -> Items:
+    """The items of the part "training", "validation" or "testing"."""
+    return data.part(part)
+
+
+@boundary
+def sampler(
+    dataset: Items, samples: int, batch_size: int, run: int = 1, by_group: bool = True, seed: int = 0
+) -> SlideGroupedSampler | RankSampler:
+    """Balanced draws of `samples` items an epoch, at least a batch, see `SlideGroupedSampler`.
+
+    Classes are drawn evenly; with `by_group` so are the slides (or clusters) of a class, else as many as they hold.
+    Several ranks share the draw.
+    """
+    processes = world_size()
+    if not 2 <= batch_size <= samples // processes:
+        per_rank = f"samples_per_epoch={samples}" + (f" / {processes} processes" if processes > 1 else "")
+        raise ConfigError(f"batch_size={batch_size}: must lie in 2 to {per_rank}")
+    groups = dataset.groups if by_group else np.zeros_like(dataset.groups)
+    drawn = SlideGroupedSampler(dataset.labels, groups, samples, run, seed)
+    return RankSampler(drawn) if processes > 1 else drawn
+
+
+@boundary
+def hard_negatives(
+    dataset: Items, epoch: int | None, share: float = 0.5, batch_size: int = 64, workers: int = 0
+) -> HardNegativeRound | None:
+    """The round of hard negatives after `epoch` epochs, see `HardNegativeRound`; None for none."""
+    if epoch is None:
+        return None
+    return HardNegativeRound(epoch, share, dataset, dataset.labels, batch_size=batch_size, workers=workers)  # type: ignore[arg-type]
+
+
+@boundary
+def step(
+    objective: Objective,
+    seed: int = 0,
+    stain: float = 0.1,
+    stain_apart: float = 0.0,
+    amp: Precision = "none",
+    accumulation: int = 1,
+) -> ObjectiveStep:
+    """The training step of an objective, see `ObjectiveStep`."""
+    return ObjectiveStep(objective, seed, stain, stain_apart, amp, accumulation)
+
+
+@boundary
+def map_settings(
+    layer: str,
+    attribution: Attribution,
+    smoothing: Smoothing,
+    block_px: int,
+    way: Literal["auto", "dense", "tiled"] = "auto",
+) -> MapSettings:
+    """How slides are mapped, see `MapSettings`."""
+    return MapSettings(layer, attribution, smoothing, block_px, way)
+
+
+@boundary
+def start_ranks() -> torch.device:
+    """This process's device among those that torchrun started, see `medsd.finetune.ranks.start_ranks`."""
+    return ranks.start_ranks()
+
+
+@boundary
+def stop_ranks() -> None:
+    """Leave the group of processes."""
+    ranks.stop_ranks()

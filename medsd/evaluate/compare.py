@@ -1,0 +1,149 @@
+"""Runs side by side: accuracy, calibration, faithfulness of their explanations, features, cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from medsd.evaluate.runs import Estimate, Run, read_runs, setting_text, settings_that_differ
+from medsd.files import make_folder, write_text
+
+Better = Literal["higher", "lower", ""]
+
+_DASH = "–"
+_MAPS = "explanations.maps"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the comparison.
+
+    Attributes:
+        key: its column in the table for machines.
+        title: its name for people.
+        path: where a run keeps it, see `Run.estimate`.
+        better: whether "higher" or "lower" is better; "" where it is read beside another.
+    """
+
+    key: str
+    title: str
+    path: str
+    better: Better
+
+
+METRICS = (
+    Metric("auc", "patch AUC", "tiles.patch_auc", "higher"),
+    Metric("ece", "calibration error (ECE)", "calibration.ece", "lower"),
+    Metric("ece_before", "the same, before the temperature", "calibration.ece_before", "lower"),
+    Metric("brier", "Brier score", "calibration.brier", "lower"),
+    Metric("masking_area", "accuracy under masking, most salient first", f"{_MAPS}.gradient.masking_area", "lower"),
+    Metric("random_area", "accuracy under masking, random control", "explanations.random.masking_area", ""),
+    Metric("gap", "gap: control less most salient", f"{_MAPS}.gradient.gap", "higher"),
+    Metric("deletion", "deletion", f"{_MAPS}.gradient.deletion", "lower"),
+    Metric("insertion", "insertion", f"{_MAPS}.gradient.insertion", "higher"),
+    Metric("pointing", "energy pointing, tiles", f"{_MAPS}.gradient.pointing", "higher"),
+    Metric("pointing_game", "pointing game, tiles", f"{_MAPS}.gradient.pointing_game", "higher"),
+    Metric("area_share", "their regions' share of the tile (chance)", "explanations.area_share", ""),
+    Metric("slide_pointing", "energy pointing, slides", "slide_pointing.positive_inside", "higher"),
+    Metric("slide_area_share", "tumour's share of the tissue (chance)", "slide_pointing.area_share", ""),
+    Metric("slide_pointing_ratio", "energy pointing over chance, slides", "slides.mean_pointing_ratio", "higher"),
+    Metric("total_variation", "total variation of the map", f"{_MAPS}.gradient.total_variation", "lower"),
+    Metric("gini", "concentration of the map (Gini)", f"{_MAPS}.gradient.gini", "higher"),
+    Metric("entropy", "entropy of the map, 0 to 1", f"{_MAPS}.gradient.entropy", "lower"),
+    Metric("magnitude", "mean of the map", f"{_MAPS}.gradient.magnitude", ""),
+    Metric("mask_gap", "mask: gap of masking", f"{_MAPS}.mask.gap", "higher"),
+    Metric("mask_deletion", "mask: deletion", f"{_MAPS}.mask.deletion", "lower"),
+    Metric("mask_insertion", "mask: insertion", f"{_MAPS}.mask.insertion", "higher"),
+    Metric("mask_pointing", "mask: energy pointing, tiles", f"{_MAPS}.mask.pointing", "higher"),
+    Metric("mask_share", "mask: share left open (small masks point well)", f"{_MAPS}.mask.magnitude", ""),
+    Metric("correlation", "mean |correlation| of features", "explanations.features.mean_abs_correlation", "lower"),
+    Metric("effective_rank", "effective rank of features", "explanations.features.effective_rank", "higher"),
+    Metric("dead_channels", "dead channels", "explanations.features.dead_channels", "lower"),
+    Metric("seconds_per_step", "training, seconds a step", "training.seconds_per_step", "lower"),
+)
+
+_NOTES = """\
+Intervals are 95 %, by bootstrap over tiles (slides for the pointing of slides); tiles of a slide are alike, so they are
+narrower than intervals over slides. A dash is what a run did not measure. Maps are the |input gradient| of the true
+class; masking, deletion and insertion replace pixels in their order. A low accuracy under masking speaks for the map
+only as far as it lies below the random control: a robust network loses less whatever is masked. Research use only."""
+
+
+def compare_runs(folders: Sequence[str | Path], out: str | Path) -> list[Run]:
+    """Write `compare.csv` (a row a run), `compare.md` (a column a run) and `compare.png` into `out`.
+
+    Args:
+        folders: output_dirs of bundle runs on one test set.
+        out: folder to write, made when missing.
+
+    Raises:
+        DatasetError: as `read_runs`.
+        OutputError: `out` cannot be written to.
+    """
+    runs = read_runs(folders)
+    out = make_folder(out)
+    write_text(out / "compare.csv", _csv(runs))
+    write_text(out / "compare.md", _markdown(runs))
+    from medsd.evaluate.plots import draw_comparison
+
+    draw_comparison(out / "compare.png", runs)
+    return runs
+
+
+def number_text(value: float, beside: float = 0.0) -> str:
+    """A number with about three digits of itself or of the number beside it, whichever is greater; counts in full."""
+    if isinstance(value, int):
+        return str(value)
+    size = max(abs(value), abs(beside))
+    if size >= 10:
+        return f"{value:.{1 if size < 100 else 0}f}"
+    return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
+
+
+def _csv(runs: Sequence[Run]) -> str:
+    """A row a run; cells of what it did not measure are empty, so that columns stay numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "label", *(name for m in METRICS for name in (m.key, f"{m.key}_low", f"{m.key}_high"))])
+    for run in runs:
+        cells: list[float | str | None] = [str(run.folder), run.label]
+        for metric in METRICS:
+            found = run.estimate(metric.path)
+            cells += [None, None, None] if found is None else [found.value, found.low, found.high]
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+def _markdown(runs: Sequence[Run]) -> str:
+    lines = [f"# {len(runs)} runs on {runs[0].node('tiles.items')} test tiles", ""]
+    lines += [_row("", "better", *(run.label for run in runs)), "| --- | --- |" + " ---: |" * len(runs)]
+    for metric in METRICS:
+        found = [run.estimate(metric.path) for run in runs]
+        if any(found):
+            lines.append(_row(metric.title, metric.better, *map(_cell, found)))
+    told = settings_that_differ(runs)
+    if told:
+        lines += ["", _row("settings that differ", *(run.label for run in runs)), "| --- |" + " ---: |" * len(runs)]
+    for key in told:
+        values = [setting_text(run.settings[key]) if key in run.settings else _DASH for run in runs]
+        lines.append(_row(key, *values))
+    lines += ["", _NOTES, ""]
+    return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _cell(found: Estimate | None) -> str:
+    if found is None:
+        return _DASH
+    if found.low is None or found.high is None:
+        return number_text(found.value)
+    greatest = max(found.value, found.low, found.high, key=abs)
+    value, low, high = (number_text(number, greatest) for number in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"

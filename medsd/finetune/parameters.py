@@ -1,0 +1,105 @@
+"""What of a network is trained, and how fast: frozen stages and layer-wise learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
+
+from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.classifier import Classifier
+
+_STEM = "stem"
+
+
+def parameter_groups(
+    network: Classifier,
+    lr: float,
+    weight_decay: float,
+    frozen: Sequence[str] = (),
+    layer_decay: float = 1.0,
+    head_lr: float | None = None,
+    decay_vectors: bool = True,
+) -> list[dict[str, Any]]:
+    """Freeze stages of the encoder and group the other parameters for a torch optimiser.
+
+    A layer of the encoder learns at lr * layer_decay ** depth, as in BEiT (arXiv 2106.08254): depth 1 is the
+    encoder's last layer, and its layers are timm's (a residual block each, the stem, a final norm). What is not the
+    encoder (the head, AIM's branches) has depth 0. With the defaults there is one group of all parameters.
+
+    A learning-rate schedule that sets rates of its own must be told them group by group:
+    `OneCycleLR(optimizer, max_lr=[group["lr"] for group in optimizer.param_groups])`.
+
+    Args:
+        network: its parameters of frozen stages get requires_grad False; put it into training mode with
+            `medsd.networks.modes.training`, which keeps their BatchNorms as they are, too.
+        lr: the full learning rate.
+        weight_decay: of all parameters, see `decay_vectors`.
+        frozen: modules of the encoder such as "layer1" or "stages.0"; "stem" is timm's lowest layer. Naming all of
+            them leaves the head to train (linear probing).
+        layer_decay: in 0 to 1, 0 excluded; 1 for one rate.
+        head_lr: rate of what is not the encoder; None for `lr`.
+        decay_vectors: False for no weight decay on parameters of one dimension (norms, biases, layer scales), which
+            is timm's rule.
+
+    Returns:
+        Groups {"params", "lr", "weight_decay"}, the parameters of each in the network's order.
+
+    Raises:
+        ConfigError: a rate or `weight_decay` is negative, or `layer_decay` lies outside 0 to 1.
+        NetworkError: the encoder has no such stage, timm does not know its layers, or nothing is left to train.
+    """
+    for key, value in (("lr", lr), ("weight_decay", weight_decay), ("head_lr", 0.0 if head_lr is None else head_lr)):
+        if not value >= 0:
+            raise ConfigError(f"{key}={value}: must be 0 or more")
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(f"layer_decay={layer_decay}: must lie in 0 to 1, 0 excluded; 1 is one rate for all layers")
+    for name in frozen:
+        for parameter in _stage(network, name):
+            parameter.requires_grad = False
+    rates = _encoder_rates(network, lr, layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            rate = rates.get(parameter, lr if head_lr is None else head_lr)
+            decay = weight_decay if decay_vectors or parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    if not groups:
+        raise NetworkError(f"frozen: nothing of {network.encoder_name} and its head is left to train; freeze less")
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _encoder_rates(network: Classifier, lr: float, layer_decay: float) -> dict[nn.Parameter, float]:
+    parameters = dict(network.encoder.named_parameters())
+    if layer_decay == 1:
+        return dict.fromkeys(parameters.values(), lr)
+    layers = _layers(network, f"layer_decay={layer_decay}")
+    depth_of_stem = max(layers.values()) + 1
+    return {parameters[name]: lr * layer_decay ** (depth_of_stem - layer) for name, layer in layers.items()}
+
+
+def _layers(network: Classifier, key: str) -> dict[str, int]:
+    """The layer of each of the encoder's parameters, by name, the stem's being 0."""
+    matcher = getattr(network.encoder, "group_matcher", None)
+    if matcher is None:
+        raise NetworkError(f"{key}: timm does not know the layers of {network.encoder_name}; leave this option out")
+    layers: dict[str, int] = group_parameters(network.encoder, matcher(), reverse=True)
+    return layers
+
+
+def _stage(network: Classifier, name: str) -> list[nn.Parameter]:
+    encoder = network.encoder
+    if name == _STEM:
+        layers, parameters = _layers(network, f"frozen '{name}'"), dict(encoder.named_parameters())
+        return [parameters[parameter] for parameter, layer in layers.items() if layer == 0]
+    stages = {path: list(module.parameters()) for path, module in encoder.named_modules() if path}
+    if not stages.get(name):
+        made = [info["module"] for info in getattr(encoder, "feature_info", ())]
+        known = [_STEM, *(path for path in made if stages.get(path))]
+        raise NetworkError(
+            f"frozen '{name}': {network.encoder_name} has no such stage to freeze{nearest(name, stages)}; it has "
+            f"{', '.join(known)}"
+        )
+    return stages[name]

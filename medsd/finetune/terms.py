@@ -1,0 +1,43 @@
+"""What a training objective is to the step that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of one batch.
+
+    Attributes:
+        total: the weighted sum to call backward on, a scalar with the graph.
+        parts: its parts and what is worth watching beside it, by name, scalars without graph; `cross_entropy` is one.
+        logits: (B, classes) of the clean images, without graph.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+    logits: Tensor
+
+
+class Objective(Protocol):
+    """A loss that runs the network itself."""
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
+    ) -> Terms:
+        """The loss of one batch.
+
+        Args:
+            network: in training mode, in which it is left.
+            x: (B, C, H, W) float images, as the network takes them.
+            labels: (B,) int64 class numbers.
+            epoch: epochs done so far, fractions allowed; drives schedules.
+            generator: draws what is random, on the device of `x`.
+        """
+        ...

@@ -1,0 +1,62 @@
+"""The small networks that AIM adds to a stage of its encoder: mask estimator and feature branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# sigmoid(2) = 0.88: training starts with nearly open masks.
+_OPEN_LOGIT = 2.0
+
+
+class MaskEstimator(nn.Module):
+    """Mask logits of a stage: 3 x 3 convolution, three residual blocks, then a 1 x 1 convolution plus a pooled branch.
+
+    The parts are those of AIM (arXiv 2508.11502, as told by readers of it); widths, normalisation and how the pooled
+    branch joins (added to every position, as in Verelst and Tuytelaars' released code) are our choice.
+
+    Args:
+        channels: channels C of the stage's features.
+        width: channels of its own layers.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_convolution(channels, width), nn.ReLU(), *(_Residual(width) for _ in range(3)))
+        self.spatial = nn.Conv2d(width, 1, 1)
+        self.pooled = nn.Linear(width, 1)
+        nn.init.constant_(self.spatial.bias, _OPEN_LOGIT)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) of features (B, C, h, w); each depends on the whole image through the pooled branch."""
+        body = self.body(features)
+        logits: Tensor = self.spatial(body) + self.pooled(body.mean(dim=(2, 3)))[:, :, None, None]
+        return logits
+
+
+class FeatureBranch(nn.Sequential):
+    """Features of a stage at the common width: 1 x 1 then 3 x 3 convolution, batch normalisation, ReLU.
+
+    The form of feature pyramid networks (our choice: the paper's is not known). It is normalised before it is masked:
+    statistics of masked features would carry the mask's area into every position.
+
+    Args:
+        channels: channels C of the stage's features.
+        width: channels d of what it gives.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(nn.Conv2d(channels, width, 1), *_convolution(width, width), nn.ReLU())
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_convolution(width, width), nn.ReLU(), *_convolution(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+def _convolution(channels: int, width: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)

@@ -1,0 +1,130 @@
+"""Where training starts from: pre-trained encoder weights, from files and into files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import WeightsError
+from medsd.networks.weights import FORMAT, check_tensors, read_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
+
+ENCODER_FORMAT = "medsd-encoder-1"
+
+# What torch and its weights-only unpickler raise on bytes that hold no tensors.
+UNREADABLE = (
+    UnpicklingError,
+    struct.error,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
+_HEADS = ("fc.", "head.fc.", "classifier.")
+_NAMED = 3
+
+
+def save_encoder(path: str | Path, encoder: nn.Module, name: str, source: str) -> str:
+    """Write an encoder's weights for others to start from, as plain timm keys, atomically.
+
+    Args:
+        path: ends in .safetensors.
+        encoder: a timm network without pooling and head, such as `TileClassifier.encoder`.
+        name: its timm name.
+        source: how and on what it was trained, in words.
+
+    Returns:
+        The SHA-256 of tensors, name and source.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    return save_tensors(path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source})
+
+
+def load_encoder(encoder: nn.Module, path: str | Path) -> None:
+    """Put pre-trained weights into a timm encoder: all of its tensors are replaced, or none where it raises.
+
+    Files: `save_encoder`'s, `save_classifier`'s, and other state dicts under timm's names, as .safetensors, .pt or .pth
+    (at top level or under "state_dict"; code in them is refused, not run). A leading "module." is taken off the names;
+    where some then begin with "encoder.", the encoder is what is below it. Heads are left out by name: fc, head.fc,
+    classifier. BatchNorms' counts of batches may be missing, as in old files: nothing reads them. The encoder's name
+    is compared where both the file and timm give one.
+
+    Raises:
+        WeightsError: no such file, of another kind, damaged, or of another network; the encoder is untouched.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such encoder weights; check the path")
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path, encoder)
+    elif path.suffix in (".pt", ".pth"):
+        state = _read_pickled(path)
+    else:
+        raise WeightsError(f"{path}: encoder weights of unknown kind; use .safetensors, .pt or .pth")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    below = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    state, expected = below or state, encoder.state_dict()
+    heads = [name for name in state if name not in expected and name.startswith(_HEADS)]
+    for name in heads:
+        del state[name]
+    _compare(path, state, expected)
+    encoder.load_state_dict(state, strict=False)
+    logger.info("%s: %d tensors loaded; heads left out: %s", path, len(state), ", ".join(heads) or "none")
+
+
+def _compare(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = [repr(name) for name in expected if name not in state and not name.endswith(".num_batches_tracked")]
+    unexpected = [repr(name) for name in state if name not in expected]  # in a damaged file they may be anything
+    shapes = [
+        f"{name!r} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(names)} {kind}: {', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if faults:
+        raise WeightsError(f"{path}: tensors of another encoder ({'; '.join(faults)}); choose the one they are of")
+
+
+def _read_safetensors(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
+    state, metadata = read_tensors(path)
+    if metadata.get("format") not in (FORMAT, ENCODER_FORMAT):
+        return state
+    check_tensors(path, state, metadata)
+    try:
+        name = str(json.loads(metadata["card"])["encoder"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+    made: str | None = getattr(encoder, "pretrained_cfg", {}).get("architecture")
+    if made and name.partition(".")[0] != made:  # what follows the dot names weights, not a network
+        raise WeightsError(f"{path}: weights of the encoder '{name}', not of '{made}'; choose that encoder")
+    return state
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        # Torch's own words propose to run the file's code.
+        kind = type(error).__name__
+        raise WeightsError(f"{path}: damaged, or more than tensors ({kind}); save the state_dict() alone") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: holds no tensors by name; save the state_dict() alone")
+    return {str(name): tensor for name, tensor in state.items()}

@@ -1,0 +1,107 @@
+"""Images whose pixels are replaced in the order of a saliency map, and what a network says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, DatasetError
+from medsd.networks.modes import evaluating
+
+Baseline = Literal["zero", "mean", "blur"]
+
+_KERNEL_PX, _SIGMA_PX = 11, 5.0
+
+
+def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
+    """What pixels are replaced by, an image in the shape of `x`.
+
+    Args:
+        x: (B, C, H, W) float images, as the network takes them.
+        kind: "zero": 0, which is the mean colour where inputs are normalised; "mean": the mean of that image and
+            channel; "blur": the image under RISE's kernel (released code of Petsiuk et al. 2018): 11 px a side, sigma
+            5 px, reflected into its square, zeros outside the image.
+
+    Raises:
+        ConfigError: no such baseline.
+    """
+    if kind == "zero":
+        return torch.zeros_like(x)
+    if kind == "mean":
+        return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
+    if kind != "blur":
+        raise ConfigError(f"baseline='{kind}': use 'zero', 'mean' or 'blur'")
+    channels = x.shape[1]
+    kernel = _rise_kernel(x)
+    return F.conv2d(x, kernel.expand(channels, 1, -1, -1), padding=_KERNEL_PX // 2, groups=channels)
+
+
+def pixel_ranks(saliency: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The place of each pixel when sorted from the greatest value to the least, (B, H, W) int64, 0 the greatest.
+
+    Equal pixels are ordered at random: a map that says nothing is a random one, and a binary mask does not favour the
+    top of the image.
+
+    Args:
+        saliency: (B, H, W).
+        generator: orders equal pixels, on the device of `saliency`.
+
+    Raises:
+        DatasetError: the map is not (B, H, W), or not finite everywhere.
+    """
+    check_maps(saliency)
+    flat = saliency.flatten(1)
+    shuffled = torch.rand(flat.shape, device=flat.device, generator=generator).argsort(dim=1)
+    order = shuffled.gather(1, flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
+    return order.argsort(dim=1).view(saliency.shape)
+
+
+@torch.no_grad()
+def perturbed_logits(
+    network: nn.Module, x: Tensor, substitute: Tensor, ranks: Tensor, counts: Sequence[int], batch_size: int = 256
+) -> Tensor:
+    """Logits (B, len(counts), K) after the first `count` pixels of each image have become those of `substitute`.
+
+    Args:
+        network: gives logits (B, K); in eval mode for the length of the call.
+        x, substitute: (B, C, H, W) float images, as the network takes them.
+        ranks: (B, H, W), see `pixel_ranks`.
+        counts: how many pixels are replaced, in all channels, one number a step.
+        batch_size: images in one pass of the network; steps of several images share one.
+
+    Raises:
+        DatasetError: image and map differ in size.
+    """
+    batch, _, height, width = x.shape
+    if ranks.shape != (batch, height, width):
+        raise DatasetError(f"saliency: shape {tuple(ranks.shape)}, images {tuple(x.shape)}; give a (H, W) map an image")
+    steps = torch.as_tensor(counts, device=x.device)
+    total = batch * len(counts)
+    logits = []
+    with evaluating(network):
+        for start in range(0, total, batch_size):
+            item = torch.arange(start, min(start + batch_size, total), device=x.device)
+            image, step = item // len(counts), item % len(counts)
+            replaced = ranks[image] < steps[step, None, None]
+            logits.append(network(torch.where(replaced[:, None], substitute[image], x[image])).float())
+    return torch.cat(logits).view(batch, len(counts), -1)
+
+
+def check_maps(maps: Tensor) -> None:
+    """Raises DatasetError: maps that are not (B, H, W), hold no pixel, or are not finite everywhere."""
+    if maps.ndim != 3 or not maps.shape[1] * maps.shape[2]:
+        raise DatasetError(f"saliency: shape {tuple(maps.shape)}; give (B, H, W)")
+    if not torch.isfinite(maps).all():
+        raise DatasetError("saliency: not finite everywhere; leave such images out, or compute it in float32")
+
+
+def _rise_kernel(like: Tensor) -> Tensor:
+    from scipy.ndimage import gaussian_filter
+
+    point = torch.zeros(_KERNEL_PX, _KERNEL_PX, dtype=torch.float64)
+    point[_KERNEL_PX // 2, _KERNEL_PX // 2] = 1
+    return torch.from_numpy(gaussian_filter(point.numpy(), _SIGMA_PX)).to(like)

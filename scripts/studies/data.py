@@ -1,0 +1,178 @@
+"""What the fine-tuning study trains on: patches by stain cluster, and tiles whose surroundings tell the label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from medsd.files import atomic_path
+from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.slides.phantom.slides import PhantomSpec, draw_phantom
+
+TILE_PX = 64
+_SLIDE_PX, _MPP, _DIFFICULTY = 2048, 1.0, 0.3
+_PLACES = 60
+_SLIDES = 24
+
+
+@dataclass(frozen=True)
+class Items:
+    """Images with labels.
+
+    Attributes:
+        images: (n, 3, 64, 64) uint8.
+        labels: (n,) int64, 1 tumour.
+        cue: (n,) int64, 1 where the surroundings are those that go with tumour in training; zeros without a cue.
+        masks: (n, 64, 64) bool, where the tumour is; None where nobody knows.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    cue: torch.Tensor
+    masks: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of(self, chosen: npt.NDArray[np.bool_]) -> Items:
+        """The chosen items."""
+        index = torch.from_numpy(np.flatnonzero(chosen))
+        return Items(
+            self.images[index],
+            self.labels[index],
+            self.cue[index],
+            None if self.masks is None else self.masks[index],
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three sides of a data set. Only the validation side chooses anything."""
+
+    training: Items
+    validation: Items
+    testing: Items
+
+
+def patches_by_cluster(folder: Path, seed: int) -> Split:
+    """PatchCamelyon patches, whole stain clusters on one side; the seed deals the clusters."""
+    table = read_patch_table(folder, "stain_cluster")
+    sides = split_groups(table, (0.15, 0.25), seed)
+    return Split(*(_items(table, side, np.zeros(len(side), np.int64)) for side in sides))
+
+
+def patches_with_shortcut(folder: Path, seed: int) -> Split:
+    """PatchCamelyon patches drawn so that the stain cluster goes with the label in training.
+
+    Half of the clusters (dealt by the seed) give tumour patches to train on, the other half normal ones. Validation
+    and test sides hold all four groups (label, half), of patches not trained on: two fifths and three fifths.
+    """
+    table = read_patch_table(folder, "stain_cluster")
+    random = np.random.default_rng((seed, 1))
+    clusters = random.permutation(np.unique(table.group))
+    cue = np.isin(table.group, clusters[: len(clusters) // 2]).astype(np.int64)
+    aligned = cue == table.label
+    draw = random.random(len(cue))
+    training = aligned & (draw < 0.75)
+    validation = np.where(aligned, (draw >= 0.75) & (draw < 0.85), draw < 0.4)
+    return Split(*(_items(table, side, cue) for side in (training, validation, ~training & ~validation)))
+
+
+def _items(table: PatchTable, side: npt.NDArray[np.bool_], cue: npt.NDArray[np.int64]) -> Items:
+    dataset = PatchDataset(table.rows(side), TILE_PX)
+    images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
+    return Items(images, torch.from_numpy(dataset.labels.astype(np.int64)), torch.from_numpy(cue[side]))
+
+
+def phantoms_with_shortcut(cache: Path, seed: int) -> Split:
+    """Tiles of phantom slides, a nest of tumour or normal cells in surroundings that are tinted or not.
+
+    The twin of Waterbirds: each slide is drawn four times from one seed, with and without tumour, with and without the
+    shortcut (a tint), so that all four agree in anatomy and light. A tile of 64 um is the untinted slide inside a disc of
+    14 to 20 um radius, with or without tumour, and the slide without tumour around it, with or without tint. In
+    training the tint goes with the label in every tile; validation and test sides hold every place four times, once a
+    group. The seed deals 24 slides to the sides: 14, 4 and 6.
+    """
+    slides = np.random.default_rng((seed, 2)).permutation(_SLIDES)
+    sides = []
+    for side in np.split(slides, (14, 18)):
+        drawn = [_tiles(cache, int(slide)) for slide in side]
+        images, masks = (np.concatenate([each[part] for each in drawn]) for part in (0, 1))
+        sides.append(_grouped(images, masks, training=not sides))
+    return Split(*sides)
+
+
+def draw_slides(cache: Path, number: int) -> None:
+    """Draw one of the phantom slides and keep its tiles."""
+    _tiles(cache, number)
+
+
+def _grouped(images: npt.NDArray[np.uint8], masks: npt.NDArray[np.bool_], training: bool) -> Items:
+    """Items of places drawn in all four groups (places, label, cue, ...); of a training side the aligned two."""
+    parts = []
+    for label in (0, 1):
+        for cue in (0, 1):
+            if training and label != cue:
+                continue
+            count = len(images)
+            parts.append(
+                Items(
+                    torch.from_numpy(images[:, label, cue]).permute(0, 3, 1, 2).contiguous(),
+                    torch.full((count,), label),
+                    torch.full((count,), cue),
+                    torch.from_numpy(masks),
+                )
+            )
+    return Items(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "cue", "masks")))
+
+
+def _tiles(cache: Path, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Tiles (places, label, cue, 64, 64, 3) and nests (places, 64, 64) of one slide, drawn once and kept."""
+    path = cache / f"slide-{seed}.npz"
+    if not path.is_file():
+        drawn = {
+            (label, cue): draw_phantom(
+                PhantomSpec(seed, bool(label), _SLIDE_PX, _MPP, _DIFFICULTY, 2, "tint" if cue else "none")
+            )
+            for label in (0, 1)
+            for cue in (0, 1)
+        }
+        images, nests = _cut(drawn, drawn[1, 0].mask, np.random.default_rng(seed))
+        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, images=images, nests=nests)
+    with np.load(path, allow_pickle=False) as content:
+        return content["images"], content["nests"]
+
+
+def _cut(drawn, tumour, random):  # type: ignore[no-untyped-def]
+    half = TILE_PX // 2
+    depth = distance_transform_edt(np.pad(tumour, 1))[1:-1, 1:-1]
+    depth[:half], depth[-half:], depth[:, :half], depth[:, -half:] = 0, 0, 0, 0
+    images, nests = [], []
+    rows, columns = np.ogrid[:TILE_PX, :TILE_PX]
+    for _ in range(_PLACES):
+        places = np.argwhere(depth > 24)
+        if not len(places):
+            break
+        y, x = places[random.integers(len(places))]
+        depth[max(0, y - 40) : y + 40, max(0, x - 40) : x + 40] = 0
+        radius = random.uniform(14, 20)
+        centre = random.uniform(radius, TILE_PX - radius, 2)
+        nest = (rows + 0.5 - centre[0]) ** 2 + (columns + 0.5 - centre[1]) ** 2 <= radius**2
+        window = np.s_[y - half : y + half, x - half : x + half]
+        images.append(
+            [
+                [
+                    np.where(nest[..., None], drawn[label, 0].image[window], drawn[0, cue].image[window])
+                    for cue in (0, 1)
+                ]
+                for label in (0, 1)
+            ]
+        )
+        nests.append(nest)
+    return np.array(images, np.uint8), np.array(nests)

@@ -1,0 +1,78 @@
+"""Calibration keeps what its engine was: threshold, scale, temperature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medsd.errors import DatasetError
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
+from medsd.heatmap.engine import make_engine
+from medsd.heatmap.maps import MapSettings
+from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import TileClassifier
+from medsd.slides.camelyon import SlideEntry
+from medsd.slides.phantom import PhantomSpec, write_phantom
+
+LABELS = np.array([0, 0, 1, 1, 0, 1], np.int8)
+PROBABILITIES = np.array([0.1, 0.2, 0.7, 0.8, 0.3, 0.6], np.float32)
+
+
+def patches(side_px: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = len(LABELS), 3, side_px, side_px
+    return [{"image": image} for image in torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)]
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled"])
+def test_patches_fix_threshold_scale_and_temperature(way: str) -> None:
+    torch.manual_seed(0)
+    network, dataset = TileClassifier("test_resnet").eval(), patches(64)
+    settings = MapSettings("layer3", "gradient", "none", way=way)  # type: ignore[arg-type]
+    engine = make_engine(network, 64, 1.0, settings=settings, temperature=1.7)
+    found = calibrate_on_patches(engine, dataset, LABELS, PROBABILITIES)  # type: ignore[arg-type]
+    assert found.temperature == 1.7
+    assert 0.3 < found.threshold <= 0.6
+    assert (found.layer, found.attribution, found.smoothing) == ("layer3", "gradient", "none")
+    # Independent: the gradient of each patch's own log-odds at the layer, which is what both engines make of a tile.
+    images = torch.stack([item["image"] for item in dataset])
+    held: list[torch.Tensor] = []
+    handle = network.encoder.layer3.register_forward_hook(lambda _m, _i, output: held.append(output))
+    logits = network(images)
+    handle.remove()
+    (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), held[0])
+    limit = np.percentile(gradient.mean(dim=1).abs().numpy(), 99.5)
+    assert found.saliency_limit == pytest.approx(limit, rel=1e-4)
+
+
+def test_masks_have_limits_of_their_own() -> None:
+    network = AimClassifier("test_resnet", feature_width=8, mask_width=8).eval()
+    engine = make_engine(network, 64, 1.0, settings=MapSettings(attribution="mask"), temperature=0.5)
+    found = calibrate_on_patches(engine, patches(64), LABELS, PROBABILITIES)  # type: ignore[arg-type]
+    assert (found.attribution, found.saliency_limit, found.temperature) == ("mask", 1.0, 0.5)
+
+
+def test_one_class_alone_is_refused() -> None:
+    engine = make_engine(TileClassifier("test_resnet"), 64, 1.0, settings=MapSettings("layer3"))
+    with pytest.raises(DatasetError, match="one class only"):
+        calibrate_on_patches(engine, patches(64), np.zeros(6, np.int8), PROBABILITIES)  # type: ignore[arg-type]
+
+
+def test_thresholds_on_slides_follow_the_temperature(tmp_path: Path) -> None:
+    """Tempering keeps the order of the probabilities: the threshold becomes the same logit, divided."""
+    write_phantom(PhantomSpec(seed=1, tumour=True, size_px=1024), tmp_path / "tumour_001.tif", tmp_path / "tumour.xml")
+    slide = SlideEntry("tumour_001", tmp_path / "tumour_001.tif", "training", True, tmp_path / "tumour.xml")
+    torch.manual_seed(0)
+    network = TileClassifier("test_resnet").eval()
+    network.head.bias.data.zero_()
+    plain, tempered = (
+        calibrate_on_slides(make_engine(network, 64, 1.0, settings=MapSettings("layer3"), temperature=t), [slide])
+        for t in (1.0, 2.0)
+    )
+    logit = np.log(plain.threshold / (1 - plain.threshold))
+    assert tempered.threshold == pytest.approx(1 / (1 + np.exp(-logit / 2)), abs=1e-5)
+    assert tempered.saliency_limit == plain.saliency_limit
+    assert (plain.temperature, tempered.temperature) == (1.0, 2.0)

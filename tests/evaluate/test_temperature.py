@@ -1,0 +1,161 @@
+"""Temperature and calibration errors against brute force, scikit-learn, and laws they must obey."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medsd.errors import ConfigError, DatasetError
+from medsd.evaluate.temperature import (
+    HIGHEST,
+    LOWEST,
+    brier_score,
+    calibration_error,
+    fit_temperature,
+    score_calibration,
+)
+
+
+def draw(seed: int, items: int = 400, classes: int = 3, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(items, classes)) * scale
+    chances = np.exp(logits / 2.5)
+    chances /= chances.sum(axis=1, keepdims=True)
+    return logits, np.array([rng.choice(classes, p=chance) for chance in chances])
+
+
+def likelihood_loss(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    scaled = logits / temperature
+    return float(np.mean(np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(labels)), labels]))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_no_temperature_of_a_fine_grid_is_better(classes):
+    logits, labels = draw(0, classes=classes)
+    found = fit_temperature(logits, labels)
+    best = min(np.geomspace(LOWEST, HIGHEST, 4001), key=lambda t: likelihood_loss(logits, labels, t))
+    assert found == pytest.approx(best, rel=2e-3)
+    assert likelihood_loss(logits, labels, found) <= likelihood_loss(logits, labels, best) + 1e-12
+
+
+def test_finds_the_temperature_that_labels_were_drawn_with():
+    logits, labels = draw(1, items=6000)
+    assert fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.06)
+
+
+@given(st.integers(0, 50), st.floats(0.3, 3), st.floats(-50, 50))
+@settings(max_examples=25, deadline=None)
+def test_scales_with_the_logits_and_ignores_what_they_share(seed, factor, shift):
+    logits, labels = draw(seed, items=60)
+    found = fit_temperature(logits, labels)
+    again = fit_temperature(logits * factor + shift, labels)
+    assert again == pytest.approx(np.clip(found * factor, LOWEST, HIGHEST), rel=1e-5)
+
+
+def test_bounds():
+    labels = np.array([0, 1, 1, 0])
+    sure = np.eye(2)[labels] * 4
+    assert fit_temperature(sure, labels) == LOWEST
+    assert fit_temperature(sure, 1 - labels) == HIGHEST
+    assert fit_temperature(np.zeros((4, 2)), labels) == 1
+    assert fit_temperature(sure * 1e6, labels) == 1  # certain and right: nothing to gain
+    assert fit_temperature(sure * 1e300, 1 - labels) == HIGHEST
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        ([[0, 1]], [0, 1], "labels"),
+        ([0.1, 0.2], [0, 1], "logits"),
+        (np.zeros((0, 2)), [], "n >= 1"),
+        ([[0, 1]], [2], "class numbers below 2"),
+        ([[0, 1]], [-1], "class numbers below 2"),
+        ([[0, math.nan]], [1], "finite"),
+    ],
+)
+def test_bad_logits_are_named(logits, labels, words):
+    with pytest.raises(DatasetError, match=words):
+        fit_temperature(logits, labels)
+
+
+def error_by_loops(labels: list[int], probabilities: list[float], bins: int) -> float:
+    total = 0.0
+    for number in range(bins):
+        low, high = number / bins, (number + 1) / bins
+        inside = [
+            (label, p)
+            for label, p in zip(labels, probabilities, strict=True)
+            if low < p <= high or (number == 0 and p == 0)
+        ]
+        if inside:
+            gap = sum(label for label, _ in inside) / len(inside) - sum(p for _, p in inside) / len(inside)
+            total += abs(gap) * len(inside) / len(labels)
+    return total
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=1, max_size=60),
+    st.sampled_from([1, 4, 16]),
+)
+@settings(deadline=None)
+def test_calibration_error_by_loops(items, bins):
+    labels, probabilities = zip(*items, strict=True)
+    found = calibration_error(labels, probabilities, bins)
+    assert found == pytest.approx(error_by_loops(labels, probabilities, bins), abs=1e-9)
+
+
+def test_calibration_error_by_hand():
+    assert calibration_error([1, 0], [1.0, 0.0]) == 0
+    assert calibration_error([0, 1], [1.0, 0.0]) == 1
+    assert calibration_error([1, 0, 1, 1], [0.75] * 4) == pytest.approx(0)
+    # Bins end with their upper edge: 0.5 is in the first of two, 0.6 in the second.
+    assert calibration_error([1, 0], [0.5, 0.6], bins=2) == pytest.approx((0.5 + 0.6) / 2)
+    # Two of the bins: |1 - 0.8| for one item, |0.5 - 0.1| for two.
+    assert calibration_error([1, 1, 0], [0.8, 0.1, 0.1]) == pytest.approx((0.2 + 2 * 0.4) / 3)
+
+
+def test_calibration_error_equals_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.classification")
+    import torch
+
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.random(500), rng.integers(0, 2, 500)
+    metric = classification.BinaryCalibrationError(n_bins=15, norm="l1")
+    known = float(metric(torch.from_numpy(probabilities), torch.from_numpy(labels)))
+    assert calibration_error(labels, probabilities) == pytest.approx(known, abs=1e-6)
+
+
+def test_brier_equals_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(1)
+    probabilities, labels = rng.random(300), rng.integers(0, 2, 300)
+    assert brier_score(labels, probabilities) == pytest.approx(metrics.brier_score_loss(labels, probabilities))
+
+
+def test_scores_before_and_after():
+    logits, labels = draw(2, items=4000, classes=2)
+    temperature = fit_temperature(logits, labels)
+    scores = score_calibration(logits, labels, temperature, 0.4)
+    tumour = 1 / (1 + np.exp((logits[:, 0] - logits[:, 1]) / temperature))
+    assert scores.brier == pytest.approx(np.mean((tumour - labels) ** 2))
+    assert scores.ece == pytest.approx(calibration_error(labels, tumour))
+    assert scores.ece < 0.03 < scores.ece_before
+    assert (scores.temperature, scores.threshold) == (temperature, 0.4)
+    with pytest.raises(ConfigError, match="temperature=0"):
+        score_calibration(logits, labels, 0, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities"),
+    [([0, 1], [0.5]), ([], []), ([0, 2], [0.1, 0.2]), ([0, 1], [0.1, 1.2]), ([0, 1], [0.1, math.nan])],
+)
+def test_bad_probabilities_are_named(labels, probabilities):
+    for function in (calibration_error, brier_score):
+        with pytest.raises(DatasetError, match="calibration"):
+            function(labels, probabilities)
+    with pytest.raises(ConfigError, match="bins=0"):
+        calibration_error([0], [0.5], bins=0)
