@@ -37,6 +37,7 @@ def main() -> None:
             for part in arguments.part
             for method in finetune.methods_of(part)
         ]
+        finetune.prepare(folder)
         run([job for job in jobs if not is_done(job, folder)], folder, arguments.processes)
         results = {(job.part, job.method, job.seed): read(job, folder)["scores"] for job in jobs}
         text = finetune.tables(results)

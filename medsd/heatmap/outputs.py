@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.heatmap.maps import SlideMaps
-from medsd.heatmap.overlay import draw_overlay
+from medsd.heatmap.overlay import draw_overlay, explanation_warning
 from medsd.heatmap.regions import Region, find_regions, write_geojson
 from medsd.heatmap.report import ReportContent, write_report
-from medsd.heatmap.scale import probability_scale, saliency_scale
+from medsd.heatmap.scale import explanation_scale, probability_scale
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.networks.weights import Calibration, ModelCard
 from medsd.slides.readers.base import RGB
@@ -64,7 +64,7 @@ class OutputWriter:
             picture = hatched(picture, maps.lost[np.ix_(*inside)])
         probability, saliency = maps.probability, maps.saliency
         threshold = self.calibration.threshold
-        scales = probability_scale(), saliency_scale(self.calibration.saliency_limit, saliency.unit)
+        scales = probability_scale(), explanation_scale(saliency, self.calibration.saliency_limit)
         # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
         smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
         regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
@@ -103,15 +103,15 @@ class OutputWriter:
             scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
             region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
             provenance=self._provenance(slide),
-            caveats=self._caveats(slide, maps.unseen),
+            caveats=self._caveats(slide, maps),
         )
         write_report(folder / "report.html", content)
         return MapSummary(score, len(regions), area_mm2)
 
-    def _caveats(self, slide: Slide, unseen: float) -> list[str]:
+    def _caveats(self, slide: Slide, maps: SlideMaps) -> list[str]:
         caveats = [
             f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little.",
-            "Saliency shows what the model reacts to; it is not the probability of tumour and no diagnosis.",
+            f"{explanation_warning(maps.saliency)} It is no diagnosis.",
         ]
         if slide.mpp > 1.1 * self.card.mpp:
             caveats.insert(
@@ -119,21 +119,24 @@ class OutputWriter:
                 f"The slide ({slide.mpp:g} µm per pixel) is coarser than the classifier expects "
                 f"({self.card.mpp:g}): it was enlarged, and detail that the classifier looks for is missing.",
             )
-        if unseen:
+        if maps.unseen:
             caveats.insert(
                 0,
-                f"The slide file is damaged: {unseen:.1%} of the tissue (grey stripes) could not be decoded "
+                f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded "
                 f"and was not judged.",
             )
         return caveats
 
     def _provenance(self, slide: Slide) -> dict[str, str]:
+        limit = self.calibration.saliency_limit
+        scale = f"±{limit:.3g}: 99.5th percentile of |saliency| in {self.calibration.source}"
+        if self.calibration.attribution == "mask":
+            scale = "0 to 1, all masks closed to all open"
         return {
             "Slide file": f"{slide.path.name}, read by {slide.reader}",
             "Classifier": f"{self.card.encoder}, tiles of {self.card.tile_px} px at {self.card.mpp:g} µm per pixel",
             "Weights SHA-256": self.digest,
-            "Colour scale": f"±{self.calibration.saliency_limit:.3g}: 99.5th percentile of |saliency| in "
-            f"{self.calibration.source}",
+            "Colour scale": scale,
         }
 
 

@@ -98,15 +98,12 @@ def probability_scale() -> ColourScale:
     return ColourScale(0.0, 1.0, PROBABILITY_COLORMAP, "Probability", "")
 
 
-def mask_scale() -> ColourScale:
-    """Cividis from 0, all masks closed, to 1, all open."""
-    return ColourScale(0.0, 1.0, MASK_COLORMAP, "Mask", "share of masks open")
-
-
 def explanation_scale(value_map: ValueMap, limit: float) -> ColourScale:
-    """The scale of an explanation: masks have limits of their own, saliency ends at `limit` (see `saliency_scale`).
+    """The scale of an explanation: masks run from 0, all closed, to 1, all open; saliency as `saliency_scale`.
 
     Raises:
         ConfigError: `limit` of a saliency is not positive and finite.
     """
-    return mask_scale() if value_map.quantity == "mask" else saliency_scale(limit, value_map.unit)
+    if value_map.quantity == "mask":
+        return ColourScale(0.0, 1.0, MASK_COLORMAP, "Mask", value_map.unit)
+    return saliency_scale(limit, value_map.unit)

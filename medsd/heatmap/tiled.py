@@ -124,7 +124,7 @@ class TiledEngine:
         for grid, weight in zip(grids, weights, strict=True):
             grid.values[weight == 0] = np.nan
             np.divide(grid.values, weight, out=grid.values, where=weight > 0)
-        words = f"blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
+        words = f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
         target = self.classifier.classes[self.target]
         return finish_maps(grids, tissue, self.settings, target, words, len(left), len(left) * self.tile_px**2)
 

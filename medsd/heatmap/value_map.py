@@ -19,7 +19,7 @@ class ValueMap:
         values: (height, width) float32, signed, not normalised; NaN is not seen.
         level0_px: side of a map pixel in level-0 pixels.
         mpp: side of a map pixel in micrometres.
-        quantity: what the values are, "saliency" or "probability".
+        quantity: what the values are, "saliency", "mask" or "probability".
         target: the class the values speak of.
         method: how they were made, for legends and records.
         unit: unit of the values, for colour bars.

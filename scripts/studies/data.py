@@ -12,12 +12,17 @@ from scipy.ndimage import distance_transform_edt
 
 from medsd.files import atomic_path
 from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
-from medsd.slides.phantom.slides import PhantomSpec, draw_phantom
+from medsd.slides.phantom.slides import Phantom, PhantomSpec, draw_phantom
 
 TILE_PX = 64
 _SLIDE_PX, _MPP, _DIFFICULTY = 2048, 1.0, 0.3
 _PLACES = 60
-_SLIDES = 24
+_STUDY_SLIDES, _START_SLIDES = 24, 10
+SLIDES = range(_STUDY_SLIDES + _START_SLIDES)
+# How much of the tint surrounds a nest: 1 is the shortcut of `PhantomSpec`, 0 none.
+_TINT = 1.0
+# Raised whenever a part holds other pixels, so that kept results are never mixed.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -93,23 +98,53 @@ def phantoms_with_shortcut(cache: Path, seed: int) -> Split:
     """Tiles of phantom slides, a nest of tumour or normal cells in surroundings that are tinted or not.
 
     The twin of Waterbirds: each slide is drawn four times from one seed, with and without tumour, with and without the
-    shortcut (a tint), so that all four agree in anatomy and light. A tile of 64 um is the untinted slide inside a disc of
-    14 to 20 um radius, with or without tumour, and the slide without tumour around it, with or without tint. In
+    shortcut (a tint), so that all four agree in anatomy and light. A tile of 64 um is the untinted slide inside a disc
+    of 14 to 20 um radius, with or without tumour, and the slide without tumour around it, with or without tint. In
     training the tint goes with the label in every tile; validation and test sides hold every place four times, once a
     group. The seed deals 24 slides to the sides: 14, 4 and 6.
     """
-    slides = np.random.default_rng((seed, 2)).permutation(_SLIDES)
+    slides = np.random.default_rng((seed, 2)).permutation(_STUDY_SLIDES)
     sides = []
     for side in np.split(slides, (14, 18)):
-        drawn = [_tiles(cache, int(slide)) for slide in side]
-        images, masks = (np.concatenate([each[part] for each in drawn]) for part in (0, 1))
-        sides.append(_grouped(images, masks, training=not sides))
+        images, masks = _tiles_of(cache, side.tolist())
+        sides.append(_grouped(_tinted(images, np.full(len(images), _TINT)), masks, training=not sides))
     return Split(*sides)
 
 
-def draw_slides(cache: Path, number: int) -> None:
+def phantoms_without_shortcut(cache: Path) -> Items:
+    """Tiles of ten slides more, every place four times, the share of the tint drawn from -0.3 to 1 for each."""
+    images, masks = _tiles_of(cache, list(SLIDES)[_STUDY_SLIDES:])
+    random = np.random.default_rng(0)
+    parts = [_tinted(images, random.uniform(-0.3, 1, len(images))) for _ in range(2)]
+    drawn = [part[:, label, 1] for part in parts for label in (0, 1)]
+    labels = np.tile(np.repeat([0, 1], len(images)), 2)
+    return Items(
+        torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(labels),
+        torch.zeros(len(labels), dtype=torch.int64),
+        torch.from_numpy(np.concatenate([masks] * 4)),
+    )
+
+
+def draw_slide(cache: Path, number: int) -> None:
     """Draw one of the phantom slides and keep its tiles."""
     _tiles(cache, number)
+
+
+def _tiles_of(cache: Path, slides: list[int]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    drawn = [_tiles(cache, slide) for slide in slides]
+    images, masks = zip(*drawn, strict=True)
+    return np.concatenate(images), np.concatenate(masks)
+
+
+def _tinted(images: npt.NDArray[np.uint8], share: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """The images (places, label, cue, ...) with this share of the tint in place of all of it."""
+    if (share == 1).all():
+        return images
+    plain, tinted = (images[:, :, cue].astype(np.float32) for cue in (0, 1))
+    weight = share.astype(np.float32)[:, None, None, None, None]
+    mixed = (plain + weight * (tinted - plain)).round().clip(0, 255).astype(np.uint8)
+    return np.stack([images[:, :, 0], mixed], axis=2)
 
 
 def _grouped(images: npt.NDArray[np.uint8], masks: npt.NDArray[np.bool_], training: bool) -> Items:
@@ -142,14 +177,18 @@ def _tiles(cache: Path, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
             for label in (0, 1)
             for cue in (0, 1)
         }
-        images, nests = _cut(drawn, drawn[1, 0].mask, np.random.default_rng(seed))
+        images, nests = _cut(drawn, np.random.default_rng(seed))
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, images=images, nests=nests)
     with np.load(path, allow_pickle=False) as content:
         return content["images"], content["nests"]
 
 
-def _cut(drawn, tumour, random):  # type: ignore[no-untyped-def]
+def _cut(
+    drawn: dict[tuple[int, int], Phantom], random: np.random.Generator
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Tiles at places well inside the tumour, no two closer than 40 px."""
+    tumour = drawn[1, 0].mask
     half = TILE_PX // 2
     depth = distance_transform_edt(np.pad(tumour, 1))[1:-1, 1:-1]
     depth[:half], depth[-half:], depth[:, :half], depth[:, -half:] = 0, 0, 0, 0

@@ -1,25 +1,50 @@
-"""Objectives against each other, over seeds: accuracy, faithfulness, shortcuts, and what the features become."""
+"""Objectives against each other, over seeds: accuracy, faithfulness, shortcuts, and what the features become.
+
+(a) `clusters`: PatchCamelyon patches split by stain cluster. (b) `phantoms`: tiles of phantom slides whose surroundings
+tell the label in training. (c) `patches`: PatchCamelyon patches whose stain cluster tells the label in training.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
-from studies.data import Items
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from studies import data
+from studies.data import Items, Split
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 
+from medsd.evaluate.explanations import ExplanationSettings, score_explanations
+from medsd.evaluate.scores import auc
+from medsd.files import atomic_path
+from medsd.finetune.aim import AimObjective
 from medsd.finetune.augment import augment
+from medsd.finetune.objective import SaliencyDecor
+from medsd.finetune.parameters import parameter_groups
 from medsd.finetune.terms import Objective
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import evaluating
+from medsd.networks.start import load_encoder, save_encoder
+from medsd.saliency.metrics.masking import SHARES
+from medsd.slides.dataset import Sample
+
+PARTS = ("clusters", "phantoms", "patches")
+ENCODER = "resnet10t_half"
+# Okabe and Ito's, told apart by the colour-blind.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
 
-@register_model
-def resnet10t_half(pretrained: bool = False, pretrained_cfg: object = None, **options: object) -> ResNet:
+@register_model  # type: ignore[no-untyped-call]
+def resnet10t_half(pretrained: bool = False, num_classes: int = 0, global_pool: str = "", **_cfg: object) -> ResNet:
     """timm's ResNet-10-t with half its channels: 1.2 million parameters, for many trainings on a CPU."""
     return ResNet(
         BasicBlock,
@@ -28,66 +53,355 @@ def resnet10t_half(pretrained: bool = False, pretrained_cfg: object = None, **op
         stem_width=16,
         stem_type="deep_tiered",
         avg_down=True,
-        **{name: value for name, value in options.items() if name in ("num_classes", "global_pool")},
+        num_classes=num_classes,
+        global_pool=global_pool,
     )
-
-
-ENCODER = "resnet10t_half"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast every objective trains."""
+    """How every method of a part trains."""
 
-    epochs: int = 8
+    epochs: int
+    lr: float
+    encoder_lr: float
     batch_size: int = 32
-    lr: float = 2e-3
     weight_decay: float = 0.01
     stain: float = 0.1
+    start: str = ""
 
 
-def tile() -> Classifier:
-    return TileClassifier(ENCODER)
+@dataclass(frozen=True)
+class Method:
+    """A network and an objective."""
+
+    words: str
+    objective: Callable[[int], Objective]
+    network: Callable[[], Classifier] = lambda: TileClassifier(ENCODER)
+    version: dict[str, Any] = field(default_factory=dict)
 
 
-def aim(masking: bool) -> Callable[[], Classifier]:
-    return lambda: AimClassifier(ENCODER, end_stage=1, feature_width=64, mask_width=16, masking=masking)
+RECIPES = {
+    "clusters": Recipe(epochs=10, lr=2e-3, encoder_lr=2e-3),
+    "phantoms": Recipe(epochs=4, lr=1e-3, encoder_lr=3e-4, start="phantoms"),
+    "patches": Recipe(epochs=8, lr=1e-3, encoder_lr=3e-4, start="phantoms"),
+}
 
 
-def train(
-    make: Callable[[], Classifier], objective: Objective, items: Items, recipe: Recipe, seed: int
-) -> tuple[Classifier, float]:
-    """A network after all epochs, and its seconds a step."""
-    torch.manual_seed(seed)
-    network = make().to(memory_format=torch.channels_last)
+def _decor(consistency: float, decorrelation: float, mode: str = "cov") -> Method:
+    words = {(0, 0): "cross-entropy (CE)", (1, 0): "SGT"}.get(
+        (int(consistency > 0), int(decorrelation > 0)),
+        f"{'SaliencyDecor' if consistency else 'CE + decorrelation'}, `{mode}` {decorrelation:g}",
+    )
+    return Method(
+        words,
+        lambda epochs: SaliencyDecor(
+            consistency=consistency,
+            decorrelation=decorrelation,
+            ramp_epochs=epochs / 4,
+            mode=cast(Any, mode),
+        ),
+        version={"consistency": consistency, "decorrelation": decorrelation, "mode": mode},
+    )
+
+
+def _aim(target: float, masking: bool = True) -> Method:
+    return Method(
+        f"AIM, tau {target:g}" if masking else "AIM's twin without masks",
+        lambda epochs: AimObjective(epochs, target, 6.0 if masking else 0.0),
+        lambda: AimClassifier(ENCODER, end_stage=1, feature_width=64, mask_width=16, masking=masking),
+        {"target": target, "masking": masking, "end_stage": 1},
+    )
+
+
+METHODS = {
+    "ce": _decor(0, 0),
+    "sgt": _decor(1, 0),
+    "decorrelation": _decor(0, 0.5),
+    "saliencydecor": _decor(1, 0.5),
+    "saliencydecor-zca": _decor(1, 0.5, "zca"),
+    "twin": _aim(1.0, masking=False),
+    "aim-35": _aim(0.35),
+    "aim-25": _aim(0.25),
+}
+
+
+def methods_of(part: str) -> list[str]:
+    """The methods that a part compares."""
+    if part == "clusters":
+        return ["ce", "sgt", "decorrelation", "saliencydecor", "saliencydecor-zca"]
+    return ["ce", "saliencydecor", "twin", "aim-35", "aim-25"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    part: str
+    method: str
+    seed: int
+    patches: str
+    folder: str
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on."""
+    return {**asdict(RECIPES[job.part]), **METHODS[job.method].version, "encoder": ENCODER, "data": data.VERSION}
+
+
+def start_worker() -> None:
+    """One thread a process."""
+    torch.set_num_threads(1)
+
+
+def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Train, and score on the test side (and on the validation side, which chose the recipes)."""
+    start_worker()
+    split = split_of(job.part, Path(job.patches), Path(job.folder), job.seed)
+    recipe, method = RECIPES[job.part], METHODS[job.method]
+    torch.manual_seed(job.seed)
+    network = method.network()
+    if recipe.start:
+        load_encoder(network.encoder, pretrained_encoder(Path(job.folder)))
+    seconds = train(network, method.objective(recipe.epochs), split.training, recipe, job.seed)
+    scores = {"seconds_per_step": seconds}
+    for name, items in (("validation", split.validation), ("testing", split.testing)):
+        scores |= {f"{name}_{key}": value for key, value in score(network, items).items()}
+    return job, scores | explain(network, split.testing, job.part == "phantoms")
+
+
+def split_of(part: str, patches: Path, folder: Path, seed: int) -> Split:
+    """The sides of a part under a seed."""
+    if part == "clusters":
+        return data.patches_by_cluster(patches, seed)
+    if part == "patches":
+        return data.patches_with_shortcut(patches, seed)
+    return data.phantoms_with_shortcut(folder / "slides", seed)
+
+
+def pretrained_encoder(folder: Path) -> Path:
+    """The file of the encoder that the two shortcut parts start from; see `prepare`."""
+    return folder / "encoder.safetensors"
+
+
+def prepare(folder: Path) -> None:
+    """Draw the phantom slides and pre-train the encoder, once.
+
+    It learns tumour from normal nests on slides of its own, in surroundings whose tint is drawn at random: what
+    ImageNet is to Waterbirds, a start that knows the objects and owes nothing to the shortcut.
+    """
+    for number in data.SLIDES:
+        data.draw_slide(folder / "slides", number)
+    if not pretrained_encoder(folder).is_file():
+        torch.manual_seed(0)
+        network = TileClassifier(ENCODER)
+        items = data.phantoms_without_shortcut(folder / "slides")
+        train(network, SaliencyDecor(0, 0), items, Recipe(epochs=6, lr=2e-3, encoder_lr=2e-3, stain=0.2), seed=0)
+        save_encoder(pretrained_encoder(folder), network.encoder, ENCODER, "phantom tiles, tint at random")
+
+
+def train(network: Classifier, objective: Objective, items: Items, recipe: Recipe, seed: int) -> float:
+    """Train for all epochs, the last network is kept; returns the seconds a step took."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = {id(parameter) for parameter in network.encoder.parameters()}
+    (group,) = parameter_groups(network, recipe.lr, recipe.weight_decay)
+    groups = [
+        {"params": [p for p in group["params"] if id(p) in encoder], "lr": recipe.encoder_lr},
+        {"params": [p for p in group["params"] if id(p) not in encoder], "lr": recipe.lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     steps = len(items) // recipe.batch_size
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [recipe.encoder_lr, recipe.lr], total_steps=recipe.epochs * steps
+    )
     draws = torch.Generator().manual_seed(seed)
     network.train()
-    started = time.perf_counter()
+    started = time.process_time()
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(items), generator=draws)
         for step in range(steps):
             rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             x = network.normalise(augment(items.images[rows], draws, recipe.stain))
-            x = x.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             objective(network, x, items.labels[rows], epoch + step / steps, draws).total.backward()
             optimizer.step()
             schedule.step()
-    return network.eval(), (time.perf_counter() - started) / (recipe.epochs * steps)
+    network.eval()
+    return (time.process_time() - started) / (recipe.epochs * steps)
 
 
-def logits_of(network: Classifier, items: Items) -> torch.Tensor:
+def score(network: Classifier, items: Items) -> dict[str, float]:
+    """Accuracy, AUC, and the least accuracy of the groups (label, cue) that the items hold."""
     with evaluating(network), torch.inference_mode():
-        return torch.cat([network(batch) for batch in items.images.split(128)])
-
-
-def group_accuracy(logits: torch.Tensor, items: Items) -> dict[tuple[int, int], float]:
-    correct = (logits.argmax(1) == items.labels).float()
+        logits = torch.cat([network(batch) for batch in items.images.split(128)])
+    correct = (logits.argmax(dim=1) == items.labels).float()
+    groups = 2 * items.labels + items.cue
+    by_group = {f"group_{int(group)}": float(correct[groups == group].mean()) for group in groups.unique()}
     return {
-        (label, cue): float(correct[(items.labels == label) & (items.cue == cue)].mean())
-        for label in (0, 1)
-        for cue in (0, 1)
+        "accuracy": float(correct.mean()),
+        "auc": auc(items.labels.numpy(), (logits[:, 1] - logits[:, 0]).numpy()),
+        "worst_group": min(by_group.values()),
+        **by_group,
     }
+
+
+def explain(network: Classifier, items: Items, pointing: bool) -> dict[str, Any]:
+    """Faithfulness of the input gradient (and of AIM's masks), and health of the features."""
+    samples: list[Sample] = [
+        {"image": image, "label": label} for image, label in zip(items.images, items.labels, strict=True)
+    ]
+    masks = items.masks.numpy() if pointing and items.masks is not None else None
+    settings = ExplanationSettings(items=160, draws=2)
+    found = score_explanations(network, samples, settings, None if masks is None else masks.__getitem__)
+    scores: dict[str, Any] = {
+        "correlation": found.features.mean_abs_correlation,
+        "rank": found.features.effective_rank,
+        "dead": found.features.dead_channels,
+        "random_area": found.random.masking_area.value,
+        "random_curve": [step.value for step in found.random.accuracy],
+        "chance_pointing": None if found.area_share is None else found.area_share.value,
+    }
+    for name, of_map in found.maps.items():
+        for measure in ("masking_area", "gap", "deletion", "insertion", "total_variation", "gini", "entropy"):
+            scores[f"{name}_{measure}"] = getattr(of_map, measure).value
+        scores[f"{name}_pointing"] = None if of_map.pointing is None else of_map.pointing.value
+        scores[f"{name}_curve"] = [step.value for step in of_map.accuracy]
+    return scores
+
+
+def tables(results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
+    """The study's tables in Markdown: mean and standard error over seeds, and paired differences from CE."""
+    parts = []
+    for part in dict.fromkeys(part for part, _, _ in results):
+        methods = list(dict.fromkeys(method for of, method, _ in results if of == part))
+        seeds = sorted({seed for of, _, seed in results if of == part})
+        columns = [column for column in COLUMNS[part] if _values(results, part, methods[0], seeds, column.key)]
+        lines = [f"### {part} ({len(seeds)} seeds)", ""]
+        lines.append("| method | " + " | ".join(column.words for column in columns) + " |")
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for method in methods:
+            cells = [_cell(_values(results, part, method, seeds, column.key), column) for column in columns]
+            lines.append(f"| {METHODS[method].words} | " + " | ".join(cells) + " |")
+        for base, others in PAIRS[part]:
+            for method in others:
+                cells = [
+                    _cell(_difference(results, part, (method, base), seeds, column.key), column, sign=True)
+                    for column in columns
+                ]
+                words = f"{METHODS[method].words} less {METHODS[base].words}, paired"
+                lines.append(f"| *{words}* | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure in a table; `scale` 100 writes percent."""
+
+    key: str
+    words: str
+    scale: float = 1.0
+    digits: int = 3
+
+
+_COMMON = [
+    Column("gradient_gap", "masking gap"),
+    Column("gradient_deletion", "deletion"),
+    Column("gradient_insertion", "insertion"),
+    Column("correlation", "mean abs. correlation"),
+    Column("rank", "effective rank", digits=1),
+    Column("dead", "dead channels", digits=1),
+    Column("gradient_total_variation", "TV"),
+    Column("gradient_gini", "Gini"),
+    Column("seconds_per_step", "CPU s a step"),
+]
+_GROUPS = [
+    Column("testing_worst_group", "worst-group accuracy %", 100, 1),
+    Column("testing_accuracy", "accuracy %", 100, 1),
+]
+COLUMNS = {
+    "clusters": [
+        Column("testing_accuracy", "accuracy %", 100, 1),
+        Column("testing_auc", "AUC"),
+        Column("gradient_masking_area", "masking AUC"),
+        *_COMMON,
+    ],
+    "phantoms": [
+        *_GROUPS,
+        Column("gradient_pointing", "energy pointing, gradient %", 100, 1),
+        Column("mask_pointing", "energy pointing, masks %", 100, 1),
+        Column("chance_pointing", "chance %", 100, 1),
+        *_COMMON,
+    ],
+    "patches": [*_GROUPS, *_COMMON],
+}
+PAIRS = {
+    "clusters": [
+        ("ce", ["sgt", "decorrelation", "saliencydecor", "saliencydecor-zca"]),
+        ("sgt", ["saliencydecor", "saliencydecor-zca"]),
+    ],
+    "phantoms": [("ce", ["saliencydecor"]), ("twin", ["aim-35", "aim-25"])],
+    "patches": [("ce", ["saliencydecor"]), ("twin", ["aim-35", "aim-25"])],
+}
+
+
+def _values(
+    results: dict[tuple[str, str, int], dict[str, Any]], part: str, method: str, seeds: list[int], key: str
+) -> list[float]:
+    values = [results[part, method, seed].get(key) for seed in seeds if (part, method, seed) in results]
+    return [float(value) for value in values if value is not None]
+
+
+def _difference(
+    results: dict[tuple[str, str, int], dict[str, Any]], part: str, pair: tuple[str, str], seeds: list[int], key: str
+) -> list[float]:
+    first, second = (_values(results, part, method, seeds, key) for method in pair)
+    return [a - b for a, b in zip(first, second, strict=True)] if len(first) == len(second) else []
+
+
+def _cell(values: list[float], column: Column, sign: bool = False) -> str:
+    """Mean and standard error over seeds; a dash where a method has no such measure."""
+    if not values:
+        return "-"
+    scaled = column.scale * np.array(values)
+    mean = f"{scaled.mean():{'+' if sign else ''}.{column.digits}f}"
+    return mean if len(scaled) < 2 else f"{mean} ± {scaled.std(ddof=1) / np.sqrt(len(scaled)):.{column.digits}f}"
+
+
+def draw(results: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
+    """One figure: masking curves with their random controls, and worst groups."""
+    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = list(dict.fromkeys(part for part, _, _ in results))
+    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
+        methods = list(dict.fromkeys(method for of, method, _ in results if of == part))
+        seeds = sorted({seed for of, _, seed in results if of == part})
+        axes.spines[["top", "right"]].set_visible(False)
+        if part == "clusters":
+            _draw_curves(axes, results, methods, seeds)
+        else:
+            _draw_groups(axes, results, part, methods, seeds)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_curves(axes: Axes, results: Any, methods: list[str], seeds: list[int]) -> None:
+    for method, colour in zip(methods, _COLOURS, strict=False):
+        for key, style in (("gradient_curve", "-"), ("random_curve", ":")):
+            curve = np.mean([results["clusters", method, seed][key] for seed in seeds], axis=0)
+            label = METHODS[method].words if key == "gradient_curve" else None
+            axes.plot(SHARES, curve, style, color=colour, label=label, lw=1.5)
+    axes.set(xlabel="share of pixels masked", ylabel="accuracy", title="Masking: by gradient (lines), random (dots)")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_groups(axes: Axes, results: Any, part: str, methods: list[str], seeds: list[int]) -> None:
+    for row, method in enumerate(methods):
+        values = 100 * np.array(_values(results, part, method, seeds, "testing_worst_group"))
+        axes.barh(row, values.mean(), color="#cccccc")
+        axes.plot(values, np.full(len(values), row), "o", color="#333333", ms=4, mfc="none")
+    axes.axvline(50, color="#999999", ls=":", lw=1)
+    title = {"phantoms": "Phantoms, tint goes with the label", "patches": "PCam, stain cluster goes with the label"}
+    axes.set(xlabel="worst-group accuracy % (a ring a seed)", xlim=(0, 100), title=title[part])
+    axes.set_yticks(range(len(methods)), [METHODS[method].words for method in methods])
+    axes.invert_yaxis()

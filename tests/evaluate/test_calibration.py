@@ -64,7 +64,7 @@ def test_one_class_alone_is_refused() -> None:
 def test_thresholds_on_slides_follow_the_temperature(tmp_path: Path) -> None:
     """Tempering keeps the order of the probabilities: the threshold becomes the same logit, divided."""
     write_phantom(PhantomSpec(seed=1, tumour=True, size_px=1024), tmp_path / "tumour_001.tif", tmp_path / "tumour.xml")
-    slide = SlideEntry("tumour_001", tmp_path / "tumour_001.tif", "training", True, tmp_path / "tumour.xml")
+    slide = SlideEntry("tumour_001", tmp_path / "tumour_001.tif", 1, "training", tmp_path / "tumour.xml")
     torch.manual_seed(0)
     network = TileClassifier("test_resnet").eval()
     network.head.bias.data.zero_()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import shapely
 import tifffile
+import torch
 from PIL import Image
 
 import medsd.heatmap.outputs as outputs
@@ -19,7 +20,8 @@ from medsd.heatmap.outputs import top_mean
 from medsd.heatmap.overlay import layout
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
-from medsd.networks.weights import save_classifier
+from medsd.networks.aim import AimClassifier
+from medsd.networks.weights import Calibration, save_classifier
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +234,21 @@ def test_a_slide_with_too_much_damage_has_failed(tmp_path, fiducial_slide, green
     assert bad.status == "failed" and "cannot be decoded, more than 5%" in bad.reason and "bad.tif" in bad.reason
     assert fine.status == "ok"
     assert map_slides([SlideJob(damaged)], green_weights, tmp_path / "out", max_unseen=0.9)[0].status == "ok"
+
+
+def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, fiducial_slide, green_card):
+    torch.manual_seed(0)
+    network = AimClassifier("test_resnet", feature_width=8, mask_width=8).eval()
+    torch.nn.init.zeros_(network.head.weight)
+    network.head.bias.data = torch.tensor([0.0, 3.0])
+    calibration = Calibration(0.5, 1.0, "layer2", "mask", "none", "green discs", temperature=2.0)
+    card = replace(
+        green_card, tile_px=256, architecture="aim", options=network.options, calibration=calibration, mpp=2.0
+    )
+    save_classifier(tmp_path / "aim.safetensors", network, card)
+    (result,) = map_slides([SlideJob(fiducial_slide)], tmp_path / "aim.safetensors", tmp_path)
+    assert result.status == "ok" and result.score == pytest.approx(1 / (1 + np.exp(-1.5)), abs=1e-6)
+    masks = read_ome_tiff(tmp_path / "fiducials" / "saliency.ome.tif")
+    seen = masks.values[masks.seen]
+    assert masks.quantity == "mask" and seen.min() >= 0 and seen.max() <= 1
+    assert "blended tiles of 256 px" in read_record(tmp_path / "fiducials")["methods"][0]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from medsd.heatmap.regions import find_regions
 from medsd.heatmap.report import IndexRow, ReportContent, area_text, pack_values, write_index, write_report
-from medsd.heatmap.scale import probability_scale, saliency_scale
+from medsd.heatmap.scale import explanation_scale, probability_scale, saliency_scale
 from medsd.heatmap.value_map import ValueMap
 
 NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
@@ -263,3 +263,16 @@ def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
     write(tmp_path, replace(content(), slide_name="caf\udce9"))
     write_index(tmp_path / "index.html", [IndexRow("caf\udce9", "failed", reason="x")], "t")
     assert "caf?" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_masks_are_called_masks(page: tuple[str, Page], tmp_path: Path) -> None:
+    report = content()
+    masks = replace(report.saliency, values=np.abs(report.saliency.values).clip(0, 1), quantity="mask", unit="share")
+    regions = find_regions(report.probability, 0.5, 0.25, (8000, 6000), masks)
+    _, parsed = write(
+        tmp_path,
+        replace(report, saliency=masks, saliency_scale=explanation_scale(masks, 1.0), regions=regions),
+    )
+    assert "aliency" in page[1].words and "aliency" not in parsed.words
+    assert "Mean mask" in parsed.words and "Mask (share)" in parsed.words
+    assert f"{regions[0].mean_saliency:.3g}" in parsed.words and "+0." not in parsed.words

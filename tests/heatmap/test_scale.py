@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from medsd.errors import ConfigError
-from medsd.heatmap.scale import ColourScale, probability_scale, saliency_scale
+from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale, saliency_scale
+from medsd.heatmap.value_map import ValueMap
 
 
 def test_zero_has_the_middle_colour_of_a_diverging_scale() -> None:
@@ -68,3 +69,15 @@ def test_refuses_limits_that_are_none(limit: float) -> None:
 def test_refuses_an_unknown_colormap_and_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'viridis'"):
         ColourScale(0.0, 1.0, "viridi", "x", "")
+
+
+def test_masks_run_from_0_to_1_whatever_the_limit_and_saliency_is_centred() -> None:
+    mask, saliency = (
+        explanation_scale(ValueMap(np.zeros((2, 2), np.float32), 1.0, 1.0, quantity, "", "", "unit"), 0.3)
+        for quantity in ("mask", "saliency")
+    )
+    assert (mask.vmin, mask.vmax) == (0.0, 1.0)
+    assert (saliency.vmin, saliency.vmax) == (-0.3, 0.3) and saliency.title == "Saliency (unit)"
+    assert len({scale.colormap for scale in (mask, saliency, probability_scale())}) == 3
+    brightness = mask.colours().astype(int).sum(axis=1)
+    assert (np.diff(brightness) >= -3).all()  # sequential: no light middle that would pass for a zero
