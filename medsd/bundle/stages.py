@@ -126,13 +126,14 @@ def _is_written(path: Path, network: Classifier, card: ModelCard, settings: MapS
 
 @boundary
 def evaluate(
-    data: Data, output_dir: str, device: torch.device, batch_size: int = 64, explained_tiles: int = 128, seed: int = 0
+    data: Data, output_dir: str, device: torch.device, explained_tiles: int = 64, workers: int = 0, seed: int = 0
 ) -> None:
     """Stage evaluate: scores on the test tiles into `scores.json`, their probabilities into `test_tiles.npz`.
 
     Args:
         explained_tiles: tiles whose explanations are judged, see `score_explanations`; 0 for none.
-        seed: draws them.
+        workers: processes that read tiles.
+        seed: draws the tiles that are judged.
     """
     path = Path(output_dir) / WEIGHTS
     network, card, digest = load_classifier(path, device)
@@ -141,7 +142,7 @@ def evaluate(
     if card.calibration is None:
         raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
     calibration, items = card.calibration, data.part("testing")
-    logits = predict_logits(network, items, batch_size=batch_size, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
+    logits = predict_logits(network, items, workers=workers, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
     probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
     content = {
         "weights_sha256": digest,
@@ -150,7 +151,7 @@ def evaluate(
         "calibration": as_json(score_calibration(logits, items.labels, calibration.temperature, calibration.threshold)),
     }
     if explained_tiles:
-        settings = ExplanationSettings(items=explained_tiles, batch_size=batch_size, seed=seed)
+        settings = ExplanationSettings(items=explained_tiles, seed=seed)
         explained = score_explanations(network, items, settings, progress=progress_bar("explain"))  # type: ignore[arg-type]
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:

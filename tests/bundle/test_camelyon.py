@@ -28,6 +28,7 @@ SMALL = {
     "samples_per_epoch": 128,
     "batch_size": 16,
     "block_px": 256,
+    "explained_tiles": 4,
 }
 
 
@@ -81,6 +82,9 @@ def test_scores_are_of_the_held_out_slides(finished):
     assert scores["tiles"]["groups"] == 2 and 0 <= scores["tiles"]["patch_auc"]["value"] <= 1
     assert {name: label for name, (label, _) in scores["slides"]["slides"].items()} == {"test_001": 1, "test_002": 0}
     assert set(scores["slides"]["pointing"]) == {"test_001"}
+    _, card, _ = load_classifier(finished / "out" / "model.safetensors")
+    assert card.calibration is not None and scores["calibration"]["temperature"] == card.calibration.temperature != 1
+    assert scores["explanations"]["judged"] == 4 and set(scores["explanations"]["maps"]) == {"gradient"}
 
 
 def test_maps_and_regions_agree_with_the_weights(finished):
@@ -146,7 +150,12 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, 
     ("overrides", "words"),
     [
         ({"encoder": "resnet1o"}, ["resnet1o"]),
-        ({"encoder": "efficientnet_b0", "layer": "blocks.2"}, ["global operations"]),
+        ({"frozen": ["layr1"]}, ["layr1", "layer1"]),
+        ({"amp": "half"}, ["amp='half'"]),
+        ({"mode": "covv"}, ["mode='covv'", "cov"]),
+        ({"hard_negative_epoch": -1}, ["hard_negative_epoch=-1"]),
+        ({"patience": 0}, ["patience=0"]),
+        ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors"]),
         ({"layer": "layr1"}, ["layr1", "layer1"]),
         ({"tile_px": 32}, ["other slides or settings", "prepare"]),
         ({"validation_share": 0.6}, ["other slides or settings", "prepare"]),
