@@ -98,7 +98,7 @@ def _read_run(folder: Path) -> Run:
     scores = _read_json(path)
     settings_path = folder / "training" / "settings.json"
     settings = _flat(_read_json(settings_path)) if settings_path.is_file() else {}
-    cost = _seconds_per_step(folder / "training" / "history.csv")
+    cost = _seconds_per_step(folder / "training" / "pace.csv")
     slides = scores.get("slides")
     pointing = _slide_pointing(slides.get("pointing") if isinstance(slides, dict) else None)
     content = {**scores, "training": {"seconds_per_step": cost}, "slide_pointing": pointing}
@@ -152,7 +152,7 @@ def _seconds_per_step(path: Path) -> float | None:
             cells = [row.get("seconds_per_step") for row in csv.DictReader(handle)]
         values = [float(cell) for cell in cells if cell]
     except (OSError, ValueError, csv.Error) as error:
-        raise DatasetError(f"{path}: not a training history ({error}); train that run again") from error
+        raise DatasetError(f"{path}: not a table of epochs ({error}); train that run again") from error
     return median(values) if values else None
 
 

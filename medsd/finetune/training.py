@@ -44,8 +44,8 @@ def run_training(
 ) -> TrainingState:
     """Train to `max_epochs`, or go on from the last whole epoch; the network ends as the best one on validation.
 
-    Leaves `checkpoint.pt`, `settings.json` and `history.csv` (a row an epoch) in `folder`. A finished training is
-    not repeated. Of several ranks the first writes; all validate, on all validation data.
+    Leaves `checkpoint.pt`, `settings.json`, `history.csv` and `pace.csv` (a row an epoch) in `folder`. A finished
+    training is not repeated. Of several ranks the first writes; all validate, on all validation data.
 
     Args:
         trainer: its iterations give the loss and its parts as floats (`ObjectiveStep`).
@@ -156,8 +156,10 @@ class _Loop:
             state.best_metric, state.best_epoch, state.best_network = metric, state.epoch, network
         if rank() == 0:
             # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
-            row = {"epoch": state.epoch, **self.sums, "validation_auc": metric, "seconds_per_step": seconds}
+            row = {"epoch": state.epoch, **self.sums, "validation_auc": metric}
             _append_row(self.checkpoint.folder / "history.csv", row)
+            # In a file of its own: a resumed training's history equals the whole one's, its pace does not.
+            _append_row(self.checkpoint.folder / "pace.csv", {"epoch": state.epoch, "seconds_per_step": seconds})
             self.checkpoint.save(state)
             logger.info("epoch %d: loss %.4f, validation AUC %.4f", state.epoch, self.sums["loss"], metric)
         if _out_of_patience(state, self.patience):

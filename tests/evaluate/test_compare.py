@@ -56,8 +56,8 @@ def write_run(
     if settings is not None:
         (folder / "training" / "settings.json").write_text(json.dumps(settings))
     if seconds:
-        rows = "".join(f"{epoch},0.5,0.8,{value}\n" for epoch, value in enumerate(seconds, start=1))
-        (folder / "training" / "history.csv").write_text(f"epoch,loss,validation_auc,seconds_per_step\n{rows}")
+        rows = "".join(f"{epoch},{value}\n" for epoch, value in enumerate(seconds, start=1))
+        (folder / "training" / "pace.csv").write_text(f"epoch,seconds_per_step\n{rows}")
     return folder
 
 
@@ -164,11 +164,11 @@ def test_what_is_no_run_is_one_line(full, tmp_path):
     broken = write_run(tmp_path / "broken", scores())
     (broken / "scores.json").write_text("{")
     listed = write_run(tmp_path / "listed", [])  # type: ignore[arg-type]
-    history = write_run(tmp_path / "history", scores(), seconds=(0.1,))
-    (history / "training" / "history.csv").write_text("epoch,seconds_per_step\n1,fast\n")
+    pace = write_run(tmp_path / "pace", scores(), seconds=(0.1,))
+    (pace / "training" / "pace.csv").write_text("epoch,seconds_per_step\n1,fast\n")
     binary = write_run(tmp_path / "binary", scores())
     (binary / "training" / "settings.json").write_bytes(b"\xff\xfe")
-    for folder in (tmp_path / "nowhere", tmp_path, full / "training", broken, listed, history, binary):
+    for folder in (tmp_path / "nowhere", tmp_path, full / "training", broken, listed, pace, binary):
         with pytest.raises(DatasetError) as caught:
             read_runs([full, folder])
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ from monai.handlers import ROCAUC, from_engine
 from monai.transforms import Activationsd, AsDiscreted, Compose
 from torch.utils.data import DataLoader, Dataset
 
-from medsd.errors import OutputError, TrainingError
+from medsd.errors import ConfigError, OutputError, TrainingError
+from medsd.finetune.hard_negatives import HardNegativeRound
 from medsd.finetune.objective import SaliencyDecor
 from medsd.finetune.step import ObjectiveStep
 from medsd.finetune.training import run_training
@@ -58,9 +59,9 @@ class Training:
     sampler: SlideGroupedSampler
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
-    def run(self, folder: Path, settings: dict[str, Any] | None = None) -> Any:
+    def run(self, folder: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
         parts = (self.trainer, self.evaluator, self.sampler, self.scheduler)
-        return run_training(*parts, folder, SETTINGS if settings is None else settings)
+        return run_training(*parts, folder, SETTINGS if settings is None else settings, **options)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -109,7 +110,9 @@ def refuse(run: Callable[[], object], words: str) -> None:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     with open(folder / "history.csv", newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
+        return [
+            {key: value for key, value in row.items() if key != "seconds_per_step"} for row in csv.DictReader(handle)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_what_a_training_leaves(whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
     folder, _, state = whole
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "history.csv", "settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
     history = rows(folder)
     assert list(history[0]) == ["epoch", "loss", "cross_entropy", "consistency", "decorrelation", "validation_auc"]
     assert [row["epoch"] for row in history] == ["1", "2", "3"]
@@ -396,7 +399,7 @@ def test_killed_before_the_checkpoint_of_an_epoch(
         patch.setattr(torch, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             training().run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
     assert checkpoint(tmp_path)["state"]["epoch"] == 1
     training().run(tmp_path)
     assert (tmp_path / "history.csv").read_bytes() == (whole[0] / "history.csv").read_bytes()
@@ -436,7 +439,84 @@ module.die_in_epoch_three(pathlib.Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
     assert checkpoint(tmp_path)["state"]["epoch"] == 2
     training().run(tmp_path)
     assert equal(checkpoint(tmp_path)["network"], checkpoint(whole[0])["network"])
+
+
+def test_patience_stops_a_training_that_no_longer_improves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = iter([0.9, 0.8, 0.7, 0.95])
+    run = training(epochs=4)
+
+    def validate(_epoch: int) -> None:
+        run.evaluator.state.metrics = {"val_auc": next(metrics)}
+
+    monkeypatch.setattr(run.evaluator, "run", validate)
+    monkeypatch.setattr(run.evaluator.state, "metric_details", {}, raising=False)
+    state = run.run(tmp_path, patience=2)
+    assert (state.epoch, state.best_epoch) == (3, 1)
+    again = training(epochs=4)
+    state = again.run(tmp_path, patience=2)  # a run that has stopped stays stopped
+    assert state.epoch == 3 and len(rows(tmp_path)) == 3
+    assert equal(again.state, state.best_network)
+
+
+@pytest.mark.parametrize("patience", [0, -1])
+def test_no_patience_at_all_is_refused(tmp_path: Path, patience: int) -> None:
+    with pytest.raises(ConfigError, match=f"patience={patience}"):
+        training().run(tmp_path, patience=patience)
+
+
+class Foreseen(HardNegativeRound):
+    """A round whose items are known, and the networks that were asked for them."""
+
+    asked: ClassVar[list[float]] = []
+
+    def find(self, classifier: torch.nn.Module) -> Any:
+        self.asked.append(float(classifier.head.weight.sum()))
+        return np.array([2, 4])
+
+
+def test_hard_negatives_are_found_once_and_drawn_from_then_on_also_after_a_resume(tmp_path: Path) -> None:
+    Foreseen.asked.clear()
+    drawn: dict[str, list[list[int]]] = {"whole": [], "parts": []}
+
+    def run(folder: Path, epochs: int, name: str) -> Training:
+        part = training(epochs=epochs)
+        part.trainer.state.max_epochs = epochs
+        hard = Foreseen(1, 1.0, Blobs(0), Blobs(0).labels)
+        part.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: drawn[name].append(list(part.sampler)))
+        part.run(folder, hard_negatives=hard)
+        return part
+
+    whole = run(tmp_path / "whole", 3, "whole")
+    assert len(Foreseen.asked) == 1
+    run(tmp_path / "parts", 2, "parts")
+    resumed = run(tmp_path / "parts", 3, "parts")
+    assert len(Foreseen.asked) == 2  # the resumed one knows them
+    assert equal(whole.state, resumed.state)
+    normal = [sorted({item for item in epoch if item % 2 == 0}) for epoch in drawn["whole"]]
+    assert normal[1] == normal[2] == [2, 4] and len(normal[0]) == 24
+
+
+def test_a_training_that_failed_goes_on_from_its_last_whole_epoch(tmp_path: Path, whole: Any) -> None:
+    """A bad batch in the second epoch; once the data are mended, the same settings end where they would have."""
+    broken = training()
+    broken.trainer.add_event_handler(
+        Events.ITERATION_STARTED(once=5), lambda engine: engine.network.head.weight.data.fill_(torch.nan)
+    )
+    with pytest.raises(TrainingError, match="loss is nan in epoch 2"):
+        broken.run(tmp_path)
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1"]
+    mended = training()
+    mended.run(tmp_path)
+    assert equal(mended.state, whole[1]) or equal(mended.state, whole[2].best_network)
+
+
+def test_the_scale_of_half_precision_is_kept(tmp_path: Path) -> None:
+    step = ObjectiveStep(SaliencyDecor(decorrelation=0.01), amp="float16")
+    training(epochs=1, step=step).run(tmp_path, step=step)
+    resumed = ObjectiveStep(SaliencyDecor(decorrelation=0.01), amp="float16")
+    training(epochs=2, step=resumed).run(tmp_path, step=resumed)
+    assert resumed.state_dict()["_growth_tracker"] + 1 > step.state_dict()["_growth_tracker"]

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""What a step of each objective costs, against plain cross-entropy in the same run.
+
+python scripts/bench_finetune.py --encoder resnet18 --tile-px 96 --batch-size 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from medsd.finetune.aim import AimObjective
+from medsd.finetune.objective import SaliencyDecor
+from medsd.finetune.terms import Objective
+from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import Classifier, TileClassifier
+
+BASE = "cross-entropy"
+# Dense bfloat16 without sparsity, from the makers' data sheets, by a part of the device's name.
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+
+
+def main() -> None:
+    """Time the objectives in turns and print medians of the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--encoder", nargs="+", default=["resnet10t", "resnet18"])
+    parser.add_argument("--tile-px", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1, help="Steps in a round; more where a step takes milliseconds.")
+    parser.add_argument("--amp", choices=["none", "bfloat16", "float16"], default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice.")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(
+        f"{name}; tiles {options.tile_px} px, batch {options.batch_size}, amp {options.amp}, torch {torch.__version__}"
+    )
+    for encoder in options.encoder:
+        compare(encoder, device, options)
+
+
+def compare(encoder: str, device: torch.device, options: argparse.Namespace) -> None:
+    cases = objectives(encoder)
+    runs = {words: Steps(network, objective, device, options) for words, (network, objective) in cases.items()}
+    for run in runs.values():
+        run()  # kernels are chosen, and compiled, at the first
+    seconds: dict[str, list[float]] = {words: [] for words in runs}
+    for _ in range(options.rounds):
+        for words, run in runs.items():
+            seconds[words].append(run())
+    print(f"\n{encoder}\n{'objective':<42}{'images/s':>10}{'times CE (range)':>24}{'peak share':>12}")
+    for words, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, seconds[BASE], strict=True))
+        middle = statistics.median(times)
+        span = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        share = peak_share(encoder, middle, device, options) if words == BASE else ""
+        print(f"{words:<42}{options.batch_size / middle:>10.0f}{span:>24}{share:>12}")
+
+
+def objectives(encoder: str) -> dict[str, tuple[Callable[[], Classifier], Objective]]:
+    """What is timed; every one on a network of its own."""
+
+    def tile() -> Classifier:
+        return TileClassifier(encoder)
+
+    return {
+        BASE: (tile, SaliencyDecor(0, 0)),
+        "decorrelation alone, cov": (tile, SaliencyDecor(0, 0.1)),
+        "SGT": (tile, SaliencyDecor(1, 0)),
+        "SaliencyDecor, cov": (tile, SaliencyDecor()),
+        "SaliencyDecor, zca": (tile, SaliencyDecor(mode="zca")),
+        "SaliencyDecor, cov, shared saliency pass": (tile, SaliencyDecor(saliency_pass="shared")),
+        "AIM, stages 3 and 2": (lambda: AimClassifier(encoder), AimObjective(10)),
+    }
+
+
+class Steps:
+    """Training steps on random images."""
+
+    def __init__(
+        self, make: Callable[[], Classifier], objective: Objective, device: torch.device, options: argparse.Namespace
+    ) -> None:
+        torch.manual_seed(0)
+        self.network, self.objective, self.device, self.options = make().to(device).train(), objective, device, options
+        if options.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.compiled:
+            self.network.encoder.compile()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4)
+        side = options.tile_px
+        self.images = torch.randint(256, (options.batch_size, 3, side, side), dtype=torch.uint8, device=device)
+        self.labels = torch.arange(options.batch_size, device=device) % 2
+        self.draws = torch.Generator(device).manual_seed(0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "float16")
+
+    def __call__(self) -> float:
+        """Seconds a step."""
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(self.options.steps):
+            self._step()
+        self._wait()
+        return (time.perf_counter() - started) / self.options.steps
+
+    def _step(self) -> None:
+        amp = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.options.amp]
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            terms = self.objective(self.network, self.network.normalise(self.images), self.labels, 6.0, self.draws)
+        self.scaler.scale(terms.total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_share(encoder: str, seconds: float, device: torch.device, options: argparse.Namespace) -> str:
+    """Share of the card's bfloat16 peak that plain training reaches; three times the forward pass's operations."""
+    peak = next((peak for part, peak in _PEAK_TFLOPS.items() if part in device_name(device)), None)
+    if peak is None:
+        return "-"
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        TileClassifier(encoder).eval()(torch.zeros(1, 3, options.tile_px, options.tile_px))
+    return f"{3 * counter.get_total_flops() * options.batch_size / seconds / (peak * 1e12):.1%}"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+if __name__ == "__main__":
+    main()
