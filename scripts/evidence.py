@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="Train nothing; tables of what is there.")
     parser.add_argument("--part", choices=finetune.PARTS, nargs="+", default=list(finetune.PARTS))
     arguments = parser.parse_args()
     try:
@@ -37,9 +38,11 @@ def main() -> None:
             for part in arguments.part
             for method in finetune.methods_of(part)
         ]
-        finetune.prepare(folder)
-        run([job for job in jobs if not is_done(job, folder)], folder, arguments.processes)
-        results = {(job.part, job.method, job.seed): read(job, folder)["scores"] for job in jobs}
+        if not arguments.tables:
+            finetune.prepare(folder)
+            run([job for job in jobs if not is_done(job, folder)], folder, arguments.processes)
+        done = [job for job in jobs if is_done(job, folder)]
+        results = {(job.part, job.method, job.seed): read(job, folder)["scores"] for job in done}
         text = finetune.tables(results)
         write_text(folder / "tables.md", text)
         finetune.draw(results, folder / "finetune.png")

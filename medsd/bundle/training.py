@@ -148,13 +148,13 @@ def saliency_decor(
 @boundary
 def aim(
     max_epochs: int,
-    target: float = 0.25,
+    mask_target: float = 0.25,
     mask_weight: float = 6.0,
     anneal_share: float = 0.3,
     noise_off_share: float = 0.2,
 ) -> AimObjective:
     """The AIM objective."""
-    return AimObjective(max_epochs, target, mask_weight, anneal_share, noise_off_share)
+    return AimObjective(max_epochs, mask_target, mask_weight, anneal_share, noise_off_share)
 
 
 @boundary

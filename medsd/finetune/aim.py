@@ -32,7 +32,7 @@ class AimObjective:
 
     Attributes:
         max_epochs: length of the training, to which the two shares refer.
-        target: open share of every mask after the fall (the paper: 0.25 or 0.35).
+        mask_target: open share of every mask after the fall (the paper: 0.25 or 0.35).
         mask_weight: lambda; 0 leaves the size of the masks to the cross-entropy.
         anneal_share: share of the epochs in which tau falls from 1 to the target; 0 starts at the target.
         noise_off_share: share of the epochs, the last ones, without Gumbel noise.
@@ -42,7 +42,7 @@ class AimObjective:
     """
 
     max_epochs: int
-    target: float = 0.25
+    mask_target: float = 0.25
     mask_weight: float = 6.0
     anneal_share: float = 0.3
     noise_off_share: float = 0.2
@@ -50,8 +50,8 @@ class AimObjective:
     def __post_init__(self) -> None:
         if not self.max_epochs >= 1:
             raise ConfigError(f"max_epochs={self.max_epochs}: must be 1 or more")
-        if not 0 < self.target <= 1:
-            raise ConfigError(f"target={self.target}: must lie in 0 to 1, 0 excluded")
+        if not 0 < self.mask_target <= 1:
+            raise ConfigError(f"mask_target={self.mask_target}: must lie in 0 to 1, 0 excluded")
         if not self.mask_weight >= 0:
             raise ConfigError(f"mask_weight={self.mask_weight}: must be 0 or more")
         for name in ("anneal_share", "noise_off_share"):
@@ -62,7 +62,7 @@ class AimObjective:
         """tau after `epoch` epochs: 1 at the start, falling linearly to the target, then flat."""
         anneal_epochs = self.anneal_share * self.max_epochs
         done = min(1.0, epoch / anneal_epochs) if anneal_epochs > 0 else 1.0
-        return 1 - (1 - self.target) * done
+        return 1 - (1 - self.mask_target) * done
 
     def noise_at(self, epoch: float) -> bool:
         """Whether masks are drawn with Gumbel noise after `epoch` epochs."""

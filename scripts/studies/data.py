@@ -20,7 +20,7 @@ _PLACES = 60
 _STUDY_SLIDES, _START_SLIDES = 24, 10
 SLIDES = range(_STUDY_SLIDES + _START_SLIDES)
 # How much of the tint surrounds a nest: 1 is the shortcut of `PhantomSpec`, 0 none.
-_TINT = 1.0
+_TINT = 0.5
 # Raised whenever a part holds other pixels, so that kept results are never mixed.
 VERSION = 1
 

@@ -49,7 +49,7 @@ def fixed(*masks: Tensor) -> FixedOutput:
 
 def test_total_is_the_weighted_sum_of_independent_parts() -> None:
     model, (x, labels) = network().train(), data()
-    terms = AimObjective(10, target=0.25, mask_weight=2.0)(model, x, labels, 1.5, torch.Generator().manual_seed(3))
+    terms = AimObjective(10, mask_target=0.25, mask_weight=2.0)(model, x, labels, 1.5, torch.Generator().manual_seed(3))
 
     output = model.masked(x, True, torch.Generator().manual_seed(3))
     log_p = [z.log_softmax(1)[range(4), labels] for z in (output.logits, *output.stage_logits)]
@@ -69,7 +69,7 @@ def test_total_is_the_weighted_sum_of_independent_parts() -> None:
 def test_gradient_of_the_mask_loss_at_every_position() -> None:
     masks = [(torch.rand(2, 1, 3, 5) < 0.6).float().requires_grad_(), (torch.rand(2, 1, 6, 10) < 0.3).float()]
     masks[1].requires_grad_()
-    objective = AimObjective(10, target=0.4, anneal_share=0)
+    objective = AimObjective(10, mask_target=0.4, anneal_share=0)
     objective(fixed(*masks), torch.zeros(2), torch.tensor([0, 1]), 0.0).total.backward()
     for mask in masks:
         share = float(mask.detach().mean())
@@ -110,7 +110,7 @@ def test_target_falls_linearly_then_stays(epoch: float, tau: float) -> None:
 
 
 def test_target_without_annealing() -> None:
-    assert AimObjective(100, target=0.35, anneal_share=0).target_at(0) == 0.35
+    assert AimObjective(100, mask_target=0.35, anneal_share=0).target_at(0) == 0.35
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_the_last_epochs_are_without_noise(share: float, epoch: float, noise: bo
     ("name", "value"),
     [
         ("max_epochs", 0),
-        ("target", 0.0),
-        ("target", 1.01),
-        ("target", math.nan),
+        ("mask_target", 0.0),
+        ("mask_target", 1.01),
+        ("mask_target", math.nan),
         ("mask_weight", -1.0),
         ("mask_weight", math.nan),
         ("anneal_share", 1.1),
@@ -150,7 +150,7 @@ def test_another_network_is_refused() -> None:
 
 def train(steps: int, masking: bool = True) -> tuple[AimClassifier, list[dict[str, float]]]:
     model, (x, labels) = network(masking=masking).train(), data(8)
-    objective, draw = AimObjective(steps, target=0.5), torch.Generator().manual_seed(0)
+    objective, draw = AimObjective(steps, mask_target=0.5), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     told = []
     for step in range(steps):
@@ -224,7 +224,7 @@ def worst_group_and_overlap(masking: bool, seed: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     draw, steps = torch.Generator().manual_seed(seed), 60
     model = AimClassifier("resnet18", feature_width=8, mask_width=8, masking=masking).train()
-    objective = AimObjective(steps, target=0.15, mask_weight=6.0 if masking else 0.0)
+    objective = AimObjective(steps, mask_target=0.15, mask_weight=6.0 if masking else 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for step in range(steps):
         labels = torch.randint(2, (32,), generator=draw)

@@ -140,7 +140,12 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_what_a_training_leaves(whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
     folder, _, state = whole
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.pt",
+        "history.csv",
+        "pace.csv",
+        "settings.json",
+    ]
     history = rows(folder)
     assert list(history[0]) == ["epoch", "loss", "cross_entropy", "consistency", "decorrelation", "validation_auc"]
     assert [row["epoch"] for row in history] == ["1", "2", "3"]
@@ -399,7 +404,12 @@ def test_killed_before_the_checkpoint_of_an_epoch(
         patch.setattr(torch, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             training().run(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "history.csv",
+        "pace.csv",
+        "settings.json",
+    ]
     assert checkpoint(tmp_path)["state"]["epoch"] == 1
     training().run(tmp_path)
     assert (tmp_path / "history.csv").read_bytes() == (whole[0] / "history.csv").read_bytes()
@@ -439,7 +449,12 @@ module.die_in_epoch_three(pathlib.Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "history.csv", "pace.csv", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "history.csv",
+        "pace.csv",
+        "settings.json",
+    ]
     assert checkpoint(tmp_path)["state"]["epoch"] == 2
     training().run(tmp_path)
     assert equal(checkpoint(tmp_path)["network"], checkpoint(whole[0])["network"])
