@@ -216,7 +216,8 @@ def summary(output_dir: str) -> str:
             slides = scores["slides"]
             ratio = _number(slides["mean_pointing_ratio"], 1)
             lines.append(f"  slide AUC    {_number(slides['slide_auc'])} ({len(slides['slides'])} slides)")
-            lines.append(f"  pointing     positive saliency in tumour: {ratio} times tumour's share of the tissue")
+            what = "open masks" if slides.get("quantity") == "mask" else "positive saliency"
+            lines.append(f"  pointing     {what} in tumour: {ratio} times tumour's share of the tissue")
     for label, name in (("weights", WEIGHTS), ("heatmaps", f"{HEATMAPS}/index.html"), ("figure", "summary.png")):
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,10 +210,9 @@ def map_settings(
     attribution: Attribution,
     smoothing: Smoothing,
     block_px: int,
-    way: Literal["auto", "dense", "tiled"] = "auto",
 ) -> MapSettings:
     """How slides are mapped, see `MapSettings`."""
-    return MapSettings(layer, attribution, smoothing, block_px, way)
+    return MapSettings(layer, attribution, smoothing, block_px)
 
 
 @boundary

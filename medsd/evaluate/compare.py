@@ -48,9 +48,9 @@ METRICS = (
     Metric("pointing", "energy pointing, tiles", f"{_MAPS}.gradient.pointing", "higher"),
     Metric("pointing_game", "pointing game, tiles", f"{_MAPS}.gradient.pointing_game", "higher"),
     Metric("area_share", "their regions' share of the tile (chance)", "explanations.area_share", ""),
-    Metric("slide_pointing", "energy pointing, slides", "slide_pointing.positive_inside", "higher"),
-    Metric("slide_area_share", "tumour's share of the tissue (chance)", "slide_pointing.area_share", ""),
-    Metric("slide_pointing_ratio", "energy pointing over chance, slides", "slides.mean_pointing_ratio", "higher"),
+    Metric("slide_pointing", "energy pointing, slides", "slide_pointing.saliency.positive_inside", "higher"),
+    Metric("slide_area_share", "tumour's share of the tissue (chance)", "slide_pointing.saliency.area_share", ""),
+    Metric("slide_pointing_ratio", "energy pointing over chance, slides", "slide_pointing.saliency.ratio", "higher"),
     Metric("total_variation", "total variation of the map", f"{_MAPS}.gradient.total_variation", "lower"),
     Metric("gini", "concentration of the map (Gini)", f"{_MAPS}.gradient.gini", "higher"),
     Metric("entropy", "entropy of the map, 0 to 1", f"{_MAPS}.gradient.entropy", "lower"),
@@ -59,6 +59,9 @@ METRICS = (
     Metric("mask_deletion", "mask: deletion", f"{_MAPS}.mask.deletion", "lower"),
     Metric("mask_insertion", "mask: insertion", f"{_MAPS}.mask.insertion", "higher"),
     Metric("mask_pointing", "mask: energy pointing, tiles", f"{_MAPS}.mask.pointing", "higher"),
+    Metric("mask_slide_pointing", "mask: energy pointing, slides", "slide_pointing.mask.positive_inside", "higher"),
+    Metric("mask_slide_area", "mask: tumour's share of the tissue (chance)", "slide_pointing.mask.area_share", ""),
+    Metric("mask_slide_ratio", "mask: energy pointing over chance, slides", "slide_pointing.mask.ratio", "higher"),
     Metric("mask_share", "mask: share left open (small masks point well)", f"{_MAPS}.mask.magnitude", ""),
     Metric("correlation", "mean |correlation| of features", "explanations.features.mean_abs_correlation", "lower"),
     Metric("effective_rank", "effective rank of features", "explanations.features.effective_rank", "higher"),
@@ -68,8 +71,9 @@ METRICS = (
 
 _NOTES = """\
 Intervals are 95 %, by bootstrap over tiles (slides for the pointing of slides); tiles of a slide are alike, so they are
-narrower than intervals over slides. A dash is what a run did not measure. Maps are the |input gradient| of the true
-class; masking, deletion and insertion replace pixels in their order. A low accuracy under masking speaks for the map
+narrower than intervals over slides. A dash is what a run did not measure. Tiles are judged by the |input gradient| of
+their true class, slides by the map that the run draws of them; rows of masks are AIM's own. Masking, deletion and
+insertion replace pixels in the order of the map. A low accuracy under masking speaks for the map
 only as far as it lies below the random control: a robust network loses less whatever is masked. Research use only."""
 
 

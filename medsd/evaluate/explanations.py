@@ -69,7 +69,8 @@ class MapScores:
         total_variation: see there; lower is smoother.
         gini, entropy: see `medsd.saliency.metrics.concentration`; higher and lower are more concentrated.
         pointing: share of the saliency inside the region, of tiles that have one; nan without any.
-        pointing_game: how often the greatest value lies inside; nan without any.
+        pointing_game: how often the greatest value lies inside; nan without any. For both, a map without a positive
+            value points at nothing and counts 0.
         accuracy, probability: of the true class, after masking of each of `Explanations.shares`.
     """
 

@@ -123,14 +123,16 @@ def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
 
 def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     pointing = scores["slides"]["pointing"]
+    masks = scores["slides"].get("quantity") == "mask"
     names = sorted(pointing)
     rows = np.arange(len(names))
     for offset, key, colour, word in (
-        (0.2, "positive_inside", _TUMOUR, "positive saliency in tumour"),
+        (0.2, "positive_inside", _TUMOUR, "open masks in tumour" if masks else "positive saliency in tumour"),
         (-0.2, "area_share", "#bbbbbb", "tissue that is tumour"),
     ):
         axes.barh(rows + offset, [pointing[name][key] or 0 for name in names], 0.38, color=colour, label=word)
-    axes.set(xlabel="share", xlim=(0, 1), yticks=rows, yticklabels=names, title="Where the saliency lies")
+    axes.set(xlabel="share", xlim=(0, 1), yticks=rows, yticklabels=names)
+    axes.set_title("Where the masks are open" if masks else "Where the saliency lies")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
 
 
@@ -140,13 +142,13 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
     Raises:
         OutputError: the figure cannot be written.
     """
-    pointing, chance = "explanations.maps.gradient.pointing", "explanations.area_share"
+    pointing, chance, of = "explanations.maps.gradient.pointing", "explanations.area_share", "tiles"
     if not any(run.estimate(pointing) for run in runs):
-        pointing, chance = "slide_pointing.positive_inside", "slide_pointing.area_share"
+        pointing, chance, of = "slide_pointing.saliency.positive_inside", "slide_pointing.saliency.area_share", "slides"
     panels = (
         ("patch AUC\n(dotted: chance)", "tiles.patch_auc", "higher", None),
         ("masking gap", "explanations.maps.gradient.gap", "higher", None),
-        ("energy pointing\n(dotted: chance)", pointing, "higher", chance),
+        (f"energy pointing, {of}\n(dotted: chance)", pointing, "higher", chance),
         ("|correlation|\nof features", "explanations.features.mean_abs_correlation", "lower", None),
         ("training,\nseconds a step", "training.seconds_per_step", "lower", None),
     )
@@ -165,6 +167,8 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
         axes.set_xlabel(_DIRECTION[better], fontsize="small")
         if number == 0:
             axes.set_yticks(range(len(runs)), [textwrap.fill(run.label, 26) for run in runs])
+            for label in axes.get_yticklabels():
+                label.set_parse_math(False)
             axes.invert_yaxis()
             axes.set_xlim(0, 1.3)
             axes.set_xticks([0, 0.5, 1])
@@ -182,12 +186,12 @@ def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
     for number, (axes, run) in enumerate(zip(grid, runs, strict=False)):
         colour, marker = _RUNS[number % len(_RUNS)]
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(textwrap.fill(run.label, 26), fontsize="small")
+        axes.set_title(textwrap.fill(run.label, 26), fontsize="small").set_parse_math(False)
         axes.set(xlabel="pixels masked, %", ylim=(0, 1.02))
         shares = run.node("explanations.shares")
         saliency = run.node("explanations.maps.gradient.accuracy")
         control = run.node("explanations.random.accuracy")
-        if not (shares and saliency and control):
+        if not (shares and _drawable(saliency, len(shares)) and _drawable(control, len(shares))):
             axes.text(0.5, 0.5, "– not measured", ha="center", color="#777777", transform=axes.transAxes)
             continue
         percent = 100 * np.asarray(shares)
@@ -200,6 +204,15 @@ def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
     part.suptitle("Accuracy under masking: a faithful map has its solid line far below the dashed one")
     words = ("most salient pixels first (band: 95 %)", "random pixels, the control")
     part.legend(lines, words, frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+
+
+def _drawable(steps: Any, count: int) -> bool:
+    """Whether these are `count` intervals of numbers."""
+    return (
+        isinstance(steps, list)
+        and len(steps) == count
+        and all(isinstance(step, dict) and None not in map(step.get, ("value", "low", "high")) for step in steps)
+    )
 
 
 def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) -> None:
@@ -216,6 +229,7 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) ->
         axes.text(max(high, 0), row, f"  {number_text(estimate.value, max(high, -low))}", va="center", fontsize="small")
         by_chance = None if chance is None else run.estimate(chance)
         if by_chance is not None:
+            ends.append(by_chance.value)
             axes.plot([by_chance.value] * 2, [row - 0.4, row + 0.4], color="black", lw=1.5, ls=":")
     axes.axvline(0, color=_INK, lw=0.8)
     span = max(ends) - min(ends) or 1.0

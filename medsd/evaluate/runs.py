@@ -74,8 +74,11 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     if not folders:
         raise DatasetError("compare: no runs; name the output_dir of one or more bundle runs")
     read = [_read_run(Path(folder)) for folder in folders]
-    for run in read[1:]:
+    for run in read:
         _check_same(read[0], run)
+    judged = [run for run in read if run.node("explanations")]
+    for run in judged[1:]:
+        _check_judged(judged[0], run)
     labels = _labels(read)
     return [replace(run, label=label) for run, label in zip(read, labels, strict=True)]
 
@@ -100,7 +103,7 @@ def _read_run(folder: Path) -> Run:
     settings = _flat(_read_json(settings_path)) if settings_path.is_file() else {}
     cost = _seconds_per_step(folder / "training" / "pace.csv")
     slides = scores.get("slides")
-    pointing = _slide_pointing(slides.get("pointing") if isinstance(slides, dict) else None)
+    pointing = _slide_pointing(slides) if isinstance(slides, dict) else {}
     content = {**scores, "training": {"seconds_per_step": cost}, "slide_pointing": pointing}
     return Run(folder, folder.resolve().name, content, settings)
 
@@ -123,24 +126,30 @@ def _check_same(first: Run, other: Run) -> None:
                 raise DatasetError(f"{run.folder}: scores.json has no {path}; run its stage 'evaluate' again")
         if mine != theirs:
             raise DatasetError(f"{other.folder}: {words} than {first.folder}; compare runs on the same test set")
+
+
+def _check_judged(first: Run, other: Run) -> None:
     for key in _JUDGED_BY:
         mine, theirs = (run.node(f"explanations.settings.{key}") for run in (first, other))
-        if mine != theirs and first.node("explanations") and other.node("explanations"):
+        if mine != theirs:
             raise DatasetError(
                 f"{other.folder}: explanations judged with {key}={theirs}, those of {first.folder} with {mine}; "
                 "run one's stage 'evaluate' again"
             )
 
 
-def _slide_pointing(pointing: Any) -> dict[str, Any]:
-    """Means over the annotated slides, with intervals over them."""
+def _slide_pointing(slides: dict[str, Any]) -> dict[str, Any]:
+    """Means over the annotated slides, with intervals over them, by what their maps are (saliency or mask)."""
+    pointing = slides.get("pointing")
+    keys = ("positive_inside", "area_share")
     shares = [share for share in pointing.values() if isinstance(share, dict)] if isinstance(pointing, dict) else []
-    means: dict[str, Any] = {}
-    for key in ("positive_inside", "area_share"):
-        values = [number for share in shares if (number := _as_number(share.get(key))) is not None]
-        interval = bootstrap_mean(values)
+    # Chance over the very slides that pointing is taken over.
+    shares = [share for share in shares if all(_as_number(share.get(key)) is not None for key in keys)]
+    means: dict[str, Any] = {"ratio": slides.get("mean_pointing_ratio")}
+    for key in keys:
+        interval = bootstrap_mean([float(share[key]) for share in shares])
         means[key] = {"value": interval.value, "low": interval.low, "high": interval.high}
-    return means
+    return {str(slides.get("quantity") or "saliency"): means}
 
 
 def _seconds_per_step(path: Path) -> float | None:

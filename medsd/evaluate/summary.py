@@ -49,12 +49,14 @@ class SlideScores:
         slides: slide scores with their labels (1 tumour), by name.
         pointing: for each annotated slide, how much of its positive saliency lies in tumour.
         mean_pointing_ratio: mean of the slides' ratios, those without one left out; nan without any.
+        quantity: what the maps are that point, "saliency" or "mask"; empty without any.
     """
 
     slide_auc: float
     slides: dict[str, tuple[int, float]]
     pointing: dict[str, PointingShare]
     mean_pointing_ratio: float
+    quantity: str
 
 
 def score_tiles(
@@ -106,6 +108,7 @@ def score_slides(
         slides=slides,
         pointing=pointing,
         mean_pointing_ratio=float(np.mean(ratios)) if ratios else math.nan,
+        quantity=read_ome_tiff(Path(folder) / kept[0].name / "saliency.ome.tif").quantity if kept else "",
     )
 
 

@@ -113,8 +113,8 @@ def measure_maps(
             "total_variation": total_variation(values),
             "gini": gini_index(values),
             "entropy": normalised_entropy(values),
-            "pointing": torch.where(area.isnan(), math.nan, energy_pointing(values, region)),
-            "pointing_game": torch.where(area.isnan(), math.nan, pointing_game(values, region)),
+            "pointing": torch.where(area.isnan(), math.nan, energy_pointing(values, region).nan_to_num(0.0)),
+            "pointing_game": torch.where(area.isnan(), math.nan, pointing_game(values, region).nan_to_num(0.0)),
         }
     return judged
 

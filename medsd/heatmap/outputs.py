@@ -72,7 +72,7 @@ class OutputWriter:
         name = slide.path.stem
         write_ome_tiff(folder / "saliency.ome.tif", saliency)
         write_ome_tiff(folder / "probability.ome.tif", probability)
-        write_geojson(folder / "regions.geojson", regions, "Tumour (model)", _TUMOUR_COLOUR, name)
+        write_geojson(folder / "regions.geojson", regions, "Tumour (model)", _TUMOUR_COLOUR, name, saliency.quantity)
         draw_overlay(
             folder / "overlay.png",
             picture,

@@ -152,7 +152,12 @@ def _values_inside(value_map: ValueMap, polygon: shapely.Polygon) -> npt.NDArray
 
 
 def write_geojson(
-    path: str | Path, regions: Sequence[Region], name: str, colour_rgb: tuple[int, int, int], slide_name: str
+    path: str | Path,
+    regions: Sequence[Region],
+    name: str,
+    colour_rgb: tuple[int, int, int],
+    slide_name: str,
+    quantity: str = "saliency",
 ) -> None:
     """Write regions as QuPath annotations, atomically: a FeatureCollection in level-0 pixels.
 
@@ -165,19 +170,20 @@ def write_geojson(
         name: the class, as QuPath lists it.
         colour_rgb: its colour, three numbers from 0 to 255.
         slide_name: the slide's name.
+        quantity: what the regions' `mean_saliency` is the mean of, for its name in QuPath.
 
     Raises:
         OutputError: the file cannot be written.
     """
     features = [
-        _feature(region, f"{name} {number}", name, colour_rgb, slide_name)
+        _feature(region, f"{name} {number}", name, colour_rgb, slide_name, quantity)
         for number, region in enumerate(regions, start=1)
     ]
     write_features(path, features)
 
 
 def _feature(
-    region: Region, name: str, classification: str, colour_rgb: tuple[int, int, int], slide_name: str
+    region: Region, name: str, classification: str, colour_rgb: tuple[int, int, int], slide_name: str, quantity: str
 ) -> dict[str, Any]:
     measurements = {
         "Area um^2": region.area_um2,
@@ -185,7 +191,7 @@ def _feature(
         "Max probability": region.max_probability,
     }
     if region.mean_saliency is not None:
-        measurements["Mean saliency"] = region.mean_saliency
+        measurements[f"Mean {quantity}"] = region.mean_saliency
     object_id = uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")
     properties = {"isLocked": False, "measurements": measurements}
     return feature(region.polygon, object_id, name, classification, colour_rgb, properties)

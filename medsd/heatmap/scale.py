@@ -23,8 +23,8 @@ STEPS = 257
 # legible where the model is indifferent. RdBu, coolwarm and PuOr each spend one half on a colour that the stain has.
 SALIENCY_COLORMAP = "BrBG_r"
 PROBABILITY_COLORMAP = "viridis"
-# Sequential as the probability, and told apart from it at a glance.
-MASK_COLORMAP = "cividis"
+# Closed masks veil the tissue in white, open ones are green, which H&E has not: another scale than the probability's.
+MASK_COLORMAP = "Greens"
 
 
 @dataclass(frozen=True)

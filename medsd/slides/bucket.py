@@ -101,10 +101,8 @@ class Server:
             DatasetError: the server does not give the file, or another than was announced.
             OutputError: it cannot be written.
         """
-        path = folder / file.name
+        path, part = folder / file.name, part_of(file, folder)
         make_folder(path.parent)
-        # The checksum in its name ties what is there to the content that it is a part of.
-        part = path.with_name(f".{path.name}.{file.md5 or file.size}.part")
         resumed = size_of(part) > 0
         advance(size_of(part))
         self._patiently(file.name, lambda: self._append(file, part, advance), lambda: size_of(part))
@@ -265,3 +263,9 @@ def md5_of(path: Path) -> str:
     with open(path, "rb") as handle:
         # MD5 is what is published; it guards against faults, not against forgers.
         return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def part_of(file: RemoteFile, folder: Path) -> Path:
+    """Where a file is kept until it is whole; the checksum in the name ties it to the content that it is a part of."""
+    path = folder / file.name
+    return path.with_name(f".{path.name}.{file.md5 or file.size}.part")

@@ -17,7 +17,7 @@ from typing import Literal
 
 from medsd.errors import DatasetError, MedsdError, OutputError, nearest
 from medsd.files import make_folder, write_json
-from medsd.slides.bucket import CHECKSUMS, Advance, RemoteFile, Server, md5_of, size_of
+from medsd.slides.bucket import CHECKSUMS, Advance, RemoteFile, Server, md5_of, part_of, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Folder:
     def holds(self, file: RemoteFile) -> bool:
         """Whether the file is there, whole and right; hashes it unless that was done and it is as it was."""
         path = self.path / file.name
-        if size_of(path) != file.size:
+        if not path.is_file() or size_of(path) != file.size:
             return False
         if self._kept.get(file.name) == _Kept.of(path, file.md5):
             return True
@@ -117,7 +117,8 @@ def missing_files(files: Sequence[RemoteFile], folder: Folder) -> list[RemoteFil
 def check_space(files: Sequence[RemoteFile], folder: Folder) -> None:
     """Raise OutputError where `files` do not fit on the disk, or the folder cannot be written to."""
     make_folder(folder.path)
-    needed, free = sum(file.size for file in files), shutil.disk_usage(folder.path).free
+    needed = sum(file.size - min(file.size, size_of(part_of(file, folder.path))) for file in files)
+    free = shutil.disk_usage(folder.path).free
     if needed > free:
         raise OutputError(f"{folder.path}: {needed / 1e9:.1f} GB are to come, {free / 1e9:.1f} GB are free; make room")
 

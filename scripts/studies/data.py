@@ -22,7 +22,7 @@ SLIDES = range(_STUDY_SLIDES + _START_SLIDES)
 # How much of the tint surrounds a nest: 1 is the shortcut of `PhantomSpec`, 0 none.
 _TINT = 0.5
 # Raised whenever a part holds other pixels, so that kept results are never mixed.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Split:
-    """Three sides of a data set. Only the validation side chooses anything."""
+    """Three sides of a data set, dealt by a seed: what validates under one seed may be tested on under another."""
 
     training: Items
     validation: Items
@@ -84,8 +84,12 @@ def patches_with_shortcut(folder: Path, seed: int) -> Split:
     aligned = cue == table.label
     draw = random.random(len(cue))
     training = aligned & (draw < 0.75)
-    validation = np.where(aligned, (draw >= 0.75) & (draw < 0.85), draw < 0.4)
-    return Split(*(_items(table, side, cue) for side in (training, validation, ~training & ~validation)))
+    # Patches that share pixels with one that is trained on are on no side.
+    overlap = read_patch_table(folder, "overlap_group").group
+    apart = (overlap == "0") | ~np.isin(overlap, overlap[training])
+    validation = np.where(aligned, (draw >= 0.75) & (draw < 0.85), draw < 0.4) & apart
+    testing = ~training & ~validation & apart
+    return Split(*(_items(table, side, cue) for side in (training, validation, testing)))
 
 
 def _items(table: PatchTable, side: npt.NDArray[np.bool_], cue: npt.NDArray[np.int64]) -> Items:
@@ -168,7 +172,7 @@ def _grouped(images: npt.NDArray[np.uint8], masks: npt.NDArray[np.bool_], traini
 
 def _tiles(cache: Path, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """Tiles (places, label, cue, 64, 64, 3) and nests (places, 64, 64) of one slide, drawn once and kept."""
-    path = cache / f"slide-{seed}.npz"
+    path = cache / f"slide-{VERSION}-{seed}.npz"
     if not path.is_file():
         drawn = {
             (label, cue): draw_phantom(

@@ -6,7 +6,6 @@ tell the label in training. (c) `patches`: PatchCamelyon patches whose stain clu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
-from medsd.files import atomic_path
+from medsd.files import atomic_path, sha256_of
 from medsd.finetune.aim import AimObjective
 from medsd.finetune.augment import augment
 from medsd.finetune.objective import SaliencyDecor
@@ -40,6 +39,7 @@ from medsd.slides.dataset import Sample
 
 PARTS = ("clusters", "phantoms", "patches")
 ENCODER = "resnet10t_half"
+EXPLAINED = ExplanationSettings(items=64, draws=2)
 # Okabe and Ito's, told apart by the colour-blind.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
@@ -102,7 +102,7 @@ def _decor(consistency: float, decorrelation: float, mode: str = "cov") -> Metho
             ramp_epochs=epochs / 4,
             mode=cast(Any, mode),
         ),
-        version={"consistency": consistency, "decorrelation": decorrelation, "mode": mode},
+        version={"consistency": consistency, "decorrelation": decorrelation, "mode": mode, "ramp_share": 0.25},
     )
 
 
@@ -111,7 +111,7 @@ def _aim(target: float, masking: bool = True) -> Method:
         f"AIM, tau {target:g}" if masking else "AIM's twin without masks",
         lambda epochs: AimObjective(epochs, target, mask_weight=6.0 if masking else 0.0),
         lambda: AimClassifier(ENCODER, end_stage=1, feature_width=64, mask_width=16, masking=masking),
-        {"target": target, "masking": masking, "end_stage": 1},
+        {"mask_target": target, "mask_weight": 6.0, "masking": masking, "end_stage": 1},
     )
 
 
@@ -147,7 +147,9 @@ class Job:
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
-    return {**asdict(RECIPES[job.part]), **METHODS[job.method].version, "encoder": ENCODER, "data": data.VERSION}
+    patches = sha256_of(Path(job.patches) / "labels.csv")
+    fixed = {"encoder": ENCODER, "data": data.VERSION, "patches": patches, "explained": asdict(EXPLAINED)}
+    return {**asdict(RECIPES[job.part]), **METHODS[job.method].version, **fixed}
 
 
 def start_worker() -> None:
@@ -164,8 +166,8 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     network = method.network()
     if recipe.start:
         load_encoder(network.encoder, pretrained_encoder(Path(job.folder)))
-    seconds = train(network, method.objective(recipe.epochs), split.training, recipe, job.seed)
-    scores = {"seconds_per_step": seconds}
+    train(network, method.objective(recipe.epochs), split.training, recipe, job.seed)
+    scores: dict[str, Any] = {}
     for name, items in (("validation", split.validation), ("testing", split.testing)):
         scores |= {f"{name}_{key}": value for key, value in score(network, items).items()}
     return job, scores | explain(network, split.testing, job.part == "phantoms")
@@ -182,7 +184,7 @@ def split_of(part: str, patches: Path, folder: Path, seed: int) -> Split:
 
 def pretrained_encoder(folder: Path) -> Path:
     """The file of the encoder that the two shortcut parts start from; see `prepare`."""
-    return folder / "encoder.safetensors"
+    return folder / f"encoder-{data.VERSION}.safetensors"
 
 
 def prepare(folder: Path) -> None:
@@ -201,8 +203,8 @@ def prepare(folder: Path) -> None:
         save_encoder(pretrained_encoder(folder), network.encoder, ENCODER, "phantom tiles, tint at random")
 
 
-def train(network: Classifier, objective: Objective, items: Items, recipe: Recipe, seed: int) -> float:
-    """Train for all epochs, the last network is kept; returns the seconds a step took."""
+def train(network: Classifier, objective: Objective, items: Items, recipe: Recipe, seed: int) -> None:
+    """Train for all epochs; the last network is kept."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     encoder = {id(parameter) for parameter in network.encoder.parameters()}
     (group,) = parameter_groups(network, recipe.lr, recipe.weight_decay)
@@ -215,20 +217,19 @@ def train(network: Classifier, objective: Objective, items: Items, recipe: Recip
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [recipe.encoder_lr, recipe.lr], total_steps=recipe.epochs * steps
     )
-    draws = torch.Generator().manual_seed(seed)
+    # Two generators, so that every method sees the same images in the same order.
+    orders, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     network.train()
-    started = time.process_time()
     for epoch in range(recipe.epochs):
-        order = torch.randperm(len(items), generator=draws)
+        order = torch.randperm(len(items), generator=orders)
         for step in range(steps):
             rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            x = network.normalise(augment(items.images[rows], draws, recipe.stain))
+            x = network.normalise(augment(items.images[rows], orders, recipe.stain))
             optimizer.zero_grad()
             objective(network, x, items.labels[rows], epoch + step / steps, draws).total.backward()
             optimizer.step()
             schedule.step()
     network.eval()
-    return (time.process_time() - started) / (recipe.epochs * steps)
 
 
 def score(network: Classifier, items: Items) -> dict[str, float]:
@@ -252,8 +253,7 @@ def explain(network: Classifier, items: Items, pointing: bool) -> dict[str, Any]
         {"image": image, "label": label} for image, label in zip(items.images, items.labels, strict=True)
     ]
     masks = items.masks.numpy() if pointing and items.masks is not None else None
-    settings = ExplanationSettings(items=96, draws=2)
-    found = score_explanations(network, samples, settings, None if masks is None else masks.__getitem__)
+    found = score_explanations(network, samples, EXPLAINED, None if masks is None else masks.__getitem__)
     content = as_json(found)
     features, area = content["features"], content["area_share"]
     scores: dict[str, Any] = {
@@ -281,13 +281,13 @@ def explain(network: Classifier, items: Items, pointing: bool) -> dict[str, Any]
 
 
 def tables(results: dict[tuple[str, str, int], dict[str, Any]]) -> str:
-    """The study's tables in Markdown: mean and standard error over seeds, and paired differences from CE."""
+    """The study's tables in Markdown: mean and standard error over seeds, and differences paired by seed."""
     parts = []
     for part in dict.fromkeys(part for part, _, _ in results):
         methods = list(dict.fromkeys(method for of, method, _ in results if of == part))
         seeds = sorted({seed for of, _, seed in results if of == part})
         columns = [c for c in COLUMNS[part] if any(_values(results, part, method, seeds, c.key) for method in methods)]
-        lines = [f"### {part} ({len(seeds)} seeds)", ""]
+        lines = [f"### {part} (seeds 0 to {max(seeds)})", ""]
         lines.append("| method | " + " | ".join(column.words for column in columns) + " |")
         lines.append("|---" * (len(columns) + 1) + "|")
         for method in methods:
@@ -320,11 +320,10 @@ _COMMON = [
     Column("gradient_deletion", "deletion"),
     Column("gradient_insertion", "insertion"),
     Column("correlation", "mean abs. correlation"),
-    Column("rank", "effective rank", digits=1),
+    Column("rank", "effective rank (of 256; AIM and twin 64)", digits=1),
     Column("dead", "dead channels", digits=1),
     Column("gradient_total_variation", "TV"),
     Column("gradient_gini", "Gini"),
-    Column("seconds_per_step", "CPU s a step"),
 ]
 _GROUPS = [
     Column("testing_worst_group", "worst-group accuracy %", 100, 1),
@@ -366,8 +365,8 @@ def _values(
 def _difference(
     results: dict[tuple[str, str, int], dict[str, Any]], part: str, pair: tuple[str, str], seeds: list[int], key: str
 ) -> list[float]:
-    first, second = (_values(results, part, method, seeds, key) for method in pair)
-    return [a - b for a, b in zip(first, second, strict=True)] if len(first) == len(second) else []
+    pairs = [[results.get((part, method, seed), {}).get(key) for method in pair] for seed in seeds]
+    return [float(first) - float(second) for first, second in pairs if first is not None and second is not None]
 
 
 def _cell(values: list[float], column: Column, sign: bool = False) -> str:
@@ -381,6 +380,8 @@ def _cell(values: list[float], column: Column, sign: bool = False) -> str:
 
 def draw(results: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
     """One figure: masking curves with their random controls, and worst groups."""
+    if not results:
+        return
     figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     parts = list(dict.fromkeys(part for part, _, _ in results))
@@ -399,7 +400,10 @@ def draw(results: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> Non
 def _draw_curves(axes: Axes, results: Any, methods: list[str], seeds: list[int]) -> None:
     for method, colour in zip(methods, _COLOURS, strict=False):
         for key, style in (("gradient_curve", "-"), ("random_curve", ":")):
-            curve = np.mean([results["clusters", method, seed][key] for seed in seeds], axis=0)
+            curve = np.mean(
+                [results["clusters", method, seed][key] for seed in seeds if ("clusters", method, seed) in results],
+                axis=0,
+            )
             label = METHODS[method].words if key == "gradient_curve" else None
             axes.plot(SHARES, curve, style, color=colour, label=label, lw=1.5)
     axes.set(xlabel="share of pixels masked", ylabel="accuracy", title="Masking: by gradient (lines), random (dots)")

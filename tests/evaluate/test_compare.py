@@ -91,7 +91,7 @@ def test_every_number_of_a_run_reaches_the_tables(full, tmp_path):
     assert (float(row["auc"]), float(row["auc_low"]), float(row["auc_high"])) == pytest.approx((0.8, 0.75, 0.85))
     expected = {"ece": 0.03, "ece_before": 0.09, "brier": 0.1, "gap": 0.3, "random_area": 0.85, "pointing": 0.6}
     expected |= {"area_share": 0.25, "correlation": 0.21, "effective_rank": 12.34, "dead_channels": 3}
-    expected |= {"slide_pointing": 0.6, "slide_area_share": 0.2, "slide_pointing_ratio": 2.125}
+    expected |= {"slide_pointing": 0.6, "slide_area_share": 0.3, "slide_pointing_ratio": 2.125}
     expected |= {"seconds_per_step": 0.35}  # the median: the first epoch warms up
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
     assert 0.5 <= float(row["slide_pointing_low"]) <= 0.6 <= float(row["slide_pointing_high"]) <= 0.7
@@ -184,7 +184,7 @@ def test_odd_values_are_dashes(tmp_path):
     content["explanations"]["features"]["dead_channels"] = True
     content["slides"] = None
     (run,) = read_runs([write_run(tmp_path / "odd", content)])
-    for path in ("tiles.patch_auc", "calibration.ece", "slide_pointing.positive_inside", "nothing.at.all"):
+    for path in ("tiles.patch_auc", "calibration.ece", "slide_pointing.saliency.positive_inside", "nothing.at.all"):
         assert run.estimate(path) is None
     assert run.estimate("explanations.features.effective_rank") is None
     assert run.estimate("explanations.features.dead_channels") is None
