@@ -29,7 +29,7 @@ from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
-from medsd.networks.predict import predict_logits
+from medsd.networks.predict import collect, predict_logits
 from medsd.networks.weights import (
     ModelCard,
     load_classifier,
@@ -73,7 +73,8 @@ def finetune(
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
     # Training patches of one split are test patches of another: a training belongs to its split.
-    settings = {**settings, "split": data.fingerprint()}
+    objective = {"name": type(step.objective).__name__, **vars(step.objective)}
+    settings = {**settings, "objective": objective, "options": network.options, "split": data.fingerprint()}
     folder = Path(output_dir) / "training"
     run_training(trainer, evaluator, sampler, scheduler, folder, settings, step, patience, hard_negatives)
     if rank() > 0:
@@ -93,14 +94,13 @@ def finetune(
     )
     path = Path(output_dir) / WEIGHTS
     if not _is_written(path, network, card, map_settings):
-        validation = data.part("validation")
-        logits = predict_logits(network, validation, progress=progress_bar("calibrate"))  # type: ignore[arg-type]
+        logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
         engine = make_engine(
             network,
             data.tile_px,
             data.mpp,
             settings=map_settings,
-            temperature=fit_temperature(logits, validation.labels),
+            temperature=fit_temperature(logits, labels),
         )
         save_classifier(path, network, replace(card, calibration=data.calibrate(engine)))
 
@@ -144,10 +144,12 @@ def evaluate(
     calibration, items = card.calibration, data.part("testing")
     logits = predict_logits(network, items, workers=workers, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
     probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
+    log_odds = (logits[:, 1] - logits[:, 0]) / np.float32(calibration.temperature)
     content = {
         "weights_sha256": digest,
         "data_sha256": card.data_sha256,
-        "tiles": as_json(score_tiles(items.labels, probabilities, items.groups)),
+        # Ranked by log-odds, since probabilities of sure tiles are all 1.
+        "tiles": as_json(score_tiles(items.labels, log_odds, items.groups)),
         "calibration": as_json(score_calibration(logits, items.labels, calibration.temperature, calibration.threshold)),
     }
     if explained_tiles:
@@ -155,7 +157,9 @@ def evaluate(
         explained = score_explanations(network, items, settings, progress=progress_bar("explain"))  # type: ignore[arg-type]
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, label=items.labels, probability=probabilities, group=items.groups)
+        np.savez_compressed(
+            handle, label=items.labels, probability=probabilities, log_odds=log_odds, group=items.groups
+        )
     write_json(Path(output_dir) / SCORES, content)
 
 

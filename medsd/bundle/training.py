@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data, Items
@@ -27,6 +29,8 @@ from medsd.networks.start import load_encoder
 from medsd.networks.weights import Attribution, Smoothing
 from medsd.networks.whitening import WhitenedHead
 from medsd.slides.dataset import SlideGroupedSampler
+
+logger = logging.getLogger(__name__)
 
 # More would let a usual batch be whitened into anything.
 _WHITENED_TOGETHER = 32
@@ -92,14 +96,19 @@ def place(network: Classifier, device: torch.device, channels_last: bool = False
 
     Args:
         channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
-        compiled: compile the encoder at its first run (torch.compile); names of the weights stay.
+        compiled: compile the encoder at its first run (torch.compile; not AIM's); names of the weights stay.
     """
     if world_size() > 1 and device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        # timm's: torch's own would replace timm's BatchNorms that hold an activation, and lose it.
+        network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     network = network.to(device)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compiled:
+    if compiled and isinstance(network, AimClassifier):
+        logger.warning(
+            "compiled: torch.compile does not reach the stages that AIM takes from its encoder; not compiled"
+        )
+    elif compiled:
         network.encoder.compile()
     return network
 

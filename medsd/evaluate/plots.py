@@ -89,7 +89,7 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
 
 def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
     with np.load(folder / "test_tiles.npz", allow_pickle=False) as tiles:
-        false_positives, sensitivity = roc_curve(tiles["label"], tiles["probability"])
+        false_positives, sensitivity = roc_curve(tiles["label"], tiles["log_odds"])
     interval = scores["tiles"]["patch_auc_by_group"]
     axes.plot([0, 1], [0, 1], ":", color="#999999")
     axes.plot(false_positives, sensitivity, color=_INK)

@@ -60,16 +60,16 @@ class SlideScores:
 
 
 def score_tiles(
-    labels: npt.NDArray[np.int8], probabilities: npt.NDArray[np.float32], groups: npt.NDArray[np.str_]
+    labels: npt.NDArray[np.int8], scores: npt.NDArray[np.float32], groups: npt.NDArray[np.str_]
 ) -> TileScores:
     """Scores of tiles with labels 0 or 1.
 
     Args:
-        labels, probabilities, groups: (n,) each.
+        labels, scores, groups: (n,) each; a score rises with the probability of tumour.
     """
     return TileScores(
-        patch_auc=bootstrap_auc(labels, probabilities),
-        patch_auc_by_group=bootstrap_auc(labels, probabilities, groups),
+        patch_auc=bootstrap_auc(labels, scores),
+        patch_auc_by_group=bootstrap_auc(labels, scores, groups),
         items=len(labels),
         tumour_items=int(labels.sum()),
         groups=len(np.unique(groups)),

@@ -1,4 +1,8 @@
-"""Probabilities that mean what they say: a temperature fitted on validation data, and how far off they are."""
+"""A temperature fitted on validation data, and how far off probabilities are.
+
+Training draws classes evenly, and a temperature does not undo that: a probability is that of a tile from as many tumour
+as normal tiles. Where tumour is rarer, as on slides, it is too high, and the calibration error says by how much.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +74,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The temperature T whose softmax(logits / T) has the least negative log-likelihood (Guo et al. 2017).
 
     The likelihood is concave in 1 / T, so the root of its slope is the optimum. T is kept within 0.05 to 20 (our
-    choice): of logits that separate the classes without fault it would go to 0, of logits that are worse than chance
-    to infinity. Where no T does better than 1 (logits that are all equal, or sure and right beyond rounding) it is 1.
+    choice): of logits that are worse than chance it would go to infinity. Where the data say nothing of T it is 1: of
+    logits that are all equal, or that separate the classes so well that the best T lies below the bound.
     The predicted class never changes.
 
     Args:
@@ -97,7 +101,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         return 1.0
     # The slope falls as 1 / T grows, that is, it rises with T.
     if slope(low) >= 0:
-        return LOWEST
+        return 1.0  # separated without fault: the data only say that a lower T would do, and every lower one
     if slope(high) <= 0:
         return HIGHEST
     return math.exp(float(brentq(slope, low, high, xtol=1e-10)))

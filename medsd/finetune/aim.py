@@ -95,7 +95,9 @@ class AimObjective:
             "mask_target": torch.tensor(tau),
             **_shares(network.stages, output.masks),
         }
-        return Terms(cross_entropy + stages + self.mask_weight * mask_loss, parts, output.logits.detach())
+        # A network without masks has nothing that the loss of their size could change.
+        weight = self.mask_weight if network.mask_estimators else 0.0
+        return Terms(cross_entropy + stages + weight * mask_loss, parts, output.logits.detach())
 
 
 def _shares(stages: Sequence[int], masks: Sequence[Tensor]) -> dict[str, Tensor]:

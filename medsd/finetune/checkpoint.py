@@ -20,6 +20,7 @@ class TrainingState:
 
     Attributes:
         epoch: epochs done.
+        steps: steps done.
         best_metric: the best validation metric, -1 before the first.
         best_epoch: the epoch that gave it.
         best_network: state of the network at that epoch.
@@ -27,6 +28,7 @@ class TrainingState:
     """
 
     epoch: int = 0
+    steps: int = 0
     best_metric: float = -1.0
     best_epoch: int = 0
     best_network: dict[str, torch.Tensor] | None = None

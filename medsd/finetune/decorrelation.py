@@ -27,7 +27,8 @@ def decorrelation_loss(
     The paper's abstract asks for near-orthogonal features and a digest names ZCA whitening; the forms are readings
     of that, the constants our choice. S is the covariance and R the correlation of the d channels of a group:
 
-    - "cov": ||S - I||_F^2 / d. Its gradient is analytic and no channel dies.
+    - "cov": ||S - I||_F^2 / d. Its gradient is analytic and no channel dies. It is at least (d - B + 1) / d when
+      B <= d, and least at variances somewhat below 1, since sampling adds about (d - 1) v^2 / (B - 1).
     - "zca": mean squared distance of the centred features from their own ZCA-whitened selves, (S + eps I)^(-1/2)
       times them, which take no gradient. Directions of a group that the batch does not span count nothing, so
       groups are best at most half the batch.
@@ -55,15 +56,6 @@ def decorrelation_loss(
         raise ConfigError(f"mode='{mode}': use 'cov', 'zca' or 'corr'{nearest(mode, get_args(Mode))}")
     groups = _draw_groups(features, group_size, generator)
     return torch.stack([_group_loss(features[:, group], mode, eps) for group in groups]).mean()
-
-
-def covariance_penalty(features: Tensor) -> Tensor:
-    """Mode "cov" of `decorrelation_loss` without groups; at least (d - B + 1) / d when B <= d.
-
-    Sampling adds about (d - 1) v^2 / (B - 1) for independent features of variance v, so that the least value is
-    reached somewhat below v = 1.
-    """
-    return decorrelation_loss(features, "cov")
 
 
 def default_group_size(batch: int, dim: int) -> int | None:

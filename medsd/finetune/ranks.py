@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from medsd.errors import ConfigError
+from medsd.networks.moments import first_of_processes
 from medsd.slides.dataset import SlideGroupedSampler
 
 
@@ -24,6 +26,19 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together, 1 where there is only one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def of_first_rank(values: Tensor, device: torch.device) -> Tensor:
+    """The first process's values (n,), whatever this one found, on the CPU.
+
+    Args:
+        device: what the processes exchange tensors on.
+    """
+    if world_size() == 1:
+        return values
+    count = int(first_of_processes(torch.tensor(len(values), device=device)))
+    mine = values.to(device) if rank() == 0 else torch.zeros(count, dtype=values.dtype, device=device)
+    return first_of_processes(mine).cpu()
 
 
 def start_ranks(timeout_minutes: float = 60.0) -> torch.device:

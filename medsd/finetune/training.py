@@ -22,7 +22,7 @@ from medsd.errors import ConfigError, TrainingError
 from medsd.files import make_folder, write_text
 from medsd.finetune.checkpoint import Checkpoint, TrainingState
 from medsd.finetune.hard_negatives import HardNegativeRound
-from medsd.finetune.ranks import RankSampler, rank
+from medsd.finetune.ranks import RankSampler, of_first_rank, rank
 from medsd.finetune.step import ObjectiveStep
 from medsd.slides.dataset import SlideGroupedSampler
 
@@ -61,10 +61,14 @@ def run_training(
     Raises:
         TrainingError: another training's folder, a damaged checkpoint, or a loss or metric that is not finite.
         OutputError: the folder cannot be written to.
-        ConfigError: `patience` below 1.
+        ConfigError: `patience` below 1, or hard negatives after the end.
     """
     if patience is not None and patience < 1:
         raise ConfigError(f"patience={patience}: must be 1 or more, or null to train to the end")
+    if hard_negatives is not None and hard_negatives.epoch >= trainer.state.max_epochs:
+        raise ConfigError(
+            f"hard_negative_epoch={hard_negatives.epoch}: must be below max_epochs={trainer.state.max_epochs}, or null"
+        )
     folder = make_folder(folder)
     parts = {"network": trainer.network, "optimizer": trainer.optimizer, "scheduler": scheduler}
     parts |= {} if step is None else {"step": step}
@@ -77,7 +81,12 @@ def run_training(
         trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch
         loop = _Loop(trainer, evaluator, sampler, scheduler, checkpoint, state, patience, hard_negatives)
-        trainer.state.iteration = state.epoch * loop.length
+        if state.steps != state.epoch * loop.length:
+            raise TrainingError(
+                f"{folder}: had {state.steps // state.epoch} steps an epoch, now {loop.length}; start as many "
+                "processes as before, or choose another output_dir"
+            )
+        trainer.state.iteration = state.steps
         with ExitStack() as stack:
             stack.callback(loop.bar.close)
             for event, handler in (
@@ -125,7 +134,9 @@ class _Loop:
         epoch, hard = self.trainer.state.epoch - 1, self.hard_negatives
         if hard is not None and epoch >= hard.epoch:
             if self.state.hard is None:
-                self.state.hard = torch.from_numpy(hard.find(self.trainer.network))
+                found = torch.from_numpy(hard.find(self.trainer.network))
+                # The ranks' BatchNorm statistics differ, and so may what they find; all must draw from one list.
+                self.state.hard = of_first_rank(found, torch.device(self.trainer.state.device))
                 logger.info("epoch %d: %d hard negatives", epoch + 1, len(self.state.hard))
             self.sampler.set_hard(self.state.hard.numpy(), hard.share)
         self.sampler.set_epoch(epoch)
@@ -146,7 +157,7 @@ class _Loop:
         seconds = (time.perf_counter() - self.started) / self.length
         evaluator.run(trainer.state.epoch)
         metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-        state.epoch = trainer.state.epoch
+        state.epoch, state.steps = trainer.state.epoch, trainer.state.iteration
         if not math.isfinite(metric):
             raise TrainingError(
                 f"validation metric is {metric} in epoch {state.epoch}; validation data need items of both classes"

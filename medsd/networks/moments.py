@@ -49,7 +49,9 @@ def feature_moments(features: Tensor) -> Moments:
         sums = sum_over_processes(torch.cat([total, total.new_tensor([count])]))
         total, count = sums[:-1], int(sums[-1])
     if count < 2:
-        raise TrainingError(f"batch_size={count}: a covariance needs at least 2 samples a batch; raise batch_size")
+        raise TrainingError(
+            f"batch_size={count} at once: a covariance needs at least 2 samples; raise batch_size or lower accumulation"
+        )
     mean = total / count
     centred = features - mean
     with torch.autocast(features.device.type, enabled=False):

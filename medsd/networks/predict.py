@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import cast
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,8 +26,10 @@ def predict(
 
     The other arguments are those of `predict_logits`.
     """
-    logits = torch.from_numpy(predict_logits(classifier, dataset, batch_size, workers, progress))
-    return (logits / temperature).softmax(dim=1)[:, target].numpy()
+    logits = predict_logits(classifier, dataset, batch_size, workers, progress)
+    if not len(logits):
+        return np.zeros(0, np.float32)
+    return (torch.from_numpy(logits) / temperature).softmax(dim=1)[:, target].numpy()
 
 
 def predict_logits(
@@ -50,10 +49,19 @@ def predict_logits(
         progress: shows the batches.
     """
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    return collect(classifier, loader, progress)[0]
+
+
+def collect(
+    classifier: nn.Module, loader: DataLoader[Sample], progress: Progress = no_progress
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Logits (n, classes) float32 and labels (n,) int64 of all that a loader gives, in its order."""
     device = next(classifier.parameters()).device
-    batches = -(-len(cast(Sized, dataset)) // batch_size)
-    parts = []
+    logits, labels = [], []
     with evaluating(classifier), torch.inference_mode():
-        for batch in progress(loader, batches, "batch"):
-            parts.append(classifier(batch["image"].to(device)).float().cpu().numpy())
-    return np.concatenate(parts) if parts else np.zeros((0, 2), np.float32)
+        for batch in progress(loader, len(loader), "batch"):
+            logits.append(classifier(batch["image"].to(device)).float().cpu().numpy())
+            labels.append(batch["label"].numpy())
+    if not logits:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+    return np.concatenate(logits), np.concatenate(labels).astype(np.int64)

@@ -60,7 +60,8 @@ def test_the_network_masks_its_features_and_its_weights_say_so(folder: Path) -> 
         rows = list(csv.DictReader(handle))
     assert float(rows[-1]["mask_target"]) < float(rows[0]["mask_target"]) <= 1
     settings = json.loads((folder / "aim" / "training" / "settings.json").read_text())
-    assert (settings["objective"], settings["mask_target"], settings["mode"]) == ("AIM", 0.4, None)
+    assert (settings["objective"]["name"], settings["objective"]["mask_target"]) == ("AimObjective", 0.4)
+    assert settings["options"]["end_stage"] == 2
 
 
 def test_its_map_is_that_of_the_masks(folder: Path) -> None:

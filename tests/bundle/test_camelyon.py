@@ -161,6 +161,8 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, 
         ({"validation_share": 0.6}, ["other slides or settings", "prepare"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),
         ({"lr": 0.5}, ["another lr", "output_dir"]),
+        ({"objective::ranking": "signed"}, ["another objective", "output_dir"]),
+        ({"hard_negative_epoch": 2}, ["hard_negative_epoch=2", "max_epochs=2"]),
         ({"batch_size": 4096}, ["batch_size=4096"]),
     ],
 )

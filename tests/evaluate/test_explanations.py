@@ -121,6 +121,21 @@ def test_without_a_region_to_tell_apart_pointing_is_undefined(region):
     assert as_json(scores)["maps"]["gradient"]["pointing"]["value"] is None
 
 
+def test_an_empty_map_points_at_nothing_and_counts(monkeypatch):
+    """Else a network with empty masks would be judged by the few tiles where they are not."""
+    chances = iter([1.0, 0.0, 0.0, 0.0])
+
+    def maps(_classifier, x, labels):
+        values = torch.zeros(len(x), SIDE, SIDE)
+        for row in torch.nonzero(labels).flatten():
+            values[row, 0, 0] = next(chances)
+        return {"gradient": values}
+
+    monkeypatch.setattr("medsd.evaluate.tile_maps.explanation_maps", maps)
+    found = score_explanations(Corner(), tiles(), SETTINGS, corner).maps["gradient"]
+    assert found.pointing.value == found.pointing_game.value == 0.25
+
+
 def test_regions_of_normal_tiles_do_not_count():
     asked = []
     score_explanations(Corner(), tiles(10), SETTINGS, lambda number: asked.append(number) or corner(number))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, TrainingError
 from medsd.evaluate.features import feature_health
-from medsd.finetune.decorrelation import covariance_penalty, decorrelation_loss
+from medsd.finetune.decorrelation import decorrelation_loss
 from medsd.finetune.masking import mask_lowest, pixel_scores
 from medsd.finetune.objective import SaliencyDecor, consistency_loss
 from medsd.networks.whitening import WhitenedHead
@@ -88,7 +88,7 @@ def test_total_is_the_weighted_sum_of_independent_parts() -> None:
     p, q = twin.head(features).softmax(1), twin.head(masked_features).softmax(1)
     cross_entropy = -p[torch.arange(6), labels].log().mean()
     divergence = (p * (p.log() - q.log())).sum() / 6
-    penalty = covariance_penalty(features)
+    penalty = decorrelation_loss(features)
     for value, expected in (
         (terms.parts["cross_entropy"], cross_entropy),
         (terms.parts["consistency"], divergence),
@@ -116,7 +116,7 @@ def test_gradient_of_the_whole_loss_by_finite_differences() -> None:
         features = model.features(x)
         logits = features @ head.T
         consistency = consistency_loss(logits, model.features(masked) @ head.T)
-        return F.cross_entropy(logits, labels) + consistency + 0.1 * covariance_penalty(features)
+        return F.cross_entropy(logits, labels) + consistency + 0.1 * decorrelation_loss(features)
 
     assert torch.autograd.gradcheck(loss, weight)
 
