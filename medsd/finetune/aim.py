@@ -96,7 +96,7 @@ class AimObjective:
             **_shares(network.stages, output.masks),
         }
         # A network without masks has nothing that the loss of their size could change.
-        weight = self.mask_weight if network.mask_estimators else 0.0
+        weight = self.mask_weight if network.options["masking"] else 0.0
         return Terms(cross_entropy + stages + weight * mask_loss, parts, output.logits.detach())
 
 

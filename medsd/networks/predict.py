@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
+from typing import Any, cast
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -53,13 +56,13 @@ def predict_logits(
 
 
 def collect(
-    classifier: nn.Module, loader: DataLoader[Sample], progress: Progress = no_progress
+    classifier: nn.Module, loader: Iterable[Any], progress: Progress = no_progress
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits (n, classes) float32 and labels (n,) int64 of all that a loader gives, in its order."""
+    """Logits (n, classes) float32 and labels (n,) int64 of the samples of all batches of a loader, in its order."""
     device = next(classifier.parameters()).device
     logits, labels = [], []
     with evaluating(classifier), torch.inference_mode():
-        for batch in progress(loader, len(loader), "batch"):
+        for batch in progress(loader, len(cast(Sized, loader)), "batch"):
             logits.append(classifier(batch["image"].to(device)).float().cpu().numpy())
             labels.append(batch["label"].numpy())
     if not logits:

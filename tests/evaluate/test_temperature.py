@@ -59,7 +59,7 @@ def test_scales_with_the_logits_and_ignores_what_they_share(seed, factor, shift)
 def test_bounds():
     labels = np.array([0, 1, 1, 0])
     sure = np.eye(2)[labels] * 4
-    assert fit_temperature(sure, labels) == LOWEST
+    assert fit_temperature(sure, labels) == 1.0
     assert fit_temperature(sure, 1 - labels) == HIGHEST
     assert fit_temperature(np.zeros((4, 2)), labels) == 1
     assert fit_temperature(sure * 1e6, labels) == 1  # certain and right: nothing to gain

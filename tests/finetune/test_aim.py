@@ -33,6 +33,7 @@ class FixedOutput(AimClassifier):
     def __init__(self, masks: tuple[Tensor, ...], logits: Tensor, stage_logits: tuple[Tensor, ...]) -> None:
         nn.Module.__init__(self)
         self.stages = tuple(range(3, 3 - len(masks), -1))
+        self.options = {"masking": True}
         self.output = AimOutput(logits, stage_logits, masks, torch.zeros(1))
         self.noise: list[bool | None] = []
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import medsd.finetune.step as step_module
 from medsd.errors import ConfigError
 from medsd.finetune.objective import SaliencyDecor
-from medsd.finetune.ranks import RankSampler, rank, start_ranks, world_size
+from medsd.finetune.ranks import RankSampler, of_first_rank, rank, start_ranks, world_size
 from medsd.finetune.step import ObjectiveStep
 from medsd.slides.dataset import SlideGroupedSampler
 
@@ -73,7 +73,9 @@ def run_process(number: int, meeting: Path, out: Path) -> None:
     half = BATCH // 2
     result = train(slice(number * half, (number + 1) * half), 1)
     draw = list(RankSampler(sampler()))
-    torch.save({**result, "draw": torch.tensor(draw)}, out / f"{number}.pt")
+    # What each finds differs; the second must go by the first's.
+    found = of_first_rank(torch.tensor([20, 30]) if number == 0 else torch.tensor([20]), torch.device("cpu"))
+    torch.save({**result, "draw": torch.tensor(draw), "found": found}, out / f"{number}.pt")
     dist.destroy_process_group()
 
 
@@ -107,6 +109,10 @@ def test_each_process_draws_its_own_items(processes: list[dict[str, Tensor]]) ->
     first, second = (process["draw"].tolist() for process in processes)
     assert len(first) == len(second) == 10  # the odd one is left out, so that none waits for the other
     assert [item for pair in zip(first, second, strict=True) for item in pair] == whole[:20]
+
+
+def test_all_go_by_what_the_first_found(processes: list[dict[str, Tensor]]) -> None:
+    assert [process["found"].tolist() for process in processes] == [[20, 30], [20, 30]]
 
 
 def test_alone_there_is_one_rank() -> None:

@@ -245,3 +245,13 @@ def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name}=") as caught:
         ObjectiveStep(SaliencyDecor(), **{name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_a_compiled_encoder_trains_as_it_does_without() -> None:
+    plain, compiled = engine(), engine()
+    compiled.network.encoder.compile(backend="eager")  # the capture, without minutes of making kernels
+    expected = ObjectiveStep(SaliencyDecor())(plain, batch())
+    output = ObjectiveStep(SaliencyDecor())(compiled, batch())
+    assert output["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert compiled.network.state_dict().keys() == plain.network.state_dict().keys()
+    torch.testing.assert_close(compiled.network.head.weight, plain.network.head.weight)

@@ -535,3 +535,17 @@ def test_the_scale_of_half_precision_is_kept(tmp_path: Path) -> None:
     resumed = ObjectiveStep(SaliencyDecor(decorrelation=0.01), amp="float16")
     training(epochs=2, step=resumed).run(tmp_path, step=resumed)
     assert resumed.state_dict()["_growth_tracker"] + 1 > step.state_dict()["_growth_tracker"]
+
+
+def test_another_number_of_steps_an_epoch_is_refused(tmp_path: Path) -> None:
+    """As when a training is resumed on more processes: schedule and draws would no longer be its own."""
+    training(epochs=1).run(tmp_path)
+    other = training(epochs=2)
+    other.trainer.data_loader = DataLoader(Blobs(0), batch_size=8, sampler=other.sampler, drop_last=True)
+    refuse(lambda: other.run(tmp_path), "had 3 steps an epoch, now 6; start as many processes as before")
+
+
+def test_hard_negatives_after_the_end_are_refused(tmp_path: Path) -> None:
+    hard = HardNegativeRound(3, 0.5, Blobs(0), Blobs(0).labels)
+    with pytest.raises(ConfigError, match="hard_negative_epoch=3: must be below max_epochs=3"):
+        training().run(tmp_path, hard_negatives=hard)

@@ -70,7 +70,7 @@ def test_precision_under_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", [0, 1])
 def test_one_sample_is_refused_in_words(batch: int) -> None:
     with pytest.raises(
-        TrainingError, match=f"batch_size={batch}: .* at least 2 samples .*; raise batch_size"
+        TrainingError, match=f"batch_size={batch} at once: .* at least 2 samples; raise batch_size"
     ) as caught:
         feature_moments(torch.zeros(batch, 4))
     assert "\n" not in str(caught.value)

@@ -291,7 +291,7 @@ def test_half_features_under_autocast() -> None:
 def test_head_refuses_in_words() -> None:
     for batch in (0, 1):
         head = trained()
-        with pytest.raises(TrainingError, match=f"batch_size={batch}: .* raise batch_size"):
+        with pytest.raises(TrainingError, match=f"batch_size={batch} at once: .* raise batch_size"):
             head(features(batch, 7))
         assert head.eval()(features(batch, 7)).shape == (batch, 2)
     with pytest.raises(ConfigError, match="group_size=8: must lie in 2 to 7"):
