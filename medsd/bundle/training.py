@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +11,12 @@ from timm.layers import convert_sync_batchnorm
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data, Items
 from medsd.errors import ConfigError
-from medsd.finetune import ranks
 from medsd.finetune.aim import AimObjective
 from medsd.finetune.hard_negatives import HardNegativeRound
-from medsd.finetune.masking import Fill, Ranking, SaliencyPass
-from medsd.finetune.objective import Decorrelated, Mode, SaliencyDecor
+from medsd.finetune.objective import SaliencyDecor
 from medsd.finetune.parameters import parameter_groups
-from medsd.finetune.ranks import RankSampler, world_size
-from medsd.finetune.step import ObjectiveStep, Precision
-from medsd.finetune.terms import Objective
+from medsd.finetune.ranks import RankSampler, start_ranks, stop_ranks, world_size
+from medsd.finetune.step import ObjectiveStep
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier, Direction
 from medsd.networks.classifier import Classifier, TileClassifier
@@ -114,59 +109,6 @@ def place(network: Classifier, device: torch.device, channels_last: bool = False
 
 
 @boundary
-def parameters(
-    network: Classifier,
-    lr: float,
-    weight_decay: float,
-    frozen: Sequence[str] = (),
-    layer_decay: float = 1.0,
-    head_lr: float | None = None,
-) -> list[dict[str, Any]]:
-    """What an optimiser trains, and how fast, see `parameter_groups`."""
-    return parameter_groups(network, lr, weight_decay, frozen, layer_decay, head_lr)
-
-
-@boundary
-def saliency_decor(
-    consistency: float,
-    decorrelation: float,
-    masked_share: float,
-    ramp_epochs: float,
-    mode: Mode = "cov",
-    group_size: int | None = None,
-    ranking: Ranking = "absolute",
-    fill: Fill = "uniform",
-    decorrelated: Decorrelated = "clean",
-    saliency_pass: SaliencyPass = "eval",
-) -> SaliencyDecor:
-    """The SaliencyDecor objective."""
-    return SaliencyDecor(
-        consistency=consistency,
-        decorrelation=decorrelation,
-        masked_share=masked_share,
-        ramp_epochs=ramp_epochs,
-        ranking=ranking,
-        fill=fill,
-        mode=mode,
-        group_size=group_size,
-        decorrelated=decorrelated,
-        saliency_pass=saliency_pass,
-    )
-
-
-@boundary
-def aim(
-    max_epochs: int,
-    mask_target: float = 0.25,
-    mask_weight: float = 6.0,
-    anneal_share: float = 0.3,
-    noise_off_share: float = 0.2,
-) -> AimObjective:
-    """The AIM objective."""
-    return AimObjective(max_epochs, mask_target, mask_weight, anneal_share, noise_off_share)
-
-
-@boundary
 def dataset(data: Data, part: str) -> Items:
     """The items of the part "training", "validation" or "testing"."""
     return data.part(part)
@@ -201,19 +143,6 @@ def hard_negatives(
 
 
 @boundary
-def step(
-    objective: Objective,
-    seed: int = 0,
-    stain: float = 0.1,
-    stain_apart: float = 0.0,
-    amp: Precision = "none",
-    accumulation: int = 1,
-) -> ObjectiveStep:
-    """The training step of an objective, see `ObjectiveStep`."""
-    return ObjectiveStep(objective, seed, stain, stain_apart, amp, accumulation)
-
-
-@boundary
 def map_settings(
     layer: str,
     attribution: Attribution,
@@ -224,13 +153,10 @@ def map_settings(
     return MapSettings(layer, attribution, smoothing, block_px)
 
 
-@boundary
-def start_ranks() -> torch.device:
-    """This process's device among those that torchrun started, see `medsd.finetune.ranks.start_ranks`."""
-    return ranks.start_ranks()
-
-
-@boundary
-def stop_ranks() -> None:
-    """Leave the group of processes."""
-    ranks.stop_ranks()
+# As they are, but that their errors end a run with one line.
+parameters = boundary(parameter_groups)
+saliency_decor = boundary(SaliencyDecor)
+aim = boundary(AimObjective)
+step = boundary(ObjectiveStep)
+start_ranks = boundary(start_ranks)
+stop_ranks = boundary(stop_ranks)
