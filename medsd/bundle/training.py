@@ -11,11 +11,12 @@ from timm.layers import convert_sync_batchnorm
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data, Items
 from medsd.errors import ConfigError
+from medsd.finetune import ranks
 from medsd.finetune.aim import AimObjective
 from medsd.finetune.hard_negatives import HardNegativeRound
 from medsd.finetune.objective import SaliencyDecor
 from medsd.finetune.parameters import parameter_groups
-from medsd.finetune.ranks import RankSampler, start_ranks, stop_ranks, world_size
+from medsd.finetune.ranks import RankSampler, world_size
 from medsd.finetune.step import ObjectiveStep
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier, Direction
@@ -158,5 +159,5 @@ parameters = boundary(parameter_groups)
 saliency_decor = boundary(SaliencyDecor)
 aim = boundary(AimObjective)
 step = boundary(ObjectiveStep)
-start_ranks = boundary(start_ranks)
-stop_ranks = boundary(stop_ranks)
+start_ranks = boundary(ranks.start_ranks)
+stop_ranks = boundary(ranks.stop_ranks)
