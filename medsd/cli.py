@@ -218,6 +218,77 @@ def heatmap(
 
 
 @app.command()
+def methods() -> None:
+    """List the saliency methods: what each shows, what it needs, what it costs, whether its parts add up."""
+    from medsd.saliency.registry import table
+
+    for number, (name, words, label, gradient, complete, cost) in enumerate(table()):
+        print(f"{name:<23}{label:<7}{gradient:<10}{cost:<25}{complete}")
+        if number:
+            print(f"    {words}")
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files (PNG, JPEG, TIFF, WebP), or folders of them.")],
+    weights: Annotated[Path, typer.Option(help="A classifier or an encoder (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder to write: sheets, metrics.csv, metrics.json, maps.safetensors.")],
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Names with commas between them, see 'medsd methods'; a usual choice when not given."),
+    ] = None,
+    layer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Layer such as layer3, or input; the calibrated or last one when not given."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="Class that is explained, by name or number, or predicted.")
+    ] = "predicted",
+    smoothing: Annotated[
+        str, typer.Option(help="At strided convolutions: none, backward_hook, forward_hook or surrogate.")
+    ] = "none",
+    surrogate: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate."),
+    ] = None,
+    explained: Annotated[
+        str, typer.Option(help="What of the class: evidence (above the others) or logit.")
+    ] = "evidence",
+    masks: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of PNG masks named as the images, 0 is background, to measure localisation."),
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--metrics/--no-metrics", help="Measure the maps, which takes most of the time.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
+) -> None:
+    """Lay saliency methods side by side on images, with their measures. Exit code 1 when an image failed."""
+    from typing import cast
+
+    from medsd.explain.explain import explain_images
+    from medsd.explain.settings import ExplainSettings, ImageSmoothing, method_names
+    from medsd.progress import progress_bar
+    from medsd.saliency.method import Output
+
+    settings = ExplainSettings(
+        methods=method_names(methods),
+        layer=layer,
+        target=target,
+        smoothing=cast(ImageSmoothing, smoothing),
+        surrogate=None if surrogate is None else str(surrogate),
+        output=cast(Output, explained),
+        measured=measured,
+    )
+    summary = explain_images(images, weights, out, settings, masks, device, progress_bar("explain"))
+    print(summary.in_words())
+    failed = f", {len(summary.failed)} failed" if summary.failed else ""
+    print(f"{summary.images} images{failed}; see {out}")
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of bundle runs on the same test set.")],
     out: Annotated[Path, typer.Option(help="Folder to write: compare.md, compare.csv, compare.png.")],

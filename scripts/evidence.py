@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Long studies behind docs/evidence.md. Each training is one file of results: a stopped study goes on where it was.
+"""Long studies behind docs/evidence.md. Each job is one file of results: a stopped study goes on where it was.
 
-python scripts/evidence.py finetune PATCHES --out runs/evidence --seeds 5 --processes 2
+python scripts/evidence.py finetune PATCHES --seeds 5
+python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
 """
 
 from __future__ import annotations
@@ -11,66 +12,70 @@ import json
 import multiprocessing
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from studies import finetune
+from studies import finetune, saliency
 from tqdm import tqdm
 
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
+STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency}
+Job = finetune.Job | saliency.Job
+
 
 def main() -> None:
-    """Run what is missing, then write tables and figure."""
+    """Run what is missing, then write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("study", choices=["finetune"])
-    parser.add_argument("patches", type=Path, help="Folder of PatchCamelyon patches with labels.csv.")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--tables", action="store_true", help="Train nothing; tables of what is there.")
-    parser.add_argument("--part", choices=finetune.PARTS, nargs="+", default=list(finetune.PARTS))
+    studies = parser.add_subparsers(dest="study", required=True)
+    for name, study in STUDIES.items():
+        of_study = studies.add_parser(name, help=study.__doc__.partition("\n")[0])
+        of_study.add_argument("patches", type=Path, help="Folder of PatchCamelyon patches with labels.csv.")
+        of_study.add_argument("--out", type=Path, default=Path("runs/evidence"))
+        of_study.add_argument("--processes", type=int, default=2)
+        of_study.add_argument("--tables", action="store_true", help="Compute nothing; tables of what is there.")
+        of_study.add_argument("--part", choices=study.PARTS, nargs="+", default=list(study.PARTS))
+        study.add_arguments(of_study)
     arguments = parser.parse_args()
+    study = STUDIES[arguments.study]
     try:
         folder = make_folder(arguments.out / arguments.study)
-        jobs = [
-            finetune.Job(part, method, seed, str(arguments.patches), str(folder))
-            for seed in range(arguments.seeds)
-            for part in arguments.part
-            for method in finetune.methods_of(part)
-        ]
+        jobs: list[Job] = study.jobs_of(arguments, folder)
         if not arguments.tables:
-            finetune.prepare(folder)
-            run([job for job in jobs if not is_done(job, folder)], folder, arguments.processes)
-        done = [job for job in jobs if is_done(job, folder)]
-        results = {(job.part, job.method, job.seed): read(job, folder)["scores"] for job in done}
-        text = finetune.tables(results)
+            study.prepare(arguments, folder)
+            run(study, [job for job in jobs if not is_done(study, job, folder)], folder, arguments.processes)
+        results = {study.key_of(job): read(job, folder)["scores"] for job in jobs if is_done(study, job, folder)}
+        text = study.tables(results)
         write_text(folder / "tables.md", text)
-        finetune.draw(results, folder / "finetune.png")
+        study.draw(results, folder)
     except MedsdError as error:
         sys.exit(f"evidence: {error}")
     print(text)
 
 
-def path_of(job: finetune.Job, folder: Path) -> Path:
-    return folder / job.part / f"{job.method}-{job.seed}.json"
+def path_of(job: Job, folder: Path) -> Path:
+    """The file of a job's results."""
+    return folder / job.part / f"{job.name}.json"
 
 
-def read(job: finetune.Job, folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads(path_of(job, folder).read_text("utf-8"))
+def read(job: Job, folder: Path) -> dict[str, Any]:
+    """A job's results with the recipe they follow."""
+    content: dict[str, Any] = json.loads(path_of(job, folder).read_text("utf-8"))
     return content
 
 
-def is_done(job: finetune.Job, folder: Path) -> bool:
+def is_done(study: ModuleType, job: Job, folder: Path) -> bool:
     """Whether the job's results are there, of the same recipe."""
-    return path_of(job, folder).is_file() and read(job, folder)["recipe"] == finetune.recipe_of(job)
+    return path_of(job, folder).is_file() and read(job, folder)["recipe"] == study.recipe_of(job)
 
 
-def run(jobs: list[finetune.Job], folder: Path, processes: int) -> None:
+def run(study: ModuleType, jobs: list[Job], folder: Path, processes: int) -> None:
     """Run the jobs, one thread each."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, finetune.start_worker) as pool:
-        for job, scores in tqdm(pool.imap_unordered(finetune.run_job, jobs), total=len(jobs), unit="training"):
-            write_json(path_of(job, folder), {"recipe": finetune.recipe_of(job), "scores": scores})
+        for job, scores in tqdm(pool.imap_unordered(study.run_job, jobs), total=len(jobs), unit="job"):
+            write_json(path_of(job, folder), {"recipe": study.recipe_of(job), "scores": scores})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ A user's mistake ends the run with one line and exit code 1; MONAI would print a
 
 from medsd.bundle.config import check_config
 from medsd.bundle.data import default_device, patch_data, slide_data
+from medsd.bundle.explain import explain
 from medsd.bundle.stages import check_slides, evaluate, finetune, heatmap, prepare, report, summary
+from medsd.bundle.surrogate import surrogate
 from medsd.bundle.training import (
     aim,
     aim_classifier,
@@ -31,6 +33,7 @@ __all__ = [
     "dataset",
     "default_device",
     "evaluate",
+    "explain",
     "finetune",
     "hard_negatives",
     "heatmap",
@@ -47,4 +50,5 @@ __all__ = [
     "step",
     "stop_ranks",
     "summary",
+    "surrogate",
 ]

@@ -18,8 +18,8 @@ from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import Classifier, layer_of
 from medsd.networks.modes import evaluating
 from medsd.networks.weights import Attribution, Smoothing
+from medsd.saliency import smooth
 from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.smoothing import backward_hook
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -178,7 +178,7 @@ def explained(classifier: Classifier, settings: MapSettings) -> Iterator[HiddenL
         stack.enter_context(evaluating(classifier))
         stack.enter_context(torch.enable_grad())
         if settings.smoothing == "backward_hook":
-            stack.enter_context(backward_hook(classifier.encoder, "symmetric"))
+            stack.enter_context(smooth.backward_hook(classifier.encoder, "symmetric"))
         yield stack.enter_context(tapped(classifier, layer_of(classifier, settings.layer)))
 
 

@@ -6,6 +6,7 @@ tell the label in training. (c) `patches`: PatchCamelyon patches whose stain clu
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -144,6 +145,31 @@ class Job:
     patches: str
     folder: str
 
+    @property
+    def name(self) -> str:
+        """What its results are kept by, within the part."""
+        return f"{self.method}-{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this study alone."""
+    parser.add_argument("--seeds", type=int, default=5)
+
+
+def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """Every training of the parts asked for, seed by seed."""
+    return [
+        Job(part, method, seed, str(arguments.patches), str(folder))
+        for seed in range(arguments.seeds)
+        for part in arguments.part
+        for method in methods_of(part)
+    ]
+
+
+def key_of(job: Job) -> tuple[str, str, int]:
+    """What the tables find a job's results by."""
+    return job.part, job.method, job.seed
+
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
@@ -187,7 +213,7 @@ def pretrained_encoder(folder: Path) -> Path:
     return folder / f"encoder-{data.VERSION}.safetensors"
 
 
-def prepare(folder: Path) -> None:
+def prepare(_arguments: argparse.Namespace, folder: Path) -> None:
     """Draw the phantom slides and pre-train the encoder, once.
 
     It learns tumour from normal nests on slides of its own, in surroundings whose tint is drawn at random: what
@@ -378,8 +404,8 @@ def _cell(values: list[float], column: Column, sign: bool = False) -> str:
     return mean if len(scaled) < 2 else f"{mean} ± {scaled.std(ddof=1) / np.sqrt(len(scaled)):.{column.digits}f}"
 
 
-def draw(results: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
-    """One figure: masking curves with their random controls, and worst groups."""
+def draw(results: dict[tuple[str, str, int], dict[str, Any]], folder: Path) -> None:
+    """One figure, `finetune.png`: masking curves with their random controls, and worst groups."""
     if not results:
         return
     figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
@@ -393,7 +419,7 @@ def draw(results: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> Non
             _draw_curves(axes, results, methods, seeds)
         else:
             _draw_groups(axes, results, part, methods, seeds)
-    with atomic_path(path) as temporary:
+    with atomic_path(folder / "finetune.png") as temporary:
         figure.savefig(temporary)
 
 

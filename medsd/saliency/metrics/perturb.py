@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError, DatasetError, nearest
 from medsd.networks.modes import evaluating
+from medsd.saliency.method import check_logits
 
 Baseline = Literal["zero", "mean", "blur"]
+Resize = Literal["nearest", "bilinear"]
 
 _KERNEL_PX, _SIGMA_PX = 11, 5.0
 
@@ -62,24 +64,34 @@ def pixel_ranks(saliency: Tensor, generator: torch.Generator | None = None) -> T
 
 @torch.no_grad()
 def perturbed_logits(
-    network: nn.Module, x: Tensor, substitute: Tensor, ranks: Tensor, counts: Sequence[int], batch_size: int = 256
+    network: nn.Module,
+    x: Tensor,
+    substitute: Tensor,
+    ranks: Tensor,
+    counts: Sequence[int],
+    batch_size: int = 256,
+    read: Callable[[object], Tensor] = check_logits,
 ) -> Tensor:
     """Logits (B, len(counts), K) after the first `count` pixels of each image have become those of `substitute`.
 
     Args:
-        network: gives logits (B, K); in eval mode for the length of the call.
-        x, substitute: (B, C, H, W) float images, as the network takes them.
+        network: gives logits (B, K), or what `read` takes; in eval mode for the length of the call.
+        x, substitute: (B, C, H, W) float images, as the network takes them. Where one is channels-last the network
+            gets channels-last images, which on CPUs is often twice as fast.
         ranks: (B, H, W), see `pixel_ranks`.
         counts: how many pixels are replaced, in all channels, one number a step.
         batch_size: images in one pass of the network; steps of several images share one.
+        read: the network's output as (B, K), see `scoring.reader`.
 
     Raises:
         DatasetError: image and map differ in size.
+        NetworkError: the output is not what `read` takes, or not finite.
     """
     batch, _, height, width = x.shape
     if ranks.shape != (batch, height, width):
         raise DatasetError(f"saliency: shape {tuple(ranks.shape)}, images {tuple(x.shape)}; give a (H, W) map an image")
     steps = torch.as_tensor(counts, device=x.device)
+    layout = _layout(x, substitute)
     total = batch * len(counts)
     logits = []
     with evaluating(network):
@@ -87,8 +99,33 @@ def perturbed_logits(
             item = torch.arange(start, min(start + batch_size, total), device=x.device)
             image, step = item // len(counts), item % len(counts)
             replaced = ranks[image] < steps[step, None, None]
-            logits.append(network(torch.where(replaced[:, None], substitute[image], x[image])).float())
+            images = torch.where(replaced[:, None], substitute[image], x[image])
+            logits.append(read(network(images.contiguous(memory_format=layout))).float())
     return torch.cat(logits).view(batch, len(counts), -1)
+
+
+def at_pixels(maps: Tensor, like: Tensor, resize: Resize = "nearest") -> Tensor:
+    """Maps (B, h, w) of a layer at the size of images (B, C, H, W), (B, H, W); those of that size are left alone.
+
+    Raises:
+        ConfigError: no such way to resize.
+        DatasetError: the maps are not (B, h, w), not finite, or not one an image.
+    """
+    check_maps(maps)
+    if len(maps) != len(like):
+        raise DatasetError(f"saliency: {len(maps)} maps of {len(like)} images; give one an image")
+    if maps.shape[1:] == like.shape[2:]:
+        return maps
+    if resize not in ("nearest", "bilinear"):
+        raise ConfigError(f"resize='{resize}': use 'nearest' or 'bilinear'{nearest(resize, get_args(Resize))}")
+    return F.interpolate(maps[:, None], like.shape[2:], mode=resize)[:, 0]
+
+
+def _layout(x: Tensor, substitute: Tensor) -> torch.memory_format:
+    for images in (x, substitute):
+        if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
 
 
 def check_maps(maps: Tensor) -> None:
@@ -97,6 +134,16 @@ def check_maps(maps: Tensor) -> None:
         raise DatasetError(f"saliency: shape {tuple(maps.shape)}; give (B, H, W)")
     if not torch.isfinite(maps).all():
         raise DatasetError("saliency: not finite everywhere; leave such images out, or compute it in float32")
+
+
+def check_region(maps: Tensor, region: Tensor) -> None:
+    """Raises DatasetError: maps as in `check_maps`, or a region that is not bool and of their shape."""
+    check_maps(maps)
+    if maps.shape != region.shape or region.dtype != torch.bool:
+        raise DatasetError(
+            f"region: maps {tuple(maps.shape)} and region {tuple(region.shape)} of {region.dtype}; give a bool region "
+            "in the shape of the maps"
+        )
 
 
 def _rise_kernel(like: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from medsd.errors import DatasetError
-from medsd.saliency.metrics.perturb import check_maps
+from medsd.saliency.metrics.perturb import check_region
 
 _LEAST_ENERGY = 1e-7
 
@@ -30,7 +29,7 @@ def energy_pointing(maps: Tensor, region: Tensor) -> Tensor:
     Raises:
         DatasetError: shapes differ, or maps that are not finite.
     """
-    _check(maps, region)
+    check_region(maps, region)
     positive = maps.clamp(min=0).double()
     total = positive.sum(dim=(1, 2))
     inside = (positive * region).sum(dim=(1, 2))
@@ -50,7 +49,7 @@ def pointing_game(maps: Tensor, region: Tensor) -> Tensor:
     Raises:
         DatasetError: shapes differ, or maps that are not finite.
     """
-    _check(maps, region)
+    check_region(maps, region)
     greatest = maps.amax(dim=(1, 2), keepdim=True)
     at = maps == greatest
     hit = (at & region).sum(dim=(1, 2)).double() / at.sum(dim=(1, 2))
@@ -60,12 +59,3 @@ def pointing_game(maps: Tensor, region: Tensor) -> Tensor:
 def area_share(region: Tensor) -> Tensor:
     """The region's share of the image, (B,), of a region (B, H, W) bool: what a constant map scores in both games."""
     return region.double().mean(dim=(1, 2))
-
-
-def _check(maps: Tensor, region: Tensor) -> None:
-    check_maps(maps)
-    if maps.shape != region.shape or region.dtype != torch.bool:
-        raise DatasetError(
-            f"pointing: maps {tuple(maps.shape)} and region {tuple(region.shape)} of {region.dtype}; give a bool "
-            "region in the shape of the maps"
-        )

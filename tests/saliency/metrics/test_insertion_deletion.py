@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
 
 LABELS = torch.tensor([0, 2, 1])
@@ -108,6 +108,118 @@ def test_areas_by_hand():
     assert float(worst) == pytest.approx(0.15625, abs=1e-4)
 
 
+class Counter(nn.Module):
+    """The probability of class 1 is the share of the first `pixels` of the image that are still 1."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = x.flatten(1)[:, : self.pixels].double().mean(dim=1).clamp(1e-12, 1 - 1e-12)
+        return torch.stack([torch.zeros_like(share), torch.logit(share)], dim=1)
+
+
+def test_areas_in_closed_form():
+    """A network that looks at k of N pixels, named in perfect order: k / 2N and 1 - k / 2N; a constant one: itself."""
+    x, k, pixels = torch.ones(1, 1, 20, 30), 120, 600
+    saliency = torch.arange(pixels, 0, -1).view(1, 20, 30).float()
+    deletion = deletion_curve(Counter(k), x, torch.tensor([1]), saliency, step_px=1)
+    insertion = insertion_curve(Counter(k), x, torch.tensor([1]), saliency, "zero", step_px=1)
+    assert float(curve_area(deletion)) == pytest.approx(k / (2 * pixels), abs=1e-6)
+    assert float(curve_area(insertion)) == pytest.approx(1 - k / (2 * pixels), abs=1e-6)
+
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 2))
+    nn.init.zeros_(constant[1].weight)
+    constant[1].bias.data = torch.tensor([0.0, 1.0])
+    curve = deletion_curve(constant, x, 1, saliency).detach()
+    assert float(curve_area(curve)) == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-6)
+
+
+def rise_batch(network: nn.Module, x: Tensor, saliency: Tensor, step: int, insert: bool) -> np.ndarray:
+    """RISE's evaluation of a batch: one order for all images, pixels copied step by step, predicted classes."""
+    batch, channels, side, _ = x.shape
+    probability = network(x).softmax(1).detach()
+    top = probability.argmax(1)
+    blurred = torch.stack([rise_baseline(image.double(), "blur").float() for image in x])
+    start, end = (blurred, x) if insert else (x, torch.zeros_like(x))
+    now, goal = (images.numpy().reshape(batch, channels, -1).copy() for images in (start, end))
+    order = np.argsort(-saliency.numpy().reshape(batch, -1), axis=1)
+    rows = np.arange(batch)[:, None]
+    curve = []
+    for number in range((side * side + step - 1) // step + 1):
+        image = torch.from_numpy(now).view_as(x)
+        curve.append(network(image).softmax(1).detach()[range(batch), top].numpy())
+        places = order[:, step * number : step * (number + 1)]
+        now[rows, :, places] = goal[rows, :, places]
+    return np.stack(curve, axis=1)
+
+
+def test_equals_rise_at_224_px_in_steps_of_1792():
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 27 * 27, 5)).eval()
+    x, saliency = torch.randn(2, 3, 224, 224), torch.randn(2, 224, 224)
+    for function, insert in ((deletion_curve, False), (insertion_curve, True)):
+        found = function(network, x, None, saliency, step_px=1792, batch_size=16)
+        assert found.shape == (2, 29)
+        np.testing.assert_allclose(found, rise_batch(network, x, saliency, 1792, insert), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [deletion_curve, insertion_curve])
+def test_a_batch_is_its_images_one_by_one(network, x, saliency, function):
+    together = function(network, x, LABELS, saliency, batch_size=11)
+    alone = [
+        function(network, x[i : i + 1], LABELS[i : i + 1], saliency[i : i + 1], batch_size=1) for i in range(len(x))
+    ]
+    np.testing.assert_allclose(together, torch.cat(alone), atol=1e-7)
+    predicted = function(network, x, None, saliency)
+    np.testing.assert_allclose(predicted, function(network, x, network(x).argmax(1), saliency), atol=1e-7)
+
+
+def test_similarity_is_the_cosine_with_the_clean_embedding(network, x, saliency):
+    """By hand, for embeddings (B, D) and for maps, which are averaged; a negative cosine counts 0."""
+    maps = network[:2]
+    for encoder, pool in ((network, lambda rows: rows), (maps, lambda rows: rows.mean(dim=(2, 3)))):
+        clean = pool(encoder(x))
+        middle = x.clone()
+        flat = saliency.flatten(1).argsort(dim=1, descending=True)[:, :70]
+        for item in range(3):
+            middle[item].view(3, -1)[:, flat[item]] = 0
+        curve = deletion_curve(encoder, x, None, saliency, step_px=70, score="similarity")
+        expected = nn.functional.cosine_similarity(pool(encoder(middle)), clean).clamp(min=0).detach()
+        np.testing.assert_allclose(curve[:, 0], 1, atol=1e-6)
+        np.testing.assert_allclose(curve[:, 1], expected, atol=1e-6)
+        insertion = insertion_curve(encoder, x, None, saliency, "zero", 70, score="similarity")
+        np.testing.assert_allclose(insertion[:, -1], 1, atol=1e-6)
+        np.testing.assert_allclose(insertion[:, 0], curve[:, -1], atol=1e-6)
+    with pytest.raises(NetworkError, match="class methods need logits"):
+        deletion_curve(maps, x, None, saliency)
+    with pytest.raises(NetworkError, match=r"similarity needs embeddings"):
+        deletion_curve(nn.Flatten(0), x, None, saliency, score="similarity")
+    with pytest.raises(ConfigError, match="score='cosine'"):
+        deletion_curve(network, x, None, saliency, score="cosine")
+
+
+class Layouts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(x.is_contiguous(memory_format=torch.channels_last))
+        return x.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean", "blur"])
+def test_channels_last_images_stay_so(x, saliency, baseline):
+    for images, kept in ((x, False), (x.contiguous(memory_format=torch.channels_last), True)):
+        network = Layouts()
+        curves = [function(network, images, 1, saliency, baseline) for function in (deletion_curve, insertion_curve)]
+        assert network.seen == {kept}
+        plain = deletion_curve(Layouts(), x, 1, saliency, baseline)
+        np.testing.assert_allclose(curves[0], plain, atol=1e-7)
+
+
 def test_bad_input_is_named(network, x, saliency):
     for function in (deletion_curve, insertion_curve):
         with pytest.raises(ConfigError, match="step_px=0"):
@@ -118,3 +230,5 @@ def test_bad_input_is_named(network, x, saliency):
             function(network, x, LABELS, saliency / 0)
         with pytest.raises(DatasetError, match="a \\(H, W\\) map an image"):
             function(network, x, LABELS, saliency[:, :5])
+        with pytest.raises(ConfigError, match="target=3"):
+            function(network, x, 3, saliency)

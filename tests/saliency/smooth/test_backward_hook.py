@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import get_args
 
 import pytest
@@ -13,37 +13,16 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
 from medsd.networks.classifier import TileClassifier
-from medsd.saliency.smoothing import Boundary, backward_hook, strided_convolutions
+from medsd.saliency.smooth import Boundary, backward_hook, strided_points
+
+Gradient = Callable[..., Tensor]
+Hooks = Callable[[nn.Module], AbstractContextManager[None]]
+Share = Callable[[Tensor], float]
 
 
 def convolution(kernel: int, channels: int = 1) -> nn.Conv2d:
     torch.manual_seed(kernel)
     return nn.Conv2d(channels, channels, kernel, 2, kernel // 2, bias=False).double()
-
-
-def input_gradient(module: nn.Module, x: Tensor, upstream: Tensor | None = None) -> Tensor:
-    x = x.clone().requires_grad_()
-    output = module(x)
-    (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output) if upstream is None else upstream)
-    return gradient
-
-
-@contextmanager
-def released_hooks(network: nn.Module) -> Iterator[None]:
-    """The rule of the method in torch's own words: the mean of four rolled copies."""
-
-    def smooth(_module: nn.Module, gradients: tuple[Tensor, ...], _outputs: object) -> tuple[Tensor, ...]:
-        copies = [gradients[0].roll((a, b), dims=(2, 3)) for a in (0, 1) for b in (0, 1)]
-        return (sum(copies) / 4,)
-
-    handles = [
-        module.register_full_backward_hook(smooth)
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d) and module.stride[0] == 2
-    ]
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +35,9 @@ def resnet() -> nn.Module:
     return network
 
 
-def test_circular_equals_torchs_full_backward_hook(resnet: nn.Module) -> None:
+def test_circular_equals_torchs_full_backward_hook(
+    input_gradient: Gradient, released_hooks: Hooks, resnet: nn.Module
+) -> None:
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     plain = input_gradient(resnet, x)
     with released_hooks(resnet):
@@ -68,13 +49,12 @@ def test_circular_equals_torchs_full_backward_hook(resnet: nn.Module) -> None:
 
 
 def test_which_convolutions_are_treated() -> None:
-    encoder = TileClassifier("resnet18").encoder
-    names = {module: name for name, module in encoder.named_modules()}
-    treated = [names[module] for module in strided_convolutions(encoder)]
+    points = strided_points(TileClassifier("resnet18").encoder)
     expected = ["conv1"]
     for stage in (2, 3, 4):
         expected += [f"layer{stage}.0.conv1", f"layer{stage}.0.downsample.0"]
-    assert treated == expected
+    assert [point.name for point in points] == expected
+    assert [point.stem for point in points] == [True, *[False] * 6]
 
 
 @pytest.mark.parametrize("boundary", get_args(Boundary))
@@ -99,7 +79,7 @@ def test_forward_of_a_network_is_unchanged(resnet: nn.Module, boundary: Boundary
 
 
 @pytest.mark.parametrize(("kernel", "block"), [(1, [[1, 0], [0, 0]]), (3, [[1, 2], [2, 4]]), (7, [[9, 12], [12, 16]])])
-def test_the_checkerboard_and_its_removal(kernel: int, block: list[list[int]]) -> None:
+def test_the_checkerboard_and_its_removal(input_gradient: Gradient, kernel: int, block: list[list[int]]) -> None:
     layer = convolution(kernel)
     nn.init.ones_(layer.weight)
     x = torch.zeros(1, 1, 32, 32, dtype=torch.float64)
@@ -112,14 +92,7 @@ def test_the_checkerboard_and_its_removal(kernel: int, block: list[list[int]]) -
         assert torch.equal(smoothed, torch.full_like(smoothed, kernel**2 / 4)), boundary
 
 
-def nyquist_share(gradient: Tensor) -> float:
-    energy = torch.fft.fft2(gradient).abs().square().sum(dim=(0, 1))
-    half = energy.shape[0] // 2
-    total, both = energy.sum(), energy[half, half]
-    return float((energy[half].sum() + energy[:, half].sum() - both) / total)
-
-
-def test_nothing_is_left_at_the_nyquist_frequency() -> None:
+def test_nothing_is_left_at_the_nyquist_frequency(input_gradient: Gradient, nyquist_share: Share) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 8, 3, 2, 1, bias=False, padding_mode="circular").double()
     x = torch.zeros(1, 8, 32, 32, dtype=torch.float64)
@@ -135,7 +108,7 @@ def test_nothing_is_left_at_the_nyquist_frequency() -> None:
 
 
 @pytest.mark.parametrize("axis", [2, 3])
-def test_symmetric_kernel_is_zero_at_the_nyquist_frequency(axis: int) -> None:
+def test_symmetric_kernel_is_zero_at_the_nyquist_frequency(input_gradient: Gradient, axis: int) -> None:
     """A gradient alternating along one axis is wiped out, mirrored borders included."""
     identity = _Strided()
     sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
@@ -164,7 +137,7 @@ def centroid(gradient: Tensor) -> tuple[float, float]:
     return float((weight.sum(1) * rows).sum()), float((weight.sum(0) * columns).sum())
 
 
-def test_symmetric_keeps_the_place_where_circular_moves_it_by_half_a_pixel() -> None:
+def test_symmetric_keeps_the_place_where_circular_moves_it_by_half_a_pixel(input_gradient: Gradient) -> None:
     identity, x = _Strided(), torch.zeros(1, 1, 20, 24, dtype=torch.float64)
     upstream = torch.zeros_like(x)
     upstream[0, 0, 5:9, 10:17] = torch.rand(4, 7, dtype=torch.float64)
@@ -175,7 +148,7 @@ def test_symmetric_keeps_the_place_where_circular_moves_it_by_half_a_pixel() -> 
         assert centroid(input_gradient(identity, x, upstream)) == pytest.approx((row + 0.5, column + 0.5), abs=1e-12)
 
 
-def test_symmetric_mirrors_at_the_border_and_loses_nothing() -> None:
+def test_symmetric_mirrors_at_the_border_and_loses_nothing(input_gradient: Gradient) -> None:
     identity = _Strided()
     upstream = torch.rand(1, 1, 5, 7, dtype=torch.float64)
     taps = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64) / 4
@@ -189,7 +162,7 @@ def test_symmetric_mirrors_at_the_border_and_loses_nothing() -> None:
     assert torch.equal(constant, torch.ones_like(upstream))
 
 
-def test_other_branches_that_share_the_input_are_not_smoothed() -> None:
+def test_other_branches_that_share_the_input_are_not_smoothed(input_gradient: Gradient) -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,0 +1,1 @@
+"""Pictures and weights become maps side by side, with their measures: contact sheet, table, tensors."""

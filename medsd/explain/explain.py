@@ -1,0 +1,245 @@
+"""Pictures on disk and a weights file become maps side by side, with their measures."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import assert_never
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from medsd.errors import ConfigError, DatasetError, MedsdError
+from medsd.explain import measures
+from medsd.explain.explained import ExplainedImage, ExplainedImages
+from medsd.explain.images import find_images, image_names, read_image, read_mask
+from medsd.explain.model import Model, load_model
+from medsd.explain.outputs import Summary, write_outputs
+from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, ExplainSettings
+from medsd.explain.sheet import thumbnail
+from medsd.files import make_folder
+from medsd.networks.modes import evaluating
+from medsd.progress import Progress, no_progress
+from medsd.saliency.method import Method, check_logits, targets_of
+from medsd.saliency.metrics.perturb import at_pixels
+from medsd.saliency.registry import METHODS, make_method
+from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.unforeseen import UNFORESEEN, in_one_line
+
+logger = logging.getLogger(__name__)
+
+# Pixels explained in one batch (16 of 224 px), and pixels that wait for others of their size.
+_BATCH_PX = 16 * 224 * 224
+_WAITING_PX = 2**26
+_MOST_IN_BATCH = 64
+_DEFAULT = ExplainSettings()
+
+
+def explain_images(
+    places: Sequence[str | Path],
+    weights: str | Path,
+    out: str | Path,
+    settings: ExplainSettings = _DEFAULT,
+    masks: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+) -> Summary:
+    """Explain images with several methods; leave sheets, tables and maps in `out` (see `medsd.explain.outputs`).
+
+    An image that cannot be read is told and left out, and the others are done. Maps are made under the smoothing;
+    predictions and measures are the network's own. Images of one size share a batch, which changes no map.
+
+    Args:
+        places: image files, and folders of them.
+        weights: a classifier's or encoder's .safetensors.
+        out: folder to write to; images in it are not explained.
+        settings: methods, layer, class, smoothing.
+        masks: folder of PNGs named as the images (0 is background), which localisation is measured with.
+        device: where the network runs.
+        progress: shows the images.
+
+    Raises:
+        DatasetError: no images, none that can be read, or masks of none of them.
+        WeightsError: weights that cannot be used.
+        ConfigError: no such method, class or device, or a method that needs a class of an encoder.
+        NetworkError: no such layer, or a method that the network does not allow.
+        OutputError: `out` cannot be written to.
+    """
+    folder, left_out = Path(out), [Path(path) for path in (out, masks) if path is not None]
+    paths = find_images([Path(place) for place in places], left_out)
+    model = load_model(weights, device)
+    settings, methods = _methods(model, settings)
+    explainer = _Explainer(model, methods, settings, _smoothing(model, settings))
+    found_masks = {} if masks is None else _find_masks(Path(masks), paths)
+    make_folder(folder)
+    done: dict[str, ExplainedImage] = {}
+    failed: dict[str, str] = {}
+    for batch in _batches(paths, found_masks, model.smallest_px, failed, progress):
+        done |= {image.name: image for image in explainer.explain(batch)}
+    if not done:
+        raise DatasetError(f"none of {len(paths)} image(s) can be explained; the first: {next(iter(failed.values()))}")
+    images = tuple(done[name] for name in image_names(paths) if name in done)
+    return write_outputs(folder, ExplainedImages(model, settings, images, failed, masks is not None))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An image in memory, with its mask if it has one."""
+
+    name: str
+    pixels: RGB
+    mask: Bools | None
+
+
+@dataclass(frozen=True)
+class _Explainer:
+    model: Model
+    methods: dict[str, Method]
+    settings: ExplainSettings
+    smoothing: Callable[[], AbstractContextManager[None]]
+
+    def explain(self, batch: Sequence[_Loaded]) -> list[ExplainedImage]:
+        """Maps and measures of images of one size."""
+        pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
+        x = self.model.normalise(pixels.permute(0, 3, 1, 2))
+        predicted, probability, target = self._predict(x)
+        with self.smoothing():
+            maps = {name: method(x, target) for name, method in self.methods.items()}
+        found = self._measure(x, target, maps, batch)
+        agreement = measures.agreement(maps).cpu().numpy()
+        shown = [thumbnail(image.pixels) for image in batch]
+        return [
+            ExplainedImage(
+                name=image.name,
+                size_px=image.pixels.shape[:2],
+                picture=shown[row],
+                region=None if image.mask is None else _shrunk(image.mask, shown[row]),
+                predicted=None if predicted is None else int(predicted[row]),
+                explained=None if target is None else int(target[row]),
+                probability=math.nan if probability is None else float(probability[row]),
+                maps={name: values[row].cpu().numpy() for name, values in maps.items()},
+                measures={
+                    method: {name: float(values[row]) for name, values in measured.items()}
+                    for method, measured in found.items()
+                },
+                agreement=agreement[row],
+            )
+            for row, image in enumerate(batch)
+        ]
+
+    def _predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Predicted classes (B,), their probabilities (B,), and the classes to explain (B,); None for an encoder."""
+        if not self.model.classes:
+            return None, None, None
+        with evaluating(self.model.network), torch.no_grad():
+            logits = check_logits(self.model.network(x))
+        probability, predicted = (logits / self.model.temperature).softmax(dim=1).max(dim=1)
+        return predicted, probability, targets_of(logits, self.model.target(self.settings.target))
+
+    def _measure(
+        self, x: Tensor, target: Tensor | None, maps: dict[str, Tensor], batch: Sequence[_Loaded]
+    ) -> dict[str, dict[str, Tensor]]:
+        if not self.settings.measured:
+            return {name: {} for name in maps}
+        at_once = max(1, 4 * _BATCH_PX // (x.shape[2] * x.shape[3]))
+        found = measures.faithfulness(self.model.network, x, target, maps, self.settings.seed, at_once)
+        for name, values in maps.items():
+            found[name] |= measures.smoothness(values)
+        if any(image.mask is not None for image in batch):
+            # An image without a mask has an empty one, which nothing is measured with.
+            empty = np.zeros(x.shape[2:], bool)
+            region = np.stack([empty if image.mask is None else image.mask for image in batch])
+            inside = torch.from_numpy(region).to(x.device)
+            for name, values in maps.items():
+                found[name] |= measures.localisation(at_pixels(values, x), inside)
+        return found
+
+
+def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, dict[str, Method]]:
+    """The settings with the methods and layer that are used, and those methods by name."""
+    names = settings.methods or (CLASS_METHODS if model.classes else LABEL_FREE_METHODS)
+    layer = model.layer(settings.layer)
+    model.target(settings.target)
+    methods = {}
+    for name in names:
+        methods[name] = make_method(name, model.network, layer, settings.output)
+        if METHODS[name].needs_label and not model.classes:
+            free = ", ".join(card.name for card in METHODS.values() if not card.needs_label)
+            raise ConfigError(
+                f"method '{name}' explains a class, {model.path} is an encoder without any; use label-free ones: {free}"
+            )
+    return replace(settings, methods=tuple(names)), methods
+
+
+def _smoothing(model: Model, settings: ExplainSettings) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context in which maps are made; entered once here, so that what does not fit is told first."""
+    from medsd.explain.surrogates import load_surrogate
+    from medsd.saliency import smooth
+
+    match settings.smoothing:
+        case "none":
+            return nullcontext
+        case "backward_hook":
+            made = partial(smooth.backward_hook, model.encoder, "symmetric")
+        case "forward_hook":
+            made = partial(smooth.forward_hook, model.encoder, "symmetric")
+        case "surrogate":
+            assert settings.surrogate is not None
+            trained, _ = load_surrogate(settings.surrogate, model.sha256, model.device)
+            made = partial(smooth.surrogate, model.network, trained)
+        case unknown:
+            assert_never(unknown)
+    with made():
+        return made
+
+
+def _find_masks(folder: Path, paths: Sequence[Path]) -> dict[Path, Path]:
+    """The mask of each image that has one."""
+    found = {path: folder / f"{path.stem}.png" for path in paths}
+    found = {path: mask for path, mask in found.items() if mask.is_file()}
+    if not found:
+        raise DatasetError(f"{folder}: no mask of any image; name them as the images, such as {paths[0].stem}.png")
+    return found
+
+
+def _batches(
+    paths: Sequence[Path], masks: dict[Path, Path], smallest_px: int, failed: dict[str, str], progress: Progress
+) -> Iterator[list[_Loaded]]:
+    """Images of one size at a time; what cannot be read goes into `failed`."""
+    waiting: dict[tuple[int, ...], list[_Loaded]] = {}
+    waiting_px = 0
+    for name, path in progress(list(zip(image_names(paths), paths, strict=True)), len(paths), "image"):
+        try:
+            pixels = read_image(path, smallest_px)
+            mask = read_mask(masks[path], *pixels.shape[:2]) if path in masks else None
+        except MedsdError as error:
+            failed[name] = str(error)
+        except UNFORESEEN as error:
+            failed[name] = in_one_line(path, error)
+        else:
+            size = pixels.shape[:2]
+            same = waiting.setdefault(size, [])
+            same.append(_Loaded(name, pixels, mask))
+            waiting_px += size[0] * size[1]
+            if len(same) >= min(_MOST_IN_BATCH, max(1, _BATCH_PX // (size[0] * size[1]))):
+                waiting_px -= len(same) * size[0] * size[1]
+                yield waiting.pop(size)
+            elif waiting_px > _WAITING_PX:
+                yield from waiting.values()
+                waiting, waiting_px = {}, 0
+        if name in failed:
+            logger.error("%s", failed[name])
+    yield from waiting.values()
+
+
+def _shrunk(mask: Bools, picture: RGB) -> Bools:
+    """The mask at the size of the small picture."""
+    size = picture.shape[1], picture.shape[0]
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))

@@ -1,0 +1,125 @@
+"""Pictures and masks from disk: each is read whole, or refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin, WebPImagePlugin
+
+from medsd.errors import DatasetError
+from medsd.slides.patches import SUFFIXES
+from medsd.slides.readers.base import RGB, Bools, check_file
+from medsd.slides.readers.choose import open_reader
+
+# The maps of a larger one do not fit a usual memory, and slides have an engine of their own.
+_MOST_PX = 4096 * 4096
+_GREY = ("1", "L", "P", "I;16", "I;16B")
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
+"""What Pillow's PNG and WebP decoders raise for damaged bytes."""
+
+
+def find_images(places: Iterable[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
+    """The pictures at `places`, each once: files as given, folders searched at any depth in the order of names.
+
+    Args:
+        places: files and folders; a file that is missing is told when it is read.
+        leave_out: folders within them that are not searched, such as the one that results are written to.
+
+    Raises:
+        DatasetError: there is no picture, or a folder is both to be searched and left out.
+    """
+    places, left_out = list(places), [folder.resolve() for folder in leave_out]
+    found: dict[Path, Path] = {}
+    for place in places:
+        if not place.is_dir():
+            found.setdefault(place.resolve(), place)
+            continue
+        if place.resolve() in left_out:
+            raise DatasetError(f"{place}: holds the images, so no results or masks; choose another folder for those")
+        inside = [folder for folder in left_out if folder.is_relative_to(place.resolve())]
+        for path in sorted(place.rglob("*")):
+            whole = path.resolve()
+            outside = not any(whole.is_relative_to(folder) for folder in inside)
+            if outside and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                found.setdefault(whole, path)
+    if not found:
+        where = ", ".join(map(str, places)) or "nothing given"
+        raise DatasetError(f"{where}: no images; give files or folders of {', '.join(SUFFIXES)}")
+    return list(found.values())
+
+
+def image_names(paths: Sequence[Path]) -> list[str]:
+    """A name a file for tables: that of the file, with its folders where two files share it."""
+    names = [path.name for path in paths]
+    return [path.as_posix() if names.count(path.name) > 1 else path.name for path in paths]
+
+
+def read_image(path: Path, smallest_px: int = 1) -> RGB:
+    """Pixels (height, width, 3) uint8, upright, transparency on white, read by the readers of slides; and WebP.
+
+    Args:
+        path: PNG, JPEG, WebP, TIFF of 8 bits a colour, and whatever else `medsd.slides.readers` opens.
+        smallest_px: the least side that the network takes.
+
+    Raises:
+        SlideError: no such file, not a picture, damaged, or not 8 bits a colour.
+        DatasetError: smaller than `smallest_px`, or too large to be explained in one piece.
+    """
+    check_file(path)
+    with open(path, "rb") as handle:
+        start = handle.read(12)
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return _read_webp(path, smallest_px)
+    reader = open_reader(path)
+    try:
+        width, height = reader.sizes[0]
+        _check_size(path, width, height, smallest_px)
+        return reader.read(0, 0, 0, width, height)
+    finally:
+        reader.close()
+
+
+def read_mask(path: Path, height: int, width: int) -> Bools:
+    """A mask (height, width): True where a grey or palette PNG is not 0.
+
+    Raises:
+        DatasetError: no PNG, damaged, in colour, or of another size.
+    """
+    try:
+        with open(path, "rb") as handle:
+            image = PngImagePlugin.PngImageFile(handle)
+            if image.size != (width, height):
+                raise DatasetError(
+                    f"{path}: {image.width} x {image.height} px, its image {width} x {height}; draw it at that size"
+                )
+            if image.mode not in _GREY:
+                raise DatasetError(f"{path}: a mask in colour ({image.mode}); save it as a grey PNG, 0 is background")
+            return np.asarray(np.asarray(image) != 0)
+    except _DAMAGED as error:
+        raise DatasetError(f"{path}: cannot be read as a PNG mask ({error}); write it again") from error
+
+
+def _read_webp(path: Path, smallest_px: int) -> RGB:
+    try:
+        with open(path, "rb") as handle:
+            image = WebPImagePlugin.WebPImageFile(handle)
+            _check_size(path, image.width, image.height, smallest_px)
+            if image.is_animated:
+                raise DatasetError(f"{path}: has several pictures; save the one that is meant as a file of its own")
+            shown = image.convert("RGBA")
+    except _DAMAGED as error:
+        raise DatasetError(f"{path}: cannot be read as WebP ({error}); copy it again") from error
+    white = Image.new("RGBA", shown.size, (255, 255, 255, 255))
+    return np.array(Image.alpha_composite(white, shown).convert("RGB"))
+
+
+def _check_size(path: Path, width: int, height: int, smallest_px: int) -> None:
+    if min(width, height) < smallest_px:
+        raise DatasetError(f"{path}: {width} x {height} px; the network takes images from {smallest_px} px a side")
+    if width * height > _MOST_PX:
+        raise DatasetError(
+            f"{path}: {width} x {height} px are too many to explain in one piece; cut it, or map slides with "
+            "'medsd heatmap'"
+        )

@@ -1,0 +1,147 @@
+"""A weights file as a network that can be explained: a classifier of medsd's, or an encoder without classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, create_encoder
+from medsd.networks.start import ENCODER_FORMAT, load_encoder
+from medsd.networks.weights import ModelCard, check_tensors, load_classifier, read_tensors
+
+# Every encoder has been tried at this size when it was made (`create_encoder`).
+_TRIED_PX = 64
+INPUT = "input"
+"""What the network's input is called where a layer is asked for."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with what its weights file says of it.
+
+    Attributes:
+        path: the weights file.
+        network: in eval mode; gives logits (B, K), or features (B, d, h, w) for an encoder.
+        encoder: the part whose layers are named, the network itself for an encoder.
+        name: timm name of the encoder.
+        classes: names in the order of the logits; none for an encoder.
+        card: of a classifier; None for an encoder.
+        sha256: of its tensors and card.
+        device: where its weights are.
+    """
+
+    path: Path
+    network: nn.Module
+    encoder: nn.Module
+    name: str
+    classes: tuple[str, ...]
+    card: ModelCard | None
+    sha256: str
+    device: torch.device
+    _normalise: Callable[[Tensor], Tensor]
+
+    @property
+    def temperature(self) -> float:
+        """Probabilities are softmax(logits / temperature)."""
+        calibration = self.card.calibration if self.card else None
+        return calibration.temperature if calibration else 1.0
+
+    @property
+    def smallest_px(self) -> int:
+        """The least side of an image that is known to pass through the network."""
+        return min(_TRIED_PX, self.card.tile_px) if self.card else _TRIED_PX
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 as the network's input, float32, on its device."""
+        return self._normalise(images.to(self.device))
+
+    def layer(self, name: str | None) -> str | None:
+        """The full name of a layer, such as "encoder.layer3" for "layer3"; None for "input".
+
+        Args:
+            name: in the network or in its encoder; None takes the calibrated one, or else timm's last stage.
+
+        Raises:
+            NetworkError: there is no such layer.
+        """
+        if name == INPUT:
+            return None
+        known = [layer for layer, _ in self.network.named_modules() if layer]
+        inside = [layer for layer, _ in self.encoder.named_modules() if layer]
+        wanted = name or self._default_layer()
+        if wanted in known:
+            return wanted
+        if wanted not in inside:
+            hint = nearest(wanted, [*inside, *known, INPUT])
+            raise NetworkError(f"layer '{wanted}': {self.name} has no such layer{hint}")
+        return f"encoder.{wanted}"
+
+    def target(self, name: str) -> int | None:
+        """The number of a class given by name or number; None for "predicted".
+
+        Raises:
+            ConfigError: the network has no such class.
+        """
+        if name == "predicted":
+            return None
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        known = ["predicted", *self.classes]
+        hint = nearest(name, known) or f"; use one of {', '.join(known)}"
+        raise ConfigError(f"target '{name}': {self.path} has no such class{hint}")
+
+    def _default_layer(self) -> str:
+        if self.card and self.card.calibration:
+            return self.card.calibration.layer
+        stages = getattr(self.encoder, "feature_info", None)
+        if not stages:
+            raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
+        return str(stages[-1]["module"])
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """The network of `save_classifier`'s or `save_encoder`'s file.
+
+    Raises:
+        WeightsError: no such file, of another kind, altered, or not fitting its own network.
+        ConfigError: the device does not exist here.
+    """
+    path, place = Path(path), _usable(device)
+    state, metadata = read_tensors(path)
+    if metadata.get("format") != ENCODER_FORMAT:
+        classifier, card, digest = load_classifier(path, place)
+        encoder, name, classes = classifier.encoder, classifier.encoder_name, classifier.classes
+        return Model(path, classifier, encoder, name, classes, card, digest, place, classifier.normalise)
+    check_tensors(path, state, metadata)
+    try:
+        name = str(json.loads(metadata["card"])["encoder"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+    encoder = create_encoder(name, pretrained=False)
+    load_encoder(encoder, path)
+    encoder = encoder.to(place).eval()
+    return Model(path, encoder, encoder, name, (), None, metadata["sha256"], place, _imagenet)
+
+
+def _imagenet(images: Tensor) -> Tensor:
+    """As `Classifier.normalise`."""
+    mean, std = (
+        images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return (images.to(torch.float32) / 255 - mean) / std
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device '{device}': cannot be used here ({reason}); try 'cpu', see medsd doctor") from error

@@ -1,0 +1,65 @@
+"""What is asked for when images are explained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from medsd.errors import ConfigError, nearest
+from medsd.saliency.method import Output, check_output
+
+ImageSmoothing = Literal["none", "backward_hook", "forward_hook", "surrogate"]
+
+CLASS_METHODS = ("gradient", "gradient_x_activation", "gradcam", "tsm")
+LABEL_FREE_METHODS = ("eigencam", "tsm", "mtsm")
+
+
+@dataclass(frozen=True)
+class ExplainSettings:
+    """How images are explained.
+
+    Attributes:
+        methods: names in `medsd.saliency.registry.METHODS`, each once; none takes `CLASS_METHODS` for a classifier and
+            `LABEL_FREE_METHODS` for an encoder.
+        layer: in the network or its encoder; "input"; None takes the calibrated one or else the last stage.
+        target: the class that is explained, by name or number, or "predicted": each image's own.
+        smoothing: "none", or a variant of Smooth Deep Saliency at strided convolutions, borders mirrored so that maps
+            keep their place (as for slides).
+        surrogate: file of the trained networks that smoothing "surrogate" needs.
+        output: what class methods explain: "evidence", the class's logit above the mean of the others (as for slides;
+            softmax ignores what all logits share), or "logit".
+        measured: measure the maps (insertion, deletion, ...), which takes most of the time.
+        seed: of random orders and resamples.
+
+    Raises:
+        ConfigError: a value that is none of these, or a method that is named twice.
+    """
+
+    methods: tuple[str, ...] = ()
+    layer: str | None = None
+    target: str = "predicted"
+    smoothing: ImageSmoothing = "none"
+    surrogate: str | None = None
+    output: Output = "evidence"
+    measured: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = get_args(ImageSmoothing)
+        if self.smoothing not in choices:
+            raise ConfigError(
+                f"smoothing='{self.smoothing}': use one of {', '.join(choices)}{nearest(self.smoothing, choices)}"
+            )
+        if (self.smoothing == "surrogate") != (self.surrogate is not None):
+            raise ConfigError("surrogate: its file and smoothing='surrogate' go together; give both or neither")
+        check_output(self.output)
+        twice = [name for name in self.methods if self.methods.count(name) > 1]
+        if twice:
+            raise ConfigError(f"methods: '{twice[0]}' is named twice; name it once")
+
+
+def method_names(text: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of methods from "a,b,c" or a list; none for None."""
+    parts = text.split(",") if isinstance(text, str) else list(text or ())
+    return tuple(part.strip() for part in parts if part.strip())

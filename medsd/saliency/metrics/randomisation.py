@@ -1,0 +1,118 @@
+"""Do maps change when the network forgets what it has learnt? The cascade of Adebayo et al. 2018 (arXiv 1810.03292).
+
+Compare the stages' maps with the first by `agreement`. Label-free maps must change too; that they do not change with
+the class is another matter, which this test does not see.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, NetworkError
+from medsd.saliency.method import Method, Target, layer_named
+from medsd.saliency.metrics.scoring import held_target
+
+_NONE, _ALL = "none", "all"
+
+
+@dataclass(frozen=True)
+class CascadeStage:
+    """Maps after the weights of a stage, and of all before it, were drawn anew.
+
+    Attributes:
+        name: "none" (nothing is random yet), a module's name, or "all".
+        maps: (B, h, w), float32, signed.
+    """
+
+    name: str
+    maps: Tensor
+
+
+def randomised_cascade(
+    network: nn.Module,
+    method_builder: Callable[[nn.Module], Method],
+    x: Tensor,
+    target: Target = None,
+    stages: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[CascadeStage, ...]:
+    """Maps of the network as it is, then as its stages are randomised one after the other, from the top down.
+
+    Weights are drawn by each module's own `reset_parameters`, as a new network's. Buffers (running statistics of
+    BatchNorm) are kept until the last stage, "all", which draws every module anew together with them: the order of
+    Smooth Deep Saliency (arXiv 2404.02282). The classes are those of the network as it is, in every stage.
+
+    A copy is randomised, on the CPU, so that a seed means the same on every device; the network and the state of
+    torch's generators are left alone.
+
+    Args:
+        network: gives logits (B, K), or for label-free methods anything.
+        method_builder: makes the method for a network, such as `lambda copy: Gradient(copy, "layer2")`.
+        x: (B, C, H, W) float images, as the network takes them.
+        target: class numbers; None is the class that the network predicts for each image.
+        stages: names of modules, from the top; the network's children that have weights, last first, when None. Of a
+            network of encoder and head give finer ones: `("head", "encoder.layer4", "encoder.layer3", ...)`.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: no stages, or one named twice.
+        NetworkError: no such module, one without weights, or weights that their module cannot draw anew.
+    """
+    names = _default_stages(network) if stages is None else tuple(stages)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"stages={names}: name at least one module, none of them twice")
+    for name in names:
+        _check_resets(layer_named(network, name), name)
+    _check_resets(network, "")
+    target = held_target(network, x, target)
+    random = copy.deepcopy(network)
+    cascade = [CascadeStage(_NONE, method_builder(random)(x, target))]
+    for number, name in enumerate((*names, _ALL)):
+        last = name == _ALL and number == len(names)
+        _randomise(random, random if last else layer_named(random, name), seed + number, keep_buffers=not last)
+        cascade.append(CascadeStage(name, method_builder(random)(x, target)))
+    return tuple(cascade)
+
+
+def _default_stages(network: nn.Module) -> tuple[str, ...]:
+    """Names of the children that have weights, from the last to the first."""
+    return tuple(name for name, child in reversed(list(network.named_children())) if _has_any(child.parameters()))
+
+
+def _check_resets(part: nn.Module, name: str) -> None:
+    """Raises NetworkError: no weights, or a module that cannot draw its own anew."""
+    if not _has_any(part.parameters()):
+        raise NetworkError(f"stage '{name}': has no weights to randomise; leave it out")
+    for inner, module in part.named_modules(prefix=name):
+        if _has_any(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
+            raise NetworkError(
+                f"'{inner}' ({type(module).__name__}): has weights but no reset_parameters(); give it one that draws "
+                "them anew"
+            )
+
+
+def _randomise(network: nn.Module, part: nn.Module, seed: int, keep_buffers: bool) -> None:
+    """Draw the weights of `part` anew, in place; `network` holds it."""
+    device = next(network.parameters()).device
+    network.cpu()
+    kept = {name: buffer.clone() for name, buffer in part.named_buffers()}
+    # Only the CPU's generator is used and put back: torch.manual_seed would seed the other devices for good.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for module in part.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        if keep_buffers:
+            for name, buffer in part.named_buffers():
+                buffer.copy_(kept[name])
+    network.to(device)
+
+
+def _has_any(parameters: Iterable[nn.Parameter]) -> bool:
+    return next(iter(parameters), None) is not None

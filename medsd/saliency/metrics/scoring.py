@@ -1,0 +1,79 @@
+"""What a network's answer to a changed image is worth, with classes or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.modes import evaluating
+from medsd.saliency.method import Target, check_logits, targets_of
+
+Score = Literal["probability", "similarity"]
+"""What is asked of a network about a changed image: the class's probability, or, of encoders without classes, how
+like the image's own its embedding is: their cosine, 0 where it is negative."""
+
+
+def reader(score: Score) -> Callable[[object], Tensor]:
+    """What turns a network's output into rows (B, K) for `scores`: `check_logits`, or `embedding`.
+
+    Raises:
+        ConfigError: no such score.
+    """
+    if score not in ("probability", "similarity"):
+        raise ConfigError(f"score='{score}': use 'probability' or 'similarity'{nearest(score, get_args(Score))}")
+    return check_logits if score == "probability" else embedding
+
+
+def embedding(output: object) -> Tensor:
+    """Embeddings (B, D) of a network's output, (B, D) or a map (B, D, h, w), which is averaged.
+
+    Raises:
+        NetworkError: it is something else, or not finite.
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (2, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise NetworkError(f"the network's output is {shape}; similarity needs embeddings (B, D) or (B, D, h, w)")
+    rows = output if output.ndim == 2 else output.mean(dim=(2, 3))
+    if not torch.isfinite(rows).all():
+        raise NetworkError("the network's embeddings are not finite; check its weights, or run it in float32")
+    return rows
+
+
+def scores(rows: Tensor, clean: Tensor, target: Target, score: Score) -> Tensor:
+    """What changed images are worth, (B, S), see `Score`.
+
+    Args:
+        rows: (B, S, K), what `reader(score)` gives of the changed images.
+        clean: (B, K), of the images as they are.
+        target: classes; None is the one predicted for the image as it is. Unused by "similarity".
+
+    Raises:
+        ConfigError: a target outside the classes.
+        NetworkError: an embedding of the image as it is that is 0, which nothing can be like.
+    """
+    if score == "probability":
+        labels = targets_of(clean, target)
+        return rows.softmax(dim=2).gather(2, labels[:, None, None].expand(-1, rows.shape[1], 1))[..., 0]
+    if not clean.any(dim=1).all():
+        raise NetworkError("similarity: the embedding of an image is 0; check the network's weights")
+    return F.cosine_similarity(rows, clean[:, None], dim=2).clamp(min=0)
+
+
+def held_target(network: nn.Module, x: Tensor, target: Target) -> Target:
+    """The classes that stay the same while images or weights change: those given, else the network's for `x`.
+
+    None where the network's output is not one row an image, so that there are no classes: methods that explain one
+    refuse such a network themselves.
+    """
+    if target is not None:
+        return target
+    with torch.no_grad(), evaluating(network):
+        output = network(x)
+    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[2:].numel() != 1:
+        return None
+    return targets_of(check_logits(output), None)

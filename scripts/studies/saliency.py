@@ -1,0 +1,380 @@
+"""Saliency methods judged: what smoothing does, label-free maps against each other, and randomised weights.
+
+(a) `smoothing`: gradient, DeepLift and integrated gradients in hidden layers, with and without each smoothing. (b)
+`label_free`: where the maps of encoders point on phantom regions. (c) `cascade`: maps as weights are randomised.
+Networks: SqueezeNet with ImageNet weights on photographs; a classifier of PatchCamelyon on test patches; classifiers of
+phantom slides on regions with exact masks. The last two are finished runs of the bundles.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from studies import contrastive, natural, regions
+from studies.regions import Images
+from torch import Tensor, nn
+
+from medsd.explain.surrogates import load_surrogate
+from medsd.files import sha256_of
+from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.modes import evaluating
+from medsd.networks.start import load_encoder, save_encoder
+from medsd.networks.weights import load_classifier
+from medsd.saliency import smooth
+from medsd.saliency.deeplift import DeepLift
+from medsd.saliency.gradient import Gradient
+from medsd.saliency.integrated_gradients import IntegratedGradients
+from medsd.saliency.label_free import MTSM, TSM, ChannelEnergy, EigenCAM, MeanMap, MultivecEigenCAM
+from medsd.saliency.method import Method
+from medsd.saliency.metrics.agreement import rank_correlation, structural_similarity
+from medsd.saliency.metrics.confidence import adcc, unit_range
+from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
+from medsd.saliency.metrics.pointing import area_share, energy_pointing
+from medsd.saliency.metrics.randomisation import randomised_cascade
+from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
+from medsd.saliency.registry import make_method
+
+PARTS = ("smoothing", "label_free", "cascade")
+STEPS, IG_STEPS, BATCH = 14, 16, 8
+SMOOTHED, RANDOMISED = 32, 8
+Hidden = Gradient | DeepLift | IntegratedGradients
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with the images it is explained on.
+
+    Attributes:
+        network: in eval mode, takes float images.
+        x: (n, 3, H, W) as it takes them.
+        images: what they are made of.
+        layers: hidden layers to explain, finest first.
+        target: (n,) class numbers that are explained and scored.
+        output: see `medsd.saliency.method.Output`.
+        also: what the smoothing treats beside convolutions of stride 2.
+        surrogate: its trained surrogate, if any.
+    """
+
+    network: nn.Module
+    x: Tensor
+    images: Images
+    layers: tuple[str, ...]
+    target: Tensor
+    output: Any
+    also: tuple[Any, ...] = ()
+    surrogate: smooth.Surrogate | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Modules to randomise, from the top."""
+        if isinstance(self.network, Classifier):
+            return ("head", *(f"encoder.layer{number}" for number in (4, 3, 2, 1)), "encoder.conv1")
+        return tuple(f"features.{number}" for number in (12, 10, 7, 4, 0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part for one network."""
+
+    part: str
+    name: str
+    patches: str
+    weights: str
+    runs: str
+    folder: str
+
+
+NETWORKS = {
+    "smoothing": ("camelyon-resnet18", "pcam-resnet18", "squeezenet", "camelyon"),
+    "label_free": ("supervised", "contrastive", "random"),
+    "cascade": ("squeezenet", "pcam-resnet18", "camelyon"),
+}
+HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
+    "gradient": lambda subject, layer: Gradient(subject.network, layer, subject.output),
+    "deeplift": lambda subject, layer: DeepLift(subject.network, layer, subject.output),
+    "integrated_gradients": lambda subject, layer: IntegratedGradients(
+        subject.network, layer, subject.output, steps=IG_STEPS
+    ),
+}
+LABEL_FREE: dict[str, Callable[[nn.Module, str], Method]] = {
+    "EigenCAM, reference": lambda network, layer: EigenCAM(network, layer, variant="reference"),
+    "EigenCAM, sign fixed": lambda network, layer: EigenCAM(network, layer),
+    "TSM (= uncentred EigenCAM, absolute)": lambda network, layer: TSM(network, layer),
+    "TSM, ranks halved": lambda network, layer: TSM(network, layer, ranks="half"),
+    "TSM, ranks (1, 1, 1)": lambda network, layer: TSM(network, layer, ranks=(1, 1, 1)),
+    "Multivec-EigenCAM, centred": lambda network, layer: MultivecEigenCAM(network, layer),
+    "MTSM a (= Multivec-EigenCAM, uncentred)": lambda network, layer: MTSM(network, layer),
+    "MTSM b": lambda network, layer: MTSM(network, layer, weights="b"),
+    "MTSM c": lambda network, layer: MTSM(network, layer, weights="c"),
+    "MTSM a, ranks halved": lambda network, layer: MTSM(network, layer, ranks="half"),
+    "mean of channels": lambda network, layer: MeanMap(network, layer),
+    "energy of channels": lambda network, layer: ChannelEnergy(network, layer),
+}
+CASCADE = (
+    "gradient",
+    "gradient_x_activation",
+    "deeplift",
+    "integrated_gradients",
+    "gradcam",
+    "smoothgrad",
+    "eigencam",
+    "tsm",
+    "mtsm",
+    "mean_map",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this study alone."""
+    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of SqueezeNet (.npz).")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="Holds runs of the bundles.")
+
+
+def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """The parts asked for, for every network."""
+    paths = (str(arguments.patches), str(arguments.weights), str(arguments.runs), str(folder))
+    return [Job(part, name, *paths) for part in arguments.part for name in NETWORKS[part]]
+
+
+def key_of(job: Job) -> tuple[str, str]:
+    """What the tables find a job's results by."""
+    return job.part, job.name
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on."""
+    names = ("camelyon",) if job.part == "label_free" else (job.name,)
+    files = {name: Path(job.runs) / name / "model.safetensors" for name in names}
+    return {
+        "steps": STEPS,
+        "ig_steps": IG_STEPS,
+        "images": [SMOOTHED, RANDOMISED],
+        "regions": regions.VERSION,
+        **{name: sha256_of(path) for name, path in files.items() if path.is_file()},
+    }
+
+
+def prepare(_arguments: argparse.Namespace, folder: Path) -> None:
+    """Draw the regions and pre-train an encoder without labels, once."""
+    regions.phantom_regions(folder / "slides")
+    if not contrastive_encoder(folder).is_file():
+        torch.manual_seed(0)
+        encoder = TileClassifier("resnet10t").encoder
+        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=12, seed=0)
+        save_encoder(contrastive_encoder(folder), encoder, "resnet10t", "SimCLR on phantom tiles, no labels")
+
+
+def contrastive_encoder(folder: Path) -> Path:
+    """The file of the encoder that was pre-trained without labels."""
+    return folder / f"contrastive-{regions.VERSION}.safetensors"
+
+
+def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
+    """The part's numbers, one list of images each."""
+    torch.set_num_threads(1)
+    if job.part == "label_free":
+        return job, label_free(job)
+    subject = subject_of(job)
+    return job, smoothing(subject) if job.part == "smoothing" else cascade(subject)
+
+
+def subject_of(job: Job) -> Subject:
+    """The network of a job and what it is explained on."""
+    if job.name == "squeezenet":
+        network = natural.squeezenet(Path(job.weights))
+        crops = natural.images()
+        photographs = Images(crops.images, np.unique(crops.sources, return_inverse=True)[1]).some(SMOOTHED)
+        x = natural.normalise(photographs.images)
+        target = predicted(network, x)
+        layers = ("features.4", "features.7", "features.10")
+        return Subject(network, x, photographs, layers, target, "logit", also=("max_pool",))
+    run = Path(job.runs) / job.name
+    network, _, digest = load_classifier(run / "model.safetensors")
+    if job.name.startswith("pcam"):
+        images = regions.held_out_patches(Path(job.patches), SMOOTHED)
+        x = network.normalise(images.images)
+        target = predicted(network, x)
+    else:
+        images = regions.phantom_regions(Path(job.folder) / "slides").some(SMOOTHED)
+        x = network.normalise(images.images)
+        target = torch.ones(len(x), dtype=torch.int64)  # tumour, which lies in every region
+    layers = tuple(f"encoder.layer{number}" for number in (1, 2, 3))
+    return Subject(network, x, images, layers, target, "evidence", surrogate=surrogate_of(run, digest))
+
+
+def surrogate_of(run: Path, digest: str) -> smooth.Surrogate | None:
+    """What the stage `surrogate` of a run left, if it did."""
+    path = run / "surrogate.safetensors"
+    return load_surrogate(path, digest)[0] if path.is_file() else None
+
+
+@torch.no_grad()
+def predicted(network: nn.Module, x: Tensor) -> Tensor:
+    """The classes that the network predicts, (n,)."""
+    with evaluating(network):
+        return torch.cat([network(part).flatten(1).argmax(dim=1) for part in x.split(BATCH)])
+
+
+def smoothings(subject: Subject) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    """Ways of smoothing by name, as context managers."""
+    network, also = subject.network, subject.also
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "none": nullcontext,
+        "backward hook": lambda: smooth.backward_hook(network, also=also),
+        "backward hook, symmetric": lambda: smooth.backward_hook(network, "symmetric", also=also),
+        "forward hook": lambda: smooth.forward_hook(network, also=also),
+    }
+    if subject.surrogate is not None:
+        surrogate = subject.surrogate
+        ways["surrogate"] = lambda: smooth.surrogate(network, surrogate)
+    return ways
+
+
+def smoothing(subject: Subject) -> dict[str, Any]:
+    """Per layer, method and smoothing: variation, Nyquist energy, insertion, deletion and pointing of every image."""
+    found: dict[str, Any] = {"groups": subject.images.groups.tolist()}
+    for layer in subject.layers:
+        for name, build in HIDDEN.items():
+            for way, context in smoothings(subject).items():
+                with context():
+                    parts = [
+                        build(subject, layer).attribute(x, target)
+                        for x, target in zip(subject.x.split(BATCH), subject.target.split(BATCH), strict=True)
+                    ]
+                found[f"{layer}/{name}/{way}"] = measured(subject, torch.cat(parts))
+    found["example"] = example(subject)
+    found["constant"] = {boundary: constant_upstream(subject, boundary) for boundary in ("circular", "symmetric")}
+    return found
+
+
+def example(subject: Subject) -> dict[str, Any]:
+    """The first image and its DeepLift maps in the finest layer, under each smoothing."""
+    layer = subject.layers[0]
+    maps = {}
+    for way, context in smoothings(subject).items():
+        with context():
+            maps[way] = DeepLift(subject.network, layer, subject.output)(subject.x[:1], subject.target[:1])[0].tolist()
+    image = subject.images.images[0].permute(1, 2, 0).tolist()
+    return {"words": f"DeepLift, {layer}", "image": image, "maps": maps}
+
+
+def measured(subject: Subject, attribution: Tensor) -> dict[str, list[float]]:
+    """Measures of attributions (n, C, h, w), scored on the unchanged network."""
+    maps = attribution.mean(dim=1)
+    # Nearest, as the released code resizes.
+    pixels = F.interpolate(maps[:, None], subject.x.shape[2:])[:, 0]
+    step = -(-pixels.shape[1] * pixels.shape[2] // STEPS)
+    draws = torch.Generator().manual_seed(0)
+    scores = {
+        "variation": normalised_variation(attribution),
+        "nyquist": nyquist_energy(attribution),
+        "insertion": curve_area(
+            insertion_curve(subject.network, subject.x, subject.target, pixels, "blur", step, draws, 32)
+        ),
+        "deletion": curve_area(
+            deletion_curve(subject.network, subject.x, subject.target, pixels, "zero", step, draws, 32)
+        ),
+    }
+    if subject.images.masks is not None:
+        scores["pointing"] = energy_pointing(pixels, subject.images.masks).nan_to_num(0.0)
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def constant_upstream(subject: Subject, boundary: Any) -> dict[str, float]:
+    """By strided convolution: Nyquist energy of its input gradient over that without smoothing, equal ones above."""
+    sizes: dict[str, torch.Size] = {}
+    names = [
+        name
+        for name, module in subject.network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.stride[0] == 2
+    ]
+    modules = dict(subject.network.named_modules())
+    handles = [
+        modules[name].register_forward_pre_hook(
+            lambda _module, inputs, name=name: sizes.update({name: inputs[0].shape})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        subject.network(subject.x[:1])
+    for handle in handles:
+        handle.remove()
+    ratios = {}
+    for name in names:
+        energies = []
+        for context in (nullcontext(), smooth.backward_hook(modules[name], boundary)):
+            u = torch.zeros(sizes[name], requires_grad=True)
+            with context:
+                (gradient,) = torch.autograd.grad(modules[name](u).sum(), u)
+            energies.append(float(nyquist_energy(gradient)[0]) * float(gradient.double().square().sum()))
+        ratios[name] = energies[1] / energies[0]
+    return ratios
+
+
+def label_free(job: Job) -> dict[str, Any]:
+    """Per layer and method: energy pointing of every region, of maps scaled to 0..1 and as they are, and ADCC."""
+    images = regions.phantom_regions(Path(job.folder) / "slides")
+    classifier, _, _ = load_classifier(Path(job.runs) / "camelyon" / "model.safetensors")
+    x = classifier.normalise(images.images)
+    encoder: nn.Module = classifier.encoder
+    if job.name != "supervised":
+        torch.manual_seed(1)
+        encoder = TileClassifier("resnet10t").encoder.eval()
+    if job.name == "contrastive":
+        load_encoder(encoder, contrastive_encoder(Path(job.folder)))
+    assert images.masks is not None
+    found: dict[str, Any] = {"groups": images.groups.tolist(), "area_share": area_share(images.masks).tolist()}
+    for layer in ("layer3", "layer4"):
+        for name, build in LABEL_FREE.items():
+            method = build(encoder, layer)
+            maps = torch.cat([method(part) for part in x.split(BATCH)])
+            scores = adcc(encoder, method, x, score="similarity", maps=maps)
+            found[f"{layer}/{name}"] = {**pointed(maps, images.masks), "adcc": scores.adcc.tolist()}
+        if job.name == "supervised":
+            for name in ("gradcam", "gradient_x_activation"):
+                of_class = make_method(name, classifier, f"encoder.{layer}", "evidence")
+                maps = torch.cat([of_class(part, 1) for part in x.split(BATCH)])
+                found[f"{layer}/{name}, of tumour"] = pointed(maps, images.masks)
+    return found
+
+
+def pointed(maps: Tensor, masks: Tensor) -> dict[str, list[float]]:
+    """Energy pointing of maps up-sampled bilinearly: scaled to 0..1 as the papers do, and as they are."""
+    ways = {"pointing": unit_range(maps), "pointing_raw": maps}
+    return {
+        name: energy_pointing(
+            F.interpolate(values[:, None].float(), masks.shape[1:], mode="bilinear", align_corners=False)[:, 0], masks
+        )
+        .nan_to_num(0.0)
+        .tolist()
+        for name, values in ways.items()
+    }
+
+
+def cascade(subject: Subject) -> dict[str, Any]:
+    """By method and stage: how far maps agree with those of the trained network, randomised down to that stage."""
+    rows = torch.linspace(0, len(subject.x) - 1, RANDOMISED).round().long()
+    x, target, layer = subject.x[rows], subject.target[rows], subject.layers[-1]
+    found: dict[str, Any] = {}
+    for name in CASCADE:
+        stages = randomised_cascade(
+            subject.network,
+            lambda network, name=name: make_method(name, network, layer, subject.output),
+            x,
+            target,
+            subject.stages,
+        )
+        found[name] = {
+            "stages": [stage.name for stage in stages],
+            "rank_correlation": [rank_correlation(stages[0].maps, stage.maps).tolist() for stage in stages],
+            "structural_similarity": [structural_similarity(stages[0].maps, stage.maps).tolist() for stage in stages],
+        }
+    return found

@@ -1,0 +1,206 @@
+"""Tables and figures of the saliency study, from its results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from medsd.evaluate.scores import bootstrap_mean
+from medsd.files import atomic_path
+from medsd.heatmap.scale import SALIENCY_COLORMAP
+
+Results = dict[tuple[str, str], dict[str, Any]]
+Floats = npt.NDArray[np.float64]
+
+NETWORKS = {
+    "squeezenet": "SqueezeNet 1.0, photographs",
+    "pcam-resnet18": "ResNet-18, PatchCamelyon",
+    "camelyon-resnet18": "ResNet-18, phantoms",
+    "camelyon": "ResNet-10-T (the default), phantoms",
+    "supervised": "supervised",
+    "contrastive": "self-supervised",
+    "random": "random weights",
+}
+_RESAMPLES = 2000
+_LINES = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#8B5A2B", "#6A3D9A")
+
+
+def tables(results: Results) -> str:
+    """All tables in Markdown."""
+    parts = [_smoothing(name, found) for (part, name), found in results.items() if part == "smoothing"]
+    label_free = {name: found for (part, name), found in results.items() if part == "label_free"}
+    cascades = {name: found for (part, name), found in results.items() if part == "cascade"}
+    if label_free:
+        parts.append(_label_free(label_free))
+    if cascades:
+        parts.append(_cascade(cascades))
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(results: Results, folder: Path) -> None:
+    """`smoothing.png`, examples of each smoothing, and `cascade.png`, agreement as weights are randomised."""
+    examples = {name: found["example"] for (part, name), found in results.items() if part == "smoothing"}
+    if examples:
+        _draw_examples(examples, folder / "smoothing.png")
+    cascades = {name: found for (part, name), found in results.items() if part == "cascade"}
+    if cascades:
+        _draw_cascades(cascades, folder / "cascade.png")
+
+
+def _smoothing(name: str, found: dict[str, Any]) -> str:
+    groups = np.asarray(found["groups"])
+    keys = [key.split("/") for key in found if "/" in key]
+    layers, methods, ways = (list(dict.fromkeys(key[place] for key in keys)) for place in range(3))
+    pointing = "pointing" in found["/".join(keys[0])]
+    columns = ["TV", "cut %", "Nyquist energy %", "insertion", "deletion", *(["energy pointing %"] if pointing else [])]
+    lines = [
+        f"### {NETWORKS[name]}: mean over {', '.join(layers)}",
+        "",
+        f"{len(groups)} images, intervals by resampling {len(set(groups.tolist()))} groups.",
+        "",
+        "| method | smoothing | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for method in methods:
+        plain = _of_layers(found, layers, method, "none")
+        for way in ways:
+            smoothed = _of_layers(found, layers, method, way)
+            cells = [f"{smoothed['variation'].mean():.3f}", "" if way == "none" else _cut(plain, smoothed, groups)]
+            cells.append(f"{100 * smoothed['nyquist'].mean():.2f}")
+            for score, scale in (("insertion", 1.0), ("deletion", 1.0), ("pointing", 100.0))[: 3 if pointing else 2]:
+                values = scale * smoothed[score].mean(axis=0)
+                change = "" if way == "none" else f" ({_signed(values - scale * plain[score].mean(axis=0), groups)})"
+                cells.append(f"{values.mean():.{1 if scale > 1 else 3}f}{change}")
+            lines.append(f"| {method} | {way} | " + " | ".join(cells) + " |")
+    constant = found["constant"]
+    worst = {boundary: max(ratios.values()) for boundary, ratios in constant.items()}
+    words = ", ".join(f"{boundary} {ratio:.1e}" for boundary, ratio in worst.items())
+    lines += [
+        "",
+        f"Nyquist energy left for equal gradients above, worst of {len(constant['circular'])} convolutions: {words}.",
+    ]
+    return "\n".join(lines)
+
+
+def _of_layers(found: dict[str, Any], layers: Sequence[str], method: str, way: str) -> dict[str, Floats]:
+    """Measures as (layers, images)."""
+    parts = [found[f"{layer}/{method}/{way}"] for layer in layers]
+    return {name: np.array([part[name] for part in parts], np.float64) for name in parts[0]}
+
+
+def _cut(plain: dict[str, Floats], smoothed: dict[str, Floats], groups: npt.NDArray[np.int64]) -> str:
+    """1 - mean over layers of TV over that without smoothing, in percent, with an interval over groups."""
+    before, after = (_by_group(values["variation"].T, groups) for values in (plain, smoothed))
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(before), size=(_RESAMPLES, len(before)))
+    cuts = 100 * (1 - (after[drawn].mean(axis=1) / before[drawn].mean(axis=1)).mean(axis=1))
+    value = 100 * (1 - (after.mean(axis=0) / before.mean(axis=0)).mean())
+    low, high = np.quantile(cuts, (0.025, 0.975))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _by_group(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+    """Means of (images, ...) by group."""
+    return np.stack([values[groups == group].mean(axis=0) for group in np.unique(groups)])
+
+
+def _signed(differences: Floats, groups: npt.NDArray[np.int64]) -> str:
+    found = bootstrap_mean(_by_group(differences, groups), _RESAMPLES)
+    digits = 1 if abs(found.high - found.low) > 1 else 3
+    return f"{found.value:+.{digits}f}, {found.low:+.{digits}f} to {found.high:+.{digits}f}"
+
+
+def _label_free(found: dict[str, dict[str, Any]]) -> str:
+    columns = [(name, layer) for name in found for layer in ("layer3", "layer4")]
+    lines = ["### Label-free maps on phantom regions: energy pointing %", ""]
+    lines.append("| map | " + " | ".join(f"{NETWORKS[name]}, {layer}" for name, layer in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
+    for kind, words in (("pointing", ""), ("pointing_raw", ", not scaled")):
+        for method in methods:
+            cells = [_pointing(found[name], layer, method, kind) for name, layer in columns]
+            lines.append(f"| {method}{words} | " + " | ".join(cells) + " |")
+    chance = next(iter(found.values()))
+    lines.append(
+        f"| *chance (area)* | {_percent(np.asarray(chance['area_share']), np.asarray(chance['groups']))} |"
+        + " |" * (len(columns) - 1)
+    )
+    return "\n".join(lines)
+
+
+def _pointing(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
+    if f"{layer}/{method}" not in found:
+        return "-"
+    groups = np.asarray(found["groups"])
+    values = np.asarray(found[f"{layer}/{method}"][kind])
+    reference = np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
+    gain = "" if method == "EigenCAM, reference" else f"; x{values.mean() / reference.mean():.2f}"
+    return _percent(values, groups) + gain
+
+
+def _percent(values: Floats, groups: npt.NDArray[np.int64]) -> str:
+    found = bootstrap_mean(100 * _by_group(values, groups), _RESAMPLES)
+    return f"{found.value:.1f} ({found.low:.1f} to {found.high:.1f})"
+
+
+def _cascade(found: dict[str, dict[str, Any]]) -> str:
+    lines = ["### Randomised weights: rank correlation with the trained network's map, all weights random", ""]
+    lines.append("| method | " + " | ".join(f"{NETWORKS[name]}, head / all (SSIM of all)" for name in found) + " |")
+    lines.append("|---" * (len(found) + 1) + "|")
+    for method in next(iter(found.values())):
+        cells = []
+        for of_network in found.values():
+            ranks = [np.nanmean(np.abs(stage)) for stage in of_network[method]["rank_correlation"]]
+            similar = np.nanmean(of_network[method]["structural_similarity"][-1])
+            cells.append(f"{ranks[1]:.2f} / {ranks[-1]:.2f} ({similar:.2f})")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _draw_examples(examples: dict[str, Any], path: Path) -> None:
+    """A row a network: the image, then its DeepLift map in one layer under each smoothing, on one scale a row."""
+    ways = list(dict.fromkeys(way for example in examples.values() for way in example["maps"]))
+    figure = Figure(figsize=(2.1 * (len(ways) + 1), 2.3 * len(examples)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(examples), len(ways) + 1, squeeze=False)
+    for row, (name, example) in zip(grid, examples.items(), strict=True):
+        maps = {way: np.asarray(values) for way, values in example["maps"].items()}
+        limit = float(np.quantile(np.abs(maps["none"]), 0.99))
+        row[0].imshow(np.asarray(example["image"], np.uint8))
+        row[0].set_title(NETWORKS[name], fontsize=8)
+        for axes, way in zip(row[1:], ways, strict=True):
+            if way in maps:
+                axes.imshow(maps[way], cmap=SALIENCY_COLORMAP, vmin=-limit, vmax=limit, interpolation="nearest")
+                axes.set_title(f"{example['words']}\n{way}", fontsize=8)
+        for axes in row:
+            axes.set_axis_off()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_cascades(found: dict[str, dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(5 * len(found), 4.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, methods) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        _draw_cascade(axes, NETWORKS[name], methods)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_cascade(axes: Axes, title: str, methods: dict[str, Any]) -> None:
+    for (method, stages), colour in zip(methods.items(), _LINES, strict=False):
+        means = [np.nanmean(stage) for stage in stages["rank_correlation"]]
+        axes.plot(means, "o-", color=colour, label=method, lw=1.2, ms=3)
+        names = stages["stages"]
+    axes.axhline(0, color="#999999", lw=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="small")
+    axes.set(title=title, ylim=(-1, 1.05), ylabel="rank correlation with the trained network's map")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="x-small", ncols=2, loc="lower left")

@@ -1,0 +1,233 @@
+"""Images become sheets, tables and maps that agree with the methods and measures called by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from medsd.errors import ConfigError, DatasetError, NetworkError, WeightsError
+from medsd.evaluate.scores import bootstrap_mean
+from medsd.explain import explain as module
+from medsd.explain.explain import explain_images
+from medsd.explain.settings import ExplainSettings, method_names
+from medsd.saliency import smooth
+from medsd.saliency.metrics.insertion_deletion import curve_area, insertion_curve
+from medsd.saliency.metrics.perturb import at_pixels
+from medsd.saliency.metrics.pointing import energy_pointing
+from medsd.saliency.metrics.smoothness import normalised_variation
+from medsd.saliency.registry import make_method
+
+QUICK = ExplainSettings(methods=("gradient_x_activation", "tsm"), layer="layer3", measured=False)
+
+
+def image(folder, name, classifier):
+    pixels = torch.from_numpy(np.asarray(Image.open(folder / f"{name}.png")).copy()).permute(2, 0, 1)[None]
+    return classifier.normalise(pixels)
+
+
+def read_maps(out):
+    with safe_open(out / "maps.safetensors", framework="pt") as file:
+        card = json.loads(file.metadata()["card"])
+        return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dict)
+
+
+def rows_of(out):
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_maps_are_those_of_the_methods(folder, weights, classifier, tmp_path):
+    """Whatever shared a batch, and at sizes that differ; smoothed as asked."""
+    out = tmp_path / "out"
+    settings = ExplainSettings(("gradient", "eigencam"), "layer2", "tumour", "backward_hook", measured=False)
+    explain_images([folder], weights, out, settings)
+    maps, card = read_maps(out)
+    assert len(maps) == 8 and card["layer"] == "encoder.layer2"
+    for name in "abcd":
+        x = image(folder, name, classifier)
+        with smooth.backward_hook(classifier.encoder, "symmetric"):
+            expected = make_method("gradient", classifier, "encoder.layer2", "evidence")(x, 1)[0]
+        torch.testing.assert_close(maps[f"{name}.png/gradient"], expected, rtol=1e-5, atol=1e-9)
+        expected = make_method("eigencam", classifier, "encoder.layer2")(x)[0]
+        torch.testing.assert_close(maps[f"{name}.png/eigencam"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_table_says_what_the_network_and_the_measures_say(folder, weights, classifier, tmp_path):
+    out = tmp_path / "out"
+    settings = ExplainSettings(("gradient_x_activation", "tsm"), "layer3")
+    summary = explain_images([folder], weights, out, settings, masks=folder.parent / "masks")
+    table = rows_of(out)
+    assert [(row["image"], row["method"]) for row in table] == [
+        (f"{name}.png", method) for name in "abcd" for method in settings.methods
+    ]
+    for row in table[::2]:
+        x = image(folder, row["image"][0], classifier)
+        with torch.no_grad():
+            probability = (classifier(x) / 3.0).softmax(dim=1)[0]
+        predicted = int(probability.argmax())
+        assert row["predicted"] == row["explained"] == classifier.classes[predicted]
+        assert float(row["probability"]) == pytest.approx(float(probability.max()), abs=1e-5)
+        maps = make_method("gradient_x_activation", classifier, "encoder.layer3", "evidence")(x)
+        assert float(row["variation"]) == pytest.approx(float(normalised_variation(maps[:, None])), rel=1e-4)
+        full, target = at_pixels(maps, x), torch.tensor([predicted])
+        step_px = -(-x.shape[2] * x.shape[3] // 20)
+        area = curve_area(insertion_curve(classifier, x, target, full, step_px=step_px))
+        # Pixels of one cell are equal and go in random order.
+        assert float(row["insertion"]) == pytest.approx(float(area), abs=0.05)
+        region = torch.zeros(1, *x.shape[2:], dtype=torch.bool)
+        region[:, : x.shape[2] // 2] = True
+        if row["image"][0] in "ab":
+            assert float(row["energy_pointing"]) == pytest.approx(float(energy_pointing(full, region)), rel=1e-4)
+            assert float(row["area_share"]) == 0.5
+        else:
+            assert row["energy_pointing"] == row["area_share"] == ""
+    for method, measured in summary.measures.items():
+        values = [float(row["variation"]) for row in table if row["method"] == method]
+        by_hand = bootstrap_mean(values)
+        assert measured["variation"].value == pytest.approx(by_hand.value, rel=1e-5)
+        assert measured["variation"].low == pytest.approx(by_hand.low, rel=1e-5)
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["images"] == 4 and written["failed"] == {} and len(written["weights_sha256"]) == 64
+    assert written["agreement"]["tsm"]["tsm"] == pytest.approx(1.0)
+    assert written["measures"]["tsm"]["best_iou"]["value"] >= 0.5  # never below chance
+    text = summary.in_words()
+    assert "insertion +" in text and "rank correlation" in text and max(map(len, text.splitlines())) <= 105
+
+
+def test_measures_are_the_same_again(folder, weights, tmp_path):
+    settings = ExplainSettings(("gradient_x_activation",), "layer3")
+    for name in ("one", "two"):
+        explain_images([folder / "a.png", folder / "c.png"], weights, tmp_path / name, settings)
+    assert (tmp_path / "one" / "metrics.csv").read_bytes() == (tmp_path / "two" / "metrics.csv").read_bytes()
+
+
+def test_a_bad_image_costs_itself_only(folder, weights, tmp_path, caplog):
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:-900])
+    Image.new("L", (10, 10)).save(folder.parent / "masks" / "a.png")
+    Image.new("L", (64, 64), 1).save(folder.parent / "masks" / "c.png")
+    summary = explain_images([folder], weights, tmp_path / "out", QUICK, folder.parent / "masks")
+    assert sorted(summary.failed) == ["a.png", "b.png"] and summary.images == 2
+    assert "its image 64 x 64" in summary.failed["a.png"] and str(folder / "b.png") in summary.failed["b.png"]
+    assert any("2 image(s) could not be read" in note for note in summary.notes)
+    assert sum(record.levelname == "ERROR" for record in caplog.records) == 2
+    assert {row["image"] for row in rows_of(tmp_path / "out")} == {"c.png", "d.png"}
+
+
+def test_nothing_is_left_when_nothing_could_be_done(folder, weights, tmp_path):
+    for path in folder.iterdir():
+        path.write_text("hello")
+    with pytest.raises(DatasetError, match=r"none of 4 image\(s\) can be explained; the first: .*a\.png"):
+        explain_images([folder], weights, tmp_path / "out", QUICK)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_encoder_is_explained_without_classes(folder, encoder_weights, tmp_path):
+    summary = explain_images([folder], encoder_weights, tmp_path / "out")
+    assert list(summary.measures) == ["eigencam", "tsm", "mtsm"]
+    assert set(summary.measures["tsm"]) == {"insertion", "deletion", "variation", "nyquist"}
+    assert 0 <= summary.measures["tsm"]["insertion"].value <= 1
+    assert rows_of(tmp_path / "out")[0]["predicted"] == ""
+    with pytest.raises(ConfigError, match=r"'gradcam' explains a class.*label-free ones: eigencam"):
+        explain_images([folder], encoder_weights, tmp_path / "two", ExplainSettings(("gradcam",)))
+    assert not (tmp_path / "two").exists()
+
+
+def test_the_weights_own_limit_is_taken_where_it_holds(folder, weights, tmp_path):
+    settings = ExplainSettings(("gradient_x_activation", "gradient"), measured=False)
+    tiles = [folder / "a.png", folder / "c.png"]
+    scales = explain_images(tiles, weights, tmp_path / "out", settings).scales
+    assert scales["gradient_x_activation"]["vmax"] == 0.25 and "kept with the weights" in str(scales)
+    assert scales["gradient"]["vmax"] != 0.25 and scales["gradient"]["vmin"] == -scales["gradient"]["vmax"]
+    maps, _ = read_maps(tmp_path / "out")
+    both = np.concatenate([maps[f"{name}.png/gradient"].ravel() for name in "ac"])
+    assert scales["gradient"]["vmax"] == pytest.approx(np.percentile(np.abs(both), 99.5))
+    # Another size of image, smoothing, output or layer has other values.
+    for places, other in (
+        ([folder / "a.png", folder / "b.png"], {}),
+        (tiles, {"smoothing": "backward_hook"}),
+        (tiles, {"output": "logit"}),
+    ):
+        changed = ExplainSettings(**{"methods": ("gradient_x_activation",), "measured": False, **other})
+        assert "kept with" not in str(explain_images(places, weights, tmp_path / "out", changed).scales)
+
+
+def test_what_a_reader_must_know_is_said(folder, weights, tmp_path):
+    Image.new("RGB", (200, 200)).save(folder / "e.png")
+    notes = " ".join(explain_images([folder], weights, tmp_path / "out", QUICK).notes)
+    for words in (
+        "Research use only",
+        "not where tumour is",
+        "expect 0.5 µm per pixel",
+        "differ in size",
+        "1 image(s) are over",
+    ):
+        assert words in notes
+    assert len(Image.open(tmp_path / "out" / "sheet.png").info["Description"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"methods": ("gradcamm",)}, ConfigError, "did you mean 'gradcam'"),
+        ({"layer": "layer33"}, NetworkError, "did you mean 'layer3"),
+        ({"layer": "input"}, ConfigError, "needs a hidden layer"),
+        ({"layer": "head"}, NetworkError, "head"),
+        ({"target": "tumor"}, ConfigError, "did you mean 'tumour'"),
+        ({"smoothing": "surrogate", "surrogate": "none.safetensors"}, WeightsError, "none.safetensors"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(folder, weights, tmp_path, changes, error, words):
+    settings = ExplainSettings(**{"methods": ("tsm",), "measured": False, **changes})
+    with pytest.raises(error, match=words) as refused:
+        explain_images([folder], weights, tmp_path / "out", settings)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="did you mean 'backward_hook'"):
+        ExplainSettings(smoothing="backwards_hook")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give both or neither"):
+        ExplainSettings(smoothing="surrogate")
+    with pytest.raises(ConfigError, match="'evidence'"):
+        ExplainSettings(output="evidance")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'tsm' is named twice"):
+        ExplainSettings(("tsm", "tsm"))
+    assert method_names("a, b,") == method_names(["a", "b"]) == ("a", "b") and method_names(None) == ()
+
+
+def test_masks_of_no_image_are_refused(folder, weights, tmp_path):
+    with pytest.raises(DatasetError, match=r"no mask of any image; name them as the images, such as a\.png"):
+        explain_images([folder], weights, tmp_path / "out", QUICK, masks=weights.parent)
+
+
+def test_few_pixels_wait_at_a_time(folder, monkeypatch):
+    """Images of many sizes do not pile up in memory."""
+    paths = sorted(folder.iterdir())
+    monkeypatch.setattr(module, "_WAITING_PX", 64 * 64 + 1)
+    names = [[loaded.name for loaded in batch] for batch in module._batches(paths, {}, 32, {}, module.no_progress)]
+    assert names == [["a.png"], ["b.png"], ["c.png", "d.png"]]
+    monkeypatch.setattr(module, "_BATCH_PX", 64 * 64)
+    assert all(len(batch) == 1 for batch in module._batches(paths, {}, 32, {}, module.no_progress))
+
+
+def test_a_second_call_replaces_the_first(folder, weights, tmp_path):
+    out = tmp_path / "out"
+    explain_images([folder], weights, out, QUICK)
+    (out / "mine.txt").touch()
+    explain_images([folder / "a.png"], weights, out, QUICK)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "maps.safetensors",
+        "metrics.csv",
+        "metrics.json",
+        "mine.txt",
+        "sheet.png",
+    ]
+    assert len(rows_of(out)) == 2 and all(not math.isnan(float(row["probability"])) for row in rows_of(out))

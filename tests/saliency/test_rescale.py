@@ -1,0 +1,133 @@
+"""DeepLift's rules: ratios of changes for every way to call a nonlinearity, and for max pools that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from medsd.saliency.rescale import Rescale
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.relu": torch.relu,
+    "F.relu": F.relu,
+    "F.relu in place": lambda x: F.relu(x, inplace=True),
+    "Tensor.relu_": lambda x: x.relu_(),
+    "input by name": lambda x: F.relu(input=x),
+    "nn.ReLU": nn.ReLU(),
+    "nn.ReLU in place": nn.ReLU(inplace=True),
+    "nn.ReLU6": nn.ReLU6(),
+    "nn.LeakyReLU": nn.LeakyReLU(0.2, inplace=True),
+    "nn.PReLU": nn.PReLU().requires_grad_(False),
+    "nn.ELU": nn.ELU(),
+    "nn.GELU": nn.GELU(),
+    "nn.SiLU": nn.SiLU(inplace=True),
+    "nn.Mish": nn.Mish(),
+    "nn.Sigmoid": nn.Sigmoid(),
+    "nn.Tanh": nn.Tanh(),
+    "nn.Softplus": nn.Softplus(),
+    "nn.Hardswish": nn.Hardswish(inplace=True),
+    "nn.Hardsigmoid": nn.Hardsigmoid(),
+    "nn.Hardtanh": nn.Hardtanh(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "abs": torch.abs,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_ratio_of_the_changes_stands_in_for_the_slope(name: str) -> None:
+    function = FUNCTIONS[name]
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    nn.Module.double(function) if isinstance(function, nn.Module) else None
+    weight = torch.arange(1.0, 13, dtype=torch.float64).view(3, 4)
+    before = x.clone().requires_grad_()
+    with Rescale(3):
+        given = before * 1  # the function may write to it
+        after = function(given)
+        kept = given if after is given else after
+    expected = function(x.clone())
+    assert torch.equal(after.detach(), expected)
+    assert torch.equal(kept.detach(), expected)
+    (gradient,) = torch.autograd.grad((weight * after[:3]).sum(), before)
+    change = x[:3] - x[3:]
+    torch.testing.assert_close(gradient[:3], weight * (expected[:3] - expected[3:]) / change, rtol=1e-12, atol=1e-12)
+    assert (gradient[3:] == 0).all()
+
+
+def test_in_place_functions_stay_in_place() -> None:
+    x = torch.tensor([[-1.0], [2.0]], requires_grad=True)
+    with Rescale(1):
+        given = x * 1
+        nn.ReLU(inplace=True)(given)  # its return value is thrown away
+    assert given.tolist() == [[0], [2]]
+    assert torch.autograd.grad(given[0, 0], x)[0][0].item() == pytest.approx(2 / 3)
+
+
+def test_without_a_change_the_slope_stays() -> None:
+    x = torch.tensor([[-1.0, 3.0], [-1.0, 3.0]], requires_grad=True)
+    with Rescale(1):
+        after = torch.relu(x)
+    assert torch.autograd.grad(after[0].sum(), x)[0].tolist() == [[0, 1], [0, 0]]
+
+
+def test_what_is_no_batch_of_images_and_baselines_keeps_its_gradient() -> None:
+    x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
+    with Rescale(1):
+        after = torch.relu(x)
+        without_graph = torch.relu(x.detach())
+    assert torch.autograd.grad(after.sum(), x)[0].tolist() == [0, 1, 1]
+    assert not without_graph.requires_grad
+    assert type(torch.relu(x).grad_fn).__name__ == "ReluBackward0"  # outside nothing is changed
+
+
+def test_overlapping_windows_add_up_by_hand() -> None:
+    """A 9 that wins two windows of a pool of 4 in steps of 2 takes the change of both."""
+    x = torch.zeros(2, 1, 4, 8)
+    x[0, 0, 0] = torch.tensor([0.0, 0, 9, 0, 0, 0, 1, 0])
+    x.requires_grad_()
+    with Rescale(1):
+        after = F.max_pool2d(x, (4, 4), stride=2)
+    assert after[0].flatten().tolist() == [9, 9, 1]
+    (gradient,) = torch.autograd.grad(after[0].sum(), x)
+    assert (gradient[0] * x[0].detach()).sum() == 9 + 9 + 1
+    assert gradient[0, 0, 0].tolist() == [0, 0, 2, 0, 0, 0, 1, 0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    kernel=st.integers(2, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    ceil_mode=st.booleans(),
+    steps=st.sampled_from([1, 3]),
+)
+def test_max_pools_lose_nothing(seed: int, kernel: int, stride: int, padding: int, ceil_mode: bool, steps: int) -> None:
+    """Attributions sum to each image's own change; with ties too (`steps` of 1 rounds to whole numbers)."""
+    x = torch.randn(4, 2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = (x.mul(steps).round() / steps).requires_grad_()
+    pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode)
+    with Rescale(2):
+        after = pool(x)
+    assert torch.equal(after, pool(x.detach()))
+    weight = torch.randn(after[:2].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((weight * after[:2]).sum(), x)
+    total = (gradient[:2] * (x[:2] - x[2:])).sum(dim=(1, 2, 3))
+    expected = (weight * (after[:2] - after[2:])).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_indices_come_along() -> None:
+    x = torch.randn(2, 1, 4, 4, requires_grad=True)
+    expected = F.max_pool2d(x.detach(), 2, return_indices=True)
+    with Rescale(1):
+        after, places = F.max_pool2d(x, 2, return_indices=True)
+        again = torch.max_pool2d(x, 2)
+    assert torch.equal(after, expected[0])
+    assert torch.equal(places, expected[1])
+    assert torch.equal(again, expected[0])
