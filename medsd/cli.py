@@ -241,9 +241,7 @@ def explain(
         Optional[str],  # noqa: UP045
         typer.Option(help="Layer such as layer3, or input; the calibrated or last one when not given."),
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="Class that is explained, by name or number, or predicted.")
-    ] = "predicted",
+    target: Annotated[str, typer.Option(help="Class to explain: name, number, or predicted.")] = "predicted",
     smoothing: Annotated[
         str, typer.Option(help="At strided convolutions: none, backward_hook, forward_hook or surrogate.")
     ] = "none",
@@ -251,9 +249,7 @@ def explain(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate."),
     ] = None,
-    explained: Annotated[
-        str, typer.Option(help="What of the class: evidence (above the others) or logit.")
-    ] = "evidence",
+    explained: Annotated[str, typer.Option(help="Of the class: evidence (above others) or logit.")] = "evidence",
     masks: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of PNG masks named as the images, 0 is background, to measure localisation."),
@@ -271,19 +267,16 @@ def explain(
     from medsd.progress import progress_bar
     from medsd.saliency.method import Output
 
-    settings = ExplainSettings(
-        methods=method_names(methods),
-        layer=layer,
-        target=target,
-        smoothing=cast(ImageSmoothing, smoothing),
-        surrogate=None if surrogate is None else str(surrogate),
-        output=cast(Output, explained),
-        measured=measured,
+    kind, output, trained = (
+        cast(ImageSmoothing, smoothing),
+        cast(Output, explained),
+        str(surrogate) if surrogate else None,
     )
+    settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
     summary = explain_images(images, weights, out, settings, masks, device, progress_bar("explain"))
     print(summary.in_words())
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
-    print(f"{summary.images} images{failed}; see {out}")
+    print(f"{summary.images} image(s){failed}; see {out}")
     if summary.failed:
         raise typer.Exit(1)
 

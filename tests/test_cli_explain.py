@@ -64,10 +64,10 @@ def test_images_are_explained(monkeypatch, capsys, caplog, weights, images, tmp_
     out = tmp_path / "out"
     arguments = ["explain", *images, "--weights", weights, "--out", out, "--methods", "gradient,tsm"]
     code, said, err = run(monkeypatch, capsys, *arguments, "--target", "tumour", "--no-metrics")
-    assert (code, err) == (0, "") and said.endswith(f"2 images; see {out}\n") and "rank correlation" in said
+    assert (code, err) == (0, "") and said.endswith(f"2 image(s); see {out}\n") and "rank correlation" in said
     images[0].write_bytes(images[0].read_bytes()[:200])
     code, said, _ = run(monkeypatch, capsys, *arguments, "--no-metrics")
-    assert code == 1 and "1 images, 1 failed" in said
+    assert code == 1 and "1 image(s), 1 failed" in said
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert line.startswith(f"{images[0]}: ") and "copy it again" in line
 

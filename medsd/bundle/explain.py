@@ -60,4 +60,4 @@ def explain(
             f"{len(explained.failed)} image(s) failed, the others are done; the first: "
             f"{next(iter(explained.failed.values()))}"
         )
-    return f"{explained.in_words()}\n{explained.images} images; see {output_dir}"
+    return f"{explained.in_words()}\n{explained.images} image(s); see {output_dir}"

@@ -47,7 +47,7 @@ class ExplanationSettings:
     draws: int = 3
     fill: Baseline = "mean"
     steps: int = 20
-    batch_size: int = 256
+    batch_size: int = 32
     seed: int = 0
     target: int = 1
 

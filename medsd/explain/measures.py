@@ -67,6 +67,7 @@ def faithfulness(
 ) -> dict[str, dict[str, Tensor]]:
     """Measures (B,) by method: does what a map names decide the class?
 
+    The masking gap is nan for images that are predicted to be of another class than the target.
     Of an encoder without classes, likeness to the image's own features stands in for the probability, and there is no
     masking gap.
 
@@ -97,7 +98,9 @@ def faithfulness(
         for name, values in maps.items():
             full = at_pixels(values, x)
             curve = masking_curve(network, x, target, full, generator=generator, batch_size=batch_size)
-            judged[name]["masking_gap"] = control.area - curve.area
+            # Of an image that is not predicted to be of the class there is nothing to lose.
+            held = control.correct[:, 0] == 1
+            judged[name]["masking_gap"] = torch.where(held, control.area - curve.area, math.nan)
     return judged
 
 

@@ -135,8 +135,10 @@ def _notes(explained: ExplainedImages, columns: list[SheetColumn]) -> list[str]:
         f"at {OPACITY:.0%} over the picture in light grey; their squares are the cells of the layer."
     )
     if len(sizes) > 1:
-        notes.append("The images differ in size, and gradients of pooled features are smaller in larger ones.")
-    if card is not None:
+        notes.append("The images differ in size, and values with it: compare the colours of images of one size only.")
+    if card is None:
+        notes.append("The weights do not say which scale (µm per pixel) they expect.")
+    else:
         notes.append(
             f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
             f"(tiles of {card.tile_px} px, trained on {card.trained_on})."

@@ -33,7 +33,7 @@ _LETTER_PX = 6.8
 _INK, _FAINT = "#1c1f23", "#5b6168"
 _OUTLINE, _HALO = (0, 0, 0), (255, 255, 255)
 # Letters of a caption, which is as wide as a picture.
-_LONGEST = 30
+_LONGEST = 27
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _head(axes: Axes, x: int, column: SheetColumn) -> None:
     _text(axes, x, _TITLE_PX + 18, column.name.replace("_", " "), 10, weight="bold")
     ticks = ((0.0, scale.vmin, "left"), (0.5, (scale.vmin + scale.vmax) / 2, "center"), (1.0, scale.vmax, "right"))
     for share, value, align in ticks:
-        _text(axes, x + share * CELL_PX, _TITLE_PX + 51, f"{value:.2g}", 8, align=align)
+        _text(axes, x + share * CELL_PX, _TITLE_PX + 51, f"{value:.3g}", 8, align=align)
     _text(axes, x, _TITLE_PX + 65, scale.title, 7.5, _FAINT)
     _text(axes, x, _TITLE_PX + 78, column.source, 7.5, _FAINT)
 

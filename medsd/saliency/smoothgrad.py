@@ -44,11 +44,9 @@ class SmoothGrad(ClassMethod):
         with explaining(self.network, x) as images, torch.no_grad():
             numbers = class_numbers(check_logits(self.network(images)), target)
         generator = torch.Generator().manual_seed(self.seed)
-        total: Tensor | None = None
+        gradients = images.new_zeros(())
         for _ in range(self.samples):
             # Drawn on the CPU, so that it is the same on every device.
             noise = torch.randn(x.shape[1:], generator=generator).to(x) * self.deviation
-            gradient = gradient_pass(self, images + noise, numbers).gradient
-            total = gradient if total is None else total.add_(gradient)
-        assert total is not None
-        return total / self.samples
+            gradients = gradients + gradient_pass(self, images + noise, numbers).gradient
+        return gradients / self.samples

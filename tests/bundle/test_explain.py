@@ -61,7 +61,7 @@ def refusal(flow: ConfigWorkflow) -> str:
 
 def test_images_are_explained(data, capsys):
     run(workflow(data, methods=["gradient", "tsm"], target=1, layer="layer3", smoothing="backward_hook"))
-    assert f"2 images; see {data / 'out'}" in capsys.readouterr().out
+    assert f"2 image(s); see {data / 'out'}" in capsys.readouterr().out
     assert sorted(path.name for path in (data / "out").iterdir()) == [
         "maps.safetensors",
         "metrics.csv",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_the_table_says_what_the_network_and_the_measures_say(folder, weights, c
     assert written["measures"]["tsm"]["best_iou"]["value"] >= 0.5  # never below chance
     text = summary.in_words()
     assert "insertion +" in text and "rank correlation" in text and max(map(len, text.splitlines())) <= 105
+
+
+def test_a_class_that_is_not_predicted_has_no_masking_gap(folder, weights, tmp_path):
+    explain_images([folder], weights, tmp_path / "one", replace(QUICK, methods=("tsm",), measured=True))
+    predicted = {row["image"]: row["predicted"] for row in rows_of(tmp_path / "one")}
+    assert all(row["masking_gap"] for row in rows_of(tmp_path / "one"))
+    explain_images(
+        [folder], weights, tmp_path / "two", replace(QUICK, methods=("tsm",), measured=True, target="normal")
+    )
+    for row in rows_of(tmp_path / "two"):
+        assert bool(row["masking_gap"]) == (predicted[row["image"]] == "normal")
+        assert row["insertion"] and row["explained"] == "normal"
 
 
 def test_measures_are_the_same_again(folder, weights, tmp_path):

@@ -70,6 +70,20 @@ def test_equals_a_loop_by_hand(resnet: nn.Module, images: Tensor) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Sides(nn.Module):
+    """Logits s and -s, s the sum of the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.sum(dim=(1, 2, 3))
+        return torch.stack([total, -total], dim=1)
+
+
+def test_the_class_is_the_one_predicted_without_noise() -> None:
+    x = torch.full((1, 1, 4, 4), 1e-6)  # noise puts about half of the copies on the other side
+    assert (SmoothGrad(Sides())(x) == 1).all()
+    assert (SmoothGrad(Sides())(-x) == -1).all()
+
+
 def test_agrees_with_captums_noise_tunnel(images: Tensor) -> None:
     """Two means over 300 draws each, as far apart as chance puts them."""
     torch.manual_seed(0)

@@ -89,7 +89,7 @@ def tucker(features: Tensor, ranks: Ranks = None, n_iter_max: int = 100, tol: fl
 
     Truncated rows or columns: tensorly's HOOI (De Lathauwer, De Moor and Vandewalle 2000), in float64 on the CPU,
     started from the SVD. It runs on the min(C, H W) maps of `decompose` in place of the C channels, which is the same
-    tensor in another orthonormal basis of the channels: the same answer, tens of times faster. With all rows and
+    tensor in another orthonormal basis of the channels: the same answer, several times faster. With all rows and
     columns the channel vectors are the singular vectors, whatever the first rank, and no iteration is needed.
 
     Args:

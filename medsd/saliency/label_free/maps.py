@@ -152,7 +152,9 @@ def _first(components: Components) -> Tensor:
     if unsure:
         _logger.warning(
             "%d of %d images: s_1 / s_2 below %g; the first vector turns with small changes, and the map with it",
-            *(unsure, len(components.values), LEAST_GAP),
+            unsure,
+            len(components.values),
+            LEAST_GAP,
         )
     return components.maps[:, 0]
 

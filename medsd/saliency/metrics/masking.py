@@ -43,7 +43,7 @@ def masking_curve(
     fill: Baseline = "mean",
     shares: Sequence[float] = SHARES,
     generator: torch.Generator | None = None,
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> MaskingCurve:
     """Mask the pixels of the greatest |saliency|, floor(share * H * W) of them in all channels, without retraining.
 
@@ -87,7 +87,7 @@ def random_masking_curve(
     draws: int = 5,
     fill: Baseline = "mean",
     shares: Sequence[float] = SHARES,
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> MaskingCurve:
     """The control: the same procedure with pixels in random order, the mean of several draws.
 

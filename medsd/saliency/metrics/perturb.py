@@ -69,7 +69,7 @@ def perturbed_logits(
     substitute: Tensor,
     ranks: Tensor,
     counts: Sequence[int],
-    batch_size: int = 256,
+    batch_size: int = 32,
     read: Callable[[object], Tensor] = check_logits,
 ) -> Tensor:
     """Logits (B, len(counts), K) after the first `count` pixels of each image have become those of `substitute`.
@@ -80,7 +80,7 @@ def perturbed_logits(
             gets channels-last images, which on CPUs is often twice as fast.
         ranks: (B, H, W), see `pixel_ranks`.
         counts: how many pixels are replaced, in all channels, one number a step.
-        batch_size: images in one pass of the network; steps of several images share one.
+        batch_size: images in one pass of the network; steps of several images share one. More pays on a GPU only.
         read: the network's output as (B, K), see `scoring.reader`.
 
     Raises:

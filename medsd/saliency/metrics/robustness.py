@@ -26,7 +26,7 @@ def infidelity(
     seed: int = 0,
     normalise: bool = True,
     resize: Resize = "nearest",
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> Tensor:
     """Mean of (I . map - (f(x) - f(x - I)))^2 over Gaussian changes I, (B,), low is good: f is the class's logit.
 
@@ -89,7 +89,7 @@ def sensitivity(
     samples: int = 10,
     seed: int = 0,
     resize: Resize = "nearest",
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> Tensor:
     """Greatest |map(x + e) - map(x)| / |map(x)| over uniform changes e, (B,), low is good: a map that holds still.
 
