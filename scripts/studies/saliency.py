@@ -42,9 +42,9 @@ from medsd.saliency.metrics.randomisation import randomised_cascade
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
 from medsd.saliency.registry import make_method
 
-PARTS = ("smoothing", "label_free", "cascade")
-STEPS, IG_STEPS, BATCH = 14, 16, 8
-SMOOTHED, RANDOMISED = 32, 8
+PARTS = ("label_free", "cascade", "smoothing")
+STEPS, IG_STEPS, BATCH = 12, 10, 8
+SMOOTHED, RANDOMISED = 24, 8
 Hidden = Gradient | DeepLift | IntegratedGradients
 
 
@@ -362,16 +362,16 @@ def pointed(maps: Tensor, masks: Tensor) -> dict[str, list[float]]:
 def cascade(subject: Subject) -> dict[str, Any]:
     """By method and stage: how far maps agree with those of the trained network, randomised down to that stage."""
     rows = torch.linspace(0, len(subject.x) - 1, RANDOMISED).round().long()
-    x, target, layer = subject.x[rows], subject.target[rows], subject.layers[-1]
+    x, target, layer = subject.x[rows], subject.target[rows], subject.layers[1]
     found: dict[str, Any] = {}
     for name in CASCADE:
-        stages = randomised_cascade(
-            subject.network,
-            lambda network, name=name: make_method(name, network, layer, subject.output),
-            x,
-            target,
-            subject.stages,
-        )
+
+        def build(network: nn.Module, name: str = name) -> Method:
+            if name == "integrated_gradients":
+                return IntegratedGradients(network, layer, subject.output, steps=IG_STEPS)
+            return make_method(name, network, layer, subject.output)
+
+        stages = randomised_cascade(subject.network, build, x, target, subject.stages)
         found[name] = {
             "stages": [stage.name for stage in stages],
             "rank_correlation": [rank_correlation(stages[0].maps, stage.maps).tolist() for stage in stages],
