@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, create_encoder
+from medsd.networks.device import usable_device
 from medsd.networks.start import ENCODER_FORMAT, load_encoder
 from medsd.networks.weights import ModelCard, check_tensors, load_classifier, read_tensors
 
@@ -114,7 +115,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
         WeightsError: no such file, of another kind, altered, or not fitting its own network.
         ConfigError: the device does not exist here.
     """
-    path, place = Path(path), _usable(device)
+    path, place = Path(path), usable_device(device)
     state, metadata = read_tensors(path)
     if metadata.get("format") != ENCODER_FORMAT:
         classifier, card, digest = load_classifier(path, place)
@@ -137,11 +138,3 @@ def _imagenet(images: Tensor) -> Tensor:
         images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
     return (images.to(torch.float32) / 255 - mean) / std
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device '{device}': cannot be used here ({reason}); try 'cpu', see medsd doctor") from error

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from medsd.errors import ConfigError, DatasetError, MedsdError, SlideError, WeightsError
+from medsd.errors import DatasetError, MedsdError, SlideError, WeightsError
 from medsd.files import atomic_path, make_folder, write_text
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.outputs import MAP_FILES, OutputWriter
 from medsd.heatmap.record import RECORD, Recipe, is_complete, read_record, write_record
 from medsd.heatmap.report import IndexRow, write_index
+from medsd.networks.device import usable_device
 from medsd.networks.weights import load_classifier
 from medsd.progress import Progress, no_progress
 from medsd.slides.isolate.slide import IsolatedSlide
@@ -106,7 +107,7 @@ def map_slides(
     if twice or not jobs:
         reason = f"two slides are named '{twice[0]}'; map them into two folders" if twice else "no slides to map"
         raise DatasetError(reason)
-    classifier, card, digest = load_classifier(weights, _usable(device))
+    classifier, card, digest = load_classifier(weights, usable_device(device))
     calibration = card.calibration
     if calibration is None:
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
@@ -121,17 +122,6 @@ def map_slides(
         write_text(output / "slides.csv", _table(results))  # a killed run keeps its table
     write_index(output / "index.html", [_index_row(result) for result in results], "Slide heatmaps")
     return results
-
-
-def _usable(device: torch.device | str) -> torch.device | str:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device '{device}': cannot be used here ({reason}); try 'cpu', and see medsd doctor"
-        ) from error
-    return device
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any, Literal, assert_never, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import medsd
-from medsd.errors import ConfigError, NetworkError, OutputError, WeightsError
+from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import atomic_path
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
@@ -152,10 +152,8 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: di
         "intended_use": "research use only",
     }
     with atomic_path(path) as temporary:
-        try:
-            save_file(state, temporary, metadata)
-        except SafetensorError as error:  # what a full disk gives here, instead of an OSError
-            raise OutputError(f"{path}: cannot be written ({error})") from error
+        # Written by us: safetensors' own writer makes files that nobody else may read.
+        temporary.write_bytes(save(state, metadata))
     return digest
 
 

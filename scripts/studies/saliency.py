@@ -93,9 +93,9 @@ class Job:
 
 
 NETWORKS = {
-    "smoothing": ("camelyon-resnet18", "pcam-resnet18", "squeezenet", "camelyon"),
+    "smoothing": ("camelyon-resnet18", "squeezenet", "camelyon", "pcam-resnet18"),
     "label_free": ("supervised", "contrastive", "random"),
-    "cascade": ("squeezenet", "pcam-resnet18", "camelyon"),
+    "cascade": ("squeezenet", "camelyon", "pcam-resnet18"),
 }
 HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
     "gradient": lambda subject, layer: Gradient(subject.network, layer, subject.output),
@@ -162,13 +162,13 @@ def recipe_of(job: Job) -> dict[str, Any]:
     }
 
 
-def prepare(_arguments: argparse.Namespace, folder: Path) -> None:
+def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     """Draw the regions and pre-train an encoder without labels, once."""
     regions.phantom_regions(folder / "slides")
-    if not contrastive_encoder(folder).is_file():
+    if "label_free" in arguments.part and not contrastive_encoder(folder).is_file():
         torch.manual_seed(0)
         encoder = TileClassifier("resnet10t").encoder
-        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=12, seed=0)
+        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=4, seed=0)
         save_encoder(contrastive_encoder(folder), encoder, "resnet10t", "SimCLR on phantom tiles, no labels")
 
 
