@@ -48,7 +48,9 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("doctor", "info", "phantom", "tiles", "stain", "heatmap", "methods", "explain"))
+    assert all(
+        verb in done.stdout for verb in ("doctor", "info", "phantom", "tiles", "stain", "heatmap", "methods", "explain")
+    )
 
 
 def test_version(monkeypatch, capsys):

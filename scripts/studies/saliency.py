@@ -9,6 +9,7 @@ phantom slides on regions with exact masks. The last two are finished runs of th
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from studies import contrastive, natural, regions
 from studies.regions import Images
+from studies.saliency_tables import draw, tables
 from torch import Tensor, nn
 
+from medsd.bundle.surrogate import SURROGATE, SURROGATE_SCORES
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import sha256_of
 from medsd.networks.classifier import Classifier, TileClassifier
@@ -42,8 +45,11 @@ from medsd.saliency.metrics.randomisation import randomised_cascade
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
 from medsd.saliency.registry import make_method
 
+__all__ = ["PARTS", "add_arguments", "draw", "jobs_of", "key_of", "prepare", "recipe_of", "run_job", "tables"]
+
 PARTS = ("label_free", "cascade", "smoothing")
 STEPS, IG_STEPS, BATCH = 12, 10, 8
+PRETRAINING_EPOCHS = 16
 SMOOTHED, RANDOMISED = 24, 8
 Hidden = Gradient | DeepLift | IntegratedGradients
 
@@ -61,6 +67,7 @@ class Subject:
         output: see `medsd.saliency.method.Output`.
         also: what the smoothing treats beside convolutions of stride 2.
         surrogate: its trained surrogate, if any.
+        surrogate_scores: what the stage that trained it measured on validation tiles.
     """
 
     network: nn.Module
@@ -71,6 +78,7 @@ class Subject:
     output: Any
     also: tuple[Any, ...] = ()
     surrogate: smooth.Surrogate | None = None
+    surrogate_scores: dict[str, Any] | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -94,7 +102,7 @@ class Job:
 
 NETWORKS = {
     "smoothing": ("camelyon-resnet18", "squeezenet", "camelyon", "pcam-resnet18"),
-    "label_free": ("supervised", "contrastive", "random"),
+    "label_free": ("camelyon", "camelyon-resnet18", "contrastive", "random"),
     "cascade": ("squeezenet", "camelyon", "pcam-resnet18"),
 }
 HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
@@ -151,8 +159,9 @@ def key_of(job: Job) -> tuple[str, str]:
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
-    names = ("camelyon",) if job.part == "label_free" else (job.name,)
-    files = {name: Path(job.runs) / name / "model.safetensors" for name in names}
+    files = {job.name: Path(job.weights) if job.name == "squeezenet" else run_of(job) / "model.safetensors"}
+    if job.part == "smoothing":
+        files["surrogate"] = run_of(job) / SURROGATE
     return {
         "steps": STEPS,
         "ig_steps": IG_STEPS,
@@ -162,19 +171,24 @@ def recipe_of(job: Job) -> dict[str, Any]:
     }
 
 
+def run_of(job: Job) -> Path:
+    """The finished run of a bundle whose classifier the job explains."""
+    return Path(job.runs) / ("camelyon" if job.name in ("contrastive", "random") else job.name)
+
+
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     """Draw the regions and pre-train an encoder without labels, once."""
     regions.phantom_regions(folder / "slides")
     if "label_free" in arguments.part and not contrastive_encoder(folder).is_file():
         torch.manual_seed(0)
         encoder = TileClassifier("resnet10t").encoder
-        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=4, seed=0)
+        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=PRETRAINING_EPOCHS, seed=0)
         save_encoder(contrastive_encoder(folder), encoder, "resnet10t", "SimCLR on phantom tiles, no labels")
 
 
 def contrastive_encoder(folder: Path) -> Path:
     """The file of the encoder that was pre-trained without labels."""
-    return folder / f"contrastive-{regions.VERSION}.safetensors"
+    return folder / f"contrastive-{regions.VERSION}-{PRETRAINING_EPOCHS}.safetensors"
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
@@ -196,7 +210,7 @@ def subject_of(job: Job) -> Subject:
         target = predicted(network, x)
         layers = ("features.4", "features.7", "features.10")
         return Subject(network, x, photographs, layers, target, "logit", also=("max_pool",))
-    run = Path(job.runs) / job.name
+    run = run_of(job)
     network, _, digest = load_classifier(run / "model.safetensors")
     if job.name.startswith("pcam"):
         images = regions.held_out_patches(Path(job.patches), SMOOTHED)
@@ -207,13 +221,9 @@ def subject_of(job: Job) -> Subject:
         x = network.normalise(images.images)
         target = torch.ones(len(x), dtype=torch.int64)  # tumour, which lies in every region
     layers = tuple(f"encoder.layer{number}" for number in (1, 2, 3))
-    return Subject(network, x, images, layers, target, "evidence", surrogate=surrogate_of(run, digest))
-
-
-def surrogate_of(run: Path, digest: str) -> smooth.Surrogate | None:
-    """What the stage `surrogate` of a run left, if it did."""
-    path = run / "surrogate.safetensors"
-    return load_surrogate(path, digest)[0] if path.is_file() else None
+    surrogate, _ = load_surrogate(run / SURROGATE, digest)
+    scores = json.loads((run / SURROGATE_SCORES).read_text("utf-8"))
+    return Subject(network, x, images, layers, target, "evidence", surrogate=surrogate, surrogate_scores=scores)
 
 
 @torch.no_grad()
@@ -239,7 +249,10 @@ def smoothings(subject: Subject) -> dict[str, Callable[[], AbstractContextManage
 
 
 def smoothing(subject: Subject) -> dict[str, Any]:
-    """Per layer, method and smoothing: variation, Nyquist energy, insertion, deletion and pointing of every image."""
+    """Per layer, method and smoothing: variation, Nyquist energy, insertion, deletion and pointing of every image.
+
+    Noise, smoothed as the backward hook smooths gradients, shows what smoothing alone does to insertion and deletion.
+    """
     found: dict[str, Any] = {"groups": subject.images.groups.tolist()}
     for layer in subject.layers:
         for name, build in HIDDEN.items():
@@ -250,9 +263,20 @@ def smoothing(subject: Subject) -> dict[str, Any]:
                         for x, target in zip(subject.x.split(BATCH), subject.target.split(BATCH), strict=True)
                     ]
                 found[f"{layer}/{name}/{way}"] = measured(subject, torch.cat(parts))
+        plane = parts[0].shape[2:]
+        noise = torch.randn((len(subject.x), 1, *plane), generator=seeded())
+        found[f"{layer}/noise/none"] = measured(subject, noise)
+        found[f"{layer}/noise/backward hook"] = measured(subject, smooth.Box((2, 2), "circular")(noise))
+    if subject.surrogate_scores:
+        found["surrogate"] = subject.surrogate_scores
     found["example"] = example(subject)
     found["constant"] = {boundary: constant_upstream(subject, boundary) for boundary in ("circular", "symmetric")}
     return found
+
+
+def seeded() -> torch.Generator:
+    """The same draws wherever it is called."""
+    return torch.Generator().manual_seed(0)
 
 
 def example(subject: Subject) -> dict[str, Any]:
@@ -272,16 +296,16 @@ def measured(subject: Subject, attribution: Tensor) -> dict[str, list[float]]:
     # Nearest, as the released code resizes.
     pixels = F.interpolate(maps[:, None], subject.x.shape[2:])[:, 0]
     step = -(-pixels.shape[1] * pixels.shape[2] // STEPS)
-    draws = torch.Generator().manual_seed(0)
+    x = subject.x.contiguous(memory_format=torch.channels_last)  # the faster on a CPU
+    curves = {
+        "insertion": insertion_curve(subject.network, x, subject.target, pixels, "blur", step, seeded()),
+        "deletion": deletion_curve(subject.network, x, subject.target, pixels, "zero", step, seeded()),
+        "deletion_blur": deletion_curve(subject.network, x, subject.target, pixels, "blur", step, seeded()),
+    }
     scores = {
         "variation": normalised_variation(attribution),
         "nyquist": nyquist_energy(attribution),
-        "insertion": curve_area(
-            insertion_curve(subject.network, subject.x, subject.target, pixels, "blur", step, draws, 32)
-        ),
-        "deletion": curve_area(
-            deletion_curve(subject.network, subject.x, subject.target, pixels, "zero", step, draws, 32)
-        ),
+        **{name: curve_area(curve) for name, curve in curves.items()},
     }
     if subject.images.masks is not None:
         scores["pointing"] = energy_pointing(pixels, subject.images.masks).nan_to_num(0.0)
@@ -322,10 +346,11 @@ def constant_upstream(subject: Subject, boundary: Any) -> dict[str, float]:
 def label_free(job: Job) -> dict[str, Any]:
     """Per layer and method: energy pointing of every region, of maps scaled to 0..1 and as they are, and ADCC."""
     images = regions.phantom_regions(Path(job.folder) / "slides")
-    classifier, _, _ = load_classifier(Path(job.runs) / "camelyon" / "model.safetensors")
+    classifier, _, _ = load_classifier(run_of(job) / "model.safetensors")
     x = classifier.normalise(images.images)
     encoder: nn.Module = classifier.encoder
-    if job.name != "supervised":
+    supervised = job.name.startswith("camelyon")
+    if not supervised:
         torch.manual_seed(1)
         encoder = TileClassifier("resnet10t").encoder.eval()
     if job.name == "contrastive":
@@ -338,7 +363,7 @@ def label_free(job: Job) -> dict[str, Any]:
             maps = torch.cat([method(part) for part in x.split(BATCH)])
             scores = adcc(encoder, method, x, score="similarity", maps=maps)
             found[f"{layer}/{name}"] = {**pointed(maps, images.masks), "adcc": scores.adcc.tolist()}
-        if job.name == "supervised":
+        if supervised:
             for name in ("gradcam", "gradient_x_activation"):
                 of_class = make_method(name, classifier, f"encoder.{layer}", "evidence")
                 maps = torch.cat([of_class(part, 1) for part in x.split(BATCH)])

@@ -24,9 +24,19 @@ NETWORKS = {
     "pcam-resnet18": "ResNet-18, PatchCamelyon",
     "camelyon-resnet18": "ResNet-18, phantoms",
     "camelyon": "ResNet-10-T (the default), phantoms",
-    "supervised": "supervised",
-    "contrastive": "self-supervised",
+    "contrastive": "self-supervised, phantoms",
     "random": "random weights",
+}
+_SCORES = {
+    "insertion": "insertion, from blur",
+    "deletion": "deletion, to zero",
+    "deletion_blur": "deletion, to blur",
+    "pointing": "energy pointing %",
+}
+_LABEL_FREE = {
+    "pointing": "energy pointing %, maps scaled to 0..1 as the papers do",
+    "pointing_raw": "energy pointing %, positive part of maps as they are",
+    "adcc": "ADCC, without labels (cosine of embeddings)",
 }
 _RESAMPLES = 2000
 _LINES = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#8B5A2B", "#6A3D9A")
@@ -57,9 +67,9 @@ def draw(results: Results, folder: Path) -> None:
 def _smoothing(name: str, found: dict[str, Any]) -> str:
     groups = np.asarray(found["groups"])
     keys = [key.split("/") for key in found if "/" in key]
-    layers, methods, ways = (list(dict.fromkeys(key[place] for key in keys)) for place in range(3))
-    pointing = "pointing" in found["/".join(keys[0])]
-    columns = ["TV", "cut %", "Nyquist energy %", "insertion", "deletion", *(["energy pointing %"] if pointing else [])]
+    layers = list(dict.fromkeys(key[0] for key in keys))
+    scores = {name: words for name, words in _SCORES.items() if name in found["/".join(keys[0])]}
+    columns = ["TV", "cut %", "Nyquist energy %", *scores.values()]
     lines = [
         f"### {NETWORKS[name]}: mean over {', '.join(layers)}",
         "",
@@ -68,17 +78,16 @@ def _smoothing(name: str, found: dict[str, Any]) -> str:
         "| method | smoothing | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
-    for method in methods:
-        plain = _of_layers(found, layers, method, "none")
-        for way in ways:
-            smoothed = _of_layers(found, layers, method, way)
-            cells = [f"{smoothed['variation'].mean():.3f}", "" if way == "none" else _cut(plain, smoothed, groups)]
-            cells.append(f"{100 * smoothed['nyquist'].mean():.2f}")
-            for score, scale in (("insertion", 1.0), ("deletion", 1.0), ("pointing", 100.0))[: 3 if pointing else 2]:
-                values = scale * smoothed[score].mean(axis=0)
-                change = "" if way == "none" else f" ({_signed(values - scale * plain[score].mean(axis=0), groups)})"
-                cells.append(f"{values.mean():.{1 if scale > 1 else 3}f}{change}")
-            lines.append(f"| {method} | {way} | " + " | ".join(cells) + " |")
+    for method, way in dict.fromkeys((method, way) for _, method, way in keys):
+        plain, smoothed = (_of_layers(found, layers, method, which) for which in ("none", way))
+        cells = [f"{smoothed['variation'].mean():.3f}", "" if way == "none" else _cut(plain, smoothed, groups)]
+        cells.append(f"{100 * smoothed['nyquist'].mean():.2f}")
+        for score in scores:
+            scale = 100 if score == "pointing" else 1
+            values = scale * smoothed[score].mean(axis=0)
+            change = "" if way == "none" else f" ({_signed(values - scale * plain[score].mean(axis=0), groups)})"
+            cells.append(f"{values.mean():.{1 if scale > 1 else 3}f}{change}")
+        lines.append(f"| {method} | {way} | " + " | ".join(cells) + " |")
     constant = found["constant"]
     worst = {boundary: max(ratios.values()) for boundary, ratios in constant.items()}
     words = ", ".join(f"{boundary} {ratio:.1e}" for boundary, ratio in worst.items())
@@ -86,7 +95,18 @@ def _smoothing(name: str, found: dict[str, Any]) -> str:
         "",
         f"Nyquist energy left for equal gradients above, worst of {len(constant['circular'])} convolutions: {words}.",
     ]
+    if "surrogate" in found:
+        lines += ["", _surrogate(found["surrogate"])]
     return "\n".join(lines)
+
+
+def _surrogate(scores: dict[str, Any]) -> str:
+    errors = [point["relative_l1"] for point in scores["points"].values()]
+    return (
+        f"Surrogates on {scores['items']} validation tiles: accuracy {scores['accuracy']:.3f} to "
+        f"{scores['surrogate_accuracy']:.3f}, AUC {scores['patch_auc']:.3f} to {scores['surrogate_patch_auc']:.3f}, "
+        f"change of the softmax {scores['softmax_change']:.3f}, relative L1 {min(errors):.2f} to {max(errors):.2f}."
+    )
 
 
 def _of_layers(found: dict[str, Any], layers: Sequence[str], method: str, way: str) -> dict[str, Floats]:
@@ -118,36 +138,40 @@ def _signed(differences: Floats, groups: npt.NDArray[np.int64]) -> str:
 
 
 def _label_free(found: dict[str, dict[str, Any]]) -> str:
-    columns = [(name, layer) for name in found for layer in ("layer3", "layer4")]
-    lines = ["### Label-free maps on phantom regions: energy pointing %", ""]
-    lines.append("| map | " + " | ".join(f"{NETWORKS[name]}, {layer}" for name, layer in columns) + " |")
-    lines.append("|---" * (len(columns) + 1) + "|")
-    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
-    for kind, words in (("pointing", ""), ("pointing_raw", ", not scaled")):
-        for method in methods:
-            cells = [_pointing(found[name], layer, method, kind) for name, layer in columns]
-            lines.append(f"| {method}{words} | " + " | ".join(cells) + " |")
-    chance = next(iter(found.values()))
-    lines.append(
-        f"| *chance (area)* | {_percent(np.asarray(chance['area_share']), np.asarray(chance['groups']))} |"
-        + " |" * (len(columns) - 1)
+    columns = list(
+        dict.fromkeys((name, key.split("/")[0]) for name, part in found.items() for key in part if "/" in key)
     )
-    return "\n".join(lines)
+    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
+    parts = []
+    for kind, words in _LABEL_FREE.items():
+        lines = [f"### Label-free maps on phantom regions: {words}", ""]
+        lines.append("| map | " + " | ".join(f"{NETWORKS[name]}, {layer}" for name, layer in columns) + " |")
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for method in methods:
+            cells = [_score(found[name], layer, method, kind) for name, layer in columns]
+            if set(cells) != {"-"}:
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    chance = next(iter(found.values()))
+    share = _interval(100 * np.asarray(chance["area_share"]), np.asarray(chance["groups"]), 1)
+    parts.append(f"Energy pointing of a constant map, which is the tumour's share of the area: {share} %.")
+    return "\n\n".join(parts)
 
 
-def _pointing(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
-    if f"{layer}/{method}" not in found:
+def _score(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
+    """The mean with its interval, and how many times that of the reference it is."""
+    if kind not in found.get(f"{layer}/{method}", {}):
         return "-"
-    groups = np.asarray(found["groups"])
-    values = np.asarray(found[f"{layer}/{method}"][kind])
-    reference = np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
-    gain = "" if method == "EigenCAM, reference" else f"; x{values.mean() / reference.mean():.2f}"
-    return _percent(values, groups) + gain
+    scale, digits = (1, 3) if kind == "adcc" else (100, 1)
+    values = scale * np.asarray(found[f"{layer}/{method}"][kind])
+    reference = scale * np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
+    times = "" if method == "EigenCAM, reference" else f"; x{values.mean() / reference.mean():.2f}"
+    return _interval(values, np.asarray(found["groups"]), digits) + times
 
 
-def _percent(values: Floats, groups: npt.NDArray[np.int64]) -> str:
-    found = bootstrap_mean(100 * _by_group(values, groups), _RESAMPLES)
-    return f"{found.value:.1f} ({found.low:.1f} to {found.high:.1f})"
+def _interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str:
+    found = bootstrap_mean(_by_group(values, groups), _RESAMPLES)
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
 def _cascade(found: dict[str, dict[str, Any]]) -> str:
