@@ -101,9 +101,9 @@ class Job:
 
 
 NETWORKS = {
-    "smoothing": ("camelyon-resnet18", "squeezenet", "camelyon", "pcam-resnet18"),
+    "smoothing": ("squeezenet", "pcam-resnet18", "camelyon-resnet18", "pcam", "camelyon"),
     "label_free": ("camelyon", "camelyon-resnet18", "contrastive", "random"),
-    "cascade": ("squeezenet", "camelyon", "pcam-resnet18"),
+    "cascade": ("squeezenet", "pcam", "camelyon"),
 }
 HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
     "gradient": lambda subject, layer: Gradient(subject.network, layer, subject.output),

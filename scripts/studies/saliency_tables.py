@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 NETWORKS = {
     "squeezenet": "SqueezeNet 1.0, photographs",
     "pcam-resnet18": "ResNet-18, PatchCamelyon",
+    "pcam": "ResNet-18-D (the default), PatchCamelyon",
     "camelyon-resnet18": "ResNet-18, phantoms",
     "camelyon": "ResNet-10-T (the default), phantoms",
     "contrastive": "self-supervised, phantoms",
