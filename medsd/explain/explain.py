@@ -139,7 +139,7 @@ class _Explainer:
         if not self.model.classes:
             return None, None, None
         with evaluating(self.model.network), torch.no_grad():
-            logits = check_logits(self.model.network(x))
+            logits = check_logits(self.model.network(x), len(x))
         probability, predicted = (logits / self.model.temperature).softmax(dim=1).max(dim=1)
         return predicted, probability, targets_of(logits, self.model.target(self.settings.target))
 

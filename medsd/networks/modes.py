@@ -1,10 +1,12 @@
-"""Evaluation mode for the length of a block, and training mode that leaves frozen stages alone."""
+"""Evaluation mode and uncompiled code for the length of a block, and training that leaves frozen stages alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 
@@ -18,6 +20,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside the block, what `torch.compile` compiled runs uncompiled, in the whole process: hooks are seen."""
+    # Asking for it takes seconds the first time, and nothing is compiled without that module.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def training(network: nn.Module) -> None:

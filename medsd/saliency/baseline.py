@@ -26,4 +26,4 @@ def baseline_images(x: Tensor, baseline: Tensor | None) -> Tensor:
         return torch.zeros_like(x)
     if baseline.shape not in (x.shape, x.shape[1:]):
         raise DatasetError(f"baseline: shape {tuple(baseline.shape)}; give {tuple(x.shape[1:])} or {tuple(x.shape)}")
-    return baseline.detach().to(x).expand_as(x)
+    return (baseline.clone() if baseline.is_inference() else baseline.detach()).to(x).expand_as(x)

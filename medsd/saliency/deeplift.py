@@ -22,9 +22,9 @@ _MISSED = 1e-3  # of the sum of absolute attributions; rounding in float32 stays
 class DeepLift(ClassMethod):
     """DeepLift with the Rescale rule (arXiv 1704.02685), times what the layer changed from the baseline.
 
-    One pass of images and baselines together. Where every nonlinearity above the layer works on one element at a time
-    or is a max pool, and no path leads around the layer, attributions sum to the output's change from the baseline.
-    A sum that misses it is logged, once for each method object.
+    One pass of images and baselines together. Where every nonlinearity above the layer is `torch.max_pool2d` or one of
+    the functions of one element that `rescale` lists, and no path leads around the layer, attributions sum to the
+    output's change from the baseline. A sum that misses it is logged, once for each method object.
 
     Our own rules and not captum's (0.9), which need each ReLU to be a module of its own that is used once, and lose a
     part at max pools that overlap or follow an activation at once (the stem of every ResNet). Elsewhere both agree.
@@ -39,7 +39,8 @@ class DeepLift(ClassMethod):
     def attribute(self, x: Tensor, target: Target = None) -> Tensor:
         with explaining(self.network, x) as images, tapped(self.network, self.module) as hidden:
             with Rescale(len(images)):
-                logits = check_logits(self.network(torch.cat([images, baseline_images(images, self.baseline)])))
+                both = torch.cat([images, baseline_images(images, self.baseline)])
+                logits = check_logits(self.network(both), len(both))
             image_logits, reference_logits = logits.chunk(2)
             numbers = class_numbers(image_logits, target)
             explained = explained_output(image_logits, numbers, self.output)
@@ -58,7 +59,7 @@ class DeepLift(ClassMethod):
             _LOG.warning(
                 "DeepLift at '%s': attributions miss the output's change from the baseline by %.2g of their absolute "
                 "sum: a path leads around the layer, gradients are smoothed, or functions without a rule (products, "
-                "softmax, layer norms) keep their gradient",
+                "softmax, layer norms, adaptive max pools) keep their gradient",
                 self._told[0],
                 share,
             )

@@ -189,7 +189,7 @@ def gradient_at(hidden: HiddenLayer, explained: Tensor) -> Tensor:
 def gradient_pass(method: ClassMethod, x: Tensor, target: Target) -> GradientPass:
     """One forward and one backward pass of the method's network; arguments and errors as `Method`."""
     with explaining(method.network, x) as images, tapped(method.network, method.module) as hidden:
-        logits = check_logits(method.network(images))
+        logits = check_logits(method.network(images), len(images))
         numbers = class_numbers(logits, target)
         gradient = gradient_at(hidden, explained_output(logits, numbers, method.output))
         return GradientPass(hidden.activation.detach(), gradient, logits.detach(), numbers)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
+from medsd.networks.modes import uncompiled
 
 
 @dataclass
@@ -17,12 +19,15 @@ class HiddenLayer:
 
     Attributes:
         name: of the layer in its network, or "input".
-        instead: (B, C, h, w); if set, the layers above are given this and not what the layer gives.
+        instead: (B, C, h, w); if set, the layers above are given this and not what the layer gives, where it runs last
+            (as in the pass before).
     """
 
     name: str = "input"
     instead: Tensor | None = None
     _activations: list[Tensor] = field(default_factory=list)
+    _runs: int = 0
+    _last: int = 0
 
     @property
     def activation(self) -> Tensor:
@@ -42,40 +47,50 @@ class HiddenLayer:
 def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]:
     """Cut the graph at a layer: what lies below runs without one, what lies above is differentiable from there.
 
-    No parameter receives a gradient. Hooks and `requires_grad` flags are put back at the end, also after an error.
+    No parameter receives a gradient; compiled networks run uncompiled. Hooks and `requires_grad` flags are put back at
+    the end, also after an error.
 
     Args:
         network: any module.
         layer: a module of it, cut at its output; None cuts at the network's input.
 
     Raises:
-        NetworkError: while the network runs, where the layer gives no map (B, C, h, w).
+        NetworkError: the network is scripted; or, while it runs, the layer gives no map (B, C, h, w).
     """
     names = {module: name for name, module in network.named_modules()}
     tap = HiddenLayer("input" if layer is None else names.get(layer, type(layer).__name__))
 
-    def cut(output: object, inputs: tuple[Tensor, ...]) -> Tensor:
+    def start(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tap._runs, tap._last = 0, tap._runs or tap._last
+        # A network may write to its input, which is the caller's.
+        return (cut(inputs[0], ()) if layer is None else inputs[0].clone(), *inputs[1:])
+
+    def cut(output: object, inputs: tuple[object, ...]) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise NetworkError(
                 f"layer '{tap.name}': it gives {given}, no map (B, C, h, w); choose a convolutional layer"
             )
-        leaf = (output if tap.instead is None else tap.instead).detach()
-        if any(output is given for given in inputs):
-            leaf = leaf.clone()  # a layer in place, or none: others may hold its input and write to it
+        tap._runs += 1
+        leaf = (output if tap.instead is None or tap._runs != tap._last else tap.instead).detach()
+        if any(_shares_memory(leaf, given) for given in inputs):
+            leaf = leaf.clone()  # a layer in place, a view, or none: others may hold its input and write to it
         tap._activations[:] = [leaf.requires_grad_()]
         return leaf.clone()  # layers above may work in place, which a leaf does not allow
 
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    if layer is None:
-        handle = network.register_forward_pre_hook(lambda _module, inputs: (cut(inputs[0], ()), *inputs[1:]))
-    else:
-        handle = layer.register_forward_hook(lambda _module, inputs, output: cut(output, inputs))
-    try:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in (network, layer)):
+        raise NetworkError(f"layer '{tap.name}': scripted modules take no hooks; give the network as it was before")
+    with ExitStack() as stack:
+        stack.callback(network.register_forward_pre_hook(start).remove)
+        if layer is not None:
+            stack.callback(layer.register_forward_hook(lambda _module, inputs, output: cut(output, inputs)).remove)
+        for parameter in network.parameters():
+            if parameter.requires_grad and not parameter.is_inference():
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        stack.enter_context(uncompiled())
         yield tap
-    finally:
-        handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+
+
+def _shares_memory(first: Tensor, second: object) -> bool:
+    return isinstance(second, Tensor) and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

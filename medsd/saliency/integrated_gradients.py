@@ -60,7 +60,7 @@ class IntegratedGradients(ClassMethod):
     def _ends(self, hidden: HiddenLayer, images: Tensor, references: Tensor) -> _Ends:
         self.network(references)
         start = hidden.activation.detach()
-        logits = check_logits(self.network(images))
+        logits = check_logits(self.network(images), len(images))
         return _Ends(start, hidden.activation.detach() - start, logits)
 
     def _integrated(self, hidden: HiddenLayer, images: Tensor, numbers: Tensor, ends: _Ends) -> Tensor:
@@ -70,7 +70,7 @@ class IntegratedGradients(ClassMethod):
         for first in range(0, self.steps, at_once):
             some = places[first : first + at_once]
             hidden.instead = torch.cat([ends.start + place * ends.change for place in some])
-            logits = check_logits(self.network(images.repeat(len(some), 1, 1, 1)))
+            logits = check_logits(self.network(images.repeat(len(some), 1, 1, 1)), len(some) * len(images))
             explained = explained_output(logits, numbers.repeat(len(some)), self.output)
             gradients = gradient_at(hidden, explained).reshape(len(some), *total.shape)
             total += torch.tensordot(weights[first : first + at_once], gradients, dims=1)

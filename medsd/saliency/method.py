@@ -62,14 +62,16 @@ def layer_named(network: nn.Module, name: str) -> nn.Module:
 
 def check_images(x: Tensor) -> None:
     """Raises DatasetError: not (B, C, H, W) of a floating type, or empty."""
+    if not isinstance(x, Tensor):
+        raise DatasetError(f"images: {type(x).__name__}; give a tensor (B, C, H, W), without labels")
     if x.ndim != 4 or not x.is_floating_point():
         raise DatasetError(f"images: shape {tuple(x.shape)}, {x.dtype}; give (B, C, H, W) float, as the network takes")
     if not x.numel():
         raise DatasetError(f"images: shape {tuple(x.shape)}, an empty batch; give at least one image")
 
 
-def check_logits(output: object) -> Tensor:
-    """Logits (B, K) of a network's output, which may have sides of 1 behind them.
+def check_logits(output: object, batch: int) -> Tensor:
+    """Logits (B, K) of a network's output for a batch of B, which may have sides of 1 behind them.
 
     Raises:
         NetworkError: it is something else, or not finite.
@@ -77,6 +79,8 @@ def check_logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[2:].numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NetworkError(f"the network's output is {shape}; class methods need logits (B, K), label-free ones do not")
+    if len(output) != batch:
+        raise NetworkError(f"the network's output is {tuple(output.shape)} for {batch} images; give one row an image")
     if not torch.isfinite(output).all():
         raise NetworkError("the network's logits are not finite; check its weights, or run it in float32")
     return output.flatten(1)
@@ -122,8 +126,9 @@ def finite(maps: Tensor, layer: str | None) -> Tensor:
     Raises:
         NetworkError: they are not finite.
     """
+    maps = maps.detach().float()
     if not torch.isfinite(maps).all():
         raise NetworkError(
             f"layer '{layer or 'input'}': the map is not finite; check images and weights, or run in float32"
         )
-    return maps.detach().float()
+    return maps

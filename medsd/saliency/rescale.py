@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 # Functions of one tensor, element by element, by the names that torch, torch.nn.functional and Tensor give them.
 _NAMES = (
-    "abs celu clamp elu exp gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish prelu relu relu6 selu "
-    "sigmoid silu softplus softsign square tanh"
+    "abs atan celu clamp clamp_max clamp_min clip cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh "
+    "leaky_relu log log1p logsigmoid mish pow __pow__ prelu reciprocal relu relu6 rsqrt selu sigmoid silu sin softplus "
+    "softshrink softsign sqrt square tanh tanhshrink threshold _threshold"
 )
 _ELEMENTWISE = frozenset(_NAMES.split())
 _MAX_POOLS = ("max_pool2d", "max_pool2d_with_indices")
@@ -29,11 +30,11 @@ class Rescale(TorchFunctionMode):
 
     Works on the functions that a network calls and not on its modules, so that modules used twice, in-place ones and
     functions called without a module are all seen. What has no rule (products of activations, softmax, layer
-    normalisation, scripted code) keeps its gradient. Only gradients of outputs of the first half are DeepLift's; the
-    second half receives none.
+    normalisation, adaptive max pools, scripted code) keeps its gradient. Only gradients of outputs of the first half
+    are DeepLift's; the second half receives none.
 
     Args:
-        images: number B of images; the batch has 2 B.
+        images: number B of images; the batch has 2 B, and is the first axis of every activation.
     """
 
     def __init__(self, images: int) -> None:
@@ -50,7 +51,7 @@ class Rescale(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and x.requires_grad and len(x) == 2 * self.images:
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (2 * self.images,):
             options = {key: value for key, value in kwargs.items() if key != "input"}
             if name.removesuffix("_") in _ELEMENTWISE:
                 return _elementwise(func, x, args[1:], options)
@@ -88,10 +89,24 @@ def _ratio(after: Tensor, before: Tensor, slope: Tensor) -> Tensor:
     """Change of the second argument's function over its own change, (B, ...), from batches (2 B, ...)."""
     (image_after, reference_after), (image, reference) = after.chunk(2), before.chunk(2)
     change = image - reference
-    return torch.where(change.abs() < _LEAST_CHANGE, slope, (image_after - reference_after) / change)
+    # So written that nan, of two infinite values, counts as no change; in float16 the limit itself is 0.
+    return torch.where(change.abs() > _LEAST_CHANGE, (image_after - reference_after) / change, slope)
 
 
 def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """A tensor of these values (2 B, ...) whose derivative by the first half of `x` is the slope (B, ...)."""
-    (image, _), (image_value, reference_value) = x.chunk(2), value.chunk(2)
-    return torch.cat([image_value + slope * (image - image.detach()), reference_value])
+    given: Tensor = _Slope.apply(x, value, slope)  # type: ignore[no-untyped-call]
+    return given
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        gradient = gradients[0].chunk(2)[0] * slope
+        return torch.cat([gradient, torch.zeros_like(gradient)]), None, None

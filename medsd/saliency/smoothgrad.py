@@ -42,7 +42,7 @@ class SmoothGrad(ClassMethod):
 
     def attribute(self, x: Tensor, target: Target = None) -> Tensor:
         with explaining(self.network, x) as images, torch.no_grad():
-            numbers = class_numbers(check_logits(self.network(images)), target)
+            numbers = class_numbers(check_logits(self.network(images.clone()), len(images)), target)
         generator = torch.Generator().manual_seed(self.seed)
         gradients = images.new_zeros(())
         for _ in range(self.samples):

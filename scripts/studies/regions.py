@@ -74,7 +74,8 @@ def held_out_patches(folder: Path, count: int) -> Images:
     each = [order[rows.label[order] == label][: count // 2] for label in (0, 1)]
     dataset = PatchDataset(rows.rows(np.sort(np.concatenate(each))), 96)
     images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
-    return Images(images, np.arange(len(images)), torch.from_numpy(dataset.labels.astype(np.int64)))
+    clusters = np.unique(dataset.groups, return_inverse=True)[1]
+    return Images(images, clusters, torch.from_numpy(dataset.labels.astype(np.int64)))
 
 
 def _phantom(seed: int, tumour: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:

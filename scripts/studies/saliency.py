@@ -36,7 +36,7 @@ from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.integrated_gradients import IntegratedGradients
 from medsd.saliency.label_free import MTSM, TSM, ChannelEnergy, EigenCAM, MeanMap, MultivecEigenCAM
-from medsd.saliency.method import Method
+from medsd.saliency.method import Method, Target
 from medsd.saliency.metrics.agreement import rank_correlation, structural_similarity
 from medsd.saliency.metrics.confidence import adcc, unit_range
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
@@ -167,6 +167,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
         "ig_steps": IG_STEPS,
         "images": [SMOOTHED, RANDOMISED],
         "regions": regions.VERSION,
+        "epochs": PRETRAINING_EPOCHS,
         **{name: sha256_of(path) for name, path in files.items() if path.is_file()},
     }
 
@@ -292,6 +293,8 @@ def example(subject: Subject) -> dict[str, Any]:
 
 def measured(subject: Subject, attribution: Tensor) -> dict[str, list[float]]:
     """Measures of attributions (n, C, h, w), scored on the unchanged network."""
+    # So that the bounds of the measures, which are absolute, do not depend on how small gradients are.
+    attribution = attribution / attribution.abs().amax(dim=(1, 2, 3), keepdim=True)
     maps = attribution.mean(dim=1)
     # Nearest, as the released code resizes.
     pixels = F.interpolate(maps[:, None], subject.x.shape[2:])[:, 0]
@@ -359,20 +362,41 @@ def label_free(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"groups": images.groups.tolist(), "area_share": area_share(images.masks).tolist()}
     for layer in ("layer3", "layer4"):
         for name, build in LABEL_FREE.items():
-            method = build(encoder, layer)
+            method = Positive(build(encoder, layer))
             maps = torch.cat([method(part) for part in x.split(BATCH)])
             scores = adcc(encoder, method, x, score="similarity", maps=maps)
             found[f"{layer}/{name}"] = {**pointed(maps, images.masks), "adcc": scores.adcc.tolist()}
         if supervised:
             for name in ("gradcam", "gradient_x_activation"):
-                of_class = make_method(name, classifier, f"encoder.{layer}", "evidence")
+                of_class = Positive(make_method(name, classifier, f"encoder.{layer}", "evidence"))
                 maps = torch.cat([of_class(part, 1) for part in x.split(BATCH)])
                 found[f"{layer}/{name}, of tumour"] = pointed(maps, images.masks)
     return found
 
 
+@dataclass(frozen=True)
+class Positive:
+    """The positive part of a method's maps, which is what papers and pytorch-grad-cam look at."""
+
+    method: Method
+
+    @property
+    def network(self) -> nn.Module:
+        """That is explained."""
+        return self.method.network
+
+    @property
+    def layer(self) -> str | None:
+        """Where it is explained."""
+        return self.method.layer
+
+    def __call__(self, x: Tensor, target: Target = None) -> Tensor:
+        """Maps (B, h, w), none negative."""
+        return self.method(x, target).clamp(min=0)
+
+
 def pointed(maps: Tensor, masks: Tensor) -> dict[str, list[float]]:
-    """Energy pointing of maps up-sampled bilinearly: scaled to 0..1 as the papers do, and as they are."""
+    """Energy pointing of positive maps up-sampled bilinearly: scaled to 0..1 as the papers do, and as they are."""
     ways = {"pointing": unit_range(maps), "pointing_raw": maps}
     return {
         name: energy_pointing(
@@ -399,7 +423,12 @@ def cascade(subject: Subject) -> dict[str, Any]:
         stages = randomised_cascade(subject.network, build, x, target, subject.stages)
         found[name] = {
             "stages": [stage.name for stage in stages],
-            "rank_correlation": [rank_correlation(stages[0].maps, stage.maps).tolist() for stage in stages],
-            "structural_similarity": [structural_similarity(stages[0].maps, stage.maps).tolist() for stage in stages],
+            "rank_correlation": [defined(rank_correlation(stages[0].maps, stage.maps)) for stage in stages],
+            "structural_similarity": [defined(structural_similarity(stages[0].maps, stage.maps)) for stage in stages],
         }
     return found
+
+
+def defined(values: Tensor) -> list[float | None]:
+    """Values (n,) as JSON has them; None for nan."""
+    return [None if value != value else value for value in values.tolist()]

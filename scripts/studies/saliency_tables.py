@@ -74,20 +74,20 @@ def _smoothing(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"### {NETWORKS[name]}: mean over {', '.join(layers)}",
         "",
-        f"{len(groups)} images, intervals by resampling {len(set(groups.tolist()))} groups.",
+        f"{len(groups)} images; means over {len(set(groups.tolist()))} groups, intervals by resampling them.",
         "",
         "| method | smoothing | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for method, way in dict.fromkeys((method, way) for _, method, way in keys):
         plain, smoothed = (_of_layers(found, layers, method, which) for which in ("none", way))
-        cells = [f"{smoothed['variation'].mean():.3f}", "" if way == "none" else _cut(plain, smoothed, groups)]
-        cells.append(f"{100 * smoothed['nyquist'].mean():.2f}")
+        cells = [f"{_mean(smoothed['variation'], groups):.3f}", "" if way == "none" else _cut(plain, smoothed, groups)]
+        cells.append(f"{100 * _mean(smoothed['nyquist'], groups):.2f}")
         for score in scores:
             scale = 100 if score == "pointing" else 1
-            values = scale * smoothed[score].mean(axis=0)
-            change = "" if way == "none" else f" ({_signed(values - scale * plain[score].mean(axis=0), groups)})"
-            cells.append(f"{values.mean():.{1 if scale > 1 else 3}f}{change}")
+            difference = scale * (smoothed[score] - plain[score]).mean(axis=0)
+            change = "" if way == "none" else f" ({_signed(difference, groups)})"
+            cells.append(f"{scale * _mean(smoothed[score], groups):.{1 if scale > 1 else 3}f}{change}")
         lines.append(f"| {method} | {way} | " + " | ".join(cells) + " |")
     constant = found["constant"]
     worst = {boundary: max(ratios.values()) for boundary, ratios in constant.items()}
@@ -125,6 +125,11 @@ def _cut(plain: dict[str, Floats], smoothed: dict[str, Floats], groups: npt.NDAr
     value = 100 * (1 - (after.mean(axis=0) / before.mean(axis=0)).mean())
     low, high = np.quantile(cuts, (0.025, 0.975))
     return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _mean(values: Floats, groups: npt.NDArray[np.int64]) -> float:
+    """Of (layers, images), every group of images weighing the same."""
+    return float(_by_group(values.T, groups).mean())
 
 
 def _by_group(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
@@ -166,8 +171,18 @@ def _score(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
     scale, digits = (1, 3) if kind == "adcc" else (100, 1)
     values = scale * np.asarray(found[f"{layer}/{method}"][kind])
     reference = scale * np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
-    times = "" if method == "EigenCAM, reference" else f"; x{values.mean() / reference.mean():.2f}"
-    return _interval(values, np.asarray(found["groups"]), digits) + times
+    groups = np.asarray(found["groups"])
+    times = "" if method == "EigenCAM, reference" else f"; {_ratio(values, reference, groups)}"
+    return _interval(values, groups, digits) + times
+
+
+def _ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> str:
+    """Ratio of the means, with an interval over groups, the same drawn for both."""
+    pairs = np.stack([_by_group(part, groups) for part in (values, reference)])
+    drawn = np.random.default_rng(0).integers(pairs.shape[1], size=(_RESAMPLES, pairs.shape[1]))
+    resampled = pairs[:, drawn].mean(axis=2)
+    low, high = np.quantile(resampled[0] / resampled[1], (0.025, 0.975))
+    return f"x{pairs[0].mean() / pairs[1].mean():.2f} ({low:.2f} to {high:.2f})"
 
 
 def _interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str:
@@ -176,17 +191,31 @@ def _interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str
 
 
 def _cascade(found: dict[str, dict[str, Any]]) -> str:
-    lines = ["### Randomised weights: rank correlation with the trained network's map, all weights random", ""]
-    lines.append("| method | " + " | ".join(f"{NETWORKS[name]}, head / all (SSIM of all)" for name in found) + " |")
+    lines = ["### Randomised weights: how like the trained network's map it still is (r: mean rank correlation)", ""]
+    lines.append(
+        "| method | "
+        + " | ".join(f"{NETWORKS[name]}: rank correlation, head random / all random" for name in found)
+        + " |"
+    )
     lines.append("|---" * (len(found) + 1) + "|")
     for method in next(iter(found.values())):
         cells = []
         for of_network in found.values():
-            ranks = [np.nanmean(np.abs(stage)) for stage in of_network[method]["rank_correlation"]]
-            similar = np.nanmean(of_network[method]["structural_similarity"][-1])
-            cells.append(f"{ranks[1]:.2f} / {ranks[-1]:.2f} ({similar:.2f})")
+            ranks = [np.asarray(stage, np.float64) for stage in of_network[method]["rank_correlation"]]
+            similar = np.asarray(of_network[method]["structural_similarity"][-1], np.float64)
+            constant = sum(np.isnan(stage).sum() for stage in ranks)
+            cells.append(
+                f"{_defined(ranks[1]):.2f} / {_defined(ranks[-1]):.2f} (|r| {_defined(np.abs(ranks[-1])):.2f}, SSIM "
+                f"{_defined(similar):.2f})" + (f", {constant} constant maps left out" if constant else "")
+            )
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _defined(values: Floats) -> float:
+    """The mean of what is no nan; nan of a constant map."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
 
 
 def _draw_examples(examples: dict[str, Any], path: Path) -> None:
@@ -221,7 +250,7 @@ def _draw_cascades(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def _draw_cascade(axes: Axes, title: str, methods: dict[str, Any]) -> None:
     for (method, stages), colour in zip(methods.items(), _LINES, strict=False):
-        means = [np.nanmean(stage) for stage in stages["rank_correlation"]]
+        means = [_defined(np.asarray(stage, np.float64)) for stage in stages["rank_correlation"]]
         axes.plot(means, "o-", color=colour, label=method, lw=1.2, ms=3)
         names = stages["stages"]
     axes.axhline(0, color="#999999", lw=0.8)

@@ -106,12 +106,13 @@ def test_a_bundle_root_elsewhere_is_named(tmp_path):
     assert "bundle_root" in message and str(tmp_path) in message
 
 
-def test_json_keeps_choices():
+@pytest.mark.parametrize("bundle", [BUNDLE, str(ROOT / "bundles" / "explain.json")])
+def test_json_keeps_choices(bundle):
     """Bundle files stay short and speak of medsd's own functions, MONAI's and torch's only."""
-    assert len(Path(BUNDLE).read_text().splitlines()) <= 150
-    parser = ConfigParser(ConfigParser.load_config_files(BUNDLE))
+    assert len(Path(bundle).read_text().splitlines()) <= 150
+    parser = ConfigParser(ConfigParser.load_config_files(bundle))
     targets = [value["_target_"] for _, value in _dicts(parser.get()) if "_target_" in value]
-    assert all(target.startswith(("medsd.", "torch.")) or "." not in target for target in targets)
+    assert targets and all(target.startswith(("medsd.", "torch.")) or "." not in target for target in targets)
 
 
 def _dicts(config, key=""):

@@ -149,5 +149,8 @@ def _tucker_of(maps: Tensor, ranks: tuple[int, int, int], n_iter_max: int, tol: 
     with tensorly.backend_context("numpy", local_threadsafe=True):
         core: Any
         core, factors = hooi(maps.numpy(), rank=ranks, n_iter_max=n_iter_max, tol=tol)
-    weights = torch.from_numpy(factors[0])
-    return torch.tensordot(weights, maps, dims=([0], [0])), torch.from_numpy(core).flatten(1).norm(dim=1)
+    weights, values = torch.from_numpy(factors[0]), torch.from_numpy(core).flatten(1).norm(dim=1)
+    # HOOI fills what carries nothing with vectors of its own choice.
+    kept = values > LEAST_VALUE * values.max()
+    maps = torch.tensordot(weights, maps, dims=([0], [0]))
+    return torch.where(kept[:, None, None], maps, 0.0), torch.where(kept, values, 0.0)

@@ -91,7 +91,7 @@ def increase(
     Arguments and errors as in `average_drop`.
     """
     before, after = _confidences(network, x, shares, target, score)
-    return (after > before).to(before)
+    return _increase(before, after, score)
 
 
 def coherency(method: Method, x: Tensor, shares: Tensor, target: Target = None, resize: Resize = "bilinear") -> Tensor:
@@ -169,11 +169,16 @@ def adcc(
     terms = torch.stack([coherent.double(), 1 - shown, 1 - drop.double()])
     nothing = (terms <= 0).any(dim=0)
     harmonic = 3 / torch.where(nothing, 1.0, terms).reciprocal().sum(dim=0)
-    return Adcc(torch.where(nothing, 0.0, harmonic), drop, (after > before).to(before), coherent, shown)
+    return Adcc(torch.where(nothing, 0.0, harmonic), drop, _increase(before, after, score), coherent, shown)
 
 
 def _drop(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(before > 0, (before - after).clamp(min=0) / torch.where(before > 0, before, 1.0), 0.0)
+
+
+def _increase(before: Tensor, after: Tensor, score: Score) -> Tensor:
+    # Rounding may leave cosines a little on either side of 1.
+    return torch.zeros_like(before) if score == "similarity" else (after > before).to(before)
 
 
 @torch.no_grad()
@@ -181,7 +186,7 @@ def _confidences(network: nn.Module, x: Tensor, shares: Tensor, target: Target, 
     """(B,) and (B,): the score of the images and of the images times their maps."""
     read, kept = reader(score), _times(x, shares)
     with evaluating(network):
-        clean, changed = read(network(x)).float(), read(network(kept)).float()
+        clean, changed = (read(network(images), len(x)).float() for images in (x, kept))
     before, after = scores(torch.stack([clean, changed], dim=1), clean, target, score).unbind(dim=1)
     return before, after
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError
+from medsd.saliency.method import targets_of
 from medsd.saliency.metrics.perturb import Baseline, baseline_image, perturbed_logits, pixel_ranks
+from medsd.saliency.metrics.scoring import check_several
 
 SHARES = tuple(step / 10 for step in range(10))
 
@@ -62,8 +64,9 @@ def masking_curve(
         batch_size: images in one pass.
 
     Raises:
-        ConfigError: shares that do not rise within 0 to 1.
+        ConfigError: shares that do not rise within 0 to 1, or labels outside the classes.
         DatasetError: maps that are not finite or not of the images' size.
+        NetworkError: the output is no logits (B, K), or a single one.
     """
     rising = len(shares) > 1 and all(low < high for low, high in pairwise(shares))
     if not rising or not 0 <= shares[0] < shares[-1] <= 1:
@@ -73,6 +76,8 @@ def masking_curve(
     counts = [int(share * pixels + 1e-6) for share in shares]
     ranks = pixel_ranks(saliency.abs(), generator)
     logits = perturbed_logits(network, x, baseline_image(x, fill), ranks, counts, batch_size)
+    check_several(logits[:, 0])
+    labels = targets_of(logits[:, 0], labels)
     correct = (logits.argmax(dim=2) == labels[:, None]).float()
     target = labels[:, None, None].expand(-1, len(counts), 1)
     probability = logits.softmax(dim=2).gather(2, target)[..., 0]

@@ -70,7 +70,7 @@ def perturbed_logits(
     ranks: Tensor,
     counts: Sequence[int],
     batch_size: int = 32,
-    read: Callable[[object], Tensor] = check_logits,
+    read: Callable[[object, int], Tensor] = check_logits,
 ) -> Tensor:
     """Logits (B, len(counts), K) after the first `count` pixels of each image have become those of `substitute`.
 
@@ -84,9 +84,12 @@ def perturbed_logits(
         read: the network's output as (B, K), see `scoring.reader`.
 
     Raises:
+        ConfigError: `batch_size` below 1.
         DatasetError: image and map differ in size.
         NetworkError: the output is not what `read` takes, or not finite.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be 1 or more")
     batch, _, height, width = x.shape
     if ranks.shape != (batch, height, width):
         raise DatasetError(f"saliency: shape {tuple(ranks.shape)}, images {tuple(x.shape)}; give a (H, W) map an image")
@@ -100,7 +103,7 @@ def perturbed_logits(
             image, step = item // len(counts), item % len(counts)
             replaced = ranks[image] < steps[step, None, None]
             images = torch.where(replaced[:, None], substitute[image], x[image])
-            logits.append(read(network(images.contiguous(memory_format=layout))).float())
+            logits.append(read(network(images.contiguous(memory_format=layout)), len(images)).float())
     return torch.cat(logits).view(batch, len(counts), -1)
 
 

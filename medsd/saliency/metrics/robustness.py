@@ -11,7 +11,16 @@ from torch import Tensor
 
 from medsd.errors import ConfigError
 from medsd.networks.modes import evaluating
-from medsd.saliency.method import Method, Target, check_images, check_logits, targets_of
+from medsd.saliency.method import (
+    Method,
+    Output,
+    Target,
+    check_images,
+    check_logits,
+    check_output,
+    explained_output,
+    targets_of,
+)
 from medsd.saliency.metrics.perturb import Resize, at_pixels
 from medsd.saliency.metrics.scoring import held_target
 
@@ -27,8 +36,9 @@ def infidelity(
     normalise: bool = True,
     resize: Resize = "nearest",
     batch_size: int = 32,
+    output: Output = "logit",
 ) -> Tensor:
-    """Mean of (I . map - (f(x) - f(x - I)))^2 over Gaussian changes I, (B,), low is good: f is the class's logit.
+    """Mean of (I . map - (f(x) - f(x - I)))^2 over Gaussian changes I, (B,), low is good: f is what is explained.
 
     Yeh et al. 2019 (arXiv 1901.09392), by `captum.metrics.infidelity`. In the square of the logit's unit: compare maps
     of one network only. It judges gradients: a map that is a gradient times the activation answers another question.
@@ -45,17 +55,19 @@ def infidelity(
             layer, or averaged over channels, is judged by its unit.
         resize: how maps of a hidden layer come to the size of the images.
         batch_size: images in one pass, at least one sample of all of `x`.
+        output: what the method explains of the class, see `medsd.saliency.method.Output`.
 
     Raises:
-        ConfigError: a deviation that is not above 0, samples below 1, or a target outside the classes.
+        ConfigError: no such output, a deviation that is not above 0, samples below 1, or a target outside the classes.
         DatasetError: images or maps that are not what they should be.
         NetworkError: the output is no logits, or as the method.
     """
     from captum.metrics import infidelity as captum_infidelity
 
     _check(x, "deviation", deviation, samples)
+    check_output(output)
     with torch.no_grad(), evaluating(method.network):
-        classes = targets_of(check_logits(method.network(x)), target)
+        classes = targets_of(check_logits(method.network(x), len(x)), target)
     given = method(x, classes) if maps is None else maps
     attributions = at_pixels(given, x, resize)[:, None].to(x).expand_as(x)
     noise = _Noise(x, samples, seed, normal=True)
@@ -64,16 +76,16 @@ def infidelity(
         changes = deviation * noise.next(images)
         return changes, images - changes
 
-    def logits(images: Tensor) -> Tensor:
-        return check_logits(method.network(images))
+    def explained(images: Tensor) -> Tensor:
+        answers = check_logits(method.network(images), len(images))
+        return explained_output(answers, classes.repeat_interleave(len(images) // len(x)), output)
 
     with evaluating(method.network):
         scores: Tensor = captum_infidelity(
-            logits,
+            explained,
             change,
             x,
             attributions,
-            target=classes,
             n_perturb_samples=samples,
             max_examples_per_batch=_together(x, samples, batch_size),
             normalize=normalise,

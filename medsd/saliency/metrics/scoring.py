@@ -18,8 +18,8 @@ Score = Literal["probability", "similarity"]
 like the image's own its embedding is: their cosine, 0 where it is negative."""
 
 
-def reader(score: Score) -> Callable[[object], Tensor]:
-    """What turns a network's output into rows (B, K) for `scores`: `check_logits`, or `embedding`.
+def reader(score: Score) -> Callable[[object, int], Tensor]:
+    """What turns a network's output for B images into rows (B, K) for `scores`: `check_logits`, or `embedding`.
 
     Raises:
         ConfigError: no such score.
@@ -29,15 +29,17 @@ def reader(score: Score) -> Callable[[object], Tensor]:
     return check_logits if score == "probability" else embedding
 
 
-def embedding(output: object) -> Tensor:
-    """Embeddings (B, D) of a network's output, (B, D) or a map (B, D, h, w), which is averaged.
+def embedding(output: object, batch: int) -> Tensor:
+    """Embeddings (B, D) of a network's output for a batch of B, (B, D) or a map (B, D, h, w), which is averaged.
 
     Raises:
         NetworkError: it is something else, or not finite.
     """
-    if not isinstance(output, Tensor) or output.ndim not in (2, 4):
+    if not isinstance(output, Tensor) or output.ndim not in (2, 4) or len(output) != batch:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise NetworkError(f"the network's output is {shape}; similarity needs embeddings (B, D) or (B, D, h, w)")
+        raise NetworkError(
+            f"the network's output for {batch} images is {shape}; similarity needs embeddings (B, D) or (B, D, h, w)"
+        )
     rows = output if output.ndim == 2 else output.mean(dim=(2, 3))
     if not torch.isfinite(rows).all():
         raise NetworkError("the network's embeddings are not finite; check its weights, or run it in float32")
@@ -54,14 +56,21 @@ def scores(rows: Tensor, clean: Tensor, target: Target, score: Score) -> Tensor:
 
     Raises:
         ConfigError: a target outside the classes.
-        NetworkError: an embedding of the image as it is that is 0, which nothing can be like.
+        NetworkError: a single logit; an embedding of the image as it is that is 0, which nothing can be like.
     """
     if score == "probability":
+        check_several(clean)
         labels = targets_of(clean, target)
         return rows.softmax(dim=2).gather(2, labels[:, None, None].expand(-1, rows.shape[1], 1))[..., 0]
     if not clean.any(dim=1).all():
         raise NetworkError("similarity: the embedding of an image is 0; check the network's weights")
     return F.cosine_similarity(rows, clean[:, None], dim=2).clamp(min=0)
+
+
+def check_several(logits: Tensor) -> None:
+    """Raises NetworkError: one logit (B, 1), whose softmax is always 1."""
+    if logits.shape[1] < 2:
+        raise NetworkError("the network has one logit, whose softmax is always 1; wrap it to give two, 0 and the logit")
 
 
 def held_target(network: nn.Module, x: Tensor, target: Target) -> Target:
@@ -76,4 +85,4 @@ def held_target(network: nn.Module, x: Tensor, target: Target) -> Target:
         output = network(x)
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[2:].numel() != 1:
         return None
-    return targets_of(check_logits(output), None)
+    return targets_of(check_logits(output, len(x)), None)

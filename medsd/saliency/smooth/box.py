@@ -78,10 +78,15 @@ class Box:
 class SmoothedGradient(torch.autograd.Function):
     """The identity, whose gradient is smoothed by a box: `SmoothedGradient.apply(x, box)`."""
 
+    generate_vmap_rule = True  # with setup_context apart, torch.func's grad and vmap work too
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, box: Box) -> Tensor:
-        ctx.box = box
+    def forward(x: Tensor, box: Box) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.box = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
+from medsd.networks.modes import uncompiled
 from medsd.saliency.smooth.bilinear import Surrogate
 from medsd.saliency.smooth.box import Boundary, Box, SmoothedGradient
 from medsd.saliency.smooth.points import Also, strided_points
@@ -38,7 +39,7 @@ def backward_hook(network: nn.Module, boundary: Boundary = "circular", also: Seq
     with ExitStack() as stack:
         for point in strided_points(network, also):
             _before(stack, point.module, _smoothing_gradients(Box(point.stride, boundary)))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         yield
 
 
@@ -71,7 +72,7 @@ def forward_hook(
                 _after(stack, point.module, _mean_over_shifts(point.module, box))
             else:  # linear, so the mean goes inside
                 _before(stack, point.module, box)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         yield
 
 
@@ -94,7 +95,7 @@ def surrogate(network: nn.Module, surrogate: Surrogate) -> Iterator[None]:
     with ExitStack() as stack:
         for point in points:
             _after(stack, point.module, _replacing(surrogate, point.name))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         yield
 
 

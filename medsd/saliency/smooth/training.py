@@ -139,7 +139,7 @@ def _untrained(network: nn.Module, batches: Iterable[Tensor], also: Sequence[Als
             raise NetworkError(f"layer '{name}': not reached by the forward pass; give the part of the network that is")
     parameter = next(network.parameters())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not the CUDA ones, which are not put back
         surrogate = Surrogate({name: channels[name] for name in names}, also)
     return surrogate.to(parameter.device, parameter.dtype)
 
