@@ -16,7 +16,7 @@ from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
 from medsd.saliency.metrics.localisation import best_iou
 from medsd.saliency.metrics.masking import masking_curve, random_masking_curve
-from medsd.saliency.metrics.perturb import at_pixels
+from medsd.saliency.metrics.perturb import at_pixels, unit_strength
 from medsd.saliency.metrics.pointing import area_share, energy_pointing, pointing_game
 from medsd.saliency.metrics.scoring import Score
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
@@ -58,8 +58,9 @@ MEASURES = (
 
 
 def smoothness(maps: Tensor) -> dict[str, Tensor]:
-    """Measures (B,) of maps (B, h, w) at the size of the layer, which need no class."""
-    return {"variation": normalised_variation(maps[:, None]), "nyquist": nyquist_energy(maps[:, None])}
+    """Measures (B,) of maps (B, h, w) at the size of the layer, which need no class and no unit."""
+    planes = unit_strength(maps)[:, None]
+    return {"variation": normalised_variation(planes), "nyquist": nyquist_energy(planes)}
 
 
 def faithfulness(
@@ -72,7 +73,7 @@ def faithfulness(
     masking gap.
 
     Pixels are ranked on maps brought to the image by nearest neighbour (the paper's and the sheet's); equal ones in
-    random order. Deletion goes to 0, which is the mean colour, insertion starts from RISE's blur, masking fills with
+    random order, drawn for the batch. Deletion goes to 0, which is the mean colour, insertion starts from RISE's blur, masking fills with
     the image's mean.
 
     Args:
@@ -83,20 +84,24 @@ def faithfulness(
         seed: of the random orders.
         batch_size: images in one pass.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
+    # Drawn anew for each method, so that its measures do not depend on those beside it.
+    generator = torch.Generator(x.device)
+    x = x.contiguous(memory_format=torch.channels_last)  # the faster for convolutions, on CPUs too
     score: Score = "similarity" if target is None else "probability"
     step_px = -(-x.shape[2] * x.shape[3] // _STEPS)
     judged = {}
     for name, values in maps.items():
         full = at_pixels(values, x)
-        options = step_px, generator, batch_size, score
+        options = step_px, generator.manual_seed(seed), batch_size, score
         inserted = insertion_curve(network, x, target, full, "blur", *options)
         deleted = deletion_curve(network, x, target, full, "zero", *options)
         judged[name] = {"insertion": curve_area(inserted), "deletion": curve_area(deleted)}
     if target is not None:
+        generator.manual_seed(seed)
         control = random_masking_curve(network, x, target, generator, _DRAWS, batch_size=batch_size)
         for name, values in maps.items():
             full = at_pixels(values, x)
+            generator.manual_seed(seed)
             curve = masking_curve(network, x, target, full, generator=generator, batch_size=batch_size)
             # Of an image that is not predicted to be of the class there is nothing to lose.
             held = control.correct[:, 0] == 1
@@ -112,7 +117,7 @@ def localisation(maps: Tensor, region: Tensor) -> dict[str, Tensor]:
     area = area_share(region)
     area = torch.where((area > 0) & (area < 1), area, math.nan)
     found = {
-        "energy_pointing": energy_pointing(maps, region).nan_to_num(0.0),
+        "energy_pointing": energy_pointing(unit_strength(maps), region).nan_to_num(0.0),
         "pointing_game": pointing_game(maps, region).nan_to_num(0.0),
         "best_iou": best_iou(maps, region),
         "area_share": area,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsd.errors import ConfigError, DatasetError
 from medsd.saliency.metrics.confidence import unit_range
-from medsd.saliency.metrics.perturb import check_maps
+from medsd.saliency.metrics.perturb import check_maps, unit_strength
 
 _LUMINANCE, _CONTRAST = 0.01**2, 0.03**2
 
@@ -53,7 +53,7 @@ def structural_similarity(first: Tensor, second: Tensor, window_px: int = 7) -> 
     sides = first.shape[1:]
     if window_px % 2 == 0 or not 3 <= window_px <= min(sides):
         raise ConfigError(f"window_px={window_px}: give an odd one of 3 or more that fits maps of {tuple(sides)} px")
-    a, b = (unit_range(maps.double())[:, None] for maps in (first, second))
+    a, b = (unit_range(unit_strength(maps.double()))[:, None] for maps in (first, second))
 
     def mean(values: Tensor) -> Tensor:
         return F.avg_pool2d(values, window_px, stride=1)

@@ -139,6 +139,15 @@ def check_maps(maps: Tensor) -> None:
         raise DatasetError("saliency: not finite everywhere; leave such images out, or compute it in float32")
 
 
+def unit_strength(maps: Tensor) -> Tensor:
+    """Maps (B, H, W) over their greatest absolute value; all-zero ones stay.
+
+    Gradients may be small enough for the bounds of published measures, which are absolute, to take them for nothing.
+    """
+    greatest = maps.abs().amax(dim=(1, 2), keepdim=True)
+    return maps / torch.where(greatest > 0, greatest, 1.0)
+
+
 def check_region(maps: Tensor, region: Tensor) -> None:
     """Raises DatasetError: maps as in `check_maps`, or a region that is not bool and of their shape."""
     check_maps(maps)
