@@ -186,4 +186,5 @@ def _is_written(folder: Path, weights_sha256: str, settings: dict[str, Any]) -> 
     except (WeightsError, ValueError):
         return False  # of other weights, an earlier version or damaged: written anew
     # The scores are written last, and may be those of another training that ended between the two.
-    return card.settings == settings and (scores["weights_sha256"], scores["settings"]) == (weights_sha256, settings)
+    kept = (scores.get("weights_sha256"), scores.get("settings")) if isinstance(scores, dict) else None
+    return card.settings == settings and kept == (weights_sha256, settings)

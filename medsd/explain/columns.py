@@ -39,7 +39,8 @@ def sheet_column(
 
     That limit holds for two classes, the calibrated layer, attribution and smoothing, and images of the tile's size:
     a gradient of pooled features is smaller where more is pooled. Otherwise the scale ends at the 99.5th percentile of
-    |map|. Signed maps diverge from 0, the others start there.
+    |map|. Maps for and against a class diverge from 0; of label-free ones the signed are centred there, the others
+    start.
 
     Args:
         name: of the method.
@@ -62,9 +63,11 @@ def sheet_column(
     calibrated = _calibrated_limit(name, sizes, model, settings)
     if calibrated is not None:
         limit, source = calibrated, "limit: kept with the weights"
-    if METHODS[name].signed:
-        return SheetColumn(name, saliency_scale(limit, unit), source, METHODS[name].needs_label)
-    return SheetColumn(name, ColourScale(0.0, limit, LABEL_FREE_COLORMAP, "Strength", unit), source, False)
+    if METHODS[name].needs_label:
+        return SheetColumn(name, saliency_scale(limit, unit), source, True)
+    # Other colours than for and against a class, signed or not.
+    least = -limit if METHODS[name].signed else 0.0
+    return SheetColumn(name, ColourScale(least, limit, LABEL_FREE_COLORMAP, "Strength", unit), source, False)
 
 
 def _calibrated_limit(name: str, sizes: set[tuple[int, int]], model: Model, settings: ExplainSettings) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def explain_images(
         progress: shows the images.
 
     Raises:
-        DatasetError: no images, none that can be read, or masks of none of them.
+        DatasetError: no images, none that can be read, masks of none of them, or one mask of several.
         WeightsError: weights that cannot be used.
         ConfigError: no such method, class or device, or a method that needs a class of an encoder.
         NetworkError: no such layer, or a method that the network does not allow.
@@ -202,8 +203,13 @@ def _smoothing(model: Model, settings: ExplainSettings) -> Callable[[], Abstract
 
 def _find_masks(folder: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     """The mask of each image that has one."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder of masks; check the path")
     found = {path: folder / f"{path.stem}.png" for path in paths}
     found = {path: mask for path, mask in found.items() if mask.is_file()}
+    for mask, count in Counter(found.values()).items():
+        if count > 1:
+            raise DatasetError(f"{mask}: the mask of {count} images of that name; give their folders one at a time")
     if not found:
         raise DatasetError(f"{folder}: no mask of any image; name them as the images, such as {paths[0].stem}.png")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,26 +24,30 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 def find_images(places: Iterable[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
     """The pictures at `places`, each once: files as given, folders searched at any depth in the order of names.
 
+    Hidden files and folders, whose name begins with a dot, are passed over.
+
     Args:
         places: files and folders; a file that is missing is told when it is read.
         leave_out: folders within them that are not searched, such as the one that results are written to.
 
     Raises:
-        DatasetError: there is no picture, or a folder is both to be searched and left out.
+        DatasetError: there is no picture, or one lies in a folder that is to be left out.
     """
     places, left_out = list(places), [folder.resolve() for folder in leave_out]
     found: dict[Path, Path] = {}
     for place in places:
+        folder = place if place.is_dir() else place.parent
+        if folder.resolve() in left_out:
+            raise DatasetError(f"{folder}: holds the images, so no results or masks; choose another folder for those")
         if not place.is_dir():
             found.setdefault(place.resolve(), place)
             continue
-        if place.resolve() in left_out:
-            raise DatasetError(f"{place}: holds the images, so no results or masks; choose another folder for those")
         inside = [folder for folder in left_out if folder.is_relative_to(place.resolve())]
         for path in sorted(place.rglob("*")):
             whole = path.resolve()
             outside = not any(whole.is_relative_to(folder) for folder in inside)
-            if outside and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
+            if outside and not hidden and path.suffix.lower() in SUFFIXES:
                 found.setdefault(whole, path)
     if not found:
         where = ", ".join(map(str, places)) or "nothing given"
@@ -51,9 +56,13 @@ def find_images(places: Iterable[Path], leave_out: Sequence[Path] = ()) -> list[
 
 
 def image_names(paths: Sequence[Path]) -> list[str]:
-    """A name a file for tables: that of the file, with its folders where two files share it."""
-    names = [path.name for path in paths]
-    return [path.as_posix() if names.count(path.name) > 1 else path.name for path in paths]
+    """A name a file for tables: that of the file, with its folders where two files share it.
+
+    Bytes that are no UTF-8 are written as escapes.
+    """
+    counts = Counter(path.name for path in paths)
+    names = [path.as_posix() if counts[path.name] > 1 else path.name for path in paths]
+    return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
 
 def read_image(path: Path, smallest_px: int = 1) -> RGB:

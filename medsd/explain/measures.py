@@ -73,8 +73,8 @@ def faithfulness(
     masking gap.
 
     Pixels are ranked on maps brought to the image by nearest neighbour (the paper's and the sheet's); equal ones in
-    random order, drawn for the batch. Deletion goes to 0, which is the mean colour, insertion starts from RISE's blur, masking fills with
-    the image's mean.
+    random order, drawn for the batch. Deletion goes to 0, which is the mean colour, insertion starts from RISE's blur,
+    masking fills with the image's mean.
 
     Args:
         network: the network itself, whatever smoothed the maps; gives logits (B, K), of encoders (B, d, h, w).
@@ -190,4 +190,9 @@ def _line(head: str, cells: Sequence[str], width: int) -> str:
 
 
 def _cell(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.value:.3f} ({interval.low:.3f}-{interval.high:.3f})"
+    if interval is None:
+        return "-"
+    # A single image has no interval.
+    return f"{interval.value:.3f}" + (
+        f" ({interval.low:.3f}-{interval.high:.3f})" if interval.low < interval.high else ""
+    )

@@ -93,8 +93,9 @@ class Model:
             return None
         if name in self.classes:
             return self.classes.index(name)
-        if name.isdecimal() and int(name) < len(self.classes):
-            return int(name)
+        numbers = [str(number) for number in range(len(self.classes))]
+        if name in numbers:
+            return numbers.index(name)
         known = ["predicted", *self.classes]
         hint = nearest(name, known) or f"; use one of {', '.join(known)}"
         raise ConfigError(f"target '{name}': {self.path} has no such class{hint}")

@@ -126,6 +126,11 @@ def _notes(explained: ExplainedImages, columns: list[SheetColumn]) -> list[str]:
     notes = [f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."]
     if any(column.of_class for column in columns):
         notes.append("Brown speaks for the class named below the map, teal against it.")
+        if len({image.explained for image in explained.images}) > 1:
+            notes.append(
+                "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
+                "target to compare them."
+            )
     if not all(column.of_class for column in columns):
         notes.append("Maps without a class named below show where activations are strong or unusual, for no class.")
     if "eigencam_reference" in settings.methods:
@@ -149,7 +154,9 @@ def _notes(explained: ExplainedImages, columns: list[SheetColumn]) -> list[str]:
             notes.append(f"{count} image(s) are over {_FAR:g} times larger or smaller than those tiles.")
         if card.stain_target is not None:
             notes.append("The weights were trained on stain-normalised tiles; these images are taken as they are.")
-    if explained.masked:
+    if explained.masked and not any(image.region is not None and image.region.any() for image in explained.images):
+        notes.append("No mask marks anything, so nothing is compared with masks.")
+    elif explained.masked:
         notes.append("Black and white outline: the mask.")
         if settings.target == "predicted":
             notes.append("Masks are compared with maps of the predicted class; name the masks' class as target.")

@@ -54,6 +54,8 @@ class ExplainSettings:
         if (self.smoothing == "surrogate") != (self.surrogate is not None):
             raise ConfigError("surrogate: its file and smoothing='surrogate' go together; give both or neither")
         check_output(self.output)
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: give 0 or more")
         twice = [name for name in self.methods if self.methods.count(name) > 1]
         if twice:
             raise ConfigError(f"methods: '{twice[0]}' is named twice; name it once")

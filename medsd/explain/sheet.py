@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
@@ -32,6 +34,7 @@ _NARROWEST_PX = 900
 _LETTER_PX = 6.8
 _INK, _FAINT = "#1c1f23", "#5b6168"
 _OUTLINE, _HALO = (0, 0, 0), (255, 255, 255)
+_PAGE = re.compile(r"sheet(-\d{2,})?\.png")
 # Letters of a caption, which is as wide as a picture.
 _LONGEST = 27
 
@@ -105,8 +108,9 @@ def draw_sheets(
     for number, (name, page) in enumerate(zip(names, pages, strict=True), start=1):
         counted = title if len(pages) == 1 else f"{title}, page {number} of {len(pages)}"
         _draw_page(folder / name, page, columns, counted, notes)
-    for old in {*folder.glob("sheet.png"), *folder.glob("sheet-*.png")} - {folder / name for name in names}:
-        old.unlink()
+    for old in folder.glob("sheet*.png"):
+        if _PAGE.fullmatch(old.name) and old.name not in names:
+            old.unlink()
     return [folder / name for name in names]
 
 
@@ -215,6 +219,7 @@ def _text(
 
 
 def _shorten(text: str) -> str:
-    """One printable line that fits below a picture."""
-    text = "".join(character if character.isprintable() else " " for character in text)
+    """One printable line that fits below a picture, of letters that the font has."""
+    known = get_font(findfont("DejaVu Sans")).get_char_index
+    text = "".join(character if character.isprintable() and known(ord(character)) else "?" for character in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 + 1 :]}"

@@ -75,11 +75,13 @@ def load_surrogate(
             f"{path}: surrogates of other weights ({card.encoder}, {card.weights_sha256[:12]}, not "
             f"{weights_sha256[:12]}); run the stage 'surrogate' again"
         )
-    surrogate = Surrogate(card.channels, card.also)
     try:
-        surrogate.load_state_dict(state)
+        # The card is not trusted: no memory is taken for what the file does not hold.
+        with torch.device("meta"):
+            surrogate = Surrogate(card.channels, card.also)
+        surrogate.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise WeightsError(f"{path}: its tensors are not what its card says ({reason}); train again") from error
     return surrogate.requires_grad_(False).to(device).eval(), card
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
+from medsd.errors import NetworkError
 from medsd.saliency.baseline import baseline_images
 from medsd.saliency.gradient import ClassMethod, class_numbers, explaining, gradient_at
-from medsd.saliency.hidden import tapped
+from medsd.saliency.hidden import HiddenLayer, tapped
 from medsd.saliency.method import Target, check_logits, explained_output
 from medsd.saliency.rescale import Rescale
 
@@ -44,12 +46,21 @@ class DeepLift(ClassMethod):
             image_logits, reference_logits = logits.chunk(2)
             numbers = class_numbers(image_logits, target)
             explained = explained_output(image_logits, numbers, self.output)
-            multiplier, _ = gradient_at(hidden, explained).chunk(2)
+            multiplier, _ = self._multipliers(hidden, explained).chunk(2)
             activation, reference = hidden.activation.detach().chunk(2)
             attribution = multiplier * (activation - reference)
             change = explained.detach() - explained_output(reference_logits, numbers, self.output).detach()
             self._tell_missed(attribution.flatten(1).double(), change)
         return attribution
+
+    def _multipliers(self, hidden: HiddenLayer, explained: Tensor) -> Tensor:
+        try:
+            return gradient_at(hidden, explained)
+        except CheckpointError as error:
+            raise NetworkError(
+                "the network recomputes activations, without DeepLift's rules; switch its gradient checkpointing off "
+                "(timm: set_grad_checkpointing(False))"
+            ) from error
 
     def _tell_missed(self, attribution: Tensor, change: Tensor) -> None:
         missed = (attribution.sum(dim=1) - change).abs()

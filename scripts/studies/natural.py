@@ -5,6 +5,7 @@ The pictures come with scikit-image, scikit-learn and matplotlib; nothing is dow
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def squeezenet(weights: Path) -> SqueezeNet:
         # The mean needs no change: conv1 does not pad, so it is taken off under every tap alike.
         state["features.0.weight"] = state["features.0.weight"].flip(1) * _DEVIATION
         network.load_state_dict(state)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
         raise WeightsError(
-            f"{weights}: no weights of SqueezeNet 1.0 ({error}); give the npz that this function describes"
+            f"{weights}: no weights of SqueezeNet 1.0 ({reason}); give the npz that this function describes"
         ) from error
     return network.eval()
 

@@ -71,8 +71,10 @@ def held_out_patches(folder: Path, count: int) -> Images:
     table = read_patch_table(folder, "stain_cluster")
     rows = table.rows(split_groups(table, (0.15, 0.25), 0)[2])
     order = np.random.default_rng(0).permutation(len(rows.paths))
-    each = [order[rows.label[order] == label][: count // 2] for label in (0, 1)]
-    dataset = PatchDataset(rows.rows(np.sort(np.concatenate(each))), 96)
+    chosen = np.zeros(len(order), bool)
+    for label in (0, 1):
+        chosen[order[rows.label[order] == label][: count // 2]] = True
+    dataset = PatchDataset(rows.rows(chosen), 96)
     images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
     clusters = np.unique(dataset.groups, return_inverse=True)[1]
     return Images(images, clusters, torch.from_numpy(dataset.labels.astype(np.int64)))

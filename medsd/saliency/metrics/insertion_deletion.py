@@ -36,7 +36,7 @@ def deletion_curve(
         baseline: what pixels become; "zero" as released.
         step_px: pixels a step; max(H * W // 100, 1) when None. Released: the side of the image, which is 224 steps;
             Smooth Deep Saliency (arXiv 2404.02282): 1,792 of 224 x 224, 28 steps.
-        generator: orders pixels of equal saliency, on the device of `x`.
+        generator: orders pixels of equal saliency, on the device of `x`; None is torch's own.
         batch_size: images in one pass; more pays on a GPU only. On CPUs channels-last images are up to twice as fast.
         score: "similarity" for encoders without classes: the cosine with the embedding of the image as it is (our
             choice).

@@ -60,7 +60,7 @@ def masking_curve(
         saliency: (B, H, W), signed; ranked by its absolute value.
         fill: what masked pixels become; "mean" is the released code's for colour images.
         shares: rising, at least two, in 0 to 1.
-        generator: orders pixels of equal saliency, on the device of `x`.
+        generator: orders pixels of equal saliency, on the device of `x`; None is torch's own.
         batch_size: images in one pass.
 
     Raises:

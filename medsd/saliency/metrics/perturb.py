@@ -50,7 +50,7 @@ def pixel_ranks(saliency: Tensor, generator: torch.Generator | None = None) -> T
 
     Args:
         saliency: (B, H, W).
-        generator: orders equal pixels, on the device of `saliency`.
+        generator: orders equal pixels, on the device of `saliency`; None is torch's own.
 
     Raises:
         DatasetError: the map is not (B, H, W), or not finite everywhere.

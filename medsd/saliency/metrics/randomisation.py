@@ -43,7 +43,8 @@ def randomised_cascade(
 ) -> tuple[CascadeStage, ...]:
     """Maps of the network as it is, then as its stages are randomised one after the other, from the top down.
 
-    Weights are drawn by each module's own `reset_parameters`, as a new network's. Buffers (running statistics of
+    Weights are drawn by each module's own `reset_parameters`: torch's default, whatever scheme its library starts a new
+    network with. Buffers (running statistics of
     BatchNorm) are kept until the last stage, "all", which draws every module anew together with them: the order of
     Smooth Deep Saliency (arXiv 2404.02282). The classes are those of the network as it is, in every stage.
 

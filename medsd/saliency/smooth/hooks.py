@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from medsd.errors import NetworkError
 from medsd.networks.modes import uncompiled
 from medsd.saliency.smooth.bilinear import Surrogate
 from medsd.saliency.smooth.box import Boundary, Box, SmoothedGradient
-from medsd.saliency.smooth.points import Also, strided_points
+from medsd.saliency.smooth.points import Also, input_of, strided_points
 
 
 @contextmanager
@@ -102,19 +103,20 @@ def surrogate(network: nn.Module, surrogate: Surrogate) -> Iterator[None]:
 def _before(stack: ExitStack, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Change the module's input, until the stack is closed."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (change(inputs[0]), *inputs[1:])
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        changed = change(input_of(inputs, named))
+        return ((changed, *inputs[1:]), named) if inputs else ((), {**named, "input": changed})
 
-    stack.callback(module.register_forward_pre_hook(hook).remove)
+    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 def _after(stack: ExitStack, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Change the module's output, given input and output, until the stack is closed."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return change(inputs[0], output)
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        return change(input_of(inputs, named), output)
 
-    stack.callback(module.register_forward_hook(hook).remove)
+    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
 def _smoothing_gradients(box: Box) -> Callable[[Tensor], Tensor]:

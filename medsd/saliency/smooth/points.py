@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
 
@@ -44,7 +44,7 @@ def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point
 
     Raises:
         ConfigError: no such kind.
-        NetworkError: the network has no such module.
+        NetworkError: the network has no such module, or one is a max pool that returns indices.
     """
     kinds = get_args(Also)
     for kind in also:
@@ -60,12 +60,23 @@ def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point
             continue
         if stem is None and isinstance(module, nn.Conv2d):
             stem = module
-        if _kind(module, stride) in ("convolution", *also):
+        found = _kind(module, stride)
+        if found == "max_pool" and found in also and getattr(module, "return_indices", False):
+            raise NetworkError(
+                f"layer '{name}': a max pool that returns indices cannot be smoothed; leave 'max_pool' out"
+            )
+        if found in ("convolution", *also):
             points.append(Point(name, module, stride, module is stem))
     if not points:
         pooling = " or pooling" if {"max_pool", "average_pool"} & set(also) else ""
         raise NetworkError(f"no convolution of stride 2{pooling}, so there is nothing to smooth; use smoothing 'none'")
     return tuple(points)
+
+
+def input_of(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a convolution or pooling was given, by place or by the name that torch gives it."""
+    x: Tensor = inputs[0] if inputs else named["input"]
+    return x
 
 
 def _stride(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> tuple[int, int]:

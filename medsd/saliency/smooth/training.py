@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, DatasetError, NetworkError, TrainingError
-from medsd.networks.modes import evaluating
+from medsd.networks.modes import evaluating, uncompiled
 from medsd.progress import Progress, no_progress
 from medsd.saliency.method import check_images
 from medsd.saliency.smooth.bilinear import Surrogate
-from medsd.saliency.smooth.points import Also, strided_points
+from medsd.saliency.smooth.points import Also, input_of, strided_points
 
 _Visit = Callable[[str, Tensor, Tensor], None]
 
@@ -178,12 +179,12 @@ def _epoch(
 def _visited(network: nn.Module, also: Sequence[Also], visit: _Visit) -> Iterator[None]:
     """Inside the block the network is in eval mode and each strided module's name, input and output are shown."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, inputs, output: visit(name, inputs[0], output)
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        return lambda _module, inputs, named, output: visit(name, input_of(inputs, named), output)
 
-    with evaluating(network), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+    with evaluating(network), uncompiled(), ExitStack() as stack:
         for point in strided_points(network, also):
-            stack.callback(point.module.register_forward_hook(hook(point.name)).remove)
+            stack.callback(point.module.register_forward_hook(hook(point.name), with_kwargs=True).remove)
         yield
 
 
