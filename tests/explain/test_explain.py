@@ -17,6 +17,7 @@ from medsd.errors import ConfigError, DatasetError, NetworkError, WeightsError
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.explain import explain as module
 from medsd.explain.explain import explain_images
+from medsd.explain.measures import localisation, smoothness
 from medsd.explain.settings import ExplainSettings, method_names
 from medsd.saliency import smooth
 from medsd.saliency.metrics.insertion_deletion import curve_area, insertion_curve
@@ -213,6 +214,8 @@ def test_settings_are_checked():
         ExplainSettings(output="evidance")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'tsm' is named twice"):
         ExplainSettings(("tsm", "tsm"))
+    with pytest.raises(ConfigError, match="seed=-1: give 0 or more"):
+        ExplainSettings(seed=-1)
     assert method_names("a, b,") == method_names(["a", "b"]) == ("a", "b") and method_names(None) == ()
 
 
@@ -244,3 +247,59 @@ def test_a_second_call_replaces_the_first(folder, weights, tmp_path):
         "sheet.png",
     ]
     assert len(rows_of(out)) == 2 and all(not math.isnan(float(row["probability"])) for row in rows_of(out))
+
+
+def test_one_mask_of_several_images_is_refused(folder, weights, tmp_path):
+    (folder / "again").mkdir()
+    (folder / "again" / "a.png").write_bytes((folder / "d.png").read_bytes())
+    with pytest.raises(DatasetError, match=r"a\.png: the mask of 2 images of that name"):
+        explain_images([folder], weights, tmp_path / "out", QUICK, masks=tmp_path / "masks")
+    with pytest.raises(DatasetError, match="no such folder of masks"):
+        explain_images([folder], weights, tmp_path / "out", QUICK, masks=tmp_path / "none")
+
+
+def test_a_methods_measures_do_not_depend_on_the_others(folder, weights, tmp_path):
+    tables = []
+    for number, methods in enumerate((("gradcam",), ("gradient", "gradcam"))):
+        explain_images([folder], weights, tmp_path / str(number), ExplainSettings(methods, "layer3"))
+        tables.append([row for row in rows_of(tmp_path / str(number)) if row["method"] == "gradcam"])
+    assert tables[0] == tables[1]
+
+
+def test_small_maps_are_as_smooth_as_large_ones():
+    maps = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(smoothness(maps * 1e-9), smoothness(maps))
+    region = torch.zeros(2, 16, 16, dtype=torch.bool)
+    region[:, :8] = True
+    torch.testing.assert_close(localisation(maps * 1e-12, region), localisation(maps, region))
+
+
+def test_colours_for_a_class_are_no_others(folder, weights, tmp_path):
+    settings = ExplainSettings(("gradcam", "eigencam", "tsm"), "layer3", measured=False)
+    summary = explain_images([folder], weights, tmp_path / "out", settings)
+    colours = {name: scale["colormap"] for name, scale in summary.scales.items()}
+    assert colours["gradcam"] not in (colours["eigencam"], colours["tsm"])
+    assert summary.scales["eigencam"]["vmin"] == -summary.scales["eigencam"]["vmax"]
+    assert summary.scales["tsm"]["vmin"] == 0
+
+
+def test_rows_of_different_classes_and_empty_masks_are_told(folder, weights, classifier, tmp_path):
+    generator = np.random.default_rng(5)
+    for number in range(12):  # until both classes are predicted
+        shade = generator.integers(0, 256, (1, 1, 3)) + np.zeros((64, 64, 1))
+        Image.fromarray(shade.astype(np.uint8)).save(folder / f"s{number}.png")
+    for name, size in (("a", (64, 64)), ("b", (96, 80))):
+        Image.new("L", size).save(tmp_path / "masks" / f"{name}.png")
+    summary = explain_images([folder], weights, tmp_path / "out", QUICK, masks=tmp_path / "masks")
+    predicted = {row["predicted"] for row in rows_of(tmp_path / "out")}
+    told = any("brown changes its meaning from row to row" in note for note in summary.notes)
+    assert len(predicted) == 2 and told
+    assert "No mask marks anything, so nothing is compared with masks." in summary.notes
+    named = replace(QUICK, target="tumour")
+    summary = explain_images([folder], weights, tmp_path / "out", named, masks=tmp_path / "masks")
+    assert not any("changes its meaning" in note for note in summary.notes)
+
+
+def test_a_single_image_has_no_interval(folder, weights, tmp_path):
+    summary = explain_images([folder / "a.png"], weights, tmp_path / "out", ExplainSettings(("tsm",), "layer3"))
+    assert "(" not in summary.in_words().partition("Means (")[0]

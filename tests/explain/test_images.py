@@ -180,3 +180,21 @@ def test_real_patches_are_their_names(shared_data):
 
     for path in sorted((shared_data / "pcam_patches" / "images").iterdir())[:5]:
         assert hashlib.sha1(read_image(path).tobytes()).hexdigest() == path.stem
+
+
+def test_files_beside_the_results_are_refused(tmp_path):
+    """A sheet would be written over a picture of its name."""
+    Image.fromarray(PIXELS).save(tmp_path / "sheet.png")
+    with pytest.raises(DatasetError, match="holds the images, so no results or masks; choose another folder"):
+        find_images([tmp_path / "sheet.png"], [tmp_path])
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    for folder in (".cache", "seen"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(PIXELS).save(tmp_path / folder / "a.png")
+    assert find_images([tmp_path]) == [tmp_path / "seen" / "a.png"]
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes():
+    assert image_names([Path("lat\udcfc.png"), Path("b.png")]) == ["lat\\udcfc.png", "b.png"]

@@ -45,7 +45,12 @@ def test_layers_are_found_in_the_network_and_in_its_encoder(tmp_path, classifier
 def test_classes_go_by_name_and_number(tmp_path, classifier):
     model = saved(tmp_path / "c.safetensors", classifier)
     assert [model.target(name) for name in ("predicted", "normal", "tumour", "0", "1")] == [None, 0, 1, 0, 1]
-    for wrong, words in (("tumor", "did you mean 'tumour'"), ("2", "use one of predicted, normal, tumour"), ("-1", "")):
+    for wrong, words in (
+        ("tumor", "did you mean 'tumour'"),
+        ("2", "use one of predicted, normal, tumour"),
+        ("-1", ""),
+        (5000 * "9", "use"),
+    ):
         with pytest.raises(ConfigError, match=f"target '{wrong}'.*{words}"):
             model.target(wrong)
 

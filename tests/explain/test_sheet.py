@@ -63,13 +63,15 @@ def test_many_images_take_pages_and_old_pages_go(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == first
     with Image.open(first[0]) as page, Image.open(first[1]) as last:
         assert page.height > last.height
+    (tmp_path / "sheet-notes.png").touch()  # somebody's own
     draw_sheets(tmp_path, [row()], COLUMNS, "title", [])
-    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet-notes.png", "sheet.png"]
 
 
 def test_names_are_no_markup_and_fit(tmp_path):
     draw_sheets(tmp_path, [row("$x$\n" + 200 * "y")], COLUMNS, "$t$", ["$\\frac$"])
     assert len(sheet._shorten(200 * "y")) == sheet._LONGEST
+    assert sheet._shorten("日本 µm\t") == "?? µm?"  # letters that the font lacks
 
 
 def test_a_region_is_outlined_outside_itself(tmp_path):

@@ -79,3 +79,13 @@ def test_a_card_that_lies_is_told(written: tuple[Path, Surrogate], change: dict[
     save_tensors(path, surrogate.state_dict(), SURROGATE_FORMAT, {**asdict(CARD), **change})
     with pytest.raises(WeightsError, match=words):
         load_surrogate(path, "a" * 64)
+
+
+def test_a_card_takes_no_memory_that_its_file_does_not_fill(tmp_path: Path) -> None:
+    path = tmp_path / "surrogate.safetensors"
+    for channels in ((10**6, 10**6), (-3, 4)):
+        card = {**asdict(CARD), "channels": {"encoder.conv1": channels}}
+        save_tensors(path, {"nothing": torch.zeros(1)}, SURROGATE_FORMAT, card)
+        with pytest.raises(WeightsError, match="its tensors are not what its card says") as caught:
+            load_surrogate(path, CARD.weights_sha256)
+        assert "\n" not in str(caught.value)

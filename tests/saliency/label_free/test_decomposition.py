@@ -224,3 +224,19 @@ def test_images_do_not_see_each_other(seed: int, batch: int, ranks: object) -> N
         torch.testing.assert_close(together.values[i], single.values[0], rtol=0, atol=1e-10 * scale)
         torch.testing.assert_close(together.maps[i, 0].abs(), single.maps[0, 0].abs(), rtol=0, atol=1e-10 * scale)
     torch.testing.assert_close(permuted.values, together.values[order], rtol=1e-10, atol=0)
+
+
+def test_truncated_vectors_that_carry_nothing_are_zero() -> None:
+    """HOOI fills them with vectors of its own choice, which another basis of the channels would turn."""
+    features = torch.zeros(1, 8, 4, 4, dtype=torch.float64)
+    features[:, 0] = 3
+    features[:, 1, :, :2] = 2
+    alternating = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    features[:, 5] = 0.5 * alternating[:, None] * alternating
+    components = tucker(features, (4, 2, 2))
+    carried = components.values > 0
+    assert carried.any() and not carried.all()
+    assert components.maps[~carried].abs().max() == 0 and components.maps[carried].flatten(1).norm(dim=1).min() > 0
+    mixing = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    mixed = tucker(torch.einsum("ij,bjhw->bihw", mixing, features), (4, 2, 2))
+    torch.testing.assert_close(mixed.maps.abs().sum(dim=1), components.maps.abs().sum(dim=1), rtol=1e-9, atol=1e-12)

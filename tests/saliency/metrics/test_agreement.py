@@ -73,3 +73,11 @@ def test_bad_input_is_named():
     for window in (1, 4, 9):
         with pytest.raises(ConfigError, match=f"window_px={window}"):
             structural_similarity(first, first, window)
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-3, 1e6])
+def test_similarity_does_not_depend_on_the_unit(factor):
+    first, second = maps(), maps(seed=1)
+    np.testing.assert_allclose(
+        structural_similarity(first, factor * second), structural_similarity(first, second), rtol=1e-6
+    )

@@ -197,3 +197,11 @@ def test_bad_input_is_named(network, x):
         adcc(network, WeightedMean(network), x, resize="cubic")
     with pytest.raises(ConfigError, match="target=3"):
         average_drop(network, x, shares, 3)
+
+
+def test_rounding_is_no_increase():
+    """Shares of nearly 1 leave cosines of nearly 1, on either side of it."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(64, 3, 16, 16)
+    assert increase(encoder, x, torch.full((64, 16, 16), 0.9999), score="similarity").sum() == 0

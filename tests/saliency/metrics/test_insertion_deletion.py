@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
+from medsd.saliency.metrics.masking import masking_curve
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -232,3 +233,17 @@ def test_bad_input_is_named(network, x, saliency):
             function(network, x, LABELS, saliency[:, :5])
         with pytest.raises(ConfigError, match="target=3"):
             function(network, x, 3, saliency)
+
+
+def test_one_logit_has_no_probability():
+    one = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+    x, saliency = torch.rand(2, 3, 8, 8), torch.rand(2, 8, 8)
+    for curve in (deletion_curve, insertion_curve, masking_curve):
+        with pytest.raises(NetworkError, match="one logit, whose softmax is always 1"):
+            curve(one, x, torch.tensor([0, 0]), saliency)
+
+
+def test_a_batch_of_none_is_refused():
+    two = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError, match="batch_size=0: must be 1 or more"):
+        deletion_curve(two, torch.rand(2, 3, 8, 8), 0, torch.rand(2, 8, 8), batch_size=0)

@@ -173,3 +173,9 @@ def test_replacing_all_or_nothing():
     logits = perturbed_logits(network, x, -x, pixel_ranks(saliency), [0, 36])
     np.testing.assert_allclose(logits[:, 0], network(x).detach(), rtol=1e-5)
     np.testing.assert_allclose(logits[:, 1], network(-x).detach(), rtol=1e-5)
+
+
+def test_labels_outside_the_classes_are_refused():
+    two = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError, match="target=5: the network has 2 classes"):
+        masking_curve(two, torch.rand(2, 3, 8, 8), torch.tensor([0, 5]), torch.rand(2, 8, 8))

@@ -166,3 +166,18 @@ def test_bad_input_is_named(network, x):
     for measure in (infidelity, sensitivity):
         with pytest.raises(ConfigError, match="target"):
             measure(method, x, torch.tensor([0, 1]))
+
+
+def test_infidelity_of_what_is_explained_is_zero() -> None:
+    """A gradient of a linear network accounts for every change, of the logit or of the evidence."""
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(2 * 5 * 5, 3)).double()
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    one_channel = nn.Sequential(nn.Flatten(), nn.Linear(25, 3)).double()
+    for output in ("logit", "evidence"):
+        found = infidelity(Gradient(one_channel, None, output), x[:, :1], output=output, normalise=False)
+        assert found.abs().max() < 1e-10
+    crossed = infidelity(Gradient(linear, None, "evidence"), x, output="logit")
+    assert crossed.min() > 1e-6
+    with pytest.raises(ConfigError, match="output='logits'"):
+        infidelity(Gradient(linear), x, output="logits")  # type: ignore[arg-type]

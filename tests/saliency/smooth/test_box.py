@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medsd.errors import ConfigError
 from medsd.saliency.smooth import Boundary, Box
+from medsd.saliency.smooth.box import SmoothedGradient
 
 BOUNDARIES = get_args(Boundary)
 
@@ -83,3 +84,15 @@ def test_the_copies_add_up_to_the_smoothed(stride: tuple[int, int], boundary: Bo
 def test_an_unknown_boundary_is_named() -> None:
     with pytest.raises(ConfigError, match=r"boundary='symetric': use circular or symmetric; did you mean 'symmetric'"):
         Box((2, 2), "symetric")  # type: ignore[arg-type]
+
+
+def test_gradients_of_torch_func_are_smoothed_too() -> None:
+    box = Box((2, 2), "circular")
+    x, weight = torch.randn(3, 1, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 2.0
+
+    def value(image: Tensor) -> Tensor:
+        smoothed: Tensor = SmoothedGradient.apply(image, box)  # type: ignore[no-untyped-call]
+        return weight * smoothed.pow(3).sum()
+
+    found = torch.func.vmap(torch.func.grad(value))(x)
+    torch.testing.assert_close(found, torch.stack([box(3 * weight * image**2) for image in x]))

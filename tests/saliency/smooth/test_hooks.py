@@ -241,3 +241,38 @@ def test_what_cannot_be_is_named(small_resnet: nn.Module) -> None:
     with pytest.raises(NetworkError, match="no strided module but the stem"), smooth.forward_hook(convolution()):
         pass
     assert not any(module._forward_pre_hooks for module in small_resnet.modules())
+
+
+class ByName(nn.Module):
+    """Gives its convolution the input by name."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.pool, self.second = nn.Conv2d(3, 4, 3, 2, 1), pool, nn.Conv2d(4, 4, 3, 2, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(input=self.pool(self.first(input=x)))
+        return found
+
+
+@pytest.mark.parametrize("context", [smooth.backward_hook, smooth.forward_hook])
+def test_inputs_given_by_name_are_smoothed(context: Callable[[nn.Module], Context]) -> None:
+    named = ByName(nn.Identity())
+    placed = nn.Sequential(named.first, named.second)
+    x, same = X.clone().requires_grad_(), X.clone().requires_grad_()
+    with context(named):
+        (found,) = torch.autograd.grad(named(x).pow(2).sum(), x)
+    with context(placed):
+        (expected,) = torch.autograd.grad(placed(same).pow(2).sum(), same)
+    torch.testing.assert_close(found, expected)
+
+
+def test_pools_that_return_indices_are_refused() -> None:
+    network = ByName(nn.MaxPool2d(2, return_indices=True))
+    with (
+        pytest.raises(NetworkError, match="layer 'pool': a max pool that returns indices"),
+        smooth.forward_hook(network, also=("max_pool",)),
+    ):
+        pass

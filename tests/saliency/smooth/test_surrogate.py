@@ -197,3 +197,17 @@ def test_what_cannot_be_trained_is_told(small_resnet: nn.Module, smooth_images: 
     with pytest.raises(TrainingError, match="surrogate of '0': the loss is nan"):
         smooth.train_surrogate(small_resnet, [batches[0], batches[0] * torch.nan], 1)
     assert not any(module._forward_hooks for module in small_resnet.modules())
+
+
+def test_starting_weights_seed_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU())
+    smooth.train_surrogate(network, [torch.zeros(1, 3, 9, 9)], epochs=0)
+    assert not seeded
+
+
+def test_batches_with_labels_are_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU())
+    with pytest.raises(DatasetError, match=r"images: list; give a tensor \(B, C, H, W\), without labels"):
+        smooth.train_surrogate(network, [[torch.zeros(1, 3, 9, 9), torch.zeros(1)]], epochs=1)  # type: ignore[list-item]
