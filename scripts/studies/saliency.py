@@ -85,7 +85,7 @@ class Subject:
         """Modules to randomise, from the top."""
         if isinstance(self.network, Classifier):
             return ("head", *(f"encoder.layer{number}" for number in (4, 3, 2, 1)), "encoder.conv1")
-        return tuple(f"features.{number}" for number in (12, 10, 7, 4, 0))
+        return ("classifier.1", *(f"features.{number}" for number in (12, 10, 7, 4, 0)))
 
 
 @dataclass(frozen=True)
@@ -424,6 +424,8 @@ def cascade(subject: Subject) -> dict[str, Any]:
         found[name] = {
             "stages": [stage.name for stage in stages],
             "rank_correlation": [defined(rank_correlation(stages[0].maps, stage.maps)) for stage in stages],
+            # What unrelated images have in common (smoothness, borders) is no agreement.
+            "other_image": [defined(rank_correlation(stages[0].maps, stage.maps.roll(1, 0))) for stage in stages],
             "structural_similarity": [defined(structural_similarity(stages[0].maps, stage.maps)) for stage in stages],
         }
     return found

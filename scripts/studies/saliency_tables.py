@@ -191,22 +191,26 @@ def _interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str
 
 
 def _cascade(found: dict[str, dict[str, Any]]) -> str:
-    lines = ["### Randomised weights: how like the trained network's map it still is (r: mean rank correlation)", ""]
-    lines.append(
-        "| method | "
-        + " | ".join(f"{NETWORKS[name]}: rank correlation, head random / all random" for name in found)
-        + " |"
-    )
-    lines.append("|---" * (len(found) + 1) + "|")
+    lines = [
+        "### Randomised weights: mean rank correlation with the trained network's map",
+        "",
+        "First stage random; *all* random; abs.: the mean of absolute correlations, all random, and in brackets that "
+        "with the map of another image.",
+        "",
+        "| method | " + " | ".join(NETWORKS[name] for name in found) + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
     for method in next(iter(found.values())):
         cells = []
         for of_network in found.values():
-            ranks = [np.asarray(stage, np.float64) for stage in of_network[method]["rank_correlation"]]
-            similar = np.asarray(of_network[method]["structural_similarity"][-1], np.float64)
+            ranks, others = (
+                [np.asarray(stage, np.float64) for stage in of_network[method][kind]]
+                for kind in ("rank_correlation", "other_image")
+            )
             constant = sum(np.isnan(stage).sum() for stage in ranks)
             cells.append(
-                f"{_defined(ranks[1]):.2f} / {_defined(ranks[-1]):.2f} (|r| {_defined(np.abs(ranks[-1])):.2f}, SSIM "
-                f"{_defined(similar):.2f})" + (f", {constant} constant maps left out" if constant else "")
+                f"{_defined(ranks[1]):.2f}; *{_defined(ranks[-1]):.2f}*; abs. {_defined(np.abs(ranks[-1])):.2f} "
+                f"({_defined(np.abs(others[-1])):.2f})" + (f"; {constant} constant maps left out" if constant else "")
             )
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
