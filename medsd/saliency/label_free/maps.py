@@ -143,7 +143,7 @@ def channel_energy(features: Tensor) -> Tensor:
         DatasetError: not (B, C, H, W) float, empty, or not finite.
     """
     check_features(features)
-    return features.detach().double().square().sum(dim=1)
+    return torch.linalg.vector_norm(features.detach(), dim=1, dtype=torch.float64).square()
 
 
 def _first(components: Components) -> Tensor:
