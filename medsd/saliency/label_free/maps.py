@@ -143,7 +143,8 @@ def channel_energy(features: Tensor) -> Tensor:
         DatasetError: not (B, C, H, W) float, empty, or not finite.
     """
     check_features(features)
-    return torch.linalg.vector_norm(features.detach(), dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(features.detach(), dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _first(components: Components) -> Tensor:
