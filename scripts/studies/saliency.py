@@ -101,7 +101,7 @@ class Job:
 
 
 NETWORKS = {
-    "smoothing": ("squeezenet", "pcam-resnet18", "camelyon-resnet18", "pcam", "camelyon"),
+    "smoothing": ("squeezenet", "pcam-resnet18", "camelyon-resnet18", "pcam"),
     "label_free": ("camelyon", "camelyon-resnet18", "contrastive", "random"),
     "cascade": ("squeezenet", "pcam", "camelyon"),
 }
