@@ -56,10 +56,13 @@ def tables(results: Results) -> str:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """`smoothing.png`, examples of each smoothing, and `cascade.png`, agreement as weights are randomised."""
+    """`smoothing.png`: examples; `label_free.png`: where maps point; `cascade.png`: agreement as weights get random."""
     examples = {name: found["example"] for (part, name), found in results.items() if part == "smoothing"}
     if examples:
         _draw_examples(examples, folder / "smoothing.png")
+    label_free = {name: found for (part, name), found in results.items() if part == "label_free"}
+    if label_free:
+        _draw_label_free(label_free, folder / "label_free.png")
     cascades = {name: found for (part, name), found in results.items() if part == "cascade"}
     if cascades:
         _draw_cascades(cascades, folder / "cascade.png")
@@ -223,22 +226,51 @@ def _defined(values: Floats) -> float:
 
 
 def _draw_examples(examples: dict[str, Any], path: Path) -> None:
-    """A row a network: the image, then its DeepLift map in one layer under each smoothing, on one scale a row."""
+    """A row a network: the image, then its DeepLift map in one layer under each smoothing, each on a scale of its own.
+
+    What lies on every second pixel is paler when it is spread, so one scale would hide the shapes.
+    """
     ways = list(dict.fromkeys(way for example in examples.values() for way in example["maps"]))
     figure = Figure(figsize=(2.1 * (len(ways) + 1), 2.3 * len(examples)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(examples), len(ways) + 1, squeeze=False)
     for row, (name, example) in zip(grid, examples.items(), strict=True):
         maps = {way: np.asarray(values) for way, values in example["maps"].items()}
-        limit = float(np.quantile(np.abs(maps["none"]), 0.99))
         row[0].imshow(np.asarray(example["image"], np.uint8))
         row[0].set_title(NETWORKS[name], fontsize=8)
         for axes, way in zip(row[1:], ways, strict=True):
             if way in maps:
+                limit = float(np.quantile(np.abs(maps[way]), 0.99))
                 axes.imshow(maps[way], cmap=SALIENCY_COLORMAP, vmin=-limit, vmax=limit, interpolation="nearest")
-                axes.set_title(f"{example['words']}\n{way}", fontsize=8)
+                axes.set_title(f"{example['words']}\n{way}, ±{limit:.1g}", fontsize=8)
         for axes in row:
             axes.set_axis_off()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_label_free(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """A panel an encoder: energy pointing of each map with its interval, chance as a line."""
+    figure = Figure(figsize=(3.4 * len(found) + 1.6, 4.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axes, (name, part) in zip(panels, found.items(), strict=True):
+        groups = np.asarray(part["groups"])
+        for offset, layer, colour in ((-0.15, "layer3", "#0072B2"), (0.15, "layer4", "#D55E00")):
+            for row, method in enumerate(methods):
+                if f"{layer}/{method}" in part:
+                    values = 100 * np.asarray(part[f"{layer}/{method}"]["pointing"])
+                    known = bootstrap_mean(_by_group(values, groups), _RESAMPLES)
+                    axes.plot((known.low, known.high), (row + offset,) * 2, color=colour, lw=1.2)
+                    axes.plot(known.value, row + offset, "o", color=colour, ms=4, label=None if row else layer)
+        axes.axvline(100 * _by_group(np.asarray(part["area_share"]), groups).mean(), color="#999999", lw=0.8)
+        axes.set(title=NETWORKS[name], xlabel="energy pointing % (line: chance)", xlim=(0, 100))
+        axes.title.set_fontsize(9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), methods, fontsize="small")
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize="small", loc="lower right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
