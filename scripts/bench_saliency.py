@@ -25,11 +25,20 @@ from torch import Tensor, nn
 from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.integrated_gradients import IntegratedGradients
+from medsd.saliency.label_free import maps
 from medsd.saliency.metrics.insertion_deletion import deletion_curve, insertion_curve
 from medsd.saliency.metrics.perturb import baseline_image
 from medsd.saliency.registry import make_method
 
-LABEL_FREE = ("eigencam", "eigencam_reference", "multivec_eigencam", "tsm", "mtsm", "mean_map", "channel_energy")
+LABEL_FREE: dict[str, Callable[[Tensor], Tensor]] = {
+    "eigencam": maps.eigencam,
+    "eigencam_reference": partial(maps.eigencam, variant="reference"),
+    "multivec_eigencam": maps.multivec_eigencam,
+    "tsm": maps.tsm,
+    "mtsm": maps.mtsm,
+    "mean_map": maps.mean_map,
+    "channel_energy": maps.channel_energy,
+}
 # Channels and side of ResNet-50's layer4, ResNet-18's layer4, and ResNet-50's layer3 at 224 px.
 ACTIVATIONS = ((2048, 7), (512, 7), (1024, 14))
 PARTS = ("gradient", "deeplift", "label-free", "curves")
@@ -198,18 +207,6 @@ def paths(batch: int) -> Iterator[Comparison]:
     yield Comparison(f"{steps} steps, resnet18 layer3, batch {batch}", batch, {"IG": integrated}, [peer])
 
 
-class Given(nn.Module):
-    """A network that does nothing, whose only layer gives the images themselves: what remains is the decomposition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The images, (B, C, h, w)."""
-        return self.layer(x)  # type: ignore[no-any-return]
-
-
 def label_free(batch: int) -> Iterator[Comparison]:
     """The step from activations to maps, then whole calls, against pytorch-grad-cam."""
     from pytorch_grad_cam import EigenCAM
@@ -217,7 +214,7 @@ def label_free(batch: int) -> Iterator[Comparison]:
 
     for channels, side in ACTIVATIONS:
         activations = blobs(batch, channels, side)
-        ours: dict[str, Work] = {name: partial(make_method(name, Given(), "layer"), activations) for name in LABEL_FREE}
+        ours: dict[str, Work] = {name: partial(decompose, activations) for name, decompose in LABEL_FREE.items()}
         peer = Peer("grad-cam's SVD", partial(get_2d_projection, activations.numpy()), 20)
         yield Comparison(f"activations ({channels}, {side}, {side})", batch, ours, [peer], most_ms=5)
     for name in ("resnet50", "resnet18"):
