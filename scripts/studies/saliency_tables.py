@@ -237,7 +237,7 @@ def _draw_examples(examples: dict[str, Any], path: Path) -> None:
     for row, (name, example) in zip(grid, examples.items(), strict=True):
         maps = {way: np.asarray(values) for way, values in example["maps"].items()}
         row[0].imshow(np.asarray(example["image"], np.uint8))
-        row[0].set_title(NETWORKS[name], fontsize=8)
+        row[0].set_title(NETWORKS[name].replace(", ", "\n"), fontsize=8)
         for axes, way in zip(row[1:], ways, strict=True):
             if way in maps:
                 limit = float(np.quantile(np.abs(maps[way]), 0.99))
