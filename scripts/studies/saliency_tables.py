@@ -270,7 +270,7 @@ def _draw_label_free(found: dict[str, dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), methods, fontsize="small")
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize="small", loc="lower right")
+    panels[0].legend(frameon=False, fontsize="small", loc="center right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
