@@ -40,7 +40,7 @@ from medsd.slides.dataset import Sample
 
 PARTS = ("clusters", "phantoms", "patches")
 ENCODER = "resnet10t_half"
-EXPLAINED = ExplanationSettings(items=64, draws=2)
+EXPLAINED = ExplanationSettings(items=64, draws=2, batch_size=256)
 # Okabe and Ito's, told apart by the colour-blind.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
