@@ -231,7 +231,7 @@ def _draw_examples(examples: dict[str, Any], path: Path) -> None:
     What lies on every second pixel is paler when it is spread, so one scale would hide the shapes.
     """
     ways = list(dict.fromkeys(way for example in examples.values() for way in example["maps"]))
-    figure = Figure(figsize=(2.1 * (len(ways) + 1), 2.3 * len(examples)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(2.1 * (len(ways) + 1), 2.3 * len(examples)), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(examples), len(ways) + 1, squeeze=False)
     for row, (name, example) in zip(grid, examples.items(), strict=True):
