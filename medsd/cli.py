@@ -105,7 +105,7 @@ def phantom(
     """Draw phantom slides into a folder laid out like CAMELYON16."""
     from typing import cast
 
-    from medsd.slides.phantom import Shortcut, write_phantom_dataset
+    from medsd.phantom import Shortcut, write_phantom_dataset
 
     write_phantom_dataset(out, slides, seed, size_px, mpp, difficulty, cast(Shortcut, shortcut), progress=True)
     print(f"{slides} phantom slides in {out}")
@@ -144,10 +144,10 @@ def tiles(
 ) -> None:
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
     from medsd.progress import progress_bar
-    from medsd.slides.index import TileGrid
-    from medsd.slides.manifest import find_cohort
-    from medsd.slides.tile_store import Tiling
-    from medsd.slides.tiling import tile_slides
+    from medsd.cohort.index import TileGrid
+    from medsd.cohort.manifest import find_cohort
+    from medsd.cohort.tile_store import Tiling
+    from medsd.cohort.tiling import tile_slides
 
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
     tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
@@ -195,7 +195,7 @@ def heatmap(
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
     from medsd.heatmap.cohort import SlideJob, map_slides
     from medsd.progress import progress_bar
-    from medsd.slides.manifest import read_manifest
+    from medsd.cohort.manifest import read_manifest
 
     jobs: list[SlideJob] = []
     for slide in slides:

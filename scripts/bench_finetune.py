@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from medsd.finetune.aim import AimObjective
-from medsd.finetune.objective import SaliencyDecor
-from medsd.finetune.terms import Objective
+from medsd.objectives.aim import AimObjective
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.terms import Objective
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 

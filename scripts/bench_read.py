@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import openslide
 
-from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.readers.choose import open_reader
 from medsd.slides.readers.tiff import TiledTiff
 from medsd.slides.reading import read_tiles

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
+
+from medsd.phantom import write_phantom_dataset
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +58,92 @@ class ArraySlide:
 def array_slide() -> type[ArraySlide]:
     """Makes a slide of an RGB array."""
     return ArraySlide
+
+BASE_MPP = 0.5
+
+
+def halved(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Block means, sizes rounded down, as most writers make levels."""
+    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+    blocks = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
+    return np.rint(blocks.mean((1, 3))).astype(np.uint8)
+
+
+def write_levels(path: Path, levels: list[np.ndarray], mpp: float, factor: int, **coding: Any) -> None:
+    """A generic tiled pyramidal TIFF."""
+    coding = {"compression": "deflate", "photometric": "rgb", **coding}
+    with tifffile.TiffWriter(path) as writer:
+        for number, level in enumerate(levels):
+            per_cm = 1e4 / (mpp * factor**number)
+            writer.write(
+                level,
+                tile=(64, 64),
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                subfiletype=1 if number else 0,
+                metadata=None,
+                **coding,
+            )
+
+
+@dataclass(frozen=True)
+class CodedSlide:
+    """Red says x and green y: level = start + slope * centre in level-0 pixels, dithered; blue is noise."""
+
+    path: Path
+    levels: list[np.ndarray]
+    factor: int
+    mpp: float
+    start: float
+    slope: tuple[float, float]
+
+    def phase_error(self, pixels: np.ndarray, x: float, y: float, ratio: float) -> tuple[float, float]:
+        """How far the pixels of a read at level-0 (x, y) lie from where they should, in output pixels along x, y."""
+        errors = []
+        for channel, begin in ((0, x), (1, y)):
+            along = pixels[..., channel].mean(axis=channel).astype(float)
+            centre = begin + (np.arange(len(along)) + 0.5) * ratio
+            found = (along - self.start) / self.slope[channel]
+            errors.append(float(np.mean(found - centre)) / ratio)
+        return errors[0], errors[1]
+
+
+def coded_pixels(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Level 0 of a `CodedSlide`."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] + 0.5
+    pixels = np.stack([20 + x * (200 / width), 20 + y * (200 / height), generator.uniform(0, 255, x.shape)], -1)
+    # Rounding at random, over three greys, keeps the mean where it is also when pixels are mixed and rounded again, so
+    # that a place can be read to a few hundredths of a pixel.
+    return np.clip(np.floor(pixels + generator.uniform(-1, 2, pixels.shape)), 0, 255).astype(np.uint8)
+
+
+def write_coded(path: Path, width: int, height: int, factor: int, levels: int = 3, mpp: float = BASE_MPP) -> CodedSlide:
+    """Write a coordinate-coded pyramid."""
+    pyramid = [coded_pixels(width, height)]
+    while len(pyramid) < levels:
+        pyramid.append(halved(pyramid[-1], factor))
+    write_levels(path, pyramid, mpp, factor)
+    return CodedSlide(path, pyramid, factor, mpp, 20.0, (200 / width, 200 / height))
+
+
+@pytest.fixture(scope="session")
+def coding() -> SimpleNamespace:
+    """The functions of this file that draw and write slides."""
+    return SimpleNamespace(write_levels=write_levels, coded_pixels=coded_pixels, write_coded=write_coded, halved=halved)
+
+
+CODED = {"even-2x": (512, 384, 2), "even-4x": (768, 512, 4), "odd-2x": (1483, 997, 2), "odd-4x": (1483, 997, 4)}
+
+
+@pytest.fixture(scope="session")
+def coded_slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CodedSlide]:
+    """Coded slides by name: 2x and 4x, even sizes and odd ones whose levels are rounded down."""
+    folder = tmp_path_factory.mktemp("coded")
+    return {name: write_coded(folder / f"{name}.tif", *size) for name, size in CODED.items()}
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of six small phantom slides: two of each class for training, one of each for testing. Do not write."""
+    return write_phantom_dataset(tmp_path_factory.mktemp("phantoms") / "data", slides=6, size_px=1024)

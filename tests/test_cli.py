@@ -12,7 +12,7 @@ import pytest
 import medsd
 from medsd import cli, doctor
 from medsd.heatmap import cohort
-from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import fit_slide

@@ -13,8 +13,8 @@ import pytest
 
 from medsd import cli
 from medsd.slides import tile_picture, tiling
-from medsd.slides.index import TileIndex
-from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.cohort.index import TileIndex
+from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import METHODS
 

@@ -18,15 +18,15 @@ from medsd.errors import ConfigError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.heatmap.cohort import SlideJob
 from medsd.heatmap.engine import Engine
-from medsd.networks.predict import predict
+from medsd.training.predict import predict
 from medsd.networks.weights import Calibration
 from medsd.progress import progress_bar
-from medsd.slides.camelyon import SlideEntry, find_slides
-from medsd.slides.dataset import Sample, TileDataset
-from medsd.slides.index import TileGrid
-from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
-from medsd.slides.phantom import write_phantom_dataset
-from medsd.slides.prepare import PreparedSlides, load_prepared, prepare_slides
+from medsd.cohort.camelyon import SlideEntry, find_slides
+from medsd.cohort.dataset import Sample, TileDataset
+from medsd.cohort.index import TileGrid
+from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.phantom import write_phantom_dataset
+from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser

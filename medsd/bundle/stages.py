@@ -21,15 +21,15 @@ from medsd.evaluate.plots import draw_summary
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
 from medsd.files import atomic_path, make_folder, write_json
-from medsd.finetune.hard_negatives import HardNegativeRound
-from medsd.finetune.ranks import RankSampler, rank
-from medsd.finetune.step import ObjectiveStep
-from medsd.finetune.training import run_training
+from medsd.training.hard_negatives import HardNegativeRound
+from medsd.training.ranks import RankSampler, rank
+from medsd.training.step import ObjectiveStep
+from medsd.training.training import run_training
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
-from medsd.networks.predict import collect, predict_logits
+from medsd.training.predict import collect, predict_logits
 from medsd.networks.weights import (
     ModelCard,
     load_classifier,
@@ -37,8 +37,8 @@ from medsd.networks.weights import (
     written_state,
 )
 from medsd.progress import progress_bar
-from medsd.slides.dataset import SlideGroupedSampler
-from medsd.slides.prepare import failed_slides
+from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.cohort.prepare import failed_slides
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
 

@@ -23,11 +23,11 @@ from medsd.evaluate.temperature import softmax
 from medsd.explain.surrogates import SurrogateCard, load_surrogate, save_surrogate
 from medsd.files import write_json
 from medsd.networks.classifier import Classifier
-from medsd.networks.predict import collect
+from medsd.training.predict import collect
 from medsd.networks.weights import load_classifier
 from medsd.progress import progress_bar
 from medsd.saliency import smooth
-from medsd.slides.dataset import Sample, SlideGroupedSampler
+from medsd.cohort.dataset import Sample, SlideGroupedSampler
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
-from medsd.slides.annotations import rasterise, read_annotations
-from medsd.slides.camelyon import SlideEntry
-from medsd.slides.dataset import Sample
+from medsd.annotations import rasterise, read_annotations
+from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.dataset import Sample
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue

@@ -21,7 +21,7 @@ from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency.metrics.masking import SHARES
 from medsd.saliency.metrics.perturb import Baseline
-from medsd.slides.dataset import Sample
+from medsd.cohort.dataset import Sample
 
 Region = Callable[[int], npt.NDArray[np.bool_]]
 

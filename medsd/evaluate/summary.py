@@ -16,8 +16,8 @@ from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, i
 from medsd.heatmap.cohort import SlideResult
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
-from medsd.slides.annotations import rasterise, read_annotations
-from medsd.slides.camelyon import SlideEntry
+from medsd.annotations import rasterise, read_annotations
+from medsd.cohort.camelyon import SlideEntry
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

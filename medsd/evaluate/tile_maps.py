@@ -15,7 +15,7 @@ from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve
 from medsd.saliency.metrics.masking import masking_curve, random_masking_curve
 from medsd.saliency.metrics.perturb import Baseline
 from medsd.saliency.metrics.pointing import area_share, energy_pointing, pointing_game
-from medsd.slides.dataset import Sample
+from medsd.cohort.dataset import Sample
 
 PerTile = dict[str, dict[str, Tensor]]
 
@@ -38,7 +38,7 @@ def evidence_gradient(classifier: Classifier, x: Tensor, labels: Tensor) -> Tens
     """|mean over channels| of the gradient of the evidence with respect to the pixels, (B, H, W), detached.
 
     The evidence is the class's logit above the mean of the others, since softmax ignores what all share. The mean
-    over channels comes before the absolute value, as in training (`medsd.finetune.masking.rank`).
+    over channels comes before the absolute value, as in training (`medsd.objectives.masking.rank`).
 
     Args:
         classifier: in the mode that the gradient is wanted in.

@@ -16,7 +16,7 @@ from skimage import measure
 
 from medsd.errors import ConfigError
 from medsd.heatmap.value_map import ValueMap
-from medsd.slides.annotations.geojson import feature, write_features
+from medsd.annotations.geojson import feature, write_features
 
 _UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.regions")
 

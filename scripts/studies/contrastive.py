@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.evaluate.scores import auc
-from medsd.finetune.augment import augment
+from medsd.training.augment import augment
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
 from medsd.networks.modes import evaluating
 

@@ -11,8 +11,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from medsd.files import atomic_path
-from medsd.slides.patches import PatchDataset, PatchTable, read_patch_table, split_groups
-from medsd.slides.phantom.slides import Phantom, PhantomSpec, draw_phantom
+from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.phantom.slides import Phantom, PhantomSpec, draw_phantom
 
 TILE_PX = 64
 _SLIDE_PX, _MPP, _DIFFICULTY = 2048, 1.0, 0.3

@@ -26,17 +26,17 @@ from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.files import atomic_path, sha256_of
-from medsd.finetune.aim import AimObjective
-from medsd.finetune.augment import augment
-from medsd.finetune.objective import SaliencyDecor
-from medsd.finetune.parameters import parameter_groups
-from medsd.finetune.terms import Objective
+from medsd.objectives.aim import AimObjective
+from medsd.training.augment import augment
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.parameters import parameter_groups
+from medsd.training.terms import Objective
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.saliency.metrics.masking import SHARES
-from medsd.slides.dataset import Sample
+from medsd.cohort.dataset import Sample
 
 PARTS = ("clusters", "phantoms", "patches")
 ENCODER = "resnet10t_half"

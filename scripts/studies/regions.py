@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from medsd.files import atomic_path
-from medsd.slides.patches import PatchDataset, read_patch_table, split_groups
-from medsd.slides.phantom.slides import PhantomSpec, draw_phantom
+from medsd.cohort.patches import PatchDataset, read_patch_table, split_groups
+from medsd.phantom.slides import PhantomSpec, draw_phantom
 
 REGION_PX = 128
 # Slides to explain, and slides for self-supervised pre-training; the default bundle's phantoms have seed 0.

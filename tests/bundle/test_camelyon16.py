@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 
-from medsd.slides.phantom import write_phantom_dataset
+from medsd.phantom import write_phantom_dataset
 
 ROOT = Path(__file__).parents[2]
 FILES = [str(ROOT / "bundles" / "camelyon.json"), str(ROOT / "configs" / "camelyon16.json")]

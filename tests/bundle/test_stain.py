@@ -14,9 +14,9 @@ from medsd.heatmap.cohort import SlideJob, map_slides
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier, save_classifier
-from medsd.slides.dataset import TileDataset
-from medsd.slides.phantom import PhantomSpec, write_phantom
-from medsd.slides.prepare import load_prepared
+from medsd.cohort.dataset import TileDataset
+from medsd.phantom import PhantomSpec, write_phantom
+from medsd.cohort.prepare import load_prepared
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import TwoStains
 from medsd.slides.stain.slide import StainNormaliser, fit_slide

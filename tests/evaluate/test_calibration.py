@@ -14,8 +14,8 @@ from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
-from medsd.slides.camelyon import SlideEntry
-from medsd.slides.phantom import PhantomSpec, write_phantom
+from medsd.cohort.camelyon import SlideEntry
+from medsd.phantom import PhantomSpec, write_phantom
 
 LABELS = np.array([0, 0, 1, 1, 0, 1], np.int8)
 PROBABILITIES = np.array([0.1, 0.2, 0.7, 0.8, 0.3, 0.6], np.float32)

@@ -12,7 +12,7 @@ from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import Calibration, ModelCard, save_classifier
-from medsd.slides.phantom import PhantomSpec, draw_phantom, write_phantom
+from medsd.phantom import PhantomSpec, draw_phantom, write_phantom
 
 FIDUCIALS = ((700, 820), (1290, 1010), (1000, 1500))
 CARD = ModelCard(

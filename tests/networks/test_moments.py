@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, TrainingError
-from medsd.finetune.decorrelation import decorrelation_loss
+from medsd.objectives.decorrelation import decorrelation_loss
 from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import WhitenedHead
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from scipy.ndimage import maximum_filter
 
-from medsd.slides.phantom import PhantomSpec, draw_phantom
+from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import TissueMask, find_tissue, tissue_from_rgb
 

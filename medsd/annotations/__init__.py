@@ -1,0 +1,29 @@
+"""Annotations of slides: which pixels are tumour, as a pathologist drew them.
+
+One reader for all files (`read_annotations`), areas for labels of tiles (`tumour_share`), points (`contains`) and
+pixels (`rasterise`), and writers for ASAP and QuPath. Everything is in level-0 pixels of the slide, x to the right,
+y down, origin at the top left.
+"""
+
+from medsd.annotations.areas import contains, rasterise, tumour_share
+from medsd.annotations.asap import read_asap_xml, write_asap_xml
+from medsd.annotations.files import read_annotations
+from medsd.annotations.geojson import write_geojson
+from medsd.annotations.mask import read_mask
+from medsd.annotations.shapes import EXCLUDED_GROUPS, TUMOUR_GROUPS, Annotations, Outline, annotations_of
+
+__all__ = [
+    "EXCLUDED_GROUPS",
+    "TUMOUR_GROUPS",
+    "Annotations",
+    "Outline",
+    "annotations_of",
+    "contains",
+    "rasterise",
+    "read_annotations",
+    "read_asap_xml",
+    "read_mask",
+    "tumour_share",
+    "write_asap_xml",
+    "write_geojson",
+]

@@ -1,0 +1,219 @@
+"""ASAP's XML files (CAMELYON16, CAMELYON17), read and written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, ParseError
+
+import shapely
+from defusedxml.ElementTree import fromstring
+from shapely.geometry import Polygon
+
+from medsd.errors import AnnotationError, nearest
+from medsd.files import write_text
+from medsd.annotations.areas import halves
+from medsd.annotations.shapes import (
+    LARGEST_PX,
+    OUTLINE_TYPES,
+    Annotations,
+    Colour,
+    Outline,
+    Roles,
+    annotations_of,
+    area_of,
+    one_line,
+    quoted,
+    read_bounded,
+)
+
+POINT_TYPES = ("Dot", "PointSet", "Measurement")
+HOLE_GROUP = "Exclusion"
+
+# Rounding leaves such slivers where tumour fills a hole to its edge.
+_NO_AREA_PX2 = 1e-6
+_COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
+# What XML 1.0 cannot hold.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def read_asap_xml(
+    path: str | Path, tumour_groups: Sequence[str] = (), excluded_groups: Sequence[str] = ()
+) -> Annotations:
+    """Read the outlines of one slide from an ASAP XML file.
+
+    Groups are known in any case (`TUMOUR_GROUPS`, `EXCLUDED_GROUPS`): those of CAMELYON16 and CAMELYON17, and `None`,
+    ASAP's word for an outline without a group. Splines are taken as the polygon through their points. Dots, point sets
+    and measurements have no area and are left out with a warning. A file without any outline is valid: the slide has
+    no tumour. Groups without an outline, and groups of groups, are not kept.
+
+    Args:
+        path: the XML file, which may be packed by gzip.
+        tumour_groups, excluded_groups: further names of groups that are tumour, or not.
+
+    Raises:
+        AnnotationError: the file is missing, too large, is not ASAP XML, declares entities, has an unknown group or
+            type, an outline without coordinates, or coordinates that are not finite level-0 pixels.
+    """
+    path = Path(path)
+    return parse_asap_xml(read_bounded(path), path, Roles(tumour_groups, excluded_groups))
+
+
+def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
+    """`read_asap_xml` of a file's content; messages name `path`."""
+    root = _root(data, path)
+    colours = {group.get("Name"): _colour(group) for group in root.iterfind("AnnotationGroups/Group")}
+    outlines: list[Outline] = []
+    points = dropped = 0
+    for annotation in root.iter("Annotation"):
+        kind, name, group = (annotation.get(key, "") for key in ("Type", "Name", "PartOfGroup"))
+        if kind in POINT_TYPES:
+            points += 1
+            continue
+        excluded = roles.is_excluded(group, path)
+        if kind not in OUTLINE_TYPES:
+            known = OUTLINE_TYPES + POINT_TYPES
+            raise AnnotationError(
+                f"{path}: annotation type {quoted(kind)} is unknown{nearest(kind, known)}; redraw it in ASAP as one of "
+                f"{', '.join(known)}"
+            )
+        ring = _ring(annotation, path)
+        if len(ring) < 3:
+            dropped += 1
+            continue
+        outlines.append(Outline(name, group, excluded, Polygon(ring), _colour(annotation), colours.get(group), kind))
+    return annotations_of(outlines, path, dropped, points)
+
+
+def write_asap_xml(path: str | Path, annotations: Annotations) -> None:
+    """Write outlines as ASAP XML, atomically; reading them back gives the same tumour area.
+
+    What was read from ASAP XML comes back as it was: corners to the last digit, order, names, groups, types, colours.
+    ASAP has neither holes nor shapes of several parts. Parts become outlines of one name. A hole becomes an outline of
+    the group `Exclusion`; where other tumour lies in the hole, which that would take out, and in excluded
+    outlines, the outline is cut into parts without holes instead. Groups of no common name need the
+    arguments `tumour_groups` or `excluded_groups` again when the file is read.
+
+    Args:
+        path: the XML file.
+        annotations: what to write.
+
+    Raises:
+        AnnotationError: a name has a character that XML cannot hold.
+        OutputError: the file cannot be written.
+    """
+    root = Element("ASAP_Annotations")
+    drawn = ElementTree.SubElement(root, "Annotations")
+    groups: dict[str, Colour | None] = {}
+    for outline in annotations.outlines:
+        for part in _without_holes(outline, annotations):
+            _add(drawn, part, Path(path))
+            # ASAP refuses files with groups that are not listed; `None` is not one.
+            if part.group != "None":
+                groups[part.group] = groups.get(part.group) or part.group_colour
+    listed = ElementTree.SubElement(root, "AnnotationGroups")
+    for name, colour in groups.items():
+        attributes = {"Name": name, "PartOfGroup": "None"} | _colour_attribute(colour)
+        ElementTree.SubElement(ElementTree.SubElement(listed, "Group", attributes), "Attributes")
+    ElementTree.indent(root, "\t")
+    write_text(path, '<?xml version="1.0"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n")
+
+
+def _root(data: bytes, path: Path) -> Element:
+    """The root of the XML file, after the checks that concern the file as a whole."""
+    try:
+        root: Element = fromstring(data)
+    # ValueError: entities (defusedxml) and broken encodings; LookupError: encodings Python does not know.
+    except (ParseError, ValueError, LookupError) as error:
+        raise AnnotationError(
+            f"{path}: is not plain XML ({one_line(error)}); save the annotations again from ASAP"
+        ) from error
+    if root.tag != "ASAP_Annotations":
+        raise AnnotationError(
+            f"{path}: root is {quoted(root.tag)}, not 'ASAP_Annotations'; give an XML file saved by ASAP"
+        )
+    return root
+
+
+def _ring(annotation: Element, path: Path) -> list[tuple[float, float]]:
+    """The corners of one outline in level-0 pixels, in the order that ASAP draws them."""
+    name = quoted(annotation.get("Name", ""))
+    corners: list[tuple[int, tuple[float, float]]] = []
+    for coordinate in annotation.iter("Coordinate"):
+        try:
+            corner = (float(coordinate.get("X", "")), float(coordinate.get("Y", "")))
+            order = int(coordinate.get("Order", len(corners)))
+        except ValueError as error:
+            raise AnnotationError(f"{path}: annotation {name} has a corner without numbers; redraw it") from error
+        if not all(math.isfinite(value) and abs(value) < LARGEST_PX for value in corner):
+            raise AnnotationError(f"{path}: annotation {name} has a corner off any slide, {corner}; redraw it")
+        corners.append((order, corner))
+    if not corners:
+        raise AnnotationError(f"{path}: annotation {name} has no coordinates; delete or redraw it in ASAP")
+    return [corner for _, corner in sorted(corners, key=lambda item: item[0])]
+
+
+def _colour(element: Element) -> Colour | None:
+    match = _COLOUR.fullmatch(element.get("Color", ""))
+    if match is None:
+        return None
+    red, green, blue = bytes.fromhex(match[1])
+    return red, green, blue
+
+
+def _colour_attribute(colour: Colour | None) -> dict[str, str]:
+    return {} if colour is None else {"Color": "#" + bytes(colour).hex().upper()}
+
+
+def _without_holes(outline: Outline, annotations: Annotations) -> Iterator[Outline]:
+    """Outlines of one ring each that make the same tumour area together with all others."""
+    for polygon in outline.polygons:
+        holes = [Polygon(ring) for ring in polygon.interiors]
+        if not holes:
+            yield replace(outline, shape=polygon)
+        elif outline.excluded or any(_filled(hole, annotations) for hole in holes):
+            whole = replace(outline, kind="Polygon")
+            yield from (replace(whole, shape=part) for area in area_of(polygon).geoms for part in _cut(area))
+        else:
+            yield replace(outline, shape=Polygon(polygon.exterior))
+            for number, hole in enumerate(holes, 1):
+                yield Outline(f"{outline.name} hole {number}", HOLE_GROUP, True, hole, outline.colour)
+
+
+def _filled(hole: Polygon, annotations: Annotations) -> bool:
+    """Whether tumour of other outlines lies in a hole."""
+    area: float = shapely.area(shapely.intersection(area_of(hole), annotations.tumour))
+    return area > _NO_AREA_PX2
+
+
+def _cut(polygon: Polygon) -> Iterator[Polygon]:
+    """Parts without holes: cut through the middle hole until there is none."""
+    left = [polygon]
+    while left:
+        part = left.pop()
+        if not part.interiors:
+            yield part
+            continue
+        hole = part.interiors[len(part.interiors) // 2].bounds
+        left += [piece for half in halves(part, (hole[0] + hole[2]) / 2, along_x=True) for piece in half.geoms]
+
+
+def _add(parent: Element, outline: Outline, path: Path) -> None:
+    for text in (outline.name, outline.group):
+        if _NOT_XML.search(text):
+            raise AnnotationError(f"{path}: XML cannot hold the name {quoted(text)}; rename it before writing")
+    attributes = {"Name": outline.name, "Type": outline.kind, "PartOfGroup": outline.group}
+    annotation = ElementTree.SubElement(parent, "Annotation", attributes | _colour_attribute(outline.colour))
+    coordinates = ElementTree.SubElement(annotation, "Coordinates")
+    corners = outline.polygons[0].exterior.coords[:-1]
+    for order, (x, y, *_) in enumerate(corners):
+        ElementTree.SubElement(coordinates, "Coordinate", {"Order": str(order), "X": _number(x), "Y": _number(y)})
+
+
+def _number(value: float) -> str:
+    """The shortest digits that are read as the same number; whole ones as ASAP writes them."""
+    return str(int(value)) if value.is_integer() else repr(value)

@@ -1,0 +1,284 @@
+"""QuPath's GeoJSON, read and written, and the JSON of NCRF (Baidu's outlines of CAMELYON16), read.
+
+Keys as QuPath's documentation of exported annotations and its class `QuPathTypeAdapters` have them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shapely.geometry import MultiPolygon, Polygon
+
+from medsd.errors import AnnotationError
+from medsd.files import atomic_path
+from medsd.annotations.shapes import (
+    LARGEST_PX,
+    OUTLINE_TYPES,
+    Annotations,
+    Colour,
+    Outline,
+    Roles,
+    annotations_of,
+    one_line,
+    quoted,
+    rings_of,
+)
+
+_POINTS_AND_LINES = ("Point", "MultiPoint", "LineString", "MultiLineString")
+_NCRF_GROUPS = {"positive": "_0", "negative": "_2"}
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.annotations")
+# Where QuPath keeps what it does not know: text by name, shown with the annotation.
+_KIND_KEY = "ASAP type"
+
+
+def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
+    """The annotations in the content of a JSON file; messages name `path`.
+
+    QuPath: a FeatureCollection, a list of features (QuPath 0.2) or one feature, children among them. Annotations are
+    kept; detections, cells and tiles, which QuPath computes, points and lines are left out with a warning. NCRF:
+    `{"positive": [...], "negative": [...]}`, which get CAMELYON16's groups `_0` and `_2`.
+
+    Raises:
+        AnnotationError: not such JSON, an unknown class, or coordinates that are not finite level-0 pixels.
+    """
+    try:
+        content = json.loads(data)
+    # ValueError: syntax, encoding, numbers of thousands of digits; RecursionError: thousands of nested brackets.
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{path}: is not JSON ({one_line(error)}); export the annotations again") from error
+    if isinstance(content, dict) and content.keys() & _NCRF_GROUPS.keys():
+        return _ncrf(content, path, roles)
+    outlines: list[Outline] = []
+    dropped = left_out = 0
+    for number, feature in enumerate(_features(content, path), 1):
+        properties = _typed(feature, "properties", dict, path, number) or {}
+        if _object_type(feature, properties) != "annotation":
+            left_out += 1
+            continue
+        geometry = _typed(feature, "geometry", dict, path, number) or {"type": "Point"}
+        if geometry.get("type") in _POINTS_AND_LINES:
+            left_out += 1
+            continue
+        shape, rings_dropped = _shape(geometry, path, number)
+        dropped += rings_dropped
+        group, group_colour = _classification(properties, path, number)
+        excluded = roles.is_excluded(group, path)
+        if shape is not None:
+            name = _typed(properties, "name", str, path, number) or ""
+            colour = _colour(properties.get("color"))
+            outlines.append(Outline(name, group, excluded, shape, colour, group_colour, _kind(properties)))
+    return annotations_of(outlines, path, dropped, left_out)
+
+
+def write_geojson(path: str | Path, annotations: Annotations) -> None:
+    """Write outlines for QuPath (`File > Import objects from file`), atomically: level-0 pixels, closed rings.
+
+    What was read from ASAP XML or GeoJSON comes back as it was: corners to the last digit, holes, order, names,
+    classes, colours; ASAP's type of annotation is kept as metadata. An id is made from the outline and its number, so
+    that writing again gives the same file. QuPath's own ids, measurements and locks are not kept.
+
+    Args:
+        path: the file; packed by gzip if its name ends in `.gz`.
+        annotations: what to write.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_features(path, [_feature_of(outline, number) for number, outline in enumerate(annotations.outlines, 1)])
+
+
+def feature(
+    shape: Polygon | MultiPolygon,
+    object_id: uuid.UUID,
+    name: str,
+    group: str,
+    group_colour: Colour | None = None,
+    properties: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One annotation as QuPath's GeoJSON has it.
+
+    Args:
+        shape: in level-0 pixels; corners stay as they are.
+        object_id: unique among the annotations of a slide.
+        name: of the annotation; empty for none.
+        group: QuPath's class; empty for none.
+        group_colour: its red, green and blue, 0 to 255.
+        properties: further ones, such as `measurements`.
+    """
+    described: dict[str, Any] = {"objectType": "annotation"}
+    if name:
+        described["name"] = name
+    if group and group_colour is None:
+        described["classification"] = group  # QuPath reads a class without a colour as a bare name only
+    elif group:
+        names = group.split(": ")
+        key = {"name": group} if len(names) == 1 else {"names": names}
+        described["classification"] = key | {"color": list(group_colour or ())}
+    polygons = list(shape.geoms) if isinstance(shape, MultiPolygon) else [shape]
+    coordinates = [[_coordinates(ring) for ring in rings_of(polygon)] for polygon in polygons]
+    geometry: dict[str, Any] = {"type": "MultiPolygon", "coordinates": coordinates}
+    if len(polygons) == 1:
+        geometry = {"type": "Polygon", "coordinates": coordinates[0]}
+    return {
+        "type": "Feature",
+        "id": str(object_id),
+        "geometry": geometry,
+        "properties": described | dict(properties or {}),
+    }
+
+
+def write_features(path: str | Path, features: Sequence[dict[str, Any]]) -> None:
+    """Write a FeatureCollection atomically, packed by gzip if the file's name ends in `.gz`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    collection = {"type": "FeatureCollection", "features": features}
+    data = (json.dumps(collection, allow_nan=False, separators=(",", ":")) + "\n").encode()
+    with atomic_path(path) as temporary:
+        # No time in the header: the same annotations give the same file.
+        temporary.write_bytes(gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+
+
+def _feature_of(outline: Outline, number: int) -> dict[str, Any]:
+    object_id = uuid.uuid5(_NAMESPACE, f"{number} {outline.name!a} {outline.group!a} {outline.shape.wkb_hex}")
+    properties: dict[str, Any] = {}
+    if outline.colour is not None:
+        properties["color"] = list(outline.colour)
+    if outline.kind != "Polygon":
+        properties["metadata"] = {_KIND_KEY: outline.kind}
+    return feature(outline.shape, object_id, outline.name, outline.group, outline.group_colour, properties)
+
+
+def _coordinates(ring: Any) -> list[list[float]]:
+    """A ring's corners; whole numbers without a fraction."""
+    return [[int(value) if value.is_integer() else value for value in corner] for corner in ring.coords]
+
+
+def _features(content: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """The features of any of QuPath's exports, children after their parents."""
+    if isinstance(content, dict) and content.get("type") == "FeatureCollection":
+        content = content.get("features")
+    elif isinstance(content, dict) and content.get("type") == "Feature":
+        content = [content]
+    if not isinstance(content, list):
+        raise AnnotationError(
+            f"{path}: is neither a GeoJSON FeatureCollection (QuPath) nor an object with 'positive' and 'negative' "
+            "(NCRF); export the annotations from QuPath as GeoJSON"
+        )
+    waiting = content[::-1]
+    number = 0
+    while waiting:
+        found = waiting.pop()
+        number += 1
+        if not (isinstance(found, dict) and found.get("type") == "Feature"):
+            raise AnnotationError(f"{path}: feature {number} is no GeoJSON feature; export the annotations again")
+        yield found
+        properties = _typed(found, "properties", dict, path, number) or {}
+        waiting += (_typed(properties, "childObjects", list, path, number) or [])[::-1]
+
+
+def _typed(holder: dict[str, Any], key: str, kind: type, path: Path, number: int) -> Any:
+    """The value of a key, of the type it should have or None."""
+    value = holder.get(key)
+    if value is None or isinstance(value, kind):
+        return value
+    raise AnnotationError(
+        f"{path}: feature {number} has {key!r} of the type {type(value).__name__}, not {kind.__name__}; "
+        "export the annotations again"
+    )
+
+
+def _object_type(feature: dict[str, Any], properties: dict[str, Any]) -> Any:
+    """QuPath's type of object: annotation, detection, cell, tile; other programs name none for an annotation."""
+    legacy = feature.get("id")  # QuPath 0.2 has the type there
+    if isinstance(legacy, str) and legacy.startswith("Path") and legacy.endswith("Object"):
+        return legacy.removeprefix("Path").removesuffix("Object").casefold()
+    return properties.get("objectType") or properties.get("object_type") or "annotation"
+
+
+def _classification(properties: dict[str, Any], path: Path, number: int) -> tuple[str, Colour | None]:
+    """A feature's class, empty for none, and the class's colour."""
+    found = properties.get("classification")
+    if found is None or isinstance(found, str):
+        return found or "", None
+    if isinstance(found, dict):
+        names = found.get("names", [found.get("name", "")])
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return ": ".join(names), _colour(found.get("color", found.get("colorRGB")))
+    raise AnnotationError(f"{path}: the class of feature {number} has no name; classify it again in QuPath")
+
+
+def _colour(value: Any) -> Colour | None:
+    """A colour as a list (and opacity, not kept) or, in old files, as one number; None for anything else."""
+    if type(value) is int and -(2**31) <= value < 2**32:
+        return (value >> 16) & 255, (value >> 8) & 255, value & 255
+    if isinstance(value, list) and len(value) in (3, 4) and all(type(v) is int and 0 <= v <= 255 for v in value):
+        return value[0], value[1], value[2]
+    return None
+
+
+def _kind(properties: dict[str, Any]) -> str:
+    metadata = properties.get("metadata")
+    kind = metadata.get(_KIND_KEY) if isinstance(metadata, dict) else None
+    return kind if kind in OUTLINE_TYPES else "Polygon"
+
+
+def _shape(geometry: dict[str, Any], path: Path, number: int) -> tuple[Polygon | MultiPolygon | None, int]:
+    """The polygons of a GeoJSON geometry, and how many rings without an area were left out."""
+    kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+    if kind not in ("Polygon", "MultiPolygon"):
+        raise AnnotationError(
+            f"{path}: feature {number} has a geometry of the type {quoted(kind) if isinstance(kind, str) else '?'}; "
+            "redraw it as a polygon"
+        )
+    parts = [coordinates] if kind == "Polygon" else coordinates
+    if not (isinstance(parts, list) and all(isinstance(part, list) for part in parts)):
+        raise AnnotationError(f"{path}: feature {number} has no list of coordinates; export the annotations again")
+    polygons = []
+    dropped = 0
+    for part in parts:
+        shell, *holes = [_ring(ring, path, f"feature {number}") for ring in part] or [[]]
+        if len(shell) < 3:
+            dropped += 1
+            continue
+        polygons.append(Polygon(shell, [hole for hole in holes if len(hole) >= 3]))
+        dropped += sum(len(hole) < 3 for hole in holes)
+    if len(polygons) > 1:
+        return MultiPolygon(polygons), dropped
+    return (polygons[0] if polygons else None), dropped
+
+
+def _ring(corners: Any, path: Path, what: str) -> list[tuple[float, float]]:
+    """The corners of a ring, without the one that closes it."""
+    ring: list[tuple[float, float]] = []
+    for corner in corners if isinstance(corners, list) else [None]:
+        if not (isinstance(corner, list) and len(corner) >= 2 and all(type(v) in (int, float) for v in corner)):
+            raise AnnotationError(f"{path}: {what} has a corner without numbers; redraw it")
+        x, y = corner[:2]
+        if not (abs(x) < LARGEST_PX and abs(y) < LARGEST_PX):
+            raise AnnotationError(f"{path}: {what} has a corner off any slide, {quoted(f'{x}, {y}')}; redraw it")
+        ring.append((float(x), float(y)))
+    return ring[:-1] if len(ring) > 1 and ring[0] == ring[-1] else ring
+
+
+def _ncrf(content: dict[str, Any], path: Path, roles: Roles) -> Annotations:
+    outlines: list[Outline] = []
+    dropped = 0
+    for key, group in _NCRF_GROUPS.items():
+        drawn = _typed(content, key, list, path, 0) or []
+        for number, found in enumerate(drawn, 1):
+            what = f"{key!r} outline {number}"
+            if not (isinstance(found, dict) and isinstance(found.get("name", ""), str)):
+                raise AnnotationError(f"{path}: {what} is no object with a name and vertices; convert the file again")
+            ring = _ring(found.get("vertices"), path, what)
+            if len(ring) < 3:
+                dropped += 1
+                continue
+            outlines.append(Outline(found.get("name", ""), group, roles.is_excluded(group, path), Polygon(ring)))
+    return annotations_of(outlines, path, dropped)

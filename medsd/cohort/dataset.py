@@ -1,0 +1,180 @@
+"""Tiles of slides for torch: spawn-safe reading, sampling by slide and class."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from medsd.errors import ConfigError, DatasetError
+from medsd.cohort.index import TileIndex
+from medsd.slides.readers.cache import TileCache
+from medsd.slides.slide import Slide, open_slide
+from medsd.slides.stain.slide import StainNormaliser
+
+_OPEN_SLIDES = 32
+# Shared by the open slides: tiles are drawn at random, so the file's own are rarely wanted again.
+_TILE_BYTES = 32 * 2**20
+
+
+class Sample(TypedDict):
+    """A tile or patch: image (3, height, width) uint8, label int64 scalar."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+class TileDataset(Dataset[Sample]):
+    """The tiles of an index as {"image": (3, tile_px, tile_px) uint8, "label": int64}.
+
+    Slides are opened when first read, in the process that reads, with the scale they were indexed with. The last 32
+    used stay open; pickling drops them.
+    With `cache` decoded tiles are kept in memory (3 * tile_px^2 bytes each), for small sets that are read many times.
+
+    Args:
+        index: the tiles.
+        cache: keep decoded tiles.
+        normaliser: gives slides the stain of its target; None reads them as they are.
+
+    Raises (when an item is read):
+        SlideError: the slide cannot be opened or decoded.
+        NoTissueError: the normaliser finds too little stain.
+    """
+
+    def __init__(self, index: TileIndex, cache: bool = False, normaliser: StainNormaliser | None = None) -> None:
+        self.index = index
+        self.labels = index.label
+        self.groups: npt.NDArray[np.str_] = np.array(index.names)[index.slide]
+        self._normaliser = normaliser
+        self._slides: OrderedDict[int, Slide] = OrderedDict()
+        self._tiles = TileCache(_TILE_BYTES)
+        self._cache: dict[int, torch.Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> Sample:
+        cached = None if self._cache is None else self._cache.get(item)
+        image = self._read(item) if cached is None else cached
+        if self._cache is not None:
+            self._cache[item] = image
+            image = image.clone()  # what is done to a sample in place must not reach the cache
+        return {"image": image, "label": torch.tensor(int(self.labels[item]))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slides": OrderedDict(), "_cache": None if self._cache is None else {}}
+
+    def _read(self, item: int) -> torch.Tensor:
+        index = self.index
+        slide = self._slide(int(index.slide[item]))
+        x, y, side = int(index.x[item]), int(index.y[item]), index.tile_px
+        return torch.from_numpy(slide.read(x, y, side, side, mpp=index.mpp)).permute(2, 0, 1).contiguous()
+
+    def _slide(self, number: int) -> Slide:
+        slide = self._slides.pop(number, None)
+        if slide is None:
+            opened = open_slide(self.index.paths[number], self.index.slide_mpp[number], cache=self._tiles)
+            slide = opened if self._normaliser is None else self._normaliser.slide(opened)
+        self._slides[number] = slide
+        while len(self._slides) > _OPEN_SLIDES:
+            self._slides.popitem(last=False)  # not closed: another thread may be reading it
+        return slide
+
+
+class SlideGroupedSampler(Sampler[int]):
+    """Draws as many tumour as normal items, the same number (to one) from every slide of a class, in runs by slide.
+
+    A run of tiles of one slide reads through one open handle, which pays on slides too many to keep open. A run is of
+    one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should hold
+    eight runs or more. Items are drawn without replacement until a slide is used up, then anew. The
+    draw depends on the seed, the epoch and the hard items alone, so that a resumed training sees what the whole one
+    would have.
+
+    Args:
+        labels: (n,) class of each item, 0 or 1.
+        groups: (n,) slide of each item.
+        samples: items drawn an epoch.
+        run: items of one slide and class in a row.
+        seed: start of the random draw.
+
+    Raises:
+        DatasetError: a class has no item.
+    """
+
+    def __init__(
+        self, labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], samples: int, run: int = 1, seed: int = 0
+    ) -> None:
+        self.samples, self.run, self.seed = samples, run, seed
+        self.epoch = 0
+        self._slide = np.unique(groups, return_inverse=True)[1]
+        self._labels = labels
+        self._pools: list[list[npt.NDArray[np.intp]]] = []
+        for label, word in ((0, "normal"), (1, "tumour")):
+            items = np.flatnonzero(labels == label)
+            if not len(items):
+                raise DatasetError(f"no {word} tiles to train on; training needs both classes")
+            self._pools.append(self._by_slide(items))
+        self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
+        self._hard_share = 0.0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draw of epoch `epoch` (counted from 0)."""
+        self.epoch = epoch
+
+    def set_hard(self, items: npt.ArrayLike, share: float) -> None:
+        """From now on, take `share` of the normal draws of an epoch from `items`, evenly over them.
+
+        The rest is drawn evenly over the slides, as before. With no items every draw is as before.
+
+        Args:
+            items: normal items, in any order, such as those of `medsd.training.hard_negatives`.
+            share: 0 to 1.
+
+        Raises:
+            DatasetError: an item is not there, or not normal.
+            ConfigError: `share` is out of its range.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"hard_negative_share={share!r}: allowed is 0 to 1")
+        hard = np.unique(np.asarray(items, np.intp))
+        inside = hard[(hard >= 0) & (hard < len(self._labels))]
+        if len(inside) < len(hard) or (self._labels[hard] != 0).any():
+            raise DatasetError("hard negatives: some items are not normal tiles of this data set; find them again")
+        self._hard, self._hard_share = hard, share
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        tumour = self.samples // 2
+        normal = self.samples - tumour
+        hard = round(self._hard_share * normal) if len(self._hard) else 0
+        runs: list[npt.NDArray[np.intp]] = []
+        for pools, of_class in zip(self._pools, (normal - hard, tumour), strict=True):
+            share, left_over = divmod(of_class, len(pools))
+            for rank, number in enumerate(generator.permutation(len(pools))):
+                runs += self._runs(_draw(pools[number], share + (rank < left_over), generator))
+        for drawn in self._by_slide(_draw(self._hard, hard, generator)) if hard else ():
+            runs += self._runs(drawn)
+        for number in generator.permutation(len(runs)):
+            yield from runs[number].tolist()
+
+    def _by_slide(self, items: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        """The items of each slide that has some, in the order of the slides' names and then as given."""
+        slide = self._slide[items]
+        order = np.argsort(slide, kind="stable")
+        return np.split(items[order], np.flatnonzero(np.diff(slide[order])) + 1)
+
+    def _runs(self, drawn: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        return [drawn[start : start + self.run] for start in range(0, len(drawn), self.run)]
+
+
+def _draw(pool: npt.NDArray[np.intp], count: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:
+    rounds = [generator.permutation(pool) for _ in range(-(-count // len(pool)))]
+    return np.concatenate([pool[:0], *rounds])[:count]

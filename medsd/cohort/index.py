@@ -1,0 +1,228 @@
+"""A table of tiles: numpy columns, no Python object per tile."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.errors import ConfigError, DatasetError
+from medsd.files import atomic_path
+from medsd.annotations import Annotations, tumour_share
+from medsd.slides.slide import Slide
+from medsd.slides.tissue import TissueMask
+
+TUMOUR, NORMAL, MIXED = 1, 0, -1
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """The grid that tiles are cut on.
+
+    Attributes:
+        tile_px: side of a tile in pixels at `mpp`.
+        stride_px: step between tiles in pixels at `mpp`.
+        mpp: micrometres per pixel of a tile.
+        min_tissue: least share of a tile's area that is tissue, 0 to 1.
+        tumour_from: share of a tile's area inside the annotation from which it is a tumour tile. Tiles that
+            touch the annotation but hold less are mixed and used neither for training nor for scores (our choice).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    tile_px: int
+    stride_px: int
+    mpp: float
+    min_tissue: float = 0.5
+    tumour_from: float = 0.5
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("tile_px", self.tile_px >= 1, "1 or more"),
+            ("stride_px", self.stride_px >= 1, "1 or more"),
+            ("mpp", 0 < self.mpp < float("inf"), "a positive number"),
+            ("min_tissue", 0 <= self.min_tissue <= 1, "0 to 1"),
+            ("tumour_from", 0 < self.tumour_from <= 1, "above 0, to 1"),
+        ]
+        for name, good, allowed in checks:
+            if not good:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
+
+
+@dataclass(frozen=True)
+class TileIndex:
+    """Tiles of several slides, one row a tile in every column.
+
+    Attributes:
+        names: names of the slides.
+        paths: the slides' files.
+        slide_mpp: micrometres per level-0 pixel that each slide was indexed with; None where it could not be opened.
+        slide: (n,) int32, number of the tile's slide in `names`.
+        x, y: (n,) int32, top left corner in level-0 pixels.
+        label: (n,) int8: 1 tumour, 0 normal, -1 mixed or not known.
+        tissue: (n,) float32, share of the tile that is tissue.
+        tile_px: side of a tile in pixels at `mpp`.
+        mpp: micrometres per pixel of a tile.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    slide_mpp: tuple[float | None, ...]
+    slide: npt.NDArray[np.int32]
+    x: npt.NDArray[np.int32]
+    y: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int8]
+    tissue: npt.NDArray[np.float32]
+    tile_px: int
+    mpp: float
+
+    def __len__(self) -> int:
+        return len(self.slide)
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> TileIndex:
+        """The index with the chosen rows only; the slides stay as they are."""
+        columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
+        return replace(self, **columns)
+
+    def of_slides(self, names: Sequence[str]) -> TileIndex:
+        """The labelled tiles (tumour or normal) of the named slides."""
+        numbers = [self.names.index(name) for name in names]
+        return self.rows(np.isin(self.slide, numbers) & (self.label != MIXED))
+
+    def save(self, path: str | Path) -> None:
+        """Write the index as a NumPy archive (no pickle)."""
+        head = json.dumps({name: getattr(self, name) for name in _HEAD})
+        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+            np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in COLUMNS})
+
+    @staticmethod
+    def load(path: str | Path) -> TileIndex:
+        """Read an index written by `save`.
+
+        Raises:
+            DatasetError: the file is missing, is no tile index, or is one of an earlier version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS}
+                earlier = "names" in head and "slide_mpp" not in head
+                index = None if earlier else _checked(head, columns)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{path}: no tile index; {_FIX} first") from error
+        except _NOT_AN_INDEX as error:
+            raise DatasetError(f"{path}: not a tile index ({error}); delete it, then {_FIX}") from error
+        if index is None:
+            raise DatasetError(f"{path}: of an earlier version, without the slides' scales; {_FIX} again")
+        return index
+
+
+_FIX = "run the stage 'prepare' (or medsd tiles)"
+_HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
+COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
+# What NumPy, zip and JSON raise for files that are damaged or hold something else.
+_NOT_AN_INDEX = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> TileIndex:
+    """The index of a file's content; ValueError where the content contradicts itself."""
+    names, rows = head["names"], len(columns["slide"])
+    for name, dtype in COLUMNS.items():
+        if columns[name].shape != (rows,) or columns[name].dtype != dtype:
+            raise ValueError(f"column '{name}' is not {rows} values of {np.dtype(dtype)}")
+    scales = tuple(None if scale is None else float(scale) for scale in head["slide_mpp"])
+    if not len(head["paths"]) == len(scales) == len(names) or (
+        rows and not 0 <= columns["slide"].min() <= columns["slide"].max() < len(names)
+    ):
+        raise ValueError("tiles of slides that are not named")
+    if any((scales[number] or 0.0) <= 0 for number in np.unique(columns["slide"])):
+        raise ValueError("tiles of a slide without a scale")
+    return TileIndex(
+        tuple(names), tuple(head["paths"]), scales, tile_px=int(head["tile_px"]), mpp=float(head["mpp"]), **columns
+    )
+
+
+def tiles_of_slide(
+    slide: Slide, name: str, grid: TileGrid, tissue: TissueMask, annotations: Annotations | None = None
+) -> TileIndex:
+    """The tiles of one slide that hold enough tissue, in row-major order.
+
+    Tiles start on multiples of the stride from the slide's origin and lie wholly inside the slide. Without
+    annotations every tile is normal.
+    """
+    level0_per_px = grid.mpp / slide.mpp
+    side, stride = grid.tile_px * level0_per_px, grid.stride_px * level0_per_px
+    x, y = (places.ravel() for places in np.meshgrid(*(_places(length, side, stride) for length in slide.dimensions)))
+    share = tissue.share(x, y, side)
+    kept = share >= grid.min_tissue
+    x, y, share = x[kept], y[kept], share[kept]
+    label = np.zeros(len(x), np.int8)
+    if annotations is not None:
+        tumour = tumour_share(annotations, x, y, side)
+        label[tumour > 0] = MIXED
+        label[tumour >= grid.tumour_from] = TUMOUR
+    return TileIndex(
+        names=(name,),
+        paths=(str(slide.path),),
+        slide_mpp=(slide.mpp,),
+        slide=np.zeros(len(x), np.int32),
+        x=x.astype(np.int32),
+        y=y.astype(np.int32),
+        label=label,
+        tissue=share.astype(np.float32),
+        tile_px=grid.tile_px,
+        mpp=grid.mpp,
+    )
+
+
+def no_tiles(name: str, path: str, slide_mpp: float | None, grid: TileGrid) -> TileIndex:
+    """The index of a slide that has no tile."""
+    empty = {column: np.zeros(0, dtype) for column, dtype in COLUMNS.items()}
+    return TileIndex((name,), (path,), (slide_mpp,), tile_px=grid.tile_px, mpp=grid.mpp, **empty)
+
+
+def _places(length: int, side: float, stride: float) -> npt.NDArray[np.float64]:
+    """Whole starts of tiles of `side` on [0, length], in float64."""
+    last = length - side + 1e-6
+    # Rounding must not push the last tile over the slide's edge.
+    starts = np.rint(np.arange(0, last, stride, dtype=np.float64))
+    return np.minimum(starts, np.floor(last))
+
+
+def join(parts: Sequence[TileIndex]) -> TileIndex:
+    """One index of several slides; all parts share tile size and mpp, and slide names are unique.
+
+    Raises:
+        DatasetError: two slides of one name, no part, or parts of different grids.
+    """
+    names = tuple(name for part in parts for name in part.names)
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DatasetError(f"two slides are named '{twice[0]}'; rename one (outputs are kept by slide name)")
+    if len({(part.tile_px, part.mpp) for part in parts}) != 1:
+        raise DatasetError(f"tile indexes of different tile sizes cannot be joined; {_FIX} again")
+    offsets = np.cumsum([0] + [len(part.names) for part in parts])
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    numbers = [part.slide + offset for part, offset in zip(parts, offsets, strict=False)]
+    columns["slide"] = np.concatenate(numbers).astype(np.int32)
+    paths = tuple(path for part in parts for path in part.paths)
+    scales = tuple(scale for part in parts for scale in part.slide_mpp)
+    return TileIndex(names, paths, scales, tile_px=parts[0].tile_px, mpp=parts[0].mpp, **columns)

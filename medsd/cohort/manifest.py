@@ -1,0 +1,278 @@
+"""Which slides a cohort has: a folder that is searched, or a table that lists them.
+
+slide,mpp,label,annotation
+case_01.svs,,tumor,outlines/case_01.xml
+case_02.tif,0.25,normal,
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from medsd.errors import DatasetError, nearest
+from medsd.cohort.camelyon import LABELS, SlideEntry, check_names
+from medsd.slides.mpp import PLAUSIBLE_MPP
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("slide", "mpp", "label", "annotation")
+"""Columns of a manifest; the first must be there."""
+
+_FILES = ".svs .tif .tiff .btf .ndpi .mrxs .scn .bif .dcm .vms .vmu .svslide .jp2"
+SLIDE_SUFFIXES = (*_FILES.split(), ".zarr")
+"""How names of slides end; `.zarr` is a folder."""
+
+ANNOTATION_SUFFIXES = (".xml", ".geojson", ".json", ".tif", ".tiff", ".xml.gz", ".geojson.gz", ".json.gz")
+"""How names of annotations end, after the slide's name."""
+
+_MASK = "_mask"
+# float() also takes "1_0", "nan" and digits of other scripts.
+_NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", re.ASCII)
+
+
+def find_cohort(
+    source: str | Path,
+    manifest: str | Path | None = None,
+    annotations: str | Path | None = None,
+    leave_out: str | Path | None = None,
+) -> list[SlideEntry]:
+    """The slides of a folder, of a manifest, or those of a folder that a manifest lists.
+
+    Args:
+        source: a folder, see `search_folder`, or a manifest (`.csv`).
+        manifest: a table of the slides in `source`; other slides there are left out.
+        annotations: folder of files `<slide's name>.xml` and the like, for slides whose manifest names none.
+        leave_out: a folder in `source` that is not searched (that of the outputs).
+
+    Returns:
+        entries with absolute paths.
+
+    Raises:
+        DatasetError: no slides, two of one name, a mistake in the manifest, or no such folder.
+    """
+    source = Path(source)
+    if source.suffix.lower() == ".csv" and not source.is_dir():
+        if manifest is not None:
+            raise DatasetError(f"{source}: a manifest, as is {manifest}; give one, or a folder and one")
+        entries = read_manifest(source)
+    elif manifest is not None:
+        entries = read_manifest(manifest, source)
+        unlisted = len(set(_slide_files(source, leave_out)) - {entry.path for entry in entries})
+        if unlisted:
+            logger.warning("%s: %d slides that %s does not list are left out", source, unlisted, manifest)
+    else:
+        entries = search_folder(source, leave_out)
+    return entries if annotations is None else _with_annotations(entries, Path(annotations))
+
+
+def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> list[SlideEntry]:
+    """The slides in a folder and the folders in it, by name; nothing is known of their labels.
+
+    Left out are hidden files and folders, masks (`*_mask.tif`, CAMELYON's word), and of a DICOM series all files but
+    the largest. Links are followed.
+
+    Args:
+        folder: where to look.
+        leave_out: a folder that is not searched.
+
+    Raises:
+        DatasetError: no such folder, no slide in it, or two of one name.
+    """
+    files = _slide_files(folder, leave_out)
+    if not files:
+        raise DatasetError(f"{folder}: no slides; their names end in {' '.join(SLIDE_SUFFIXES)}")
+    entries = [SlideEntry(path.stem, path, None, "", None) for path in files]
+    check_names(entries)
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _slide_files(folder: str | Path, leave_out: str | Path | None) -> list[Path]:
+    found = list(_walk(Path(folder), None if leave_out is None else os.path.realpath(leave_out)))
+    slides = [path for path in found if not path.stem.lower().endswith(_MASK)]
+    if len(found) > len(slides):
+        logger.info("%s: %d files named *%s.* are left out", folder, len(found) - len(slides), _MASK)
+    dicom = [path for path in slides if path.suffix.lower() == ".dcm"]
+    kept = set(_one_of_a_series(dicom))
+    return [path for path in slides if path in kept or path.suffix.lower() != ".dcm"]
+
+
+def _walk(folder: Path, leave_out: str | None) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder; name one with slides, or a manifest (.csv)")
+    seen = {leave_out}
+    for base, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        stores = sorted(name for name in folders if name.lower().endswith(".zarr"))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in stores)
+        for name in [*stores, *sorted(files)]:
+            if name.lower().endswith(SLIDE_SUFFIXES) and not name.startswith("."):
+                yield Path(base, name)
+
+
+def _one_of_a_series(files: Sequence[Path]) -> list[Path]:
+    """The largest file of each DICOM series in a folder; OpenSlide finds the others by it."""
+    if not files:
+        return []
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+
+    largest: dict[tuple[Path, str], tuple[int, Path]] = {}
+    for path in files:
+        try:
+            header = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            series = str(header.get("SeriesInstanceUID", path.name))
+        except (InvalidDicomError, OSError, ValueError, EOFError, AttributeError, KeyError, NotImplementedError):
+            series = path.name  # a slide of its own, which opening it will call damaged
+        key = path.parent, series
+        largest[key] = max(largest.get(key, (-1, path)), (path.stat().st_size, path))
+    return sorted(path for _, path in largest.values())
+
+
+def _with_annotations(entries: Sequence[SlideEntry], folder: Path) -> list[SlideEntry]:
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder; name the one that holds the annotations")
+    annotated = []
+    for entry in entries:
+        stems = (entry.name, entry.name + _MASK)
+        found = [folder / f"{stem}{suffix}" for stem in stems for suffix in ANNOTATION_SUFFIXES]
+        absolute = [Path(os.path.abspath(path)) for path in found if path.is_file()]
+        files = [path for path in absolute if path != entry.path]
+        if len(files) > 1 and entry.annotation is None:
+            names = ", ".join(path.name for path in files)
+            raise DatasetError(f"{folder}: slide '{entry.name}' has several annotations ({names}); keep one")
+        annotation = entry.annotation or (files[0] if files else None)
+        annotated.append(SlideEntry(entry.name, entry.path, entry.label, entry.part, annotation, entry.mpp))
+    if not any(entry.annotation for entry in annotated):
+        raise DatasetError(
+            f"{folder}: no annotation of any slide; they are named as the slides, '{entries[0].name}.xml'"
+        )
+    return annotated
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None) -> list[SlideEntry]:
+    """The slides that a table lists: columns `slide` and, as far as they are needed, `mpp`, `label`, `annotation`.
+
+    UTF-8, comma separated, first row the column names; empty rows count but say nothing. An empty cell means: the
+    file's own mpp, no label, no annotation. Labels are "tumor", "tumour" or "normal". Files named relatively lie in
+    `root` (links in it are followed), others are named with their whole path.
+
+    Args:
+        path: the table.
+        root: folder that relative names start from; None for the table's own.
+
+    Returns:
+        entries in the order of the table, with absolute paths.
+
+    Raises:
+        DatasetError: the first mistake, with its row and column and what to do.
+    """
+    path = Path(path)
+    root = Path(os.path.abspath(path.parent if root is None else root))
+    rows = list(enumerate(_rows(path), start=1))
+    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    _check_header(path, header)
+    entries: list[SlideEntry] = []
+    places: dict[str, int] = {}
+    for number, cells in rows[1:]:
+        if not any(cell.strip() for cell in cells):
+            continue
+        where = f"{path}: row {number}"
+        if len(cells) != len(header):
+            raise DatasetError(
+                f"{where}: {len(cells)} cells where the first row has {len(header)}; quote cells that hold a comma"
+            )
+        entry = _entry(dict(zip(header, (cell.strip() for cell in cells), strict=True)), root, where)
+        other = places.setdefault(entry.name.casefold(), number)
+        if other != number:
+            raise DatasetError(f"{where}, column 'slide': row {other} has a slide of this name; rename or drop one")
+        entries.append(entry)
+    if not entries:
+        raise DatasetError(f"{path}: lists no slide; give one a row below the column names")
+    return entries
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}); name a manifest (.csv)") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise DatasetError(f"{path}: row {number}: not UTF-8; save the table as CSV in UTF-8") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not all(character.isprintable() or character == "\t" for character in line):
+            raise DatasetError(f"{path}: row {number}: characters that are no text; save the table as CSV in UTF-8")
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise DatasetError(f"{path}: not a table ({error}); close every quote") from error
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    where = f"{path}: row 1"
+    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise DatasetError(f"{where}: cells are separated by {word}; save the table with commas")
+    for name in header:
+        if name not in COLUMNS:
+            raise DatasetError(f"{where}: column '{name}' is unknown{nearest(name, COLUMNS)} ({', '.join(COLUMNS)})")
+        if header.count(name) > 1:
+            raise DatasetError(f"{where}: column '{name}' is there twice; drop one")
+    if "slide" not in header:
+        raise DatasetError(f"{where}: no column 'slide'; the first row names the columns, {','.join(COLUMNS)}")
+
+
+def _entry(cells: Mapping[str, str], root: Path, where: str) -> SlideEntry:
+    slide = _file(cells["slide"], root, f"{where}, column 'slide'")
+    annotation = cells.get("annotation", "")
+    label = cells.get("label", "").lower()
+    if label and label not in LABELS:
+        raise DatasetError(f"{where}, column 'label': '{label}' is unknown; use 'normal', 'tumor' or nothing")
+    return SlideEntry(
+        slide.stem,
+        slide,
+        LABELS[label] if label else None,
+        "",
+        _file(annotation, root, f"{where}, column 'annotation'") if annotation else None,
+        _mpp(cells.get("mpp", ""), f"{where}, column 'mpp'"),
+    )
+
+
+def _file(text: str, root: Path, where: str) -> Path:
+    """An existing file, or a Zarr folder."""
+    if not text:
+        raise DatasetError(f"{where}: empty; name a file")
+    path = Path(os.path.normpath(root / text))
+    if not Path(text).is_absolute() and not path.is_relative_to(root):
+        raise DatasetError(f"{where}: '{text}' leads out of {root}; give the whole path of a file elsewhere")
+    try:
+        there = path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()
+    except OSError as error:
+        raise DatasetError(f"{where}: '{text}' is no name of a file ({error.strerror}); correct it") from error
+    if not there:
+        raise DatasetError(f"{where}: no file {path}; correct the name, which starts from {root}")
+    return path
+
+
+def _mpp(text: str, where: str) -> float | None:
+    if not text:
+        return None
+    if not _NUMBER.fullmatch(text):
+        raise DatasetError(f"{where}: '{text}' is no number; give micrometres per level-0 pixel, as 0.25, or nothing")
+    value = float(text)
+    low, high = PLAUSIBLE_MPP
+    if not low <= value <= high:
+        raise DatasetError(f"{where}: {text} is outside {low:g} to {high:g}; give micrometres per level-0 pixel")
+    return value

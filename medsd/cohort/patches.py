@@ -1,0 +1,186 @@
+"""A folder of patches with a table of labels, such as PatchCamelyon."""
+
+from __future__ import annotations
+
+import csv
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from medsd.errors import DatasetError, nearest
+from medsd.cohort.dataset import Sample
+
+# What Pillow raises for damaged bytes, and for pictures too large to be a patch.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class PatchTable:
+    """Patches on disk, one row a patch in every column.
+
+    Attributes:
+        paths: the patches' files.
+        label: (n,) int8, 1 tumour, 0 normal.
+        group: (n,) str, what must not be split (stain cluster, slide).
+    """
+
+    paths: tuple[Path, ...]
+    label: npt.NDArray[np.int8]
+    group: npt.NDArray[np.str_]
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> PatchTable:
+        """The table with the chosen rows only."""
+        paths = tuple(path for path, keep in zip(self.paths, chosen, strict=True) if keep)
+        return PatchTable(paths, self.label[chosen], self.group[chosen])
+
+
+def read_patch_table(folder: str | Path, group_column: str) -> PatchTable:
+    """Read `labels.csv` (columns `id`, `label`, and the one named) and find each patch's file below `folder`.
+
+    Raises:
+        DatasetError: no folder or table, a missing column, an unknown label, a patch without a file, in two files
+            or in two rows; the message names the row.
+    """
+    folder = Path(folder)
+    table = folder / "labels.csv"
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder; set dataset_dir to a folder with labels.csv and patches")
+    if not table.is_file():
+        raise DatasetError(f"{table}: missing; it must have the columns id, label, {group_column}")
+    rows = _read_rows(table, ("id", "label", group_column))
+    if not rows:
+        raise DatasetError(f"{table}: no rows; it must list patches")
+    files = _patch_files(folder)
+    chosen: dict[Path, int] = {}
+    for number, (name, label, group) in enumerate(rows, start=2):
+        place = f"{table}: row {number}"
+        if label not in ("0", "1"):
+            raise DatasetError(f"{place}: label '{label}' unknown; use 0 or 1")
+        if not group:
+            raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
+        if name not in files:
+            raise DatasetError(f"{place}: no patch named '{name}' below {folder}; add the file or delete the row")
+        if len(files[name]) > 1:
+            raise DatasetError(f"{place}: '{name}' is both {files[name][0]} and {files[name][1]}; delete one")
+        if files[name][0] in chosen:
+            raise DatasetError(f"{place}: '{name}' is also in row {chosen[files[name][0]]}; keep one")
+        chosen[files[name][0]] = number
+    labels = np.array([int(label) for _, label, _ in rows], np.int8)
+    return PatchTable(tuple(chosen), labels, np.array([group for _, _, group in rows]))
+
+
+def _read_rows(table: Path, columns: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+    """The three columns of a CSV table with a header; cells that are not there are empty."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle, restval="")
+            header = list(reader.fieldnames or ())
+            for column in columns:
+                if column not in header:
+                    hint = nearest(column, header)
+                    raise DatasetError(f"{table}: column '{column}' missing{hint or '; add it'}")
+            first, second, third = columns
+            return [(row[first], row[second], row[third]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{table}: not a table in UTF-8 ({error}); save it as CSV") from error
+
+
+def _patch_files(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            files.setdefault(path.stem, []).append(path)
+    return files
+
+
+class PatchDataset(Dataset[Sample]):
+    """Patches as {"image": (3, height, width) uint8, "label": int64}.
+
+    Args:
+        table: the patches.
+        side_px: side of the centred square that patches are cropped to; None leaves them whole.
+
+    Raises (when an item is read):
+        DatasetError: a patch cannot be decoded, or is smaller than `side_px`.
+    """
+
+    def __init__(self, table: PatchTable, side_px: int | None = None) -> None:
+        self.table = table
+        self.side_px = side_px
+        self.labels = table.label
+        self.groups = table.group
+
+    def __len__(self) -> int:
+        return len(self.table.paths)
+
+    def __getitem__(self, item: int) -> Sample:
+        path = self.table.paths[item]
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except _DAMAGED as error:
+            raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
+        if self.side_px is not None:
+            pixels = _centre(path, pixels, self.side_px)
+        return {
+            "image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+            "label": torch.tensor(int(self.labels[item])),
+        }
+
+
+def _centre(path: Path, pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    if min(height, width) < side_px:
+        raise DatasetError(f"{path}: {width} x {height} px is smaller than tile_px={side_px}; lower tile_px")
+    top, left = (height - side_px) // 2, (width - side_px) // 2
+    return pixels[top : top + side_px, left : left + side_px]
+
+
+def split_groups(
+    table: PatchTable, shares: tuple[float, float], seed: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Training, validation and test rows; every group lies on one side.
+
+    Groups are shuffled by the seed, then dealt to the test and validation sides until each holds its share of rows.
+
+    Args:
+        table: the patches.
+        shares: shares of rows for validation and test.
+        seed: shuffles the groups.
+
+    Raises:
+        DatasetError: too few groups, or a side with one class only.
+    """
+    groups = np.unique(table.group)
+    if len(groups) < 3:
+        raise DatasetError(f"labels.csv: {len(groups)} group(s); at least 3 are needed to split by group")
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    sides = []
+    for share in shares:
+        side = np.zeros(len(table.group), bool)
+        while side.mean() < share and len(order) > 1:
+            side |= table.group == order.pop()
+        sides.append(side)
+    validation, test = sides
+    training = ~validation & ~test
+    for side, word in ((training, "training"), (validation, "validation"), (test, "test")):
+        if len(np.unique(table.label[side])) < 2:
+            raise DatasetError(f"labels.csv: the {word} side has one class only; change the seed or the shares")
+    return training, validation, test

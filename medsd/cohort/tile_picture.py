@@ -1,0 +1,124 @@
+"""A slide with its tissue and tiles as one picture, to see at a glance what was taken and what was not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
+
+from medsd.files import atomic_path
+from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex
+from medsd.slides.slide import Slide, thumbnail
+from medsd.slides.tissue import TissueMask
+
+_LONGEST_PX = 1280
+_NARROWEST_PX = 720
+_FOOTER_PX = 58
+_MARGIN_PX = 12
+_INK = (28, 31, 35)
+_WHITE = (255, 255, 255)
+_OUTLINE = (0, 120, 60)
+_UNSEEN = (230, 120, 0)
+_COLOURS = {TUMOUR: (214, 39, 40), NORMAL: (31, 119, 180), MIXED: (90, 90, 90)}
+# Opacities, of 255: stained nuclei must stay visible through a tile.
+_FILL, _EDGE = 48, 230
+_SMALLEST_EDGED_PX = 16
+
+
+def draw_tiles(
+    path: str | Path,
+    slide: Slide,
+    tiles: TileIndex,
+    tissue: TissueMask,
+    unseen: npt.NDArray[np.bool_],
+    labelled: bool,
+) -> None:
+    """Draw the slide, the outline of its tissue, its tiles by label, and a legend with their numbers, as PNG.
+
+    Args:
+        path: the file, written atomically.
+        slide: the slide, open.
+        tiles: its tiles, those that could not be decoded too.
+        tissue: its tissue.
+        unseen: (n,) True where a tile could not be decoded.
+        labelled: whether the labels of the tiles mean anything.
+
+    Raises:
+        OutputError: the file cannot be written.
+        SlideError: the slide cannot be read.
+    """
+    pixels, level0_px = thumbnail(slide, _LONGEST_PX)
+    pixels = pixels.copy()
+    height, width = pixels.shape[:2]
+    inside = tissue.at(width, height, level0_px) >= 0.5
+    pixels[inside & ~binary_erosion(inside, iterations=2)] = _OUTLINE
+    picture = Image.new("RGB", (max(width, _NARROWEST_PX), height + _FOOTER_PX), "white")
+    side = tiles.tile_px * tiles.mpp / slide.mpp / level0_px
+    colours = [
+        _UNSEEN if lost else _COLOURS[label if labelled else NORMAL]
+        for lost, label in zip(unseen.tolist(), tiles.label.tolist(), strict=True)
+    ]
+    layer = _layer((width, height), tiles.x / level0_px, tiles.y / level0_px, side, colours)
+    picture.paste(Image.alpha_composite(Image.fromarray(pixels).convert("RGBA"), layer).convert("RGB"))
+    _footer(ImageDraw.Draw(picture), height, slide, tiles, _legend(tiles, tissue, unseen, labelled))
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def _layer(
+    size: tuple[int, int],
+    x: npt.NDArray[np.float64],
+    y: npt.NDArray[np.float64],
+    side: float,
+    colours: Sequence[tuple[int, int, int]],
+) -> Image.Image:
+    """Squares alone, translucent, in picture pixels; where they overlap, the last is on top."""
+    layer = Image.new("RGBA", size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(layer)
+    # Small tiles have no edge, which would cover the tissue, and no gap between them.
+    large = side >= _SMALLEST_EDGED_PX
+    inset = 1 if large else 0
+    for place_x, place_y, colour in zip(x, y, colours, strict=True):
+        left, top = math.floor(place_x), math.floor(place_y)
+        right, bottom = math.floor(place_x + side) - 1, math.floor(place_y + side) - 1
+        corners = (left + inset, top + inset, max(left, right - inset), max(top, bottom - inset))
+        draw.rectangle(corners, fill=(*colour, _FILL), outline=(*colour, _EDGE) if large else None)
+    return layer
+
+
+def _legend(
+    tiles: TileIndex, tissue: TissueMask, unseen: npt.NDArray[np.bool_], labelled: bool
+) -> list[tuple[str, tuple[int, int, int]]]:
+    if not tissue.mask.any():
+        return [("no tissue found", _WHITE)]
+    kinds = [(TUMOUR, "tumour"), (NORMAL, "normal"), (MIXED, "mixed")] if labelled else [(MIXED, "tiles")]
+    counts = [(int(((tiles.label == label) & ~unseen).sum()), word, label) for label, word in kinds]
+    legend = [(f"{count} {word}", _COLOURS[label if labelled else NORMAL]) for count, word, label in counts if count]
+    if unseen.any():
+        legend.append((f"{int(unseen.sum())} damaged", _UNSEEN))
+    return [("tissue outline", _OUTLINE), *(legend or [("no tiles", _WHITE)])]
+
+
+def _footer(
+    draw: ImageDraw.ImageDraw,
+    top: int,
+    slide: Slide,
+    tiles: TileIndex,
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+) -> None:
+    """Two lines: what the picture shows, and the legend."""
+    font = ImageFont.load_default(15)
+    size_mm = " x ".join(f"{length * slide.mpp / 1000:.1f}" for length in slide.dimensions)
+    name = tiles.names[0] if len(tiles.names[0]) <= 48 else f"{tiles.names[0][:30]}...{tiles.names[0][-15:]}"
+    text = f"{name}   {size_mm} mm   tiles of {tiles.tile_px} px at {tiles.mpp:g} um per px"
+    draw.text((_MARGIN_PX, top + 8), text, _INK, font)
+    x = float(_MARGIN_PX)
+    for word, colour in legend:
+        draw.rectangle((x, top + 34, x + 12, top + 46), fill=colour)
+        draw.text((x + 19, top + 31), word, _INK, font)
+        x += 19 + draw.textlength(word, font) + 22

@@ -1,1 +1,0 @@
-"""Training objectives for explanations, and the steps that MONAI's engines call."""

@@ -1,0 +1,1 @@
+"""Losses for explanations: SaliencyDecor, AIM, decorrelation, masking."""

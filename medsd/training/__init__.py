@@ -1,0 +1,1 @@
+"""What every training shares: the step MONAI's engines call, the loop, ranks, checkpoint, augmentation, prediction."""

@@ -1,0 +1,70 @@
+"""Class probabilities of tiles and patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from medsd.networks.modes import evaluating
+from medsd.progress import Progress, no_progress
+from medsd.cohort.dataset import Sample
+
+
+def predict(
+    classifier: nn.Module,
+    dataset: Dataset[Sample],
+    target: int = 1,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress = no_progress,
+    temperature: float = 1.0,
+) -> npt.NDArray[np.float32]:
+    """Probability of the class `target` for every item, (n,) float32: softmax(logits / temperature).
+
+    The other arguments are those of `predict_logits`.
+    """
+    logits = predict_logits(classifier, dataset, batch_size, workers, progress)
+    if not len(logits):
+        return np.zeros(0, np.float32)
+    return (torch.from_numpy(logits) / temperature).softmax(dim=1)[:, target].numpy()
+
+
+def predict_logits(
+    classifier: nn.Module,
+    dataset: Dataset[Sample],
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> npt.NDArray[np.float32]:
+    """Logits of every item, (n, classes) float32, in the order of the data set.
+
+    Args:
+        classifier: gives logits (B, classes) of uint8 images (B, 3, height, width); left in the mode it was in.
+        dataset: the items.
+        batch_size: items at once.
+        workers: processes that read; 0 reads in this one.
+        progress: shows the batches.
+    """
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    return collect(classifier, loader, progress)[0]
+
+
+def collect(
+    classifier: nn.Module, loader: Iterable[Any], progress: Progress = no_progress
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Logits (n, classes) float32 and labels (n,) int64 of the samples of all batches of a loader, in its order."""
+    device = next(classifier.parameters()).device
+    logits, labels = [], []
+    with evaluating(classifier), torch.inference_mode():
+        for batch in progress(loader, len(cast(Sized, loader)), "batch"):
+            logits.append(classifier(batch["image"].to(device)).float().cpu().numpy())
+            labels.append(batch["label"].numpy())
+    if not logits:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+    return np.concatenate(logits), np.concatenate(labels).astype(np.int64)

@@ -1,0 +1,254 @@
+"""Tables and folders of slides: what is taken, and what is said of every mistake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medsd.errors import DatasetError
+from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, read_manifest, search_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Slides, annotations and other files, all empty."""
+    for name in ("a.svs", "deep/b.tif", "deep/ä 1.ome.tif", "outlines/a.xml", "notes.txt", "deep/c.zarr/0/d.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "slides.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+FULL = "slide,mpp,label,annotation\na.svs,0.25,tumor,outlines/a.xml\ndeep/b.tif,,normal,\ndeep/ä 1.ome.tif,.5,,\n"
+
+
+def test_every_column_is_read_and_empty_cells_say_nothing(folder: Path) -> None:
+    assert read_manifest(str(write(folder, FULL))) == [
+        SlideEntry("a", folder / "a.svs", 1, "", folder / "outlines/a.xml", 0.25),
+        SlideEntry("b", folder / "deep/b.tif", 0, "", None, None),
+        SlideEntry("ä 1.ome", folder / "deep/ä 1.ome.tif", None, "", None, 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide\na.svs\n",
+        "\ufeffSlide\r\na.svs\r\n\r\n",  # as Excel saves it
+        " slide , label\n a.svs ,\n , \n",
+        'label,slide\n,"a.svs"',
+        "slide\n./deep/../a.svs\n",
+        "slide\n{folder}/a.svs\n",
+    ],
+)
+def test_tables_of_several_tastes(folder: Path, text: str) -> None:
+    entries = read_manifest(write(folder, text.replace("{folder}", str(folder))))
+    assert entries == [SlideEntry("a", folder / "a.svs", None, "", None, None)]
+
+
+def test_a_zarr_store_is_a_slide_though_a_folder(folder: Path) -> None:
+    assert read_manifest(write(folder, "slide\ndeep/c.zarr\n"))[0].name == "c"
+
+
+def test_relative_names_start_from_the_root_and_links_in_it_are_followed(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("tables")
+    (folder / "link").symlink_to(folder / "deep")
+    path = write(elsewhere, "slide\nb.tif\n")
+    assert read_manifest(path, folder / "link")[0].path == folder / "link" / "b.tif"
+    monkeypatch.chdir(folder)
+    assert read_manifest(path, "deep")[0].path == folder / "deep" / "b.tif"  # absolute, also where the root is not
+    with pytest.raises(DatasetError, match=r"row 2, column 'slide': no file .*b\.tif"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("name", ["../a.svs", "deep/../../a.svs", "b/../.."])
+def test_no_relative_name_leads_out_of_the_root(folder: Path, name: str) -> None:
+    path = write(folder, f"slide\n{name}\n")
+    with pytest.raises(DatasetError, match=r"row 2, column 'slide': '.*' leads out of .*deep; give the whole path"):
+        read_manifest(path, folder / "deep")
+    with pytest.raises(DatasetError, match=r"row 2, column 'annotation': '\.\./x\.xml' leads out"):
+        read_manifest(write(folder, "slide,annotation\na.svs,../x.xml\n"))
+
+
+MISTAKES = {
+    "": r"row 1: no column 'slide'; the first row names the columns",
+    "\n": r"row 1: no column 'slide'",
+    "name,mpp\na.svs,\n": r"row 1: column 'name' is unknown \(slide, mpp",
+    "slide,anotation\n": r"row 1: column 'anotation' is unknown; did you mean 'annotation'\?",
+    "mpp\n0.5\n": r"row 1: no column 'slide'",
+    "slide,mpp,mpp\n": r"row 1: column 'mpp' is there twice; drop one",
+    "slide;mpp\na.svs;1\n": r"row 1: cells are separated by semicolons; save the table with commas",
+    "slide\tmpp\n": r"row 1: cells are separated by tabs",
+    "slide,mpp\n": r"lists no slide",
+    "slide,mpp\n,0.5\n": r"row 2, column 'slide': empty; name a file",
+    "slide,mpp\na.svs,0,25\n": r"row 2: 3 cells where the first row has 2; quote cells that hold a comma",
+    "slide,mpp\n\na.svs\n": r"row 3: 1 cells where the first row has 2",
+    "slide,mpp\na.svs,abc\n": r"row 2, column 'mpp': 'abc' is no number; give micrometres per level-0 pixel, as 0\.25",
+    'slide,mpp\na.svs,"0,25"\n': r"row 2, column 'mpp': '0,25' is no number",
+    "slide,mpp\na.svs,nan\n": r"column 'mpp': 'nan' is no number",
+    "slide,mpp\na.svs,1_0\n": r"column 'mpp': '1_0' is no number",
+    "slide,mpp\na.svs,٣\n": r"column 'mpp': '٣' is no number",
+    "slide,mpp\na.svs,-0.5\n": r"column 'mpp': '-0\.5' is no number",
+    "slide,mpp\na.svs,0.001\n": r"column 'mpp': 0\.001 is outside 0\.05 to 20; give micrometres per level-0 pixel",
+    "slide,mpp\na.svs,1e999\n": r"column 'mpp': 1e999 is outside",
+    "slide,label\na.svs,maybe\n": r"row 2, column 'label': 'maybe' is unknown; use 'normal', 'tumor' or nothing",
+    "slide\nb.svs\n": r"row 2, column 'slide': no file .*b\.svs; correct the name, which starts from",
+    "slide\ndeep\n": r"row 2, column 'slide': no file .*deep",
+    f"slide\n{'x' * 300}.svs\n": r"row 2, column 'slide': ",
+    "slide,annotation\na.svs,a.xml\n": r"row 2, column 'annotation': no file .*a\.xml",
+    "slide\na.svs\na.svs\n": r"row 3, column 'slide': row 2 has a slide of this name; rename or drop one",
+    'slide\n"a.svs\n': r"not a table \(.*\); close every quote",
+    "slide\na.svs\nb\0.svs\n": r"row 3: characters that are no text; save the table as CSV in UTF-8",
+    "slide\na\x1b[2J.svs\n": r"row 2: characters that are no text",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES.items())
+def test_every_mistake_is_one_line_with_its_row(folder: Path, text: str, words: str) -> None:
+    path = write(folder, text)
+    with pytest.raises(DatasetError, match=words) as caught:
+        read_manifest(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("slide\na.svs\nä.svs\n".encode("latin-1"), "row 3: not UTF-8; save the table as CSV in UTF-8"),
+        ("slide\na.svs\n".encode("utf-16"), "row 1: not UTF-8"),
+        ("slide\na.svs\n".encode("utf-16-le"), "row 1: characters that are no text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "row 1: not UTF-8"),
+    ],
+)
+def test_other_encodings_are_named(folder: Path, data: bytes, words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        read_manifest(write(folder, data))
+
+
+def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"none\.csv: cannot be read \(No such file"):
+        read_manifest(tmp_path / "none.csv")
+
+
+@settings(deadline=None)
+@given(data=st.one_of(st.binary(max_size=80), st.text(max_size=80).map(lambda text: ("slide\n" + text).encode())))
+def test_no_table_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.raises(DatasetError) as caught:
+        read_manifest(write(folder, data))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_searched(folder: Path) -> None:
+    for name in (".hidden.svs", ".trash/x.svs", "a_mask.tif", "b_Mask.TIF", "out/overlay.tif", "UPPER.NDPI"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "loop").symlink_to(folder)
+    entries = search_folder(folder, leave_out=folder / "out")
+    assert entries == [
+        SlideEntry(name, folder / file, None, "", None)
+        for name, file in {
+            "UPPER": "UPPER.NDPI",
+            "a": "a.svs",
+            "b": "deep/b.tif",
+            "c": "deep/c.zarr",
+            "ä 1.ome": "deep/ä 1.ome.tif",
+        }.items()
+    ]
+
+
+def test_a_linked_folder_is_searched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cohort = tmp_path_factory.mktemp("cohort")
+    (cohort / "site").symlink_to(folder / "deep")
+    assert [entry.name for entry in search_folder(cohort)] == ["b", "c", "ä 1.ome"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], r"no slides; their names end in \.svs \.tif"),
+        (["x.txt", "y_mask.tif"], r"no slides"),
+        (["one/x.svs", "two/x.tif"], r"two/x\.tif: a slide of this name is also at .*one/x\.svs; rename one"),
+    ],
+)
+def test_folders_that_are_no_cohort(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match=words):
+        search_folder(tmp_path)
+    with pytest.raises(DatasetError, match=r"none: no such folder; name one with slides, or a manifest"):
+        search_folder(tmp_path / "none")
+
+
+def test_a_dicom_series_is_one_slide(shared_data: Path, tmp_path: Path) -> None:
+    for number in (0, 1):  # two levels of one slide
+        shutil.copyfile(shared_data / "wsi" / f"boxes_{number}.dcm", tmp_path / f"boxes_{number}.dcm")
+    shutil.copyfile(shared_data / "wsi" / "sm_image.dcm", tmp_path / "sm_image.dcm")
+    (tmp_path / "broken.dcm").write_bytes(b"no DICOM")
+    largest = max((0, 1), key=lambda number: (tmp_path / f"boxes_{number}.dcm").stat().st_size)
+    assert [entry.name for entry in search_folder(tmp_path)] == [f"boxes_{largest}", "broken", "sm_image"]
+
+
+def test_a_cohort_is_a_folder_a_table_or_both(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = write(folder, "slide,mpp\na.svs,0.3\n")
+    assert [entry.name for entry in find_cohort(folder)] == ["a", "b", "c", "ä 1.ome"]
+    assert not caplog.records
+    assert find_cohort(table) == read_manifest(table)
+    assert find_cohort(folder, table) == read_manifest(table)
+    assert "3 slides that" in caplog.text and "are left out" in caplog.text
+    with pytest.raises(DatasetError, match="a manifest, as is"):
+        find_cohort(table, table)
+
+
+def test_annotations_are_found_by_the_slides_name(folder: Path) -> None:
+    outlines = folder / "outlines"
+    (outlines / "b_mask.tif").touch()
+    (outlines / "unrelated.geojson").touch()
+    found = {entry.name: entry.annotation for entry in find_cohort(folder, annotations=outlines)}
+    assert found == {"a": outlines / "a.xml", "b": outlines / "b_mask.tif", "c": None, "ä 1.ome": None}
+    table = write(folder, "slide,annotation\na.svs,notes.txt\ndeep/b.tif,\n")  # the table's word counts
+    assert [entry.annotation for entry in find_cohort(table, annotations=outlines)] == [
+        folder / "notes.txt",
+        outlines / "b_mask.tif",
+    ]
+
+
+def test_annotations_that_cannot_be_told_apart_or_are_not_there(folder: Path) -> None:
+    (folder / "outlines" / "a.geojson").touch()
+    with pytest.raises(DatasetError, match=r"slide 'a' has several annotations \(a\.xml, a\.geojson\); keep one"):
+        find_cohort(folder, annotations=folder / "outlines")
+    (folder / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"no annotation of any slide; they are named as the slides, 'a\.xml'"):
+        find_cohort(folder, annotations=folder / "empty")
+    with pytest.raises(DatasetError, match=r"none: no such folder; name the one that holds the annotations"):
+        find_cohort(folder, annotations=folder / "none")
+
+
+def test_a_slide_beside_its_annotation_is_not_its_own(folder: Path) -> None:
+    (folder / "deep" / "b.xml").touch()
+    found: dict[str, Any] = {
+        entry.name: entry.annotation for entry in find_cohort(folder / "deep", annotations=folder / "deep")
+    }
+    assert found["b"] == folder / "deep" / "b.xml"
+
+
+def test_every_suffix_is_searched_for(tmp_path: Path) -> None:
+    for number, suffix in enumerate(SLIDE_SUFFIXES):
+        path = tmp_path / f"s{number:02}{suffix}"
+        path.mkdir() if suffix == ".zarr" else path.touch()
+    assert len(search_folder(tmp_path)) == len(SLIDE_SUFFIXES) == len(os.listdir(tmp_path))

@@ -1,0 +1,207 @@
+"""Patch folders: real PatchCamelyon patches to the bit, bad tables and files, and splits that keep groups whole."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medsd.errors import DatasetError
+from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+
+
+@pytest.fixture(scope="session")
+def pcam(shared_data: Path) -> PatchTable:
+    return read_patch_table(shared_data / "pcam_patches", "stain_cluster")
+
+
+def patch(seed: int, width: int = 12, height: int = 10) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four patches in two formats and folders."""
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for number, name in enumerate(["images/a.png", "images/b.png", "images/deep/c.webp", "d.tif"]):
+        Image.fromarray(patch(number)).save(tmp_path / name, lossless=True)
+    (tmp_path / "labels.csv").write_text("id,label,slide\na,0,s1\nb,1,s1\nc,1,s2\nd,0,s3\n")
+    return tmp_path
+
+
+def test_real_patches_are_decoded_to_the_bit(pcam: PatchTable) -> None:
+    data = PatchDataset(pcam)
+    assert len(data) == 1600 and int(data.labels.sum()) == 800
+    for item, path in enumerate(pcam.paths):
+        image = data[item]["image"]
+        assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
+        assert hashlib.sha1(image.permute(1, 2, 0).numpy().tobytes()).hexdigest() == path.stem
+
+
+def test_a_table_is_read_as_it_stands(folder: Path) -> None:
+    table = read_patch_table(str(folder), "slide")
+    assert [path.name for path in table.paths] == ["a.png", "b.png", "c.webp", "d.tif"]
+    assert table.label.tolist() == [0, 1, 1, 0] and table.label.dtype == np.int8
+    assert table.group.tolist() == ["s1", "s1", "s2", "s3"]
+    chosen = table.rows(np.array([True, False, False, True]))
+    assert [p.name for p in chosen.paths] == ["a.png", "d.tif"] and chosen.group.tolist() == ["s1", "s3"]
+
+
+def test_samples(folder: Path) -> None:
+    data = PatchDataset(read_patch_table(folder, "slide"))
+    assert len(data) == 4 and data.groups.tolist() == ["s1", "s1", "s2", "s3"]
+    for item in range(4):
+        sample = data[item]
+        assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), patch(item)) and sample["image"].is_contiguous()
+        assert sample["label"].dtype == torch.int64 and int(sample["label"]) == data.labels[item]
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[2]["image"], data[2]["image"])
+
+
+@pytest.mark.parametrize(("side", "top", "left"), [(10, 0, 1), (8, 1, 2), (7, 1, 2), (1, 4, 5)])
+def test_patches_are_cropped_around_their_centre(folder: Path, side: int, top: int, left: int) -> None:
+    image = PatchDataset(read_patch_table(folder, "slide"), side_px=side)[1]["image"]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), patch(1)[top : top + side, left : left + side])
+    assert image.is_contiguous()
+
+
+def test_patches_too_small_to_crop_are_named(folder: Path) -> None:
+    with pytest.raises(DatasetError, match=r"a\.png: 12 x 10 px is smaller than tile_px=11"):
+        PatchDataset(read_patch_table(folder, "slide"), side_px=11)[0]
+
+
+def test_grey_palette_and_alpha_become_rgb(folder: Path) -> None:
+    picture = Image.fromarray(patch(0))
+    for mode in ("L", "P", "RGBA", "1"):
+        picture.convert(mode).save(folder / "images/a.png")
+        assert PatchDataset(read_patch_table(folder, "slide"))[0]["image"].shape == (3, 10, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,label\na,0\n", r"labels\.csv: column 'slide' missing; add it"),
+        ("id,lable,slide\na,0,s\n", r"column 'label' missing; did you mean 'lable'\?"),
+        ("", r"column 'id' missing"),
+        ("id,label,slide\n", r"labels\.csv: no rows"),
+        ("id,label,slide\na,0,s\nb,tumor,s\n", r"row 3: label 'tumor' unknown; use 0 or 1"),
+        ("id,label,slide\na\n", r"row 2: label '' unknown"),
+        ("id,label,slide\na,1\n", r"row 2: slide is empty"),
+        ("id,label,slide\nzz,0,s\n", r"row 2: no patch named 'zz' below"),
+        ("id,label,slide\na,0,s\nb,0,s\na,1,t\n", r"row 4: 'a' is also in row 2"),
+    ],
+)
+def test_bad_tables_are_named(folder: Path, text: str, words: str) -> None:
+    (folder / "labels.csv").write_text(text)
+    with pytest.raises(DatasetError, match=words) as caught:
+        read_patch_table(folder, "slide")
+    assert str(folder / "labels.csv") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_encodings(folder: Path) -> None:
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text, encoding="utf-8-sig")
+    assert len(read_patch_table(folder, "slide").paths) == 4
+    (folder / "labels.csv").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DatasetError, match=r"labels\.csv: not a table in UTF-8"):
+        read_patch_table(folder, "slide")
+
+
+def test_missing_folders_tables_and_doubled_files(folder: Path) -> None:
+    with pytest.raises(DatasetError, match=r"absent: no such folder; set dataset_dir"):
+        read_patch_table(folder / "absent", "slide")
+    with pytest.raises(DatasetError, match=r"labels\.csv: missing; it must have the columns id, label, slide"):
+        read_patch_table(folder / "images", "slide")
+    (folder / "._a.png").touch()  # a copying tool's litter is no second 'a'
+    assert len(read_patch_table(folder, "slide").paths) == 4
+    Image.fromarray(patch(9)).save(folder / "a.png")
+    with pytest.raises(DatasetError, match=r"row 2: 'a' is both .*a\.png and .*a\.png; delete one"):
+        read_patch_table(folder, "slide")
+
+
+def test_a_patch_that_vanishes_is_named(folder: Path) -> None:
+    data = PatchDataset(read_patch_table(folder, "slide"))
+    (folder / "images/a.png").unlink()
+    with pytest.raises(DatasetError, match=r"a\.png: cannot be read as an image"):
+        data[0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("item", range(4))
+def test_damaged_images_are_the_error_or_pixels(folder: Path, item: int) -> None:
+    data = PatchDataset(read_patch_table(folder, "slide"))
+    path = data.table.paths[item]
+    whole = path.read_bytes()
+    generator = np.random.default_rng(item)
+    cases = [whole[:length] for length in range(0, len(whole), 5)]
+    for _ in range(150):
+        hurt = bytearray(whole)
+        for spot in generator.integers(0, len(whole), 4):
+            hurt[spot] = int(generator.integers(0, 256))
+        cases.append(bytes(hurt))
+    failures = 0
+    for case in cases:
+        path.write_bytes(case)
+        try:
+            assert data[item]["image"].dtype == torch.uint8
+        except DatasetError as error:
+            failures += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert failures > 20
+
+
+def table_of(groups: list[str], labels: list[int]) -> PatchTable:
+    return PatchTable(tuple(Path(f"{i}.png") for i in range(len(groups))), np.array(labels, np.int8), np.array(groups))
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1)), min_size=1, max_size=60),
+    shares=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    seed=st.integers(0, 1000),
+)
+def test_groups_stay_whole_or_the_split_is_refused(
+    rows: list[tuple[int, int]], shares: tuple[float, float], seed: int
+) -> None:
+    # Most groups get both classes, or hardly a split would succeed.
+    pairs = [pair for group, label in rows for pair in ((group, label), (group, 0 if group < 2 else 1 - label))]
+    table = table_of([f"g{group}" for group, _ in pairs], [label for _, label in pairs])
+    try:
+        sides = split_groups(table, shares, seed)
+    except DatasetError as error:
+        assert "labels.csv" in str(error)
+        return
+    assert (np.sum(sides, axis=0) == 1).all()
+    for one, other in itertools.combinations(sides, 2):
+        assert not set(table.group[one]) & set(table.group[other])
+    for side in sides:
+        assert set(table.label[side]) == {0, 1}
+    again = split_groups(table, shares, seed)
+    assert all(np.array_equal(one, other) for one, other in zip(sides, again, strict=True))
+
+
+def test_real_clusters_are_dealt_by_share(pcam: PatchTable) -> None:
+    largest = max(np.unique(pcam.group, return_counts=True)[1]) / len(pcam.group)
+    for seed in range(10):
+        training, validation, test = split_groups(pcam, (0.15, 0.25), seed)
+        assert sum(len(np.unique(pcam.group[side])) for side in (training, validation, test)) == 15
+        assert 0.15 <= validation.mean() < 0.15 + largest and 0.25 <= test.mean() < 0.25 + largest
+        assert training.mean() > 0.4
+        for side in (training, validation, test):
+            assert 0.2 < pcam.label[side].mean() < 0.8
+    assert not np.array_equal(split_groups(pcam, (0.15, 0.25), 0)[2], split_groups(pcam, (0.15, 0.25), 1)[2])
+
+
+def test_what_cannot_be_split() -> None:
+    with pytest.raises(DatasetError, match=r"2 group\(s\); at least 3 are needed"):
+        split_groups(table_of(["a", "b"] * 4, [0, 1] * 4), (0.2, 0.2), 0)
+    with pytest.raises(DatasetError, match="has one class only; change the seed or the shares"):
+        split_groups(table_of(["a", "b", "c"], [0, 0, 1]), (0.3, 0.3), 0)

@@ -1,0 +1,100 @@
+"""Normal tiles taken for tumour are found, all of them and only they."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from medsd.errors import ConfigError
+from medsd.training.hard_negatives import find_hard_negatives
+from medsd.training.predict import predict
+from medsd.cohort.dataset import Sample, SlideGroupedSampler
+
+LABELS = np.array([0, 1, 0, 0, -1, 0, 1, 0], np.int8)
+REDS = [10, 250, 200, 128, 255, 127, 0, 90]
+
+
+class Reds(Dataset[Sample]):
+    """Plain tiles whose red says how tumour-like they are; counts what is read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(REDS)
+
+    def __getitem__(self, item: int) -> Sample:
+        self.read.append(int(item))
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        image[0] = REDS[item]
+        return {"image": image, "label": torch.tensor(int(LABELS[item]))}
+
+
+class RedMeter(nn.Module):
+    """Tumour logit (red - 127.5) / 10, normal logit 0; wrong in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.uint8 and not self.training
+        logit = (x[:, 0].float().mean(dim=(1, 2)) - 127.5) * self.scale
+        return torch.stack([torch.zeros_like(logit), logit], dim=1)
+
+
+def probability(red: int, temperature: float = 1.0) -> float:
+    return 1 / (1 + np.exp(-(red - 127.5) / 10 / temperature))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [(0.5, [2, 3]), (0.0, [0, 2, 3, 5, 7]), (0.48, [2, 3, 5]), (0.99, [2]), (1.0, [])],
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_normal_items_above_the_threshold_are_found(threshold: float, expected: list[int], batch_size: int) -> None:
+    data, network = Reds(), RedMeter()
+    found = find_hard_negatives(network, data, LABELS, threshold, batch_size)
+    assert found.dtype == np.int64 and found.tolist() == expected
+    assert data.read == [0, 2, 3, 5, 7]  # tumour and mixed tiles are not read
+    assert network.training
+
+
+def test_an_item_at_the_threshold_is_hard() -> None:
+    threshold = float(predict(RedMeter(), Reds())[3])
+    assert find_hard_negatives(RedMeter(), Reds(), LABELS, threshold).tolist() == [2, 3]
+
+
+def test_the_sampler_takes_them() -> None:
+    found = find_hard_negatives(RedMeter(), Reds(), LABELS, 0.5)
+    sampler = SlideGroupedSampler(LABELS, np.array(["a", "b"] * 4), samples=40)
+    sampler.set_hard(found, 0.5)
+    drawn = list(sampler)
+    assert sum(item in (2, 3) for item in drawn) >= 10 and 4 not in drawn
+
+
+def test_without_normal_items_nothing_is_found() -> None:
+    assert find_hard_negatives(RedMeter(), Reds(), np.ones(8, np.int8)).tolist() == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_a_threshold_is_a_probability(threshold: float) -> None:
+    with pytest.raises(ConfigError, match=r"threshold=.*: allowed is 0 to 1"):
+        find_hard_negatives(RedMeter(), Reds(), LABELS, threshold)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("target", [0, 1])
+def test_probabilities_in_the_order_of_the_items(temperature: float, target: int) -> None:
+    seen = []
+
+    def progress(items, total, unit):
+        seen.append((total, unit))
+        return iter(items)
+
+    got = predict(RedMeter(), Reds(), target, batch_size=3, progress=progress, temperature=temperature)
+    expected = [abs(1 - target - probability(red, temperature)) for red in REDS]
+    assert got.dtype == np.float32 and np.allclose(got, expected, atol=1e-6) and seen == [(3, "batch")]

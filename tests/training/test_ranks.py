@@ -1,0 +1,129 @@
+"""Several processes train as one: the same gradients as one process, and each its own items.
+
+Run as a script, this file is one of two processes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import medsd.training.step as step_module
+from medsd.errors import ConfigError
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.ranks import RankSampler, of_first_rank, rank, start_ranks, world_size
+from medsd.training.step import ObjectiveStep
+from medsd.cohort.dataset import SlideGroupedSampler
+
+BATCH = 8
+
+
+class Network(nn.Module):
+    """Without BatchNorm, so that a batch on two processes is the batch on one; and with a part that no loss reaches."""
+
+    classes = ("normal", "tumour")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Tanh(), nn.Conv2d(6, 5, 3, 2, 1), nn.Tanh())
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(5, 2)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images.double() / 255
+
+    def features(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.body(x).mean(dim=(2, 3))
+        return pooled
+
+
+def train(rows: slice, accumulation: int) -> dict[str, Tensor]:
+    """Three steps on these rows of the batch: losses and parameters. Nothing is drawn at random."""
+    torch.manual_seed(0)
+    network = Network().double()
+    images = torch.randint(256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(BATCH) % 2
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    objective = SaliencyDecor(decorrelation=0.5, ramp_epochs=0, fill="mean")
+    step = ObjectiveStep(objective, stain=0.0, accumulation=accumulation)
+    outputs = []
+    for iteration in (1, 2, 3):
+        state = SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=iteration, epoch_length=3)
+        engine: Any = SimpleNamespace(network=network, optimizer=optimizer, state=state)
+        outputs.append(step(engine, {"image": images[rows], "label": labels[rows]})["loss"])
+    return {"losses": torch.tensor(outputs), **network.state_dict()}
+
+
+def run_process(number: int, meeting: Path, out: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=number, world_size=2, timeout=timedelta(seconds=120)
+    )
+    step_module.augment = lambda images, _generator, _stain: images  # type: ignore[assignment]
+    assert (rank(), world_size()) == (number, 2)
+    half = BATCH // 2
+    result = train(slice(number * half, (number + 1) * half), 1)
+    draw = list(RankSampler(sampler()))
+    # What each finds differs; the second must go by the first's.
+    found = of_first_rank(torch.tensor([20, 30]) if number == 0 else torch.tensor([20]), torch.device("cpu"))
+    torch.save({**result, "draw": torch.tensor(draw), "found": found}, out / f"{number}.pt")
+    dist.destroy_process_group()
+
+
+def sampler() -> SlideGroupedSampler:
+    labels = np.arange(30, dtype=np.int8) % 2
+    return SlideGroupedSampler(labels, np.array(["a", "b", "c"]).repeat(10), samples=21, seed=3)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, __file__]
+    running = [subprocess.Popen([*command, str(number), str(folder / "meeting"), str(folder)]) for number in (0, 1)]
+    assert [process.wait(240) for process in running] == [0, 0]
+    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in (0, 1)]
+
+
+def test_two_processes_train_as_one(processes: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_module, "augment", lambda images, _generator, _stain: images)
+    alone = train(slice(0, BATCH), 1)
+    torch.testing.assert_close(
+        (processes[0]["losses"] + processes[1]["losses"]) / 2, alone["losses"], rtol=1e-10, atol=0
+    )
+    for name in alone.keys() - {"losses"}:
+        torch.testing.assert_close(processes[0][name], alone[name], rtol=1e-10, atol=1e-12, msg=name)
+        assert torch.equal(processes[0][name], processes[1][name]), name
+
+
+def test_each_process_draws_its_own_items(processes: list[dict[str, Tensor]]) -> None:
+    whole = list(sampler())
+    first, second = (process["draw"].tolist() for process in processes)
+    assert len(first) == len(second) == 10  # the odd one is left out, so that none waits for the other
+    assert [item for pair in zip(first, second, strict=True) for item in pair] == whole[:20]
+
+
+def test_all_go_by_what_the_first_found(processes: list[dict[str, Tensor]]) -> None:
+    assert [process["found"].tolist() for process in processes] == [[20, 30], [20, 30]]
+
+
+def test_alone_there_is_one_rank() -> None:
+    assert (rank(), world_size()) == (0, 1)
+    assert list(RankSampler(sampler())) == list(sampler())
+
+
+def test_not_started_by_torchrun() -> None:
+    with pytest.raises(ConfigError, match="run torchrun"):
+        start_ranks()
+
+
+if __name__ == "__main__":
+    run_process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
