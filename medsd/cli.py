@@ -143,11 +143,11 @@ def tiles(
     ] = None,
 ) -> None:
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
-    from medsd.progress import progress_bar
     from medsd.cohort.index import TileGrid
     from medsd.cohort.manifest import find_cohort
     from medsd.cohort.tile_store import Tiling
     from medsd.cohort.tiling import tile_slides
+    from medsd.progress import progress_bar
 
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
     tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
@@ -193,9 +193,9 @@ def heatmap(
     device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
+    from medsd.cohort.manifest import read_manifest
     from medsd.heatmap.cohort import SlideJob, map_slides
     from medsd.progress import progress_bar
-    from medsd.cohort.manifest import read_manifest
 
     jobs: list[SlideJob] = []
     for slide in slides:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 
+from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.training.terms import Objective
-from medsd.networks.aim import AimClassifier
-from medsd.networks.classifier import Classifier, TileClassifier
 
 BASE = "cross-entropy"
 # Dense bfloat16 without sparsity, from the makers' data sheets, by a part of the device's name.

@@ -59,6 +59,7 @@ def array_slide() -> type[ArraySlide]:
     """Makes a slide of an RGB array."""
     return ArraySlide
 
+
 BASE_MPP = 0.5
 
 

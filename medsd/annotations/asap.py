@@ -14,8 +14,6 @@ import shapely
 from defusedxml.ElementTree import fromstring
 from shapely.geometry import Polygon
 
-from medsd.errors import AnnotationError, nearest
-from medsd.files import write_text
 from medsd.annotations.areas import halves
 from medsd.annotations.shapes import (
     LARGEST_PX,
@@ -30,6 +28,8 @@ from medsd.annotations.shapes import (
     quoted,
     read_bounded,
 )
+from medsd.errors import AnnotationError, nearest
+from medsd.files import write_text
 
 POINT_TYPES = ("Dot", "PointSet", "Measurement")
 HOLE_GROUP = "Exclusion"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from medsd.errors import AnnotationError
 from medsd.annotations.asap import parse_asap_xml
 from medsd.annotations.geojson import parse_json
 from medsd.annotations.mask import read_mask
@@ -14,6 +13,7 @@ from medsd.annotations.shapes import (
     Roles,
     read_bounded,
 )
+from medsd.errors import AnnotationError
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from shapely.geometry import MultiPolygon, Polygon
 
-from medsd.errors import AnnotationError
-from medsd.files import atomic_path
 from medsd.annotations.shapes import (
     LARGEST_PX,
     OUTLINE_TYPES,
@@ -28,6 +26,8 @@ from medsd.annotations.shapes import (
     quoted,
     rings_of,
 )
+from medsd.errors import AnnotationError
+from medsd.files import atomic_path
 
 _POINTS_AND_LINES = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _NCRF_GROUPS = {"positive": "_0", "negative": "_2"}

@@ -14,8 +14,8 @@ import tifffile
 from scipy import ndimage
 from shapely.geometry import MultiPolygon, Polygon
 
-from medsd.errors import AnnotationError
 from medsd.annotations.shapes import Annotations, Outline, one_line
+from medsd.errors import AnnotationError
 
 _log = logging.getLogger(__name__)
 

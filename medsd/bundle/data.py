@@ -14,22 +14,22 @@ import numpy.typing as npt
 import torch
 
 from medsd.bundle.config import boundary
-from medsd.errors import ConfigError
-from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
-from medsd.heatmap.cohort import SlideJob
-from medsd.heatmap.engine import Engine
-from medsd.training.predict import predict
-from medsd.networks.weights import Calibration
-from medsd.progress import progress_bar
 from medsd.cohort.camelyon import SlideEntry, find_slides
 from medsd.cohort.dataset import Sample, TileDataset
 from medsd.cohort.index import TileGrid
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
-from medsd.phantom import write_phantom_dataset
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
+from medsd.errors import ConfigError
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
+from medsd.heatmap.cohort import SlideJob
+from medsd.heatmap.engine import Engine
+from medsd.networks.weights import Calibration
+from medsd.phantom import write_phantom_dataset
+from medsd.progress import progress_bar
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
+from medsd.training.predict import predict
 
 _PARTS = ("training", "validation", "testing")
 

@@ -15,21 +15,18 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data
+from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.cohort.prepare import failed_slides
 from medsd.errors import DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.plots import draw_summary
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
 from medsd.files import atomic_path, make_folder, write_json
-from medsd.training.hard_negatives import HardNegativeRound
-from medsd.training.ranks import RankSampler, rank
-from medsd.training.step import ObjectiveStep
-from medsd.training.training import run_training
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
-from medsd.training.predict import collect, predict_logits
 from medsd.networks.weights import (
     ModelCard,
     load_classifier,
@@ -37,8 +34,11 @@ from medsd.networks.weights import (
     written_state,
 )
 from medsd.progress import progress_bar
-from medsd.cohort.dataset import SlideGroupedSampler
-from medsd.cohort.prepare import failed_slides
+from medsd.training.hard_negatives import HardNegativeRound
+from medsd.training.predict import collect, predict_logits
+from medsd.training.ranks import RankSampler, rank
+from medsd.training.step import ObjectiveStep
+from medsd.training.training import run_training
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data
+from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.errors import ConfigError, WeightsError
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
@@ -23,11 +24,10 @@ from medsd.evaluate.temperature import softmax
 from medsd.explain.surrogates import SurrogateCard, load_surrogate, save_surrogate
 from medsd.files import write_json
 from medsd.networks.classifier import Classifier
-from medsd.training.predict import collect
 from medsd.networks.weights import load_classifier
 from medsd.progress import progress_bar
 from medsd.saliency import smooth
-from medsd.cohort.dataset import Sample, SlideGroupedSampler
+from medsd.training.predict import collect
 
 logger = logging.getLogger(__name__)
 

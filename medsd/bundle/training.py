@@ -10,21 +10,21 @@ from timm.layers import convert_sync_batchnorm
 
 from medsd.bundle.config import boundary
 from medsd.bundle.data import Data, Items
+from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError
-from medsd.training import ranks
-from medsd.objectives.aim import AimObjective
-from medsd.training.hard_negatives import HardNegativeRound
-from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.training.parameters import parameter_groups
-from medsd.training.ranks import RankSampler, world_size
-from medsd.training.step import ObjectiveStep
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier, Direction
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.start import load_encoder
 from medsd.networks.weights import Attribution, Smoothing
 from medsd.networks.whitening import WhitenedHead
-from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.objectives.aim import AimObjective
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training import ranks
+from medsd.training.hard_negatives import HardNegativeRound
+from medsd.training.parameters import parameter_groups
+from medsd.training.ranks import RankSampler, world_size
+from medsd.training.step import ObjectiveStep
 
 logger = logging.getLogger(__name__)
 

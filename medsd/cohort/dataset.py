@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from medsd.errors import ConfigError, DatasetError
 from medsd.cohort.index import TileIndex
+from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.slide import Slide, open_slide
 from medsd.slides.stain.slide import StainNormaliser

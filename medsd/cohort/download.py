@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from medsd.cohort.bucket import CHECKSUMS, Advance, RemoteFile, Server, md5_of, part_of, size_of
 from medsd.errors import DatasetError, MedsdError, OutputError, nearest
 from medsd.files import make_folder, write_json
-from medsd.cohort.bucket import CHECKSUMS, Advance, RemoteFile, Server, md5_of, part_of, size_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medsd.annotations import Annotations, tumour_share
 from medsd.errors import ConfigError, DatasetError
 from medsd.files import atomic_path
-from medsd.annotations import Annotations, tumour_share
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medsd.errors import DatasetError, nearest
 from medsd.cohort.dataset import Sample
+from medsd.errors import DatasetError, nearest
 
 # What Pillow raises for damaged bytes, and for pictures too large to be a patch.
 _DAMAGED = (

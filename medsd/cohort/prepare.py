@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from medsd.errors import DatasetError, NoTissueError
-from medsd.files import make_folder, write_json
-from medsd.progress import Progress, no_progress
 from medsd.cohort.camelyon import SlideEntry, split_validation
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.cohort.tile_store import INDEX, TABLE, THUMBNAILS, Tiling
 from medsd.cohort.tiling import tile_slides
+from medsd.errors import DatasetError, NoTissueError
+from medsd.files import make_folder, write_json
+from medsd.progress import Progress, no_progress
 
 _RECORD = "prepared.json"
 # Raised whenever the same slides and settings give other tiles.

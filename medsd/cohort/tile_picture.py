@@ -11,8 +11,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
-from medsd.files import atomic_path
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex
+from medsd.files import atomic_path
 from medsd.slides.slide import Slide, thumbnail
 from medsd.slides.tissue import TissueMask
 

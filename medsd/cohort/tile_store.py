@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import medsd
-from medsd.errors import ConfigError, DatasetError, nearest
-from medsd.files import write_json, write_text
 from medsd.cohort.camelyon import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
+from medsd.errors import ConfigError, DatasetError, nearest
+from medsd.files import write_json, write_text
 from medsd.slides.tissue import METHODS
 
 TABLE = "slides.csv"

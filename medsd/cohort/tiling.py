@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medsd.errors import ConfigError, DatasetError, MedsdError, MissingMppError
-from medsd.files import make_folder
-from medsd.progress import Progress, no_progress
 from medsd.annotations import Annotations, read_annotations
 from medsd.cohort.camelyon import SlideEntry, check_names
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.cohort.tile_picture import draw_tiles
+from medsd.cohort.tile_store import INDEX, TiledSlide, TileStore, Tiling
+from medsd.errors import ConfigError, DatasetError, MedsdError, MissingMppError
+from medsd.files import make_folder
+from medsd.progress import Progress, no_progress
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide, open_slide
-from medsd.cohort.tile_picture import draw_tiles
-from medsd.cohort.tile_store import INDEX, TiledSlide, TileStore, Tiling
 from medsd.slides.tissue import TissueMask, find_tissue
 from medsd.slides.unforeseen import UNFORESEEN, in_one_line
 

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from medsd.annotations import rasterise, read_annotations
+from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.dataset import Sample
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
-from medsd.annotations import rasterise, read_annotations
-from medsd.cohort.camelyon import SlideEntry
-from medsd.cohort.dataset import Sample
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from medsd.cohort.dataset import Sample
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.features import FeatureHealth, feature_health
 from medsd.evaluate.scores import Floats, Interval, bootstrap_mean
@@ -21,7 +22,6 @@ from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency.metrics.masking import SHARES
 from medsd.saliency.metrics.perturb import Baseline
-from medsd.cohort.dataset import Sample
 
 Region = Callable[[int], npt.NDArray[np.bool_]]
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from medsd.annotations import rasterise, read_annotations
+from medsd.cohort.camelyon import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
 from medsd.heatmap.cohort import SlideResult
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
-from medsd.annotations import rasterise, read_annotations
-from medsd.cohort.camelyon import SlideEntry
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medsd.cohort.dataset import Sample
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier
 from medsd.saliency.metrics.concentration import gini_index, normalised_entropy, total_variation
@@ -15,7 +16,6 @@ from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve
 from medsd.saliency.metrics.masking import masking_curve, random_masking_curve
 from medsd.saliency.metrics.perturb import Baseline
 from medsd.saliency.metrics.pointing import area_share, energy_pointing, pointing_game
-from medsd.cohort.dataset import Sample
 
 PerTile = dict[str, dict[str, Tensor]]
 

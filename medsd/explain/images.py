@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from medsd.errors import DatasetError
 from medsd.cohort.patches import SUFFIXES
+from medsd.errors import DatasetError
 from medsd.slides.readers.base import RGB, Bools, check_file
 from medsd.slides.readers.choose import open_reader
 

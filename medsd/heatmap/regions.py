@@ -14,9 +14,9 @@ import shapely
 from scipy import ndimage
 from skimage import measure
 
+from medsd.annotations.geojson import feature, write_features
 from medsd.errors import ConfigError
 from medsd.heatmap.value_map import ValueMap
-from medsd.annotations.geojson import feature, write_features
 
 _UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.regions")
 

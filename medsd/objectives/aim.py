@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.training.terms import Terms
 from medsd.networks.aim import AimClassifier
+from medsd.training.terms import Terms
 
 
 @dataclass(frozen=True)

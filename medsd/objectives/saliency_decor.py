@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, nearest
+from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss, default_group_size
 from medsd.objectives.masking import Fill, Ranking, SaliencyPass, mask_lowest, pixel_scores, rank
 from medsd.training.ranks import world_size
 from medsd.training.terms import Terms
-from medsd.networks.whitening import WhitenedHead
 
 Mode = Literal["cov", "zca", "corr", "layer"]
 Decorrelated = Literal["clean", "both"]

@@ -10,8 +10,8 @@ import numpy as np
 import tifffile
 from shapely.geometry import Polygon
 
-from medsd.files import atomic_path
 from medsd.annotations import Outline, annotations_of, write_asap_xml
+from medsd.files import atomic_path
 from medsd.phantom.shapes import ByteArray, IntArray
 
 _TILE_PX = 256

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from shapely.geometry import MultiPolygon, Polygon
 
-from medsd.errors import DatasetError
 from medsd.annotations.areas import rasterise as rasterise_area
 from medsd.annotations.shapes import Annotations
+from medsd.errors import DatasetError
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]

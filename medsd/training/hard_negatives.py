@@ -17,10 +17,10 @@ import numpy.typing as npt
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from medsd.errors import ConfigError
-from medsd.training.predict import predict
-from medsd.progress import Progress, no_progress, progress_bar
 from medsd.cohort.dataset import Sample
+from medsd.errors import ConfigError
+from medsd.progress import Progress, no_progress, progress_bar
+from medsd.training.predict import predict
 
 
 def find_hard_negatives(

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from medsd.cohort.dataset import Sample
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
-from medsd.cohort.dataset import Sample
 
 
 def predict(

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.networks.moments import first_of_processes
-from medsd.cohort.dataset import SlideGroupedSampler
 
 
 def rank() -> int:

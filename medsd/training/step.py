@@ -14,12 +14,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from medsd.errors import ConfigError, TrainingError, nearest
-from medsd.training.augment import augment
-from medsd.training.ranks import rank
-from medsd.training.terms import Objective, Terms
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import training
 from medsd.slides.stain.augment import StainAugment
+from medsd.training.augment import augment
+from medsd.training.ranks import rank
+from medsd.training.terms import Objective, Terms
 
 Precision = Literal["none", "bfloat16", "float16"]
 

@@ -18,13 +18,13 @@ from monai.engines.evaluator import SupervisedEvaluator
 from monai.engines.trainer import SupervisedTrainer
 from tqdm import tqdm
 
+from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError, TrainingError
 from medsd.files import make_folder, write_text
 from medsd.training.checkpoint import Checkpoint, TrainingState
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.ranks import RankSampler, of_first_rank, rank
 from medsd.training.step import ObjectiveStep
-from medsd.cohort.dataset import SlideGroupedSampler
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.evaluate.scores import auc
-from medsd.training.augment import augment
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
 from medsd.networks.modes import evaluating
+from medsd.training.augment import augment
 
 _WIDTH = 128
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from medsd.files import atomic_path
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.files import atomic_path
 from medsd.phantom.slides import Phantom, PhantomSpec, draw_phantom
 
 TILE_PX = 64

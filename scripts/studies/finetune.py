@@ -22,21 +22,21 @@ from studies.data import Items, Split
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 
+from medsd.cohort.dataset import Sample
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.files import atomic_path, sha256_of
-from medsd.objectives.aim import AimObjective
-from medsd.training.augment import augment
-from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.training.parameters import parameter_groups
-from medsd.training.terms import Objective
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
+from medsd.objectives.aim import AimObjective
+from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.saliency.metrics.masking import SHARES
-from medsd.cohort.dataset import Sample
+from medsd.training.augment import augment
+from medsd.training.parameters import parameter_groups
+from medsd.training.terms import Objective
 
 PARTS = ("clusters", "phantoms", "patches")
 ENCODER = "resnet10t_half"

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medsd.files import atomic_path
 from medsd.cohort.patches import PatchDataset, read_patch_table, split_groups
+from medsd.files import atomic_path
 from medsd.phantom.slides import PhantomSpec, draw_phantom
 
 REGION_PX = 128

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
-from medsd.errors import AnnotationError
 from medsd.annotations import (
     Annotations,
     Outline,
@@ -22,6 +21,7 @@ from medsd.annotations import (
     write_asap_xml,
     write_geojson,
 )
+from medsd.errors import AnnotationError
 
 
 def there_and_back(outlines: list[Outline], tmp_path: Path) -> tuple[Annotations, Annotations]:

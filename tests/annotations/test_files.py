@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
-from medsd.errors import AnnotationError
 from medsd.annotations import (
     Annotations,
     areas,
@@ -27,6 +26,7 @@ from medsd.annotations import (
     tumour_share,
 )
 from medsd.annotations.mask import mask_polygons
+from medsd.errors import AnnotationError
 
 SQUARE = [(0, 0), (100, 0), (100, 100), (0, 100)]
 

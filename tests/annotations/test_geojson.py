@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
-from medsd.errors import AnnotationError
 from medsd.annotations import Annotations, Outline, annotations_of, read_annotations, shapes, write_geojson
+from medsd.errors import AnnotationError
 
 SQUARE = [[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]
 HOLE = [[40, 40], [60, 40], [60, 60], [40, 60], [40, 40]]

@@ -16,7 +16,6 @@ from PIL import Image
 from scipy import ndimage
 from shapely.geometry import MultiPolygon
 
-from medsd.errors import AnnotationError
 from medsd.annotations import (
     Annotations,
     rasterise,
@@ -27,6 +26,7 @@ from medsd.annotations import (
 )
 from medsd.annotations import mask as mask_module
 from medsd.annotations.mask import mask_polygons
+from medsd.errors import AnnotationError
 from medsd.phantom.files import write_pyramid
 
 Mask = npt.NDArray[Any]

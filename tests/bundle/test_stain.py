@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigWorkflow
 
+from medsd.cohort.dataset import TileDataset
+from medsd.cohort.prepare import load_prepared
 from medsd.heatmap.cohort import SlideJob, map_slides
 from medsd.heatmap.record import read_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier, save_classifier
-from medsd.cohort.dataset import TileDataset
 from medsd.phantom import PhantomSpec, write_phantom
-from medsd.cohort.prepare import load_prepared
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import TwoStains
 from medsd.slides.stain.slide import StainNormaliser, fit_slide

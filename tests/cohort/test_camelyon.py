@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsd.errors import DatasetError
 from medsd.cohort.camelyon import (
     PARTLY_ANNOTATED,
     WITHDRAWN,
@@ -22,6 +21,7 @@ from medsd.cohort.camelyon import (
     find_slides,
     split_validation,
 )
+from medsd.errors import DatasetError
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from medsd.errors import ConfigError, DatasetError, MissingMppError, SlideError
 from medsd.cohort import dataset as dataset_module
 from medsd.cohort.dataset import SlideGroupedSampler, TileDataset
 from medsd.cohort.index import TileIndex
+from medsd.errors import ConfigError, DatasetError, MissingMppError, SlideError
 from medsd.slides.slide import open_slide
 
 

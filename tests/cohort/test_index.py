@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, box
 
-from medsd.errors import ConfigError, DatasetError
 from medsd.annotations import Annotations
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.errors import ConfigError, DatasetError
 from medsd.slides.tissue import TissueMask
 
 HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")

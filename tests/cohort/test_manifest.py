@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsd.errors import DatasetError
 from medsd.cohort.camelyon import SlideEntry
 from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, read_manifest, search_folder
+from medsd.errors import DatasetError
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medsd.errors import DatasetError
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.errors import DatasetError
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from medsd.cohort.camelyon import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
-from medsd.cohort.camelyon import SlideEntry
 from medsd.phantom import PhantomSpec, write_phantom
 
 LABELS = np.array([0, 0, 1, 1, 0, 1], np.int8)

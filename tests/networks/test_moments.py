@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, TrainingError
-from medsd.objectives.decorrelation import decorrelation_loss
 from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import WhitenedHead
+from medsd.objectives.decorrelation import decorrelation_loss
 
 
 def features(batch: int, dim: int, seed: int = 0) -> Tensor:

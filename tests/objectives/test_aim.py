@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.objectives.aim import AimObjective
 from medsd.networks.aim import AimClassifier, AimOutput
+from medsd.objectives.aim import AimObjective
 
 SHARES = ("cross_entropy", "stage_cross_entropy", "mask_loss", "mask_target")
 

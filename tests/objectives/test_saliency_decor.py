@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, TrainingError
 from medsd.evaluate.features import feature_health
+from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss
 from medsd.objectives.masking import mask_lowest, pixel_scores
 from medsd.objectives.saliency_decor import SaliencyDecor, consistency_loss
-from medsd.networks.whitening import WhitenedHead
 
 
 class ConvNet(nn.Module):

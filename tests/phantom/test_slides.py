@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 
-from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.annotations import read_asap_xml
+from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import Phantom, PhantomSpec, draw_phantom, write_phantom, write_phantom_dataset
 from medsd.phantom.shapes import Grid, draw_lesions, draw_node, rasterise
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.training.hard_negatives import find_hard_negatives
 from medsd.training.predict import predict
-from medsd.cohort.dataset import Sample, SlideGroupedSampler
 
 LABELS = np.array([0, 1, 0, 0, -1, 0, 1, 0], np.int8)
 REDS = [10, 250, 200, 128, 255, 127, 0, 90]

@@ -16,10 +16,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.training.parameters import parameter_groups
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import training
+from medsd.training.parameters import parameter_groups
 
 LR, DECAY = 0.01, 0.05
 

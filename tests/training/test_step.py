@@ -11,11 +11,11 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from medsd.errors import ConfigError, TrainingError
-from medsd.training.augment import augment
+from medsd.networks.classifier import TileClassifier
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.augment import augment
 from medsd.training.step import ObjectiveStep
 from medsd.training.terms import Terms
-from medsd.networks.classifier import TileClassifier
 
 
 def engine(lr: float = 0.01, iteration: int = 1, length: int = 4) -> Any:

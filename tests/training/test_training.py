@@ -21,13 +21,13 @@ from monai.handlers import ROCAUC, from_engine
 from monai.transforms import Activationsd, AsDiscreted, Compose
 from torch.utils.data import DataLoader, Dataset
 
+from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError, OutputError, TrainingError
-from medsd.training.hard_negatives import HardNegativeRound
+from medsd.networks.classifier import TileClassifier
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.step import ObjectiveStep
 from medsd.training.training import run_training
-from medsd.networks.classifier import TileClassifier
-from medsd.cohort.dataset import SlideGroupedSampler
 
 SETTINGS = {"lr": 0.01, "seed": 0, "classes": ("normal", "tumour"), "nested": {"stain": 0.1}}
 

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsd.errors import MedsdError, SlideError
+from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.isolate import process as isolate_process
 from medsd.slides.isolate import slide as isolate
 from medsd.slides.isolate.slide import IsolatedSlide, Limits, _quarters
-from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 
 # A slide of 4,096 px a side whose pixels say where they are. It does what its file is named after where a read touches

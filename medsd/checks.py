@@ -1,0 +1,51 @@
+"""Checks of values that a user gives: one wording, one place for what counts as a number."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from medsd.errors import ConfigError
+
+_INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
+
+
+def check_number(name: str, value: object, interval: str, whole: bool = False, hint: str = "") -> None:
+    """Refuse what is no number of an interval.
+
+    Args:
+        name: the key, as the user wrote it.
+        value: what is checked; bool, text and NaN are no numbers.
+        interval: in brackets, round ones excluding the end: "[0, 1)", "(0, inf)".
+        whole: refuse fractions, also 64.0.
+        hint: ends the message, such as "null trains to the end".
+
+    Raises:
+        ConfigError: the value is no such number.
+
+    Example:
+        >>> check_number("masked_share", 30, "[0, 1)")
+        Traceback (most recent call last):
+        medsd.errors.ConfigError: masked_share=30: must be a number from 0 to 1, 1 excluded
+    """
+    kinds = int if whole else int | float
+    found = _INTERVAL.fullmatch(interval)
+    if found is None:
+        raise ValueError(f"interval '{interval}': write it as '[0, 1)'")
+    left, low, high, right = found.groups()
+    # isinstance before the comparison: text does not compare; NaN fails both.
+    if isinstance(value, kinds) and not isinstance(value, bool):
+        above = value > float(low) if left == "(" else value >= float(low)
+        below = value < float(high) if right == ")" else value <= float(high)
+        if above and below:
+            return
+    words = _in_words(low, left == "(", high, right == ")")
+    noun = "a whole number" if whole else "a number"
+    raise ConfigError(f"{name}={value!r}: must be {noun} {words}{'; ' if hint else ''}{hint}")
+
+
+def _in_words(low: str, above: bool, high: str, below: bool) -> str:
+    if math.isinf(float(high)):
+        return f"above {low}" if above else f"from {low} on"
+    excluded = [end for end, left_out in ((low, above), (high, below)) if left_out]
+    return f"from {low} to {high}" + (f", {' and '.join(excluded)} excluded" if excluded else "")

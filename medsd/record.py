@@ -1,0 +1,79 @@
+"""What outputs were made of, kept beside them: is it done already, and would a run make the same again?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import medsd
+from medsd.files import write_json
+
+_PACKAGES = ("torch", "monai", "timm", "numpy", "openslide-python", "tifffile", "scikit-image")
+
+
+def identity(path: str | Path) -> list[list[Any]]:
+    """Name, size in bytes and time of change of an input: gigabytes are not read to find nothing to do.
+
+    Of a folder (a Zarr store), of a MIRAX file's folder and of a DICOM file's neighbours, what lies directly in it
+    counts too.
+
+    Raises:
+        OSError: it is not there.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    folder = path if path.is_dir() else path.with_suffix("") if suffix == ".mrxs" else None
+    parts = [path] if folder is None else [path, *sorted(folder.glob("*"))]
+    if suffix == ".dcm":
+        parts = [path, *sorted(other for other in path.parent.glob(f"*{path.suffix}") if other != path)]
+    return [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
+
+
+def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[str], **content: Any) -> None:
+    """Write the record of finished outputs; the last file of an act, so that its presence says the others are whole.
+
+    Args:
+        path: the record, JSON.
+        recipe: all that the outputs follow from, plain JSON values: `identity` of the inputs, settings, a version of
+            the act's own where it may change while medsd's does not.
+        outputs: their names, from the record's folder.
+        content: what else is worth keeping; given back by `read_record`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    record = {
+        "recipe": {"medsd": medsd.__version__, **recipe},
+        "outputs": list(outputs),
+        **content,
+        "versions": {package: version(package) for package in _PACKAGES},
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(path, record)
+
+
+def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record, if its outputs are done and, where a recipe is given, follow from the very same.
+
+    None means: make them (again). That is so where there is no record, it is damaged or of another version, an output
+    is gone, or the recipe differs.
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        # Through JSON, as the record went: tuples are lists there.
+        wanted = record["recipe"] if recipe is None else json.loads(json.dumps({"medsd": medsd.__version__, **recipe}))
+        whole = record["recipe"] == wanted and all((path.parent / name).exists() for name in record["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(record) if whole else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of what two recipes have different, sorted; for the message where they must be equal."""
+    now = json.loads(json.dumps(now))
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

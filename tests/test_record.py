@@ -1,0 +1,85 @@
+"""Is it done already?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from medsd.record import differences, identity, read_record, write_record
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Path:
+    (tmp_path / "map.tif").touch()
+    write_record(tmp_path / "record.json", {"scale": (1, 2)}, ["map.tif"], score=0.5)
+    return tmp_path / "record.json"
+
+
+def test_a_record_of_the_same_recipe_is_given_back(done: Path) -> None:
+    record = read_record(done, {"scale": (1, 2)})
+    assert record is not None and record["score"] == 0.5 and record["versions"]["torch"]
+    assert read_record(done) == record
+
+
+def test_another_recipe_is_made_again(done: Path) -> None:
+    assert read_record(done, {"scale": (1, 3)}) is None
+    assert read_record(done, {}) is None
+
+
+def test_another_version_is_made_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medsd.__version__", "other")
+    assert read_record(done, {"scale": (1, 2)}) is None
+
+
+def test_a_lost_output_is_made_again(done: Path) -> None:
+    (done.parent / "map.tif").unlink()
+    assert read_record(done, {"scale": (1, 2)}) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": 1}', '{"recipe": 1, "outputs": 5}', "null"])
+def test_a_damaged_record_is_made_again(done: Path, text: str) -> None:
+    done.write_text(text)
+    assert read_record(done) is None
+
+
+def test_no_record_is_made(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "record.json") is None
+
+
+@pytest.mark.parametrize("name", ["slide.zarr", "slide.mrxs"])
+def test_identity_covers_the_folder_of_a_slide(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "slide.zarr" if name == "slide.zarr" else tmp_path / "slide"
+    folder.mkdir()
+    (tmp_path / name).touch() if name.endswith(".mrxs") else None
+    (folder / "data").write_text("one")
+    before = identity(tmp_path / name)
+    (folder / "data").write_text("other")
+    assert identity(tmp_path / name) != before
+
+
+def test_identity_covers_a_dicom_series(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.dcm").write_text("level")
+    before = identity(tmp_path / "2.dcm")
+    (tmp_path / "0.dcm").unlink()
+    assert identity(tmp_path / "2.dcm") != before
+
+
+def test_identity_is_that_of_the_file_alone_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "slide.svs").write_text("pixels")
+    before = identity(tmp_path / "slide.svs")
+    (tmp_path / "other.svs").touch()
+    assert identity(tmp_path / "slide.svs") == before == json.loads(json.dumps(before))
+    os.utime(tmp_path / "slide.svs", ns=(1, 1))
+    assert identity(tmp_path / "slide.svs") != before
+
+
+def test_differences_are_named() -> None:
+    assert differences({"lr": 0.1, "gone": 1, "same": [1]}, {"lr": 0.2, "new": 1, "same": (1,)}) == [
+        "gone",
+        "lr",
+        "new",
+    ]
