@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from medsd import cli
+from medsd.cohort import tile_picture, tiling
 from medsd.cohort.index import TileIndex
 from medsd.phantom import PhantomSpec, write_phantom
-from medsd.slides import tile_picture, tiling
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import METHODS
 

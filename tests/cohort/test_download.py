@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medsd.cohort import bucket, download
 from medsd.cohort.bucket import RemoteFile, Server
 from medsd.cohort.download import BASE_URL, STATE, Folder, check_space, choose, missing_files
 from medsd.errors import DatasetError, OutputError
-from medsd.slides import bucket, download
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "download_camelyon16"
 SLIDE = "images/normal_001.tif"

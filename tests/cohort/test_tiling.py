@@ -21,13 +21,13 @@ from PIL import Image
 
 import medsd
 from medsd.annotations import read_annotations, tumour_share
+from medsd.cohort import tile_picture, tiling
 from medsd.cohort.camelyon import SlideEntry, find_slides
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
 from medsd.cohort.tile_store import Tiling
 from medsd.cohort.tiling import TiledCohort, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import PhantomSpec, draw_phantom
-from medsd.slides import tile_picture, tiling
 from medsd.slides.slide import open_slide, thumbnail
 from medsd.slides.tissue import METHODS, find_tissue
 
