@@ -127,7 +127,7 @@ class Steps:
 
 def peak_share(encoder: str, seconds: float, device: torch.device, options: argparse.Namespace) -> str:
     """Share of the card's bfloat16 peak that plain training reaches; three times the forward pass's operations."""
-    peak = next((peak for part, peak in _PEAK_TFLOPS.items() if part in device_name(device)), None)
+    peak = peak_tflops(device)
     if peak is None:
         return "-"
     from torch.utils.flop_counter import FlopCounterMode
@@ -137,8 +137,10 @@ def peak_share(encoder: str, seconds: float, device: torch.device, options: argp
     return f"{3 * counter.get_total_flops() * options.batch_size / seconds / (peak * 1e12):.1%}"
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def peak_tflops(device: torch.device) -> float | None:
+    """The card's dense bfloat16 peak; None for what is not in the list."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
 
 
 if __name__ == "__main__":
