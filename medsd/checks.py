@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, nearest
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
 
@@ -42,6 +43,22 @@ def check_number(name: str, value: object, interval: str, whole: bool = False, h
     words = _in_words(low, left == "(", high, right == ")")
     noun = "a whole number" if whole else "a number"
     raise ConfigError(f"{name}={value!r}: must be {noun} {words}{'; ' if hint else ''}{hint}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse what is none of the choices, such as `get_args` of a Literal; the message names the nearest.
+
+    Raises:
+        ConfigError: the value is none of them.
+
+    Example:
+        >>> check_choice("mode", "cova", ("cov", "zca"))
+        Traceback (most recent call last):
+        medsd.errors.ConfigError: mode='cova': use one of cov, zca; did you mean 'cov'?
+    """
+    known = list(choices)
+    if value not in known:
+        raise ConfigError(f"{name}={value!r}: use one of {', '.join(known)}{nearest(str(value), known)}")
 
 
 def _in_words(low: str, above: bool, high: str, below: bool) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsd.checks import check_number
+from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError
 
 
@@ -42,3 +42,10 @@ def test_agrees_with_comparing_by_hand(value: float, low: float, width: float) -
         assert not inside
     else:
         assert inside
+
+
+@pytest.mark.parametrize("value", ["cova", None, 3, ["cov"]])
+def test_what_is_no_choice_is_refused(value: object) -> None:
+    check_choice("mode", "cov", ("cov", "zca"))
+    with pytest.raises(ConfigError, match=r"^mode=.*: use one of cov, zca"):
+        check_choice("mode", value, ("cov", "zca"))
