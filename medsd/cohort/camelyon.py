@@ -1,6 +1,6 @@
 """Folders laid out like CAMELYON16, in either of its two official layouts.
 
-As the challenge gave it (GigaScience DB 100439)    As the open bucket has it (`medsd.cohort.download`)
+As the challenge gave it (GigaScience DB 100439)    As the open bucket has it (scripts/download_camelyon16)
 
     training/normal/*.tif                               images/normal_*.tif
     training/tumor/*.tif                                images/tumor_*.tif
