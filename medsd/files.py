@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medsd.errors import OutputError
+
+_HOST = platform.node() or "here"
+# Of a process whose life cannot be asked for, as that of another machine (our choice).
+_DEAD_AFTER_S = 86_400.0
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -44,7 +51,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be created ({error.strerror})") from error
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    # By process and machine: others may write into this folder at the same time, see `remove_leftovers`.
+    temporary = path.with_name(f".{os.getpid()}@{_HOST}-{path.name}")
     try:
         yield temporary
         temporary.replace(path)
@@ -52,6 +60,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `atomic_path` left in `folder` where its process was killed; what a living one writes stays."""
+    for path in Path(folder).glob(".*"):
+        named = re.match(r"\.(\d+)[@-]", path.name)
+        if named and not _alive(int(named[1]), path):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int, temporary: Path) -> bool:
+    """Whether the process that writes a file lives; one of another machine does while the file changes."""
+    ours = temporary.name.startswith((f".{process}@{_HOST}-", f".{process}-"))
+    try:
+        if not ours or os.name == "nt":  # there, asking ends the process
+            return time.time() - temporary.stat().st_mtime < _DEAD_AFTER_S
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:

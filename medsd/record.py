@@ -40,7 +40,7 @@ def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[
         path: the record, JSON.
         recipe: all that the outputs follow from, plain JSON values: `identity` of the inputs, settings, a version of
             the act's own where it may change while medsd's does not.
-        outputs: their names, from the record's folder.
+        outputs: their names, from the record's folder; kept with their sizes.
         content: what else is worth keeping; given back by `read_record`.
 
     Raises:
@@ -48,7 +48,7 @@ def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[
     """
     record = {
         "recipe": {"medsd": medsd.__version__, **recipe},
-        "outputs": list(outputs),
+        "outputs": {name: _size(Path(path).parent / name) for name in outputs},
         **content,
         "versions": {package: version(package) for package in _PACKAGES},
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -57,20 +57,27 @@ def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[
 
 
 def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The record, if its outputs are done and, where a recipe is given, follow from the very same.
+    """The record, if its outputs are whole and, where a recipe is given, follow from the very same.
 
     None means: make them (again). That is so where there is no record, it is damaged or of another version, an output
-    is gone, or the recipe differs.
+    is gone or has another size, or the recipe differs.
     """
     path = Path(path)
     try:
         record = json.loads(path.read_text("utf-8"))
         # Through JSON, as the record went: tuples are lists there.
         wanted = record["recipe"] if recipe is None else json.loads(json.dumps({"medsd": medsd.__version__, **recipe}))
-        whole = record["recipe"] == wanted and all((path.parent / name).exists() for name in record["outputs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        outputs = record["outputs"].items()
+        whole = record["recipe"] == wanted and all(_size(path.parent / name) == size for name, size in outputs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return dict(record) if whole else None
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None for a folder, which grows by what is put into it."""
+    size = path.stat().st_size
+    return None if path.is_dir() else size
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

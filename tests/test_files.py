@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from medsd.errors import NoTissueError, OutputError, nearest
-from medsd.files import atomic_path, make_folder, sha256_of, write_json, write_text
+from medsd.files import atomic_path, make_folder, remove_leftovers, sha256_of, write_json, write_text
 
 
 def test_atomic_path_replaces_the_old_file_only_at_the_end(tmp_path: Path) -> None:
@@ -96,3 +100,16 @@ def test_sha256(tmp_path: Path) -> None:
 def test_nearest() -> None:
     assert nearest("layr2", ["layer1", "layer2", "fc"]) == "; did you mean 'layer2'?"
     assert nearest("zzz", ["layer1", "layer2"]) == ""
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    old = [f".{ended.pid}-map.tif", f".{ended.pid}@{platform.node()}-map.tif", ".7@elsewhere-old.tif"]
+    living = [f".{os.getppid()}-map.tif", f".{os.getpid()}@{platform.node()}-map.tif", ".7@elsewhere-map.tif"]
+    others = [".hidden", "7-map.tif", ".7x-map.tif"]
+    for name in (*old, *living, *others):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".7@elsewhere-old.tif", (1, 1))
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*living, *others}

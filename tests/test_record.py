@@ -83,3 +83,13 @@ def test_differences_are_named() -> None:
         "lr",
         "new",
     ]
+
+
+def test_a_truncated_output_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "map.tif").write_text("whole")
+    (tmp_path / "folder").mkdir()
+    write_record(tmp_path / "record.json", {}, ["map.tif", "folder"])
+    (tmp_path / "folder" / "more").touch()
+    assert read_record(tmp_path / "record.json", {}) is not None
+    (tmp_path / "map.tif").write_text("who")
+    assert read_record(tmp_path / "record.json", {}) is None

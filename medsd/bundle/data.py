@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 
 from medsd.bundle.config import boundary
-from medsd.cohort.camelyon import SlideEntry, find_slides
+from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import Sample, TileDataset
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides

@@ -15,11 +15,12 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from medsd.cohort.entry import SlideEntry, check_names
 from medsd.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -38,29 +39,6 @@ WITHDRAWN = {
 _PARTLY = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
 PARTLY_ANNOTATED = frozenset({*(f"tumor_{number:03d}" for number in _PARTLY), "test_114"})
 """Slides with tumour that nobody outlined, mostly on a second section of the same tissue."""
-
-
-@dataclass(frozen=True)
-class SlideEntry:
-    """One slide of a data set.
-
-    Attributes:
-        name: what its outputs are kept by.
-        path: its file.
-        label: 1 tumour, 0 normal, None where nobody says.
-        part: "training" or "testing"; empty where the data set has no parts.
-        annotation: the file of its outlines, if any.
-        mpp: micrometres per level-0 pixel, where the file's own is missing or wrong.
-        exhaustive: whether the annotation outlines all tumour; where it does not, tissue outside it has no label.
-    """
-
-    name: str
-    path: Path
-    label: int | None
-    part: str
-    annotation: Path | None
-    mpp: float | None = None
-    exhaustive: bool = True
 
 
 def find_slides(folder: str | Path) -> list[SlideEntry]:
@@ -92,16 +70,6 @@ def find_slides(folder: str | Path) -> list[SlideEntry]:
             known[0],
         )
     return slides
-
-
-def check_names(slides: Sequence[SlideEntry]) -> None:
-    """Raise DatasetError where two slides have one name, or names that some file systems take for one ("a", "A")."""
-    paths: dict[str, Path] = {}
-    for slide in slides:
-        key = slide.name.casefold()
-        if key in paths:
-            raise DatasetError(f"{slide.path}: a slide of this name is also at {paths[key]}; rename one")
-        paths[key] = slide.path
 
 
 def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> tuple[list[str], list[str]]:

@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from medsd.cohort.camelyon import LABELS, SlideEntry, check_names
+from medsd.cohort.camelyon import LABELS
+from medsd.cohort.entry import SlideEntry, check_names
 from medsd.errors import DatasetError, nearest
 from medsd.slides.mpp import PLAUSIBLE_MPP
 

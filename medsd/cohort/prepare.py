@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from medsd.cohort.camelyon import SlideEntry, split_validation
+from medsd.cohort.camelyon import split_validation
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.cohort.tile_store import INDEX, TABLE, THUMBNAILS, Tiling
 from medsd.cohort.tiling import tile_slides

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import medsd
-from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.errors import ConfigError, DatasetError, nearest
 from medsd.files import write_json, write_text

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.annotations import Annotations, read_annotations
-from medsd.cohort.camelyon import SlideEntry, check_names
+from medsd.cohort.entry import SlideEntry, check_names
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex, join, no_tiles, tiles_of_slide
 from medsd.cohort.tile_picture import draw_tiles
 from medsd.cohort.tile_store import INDEX, TiledSlide, TileStore, Tiling

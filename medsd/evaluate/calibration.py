@@ -9,8 +9,8 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from medsd.annotations import rasterise, read_annotations
-from medsd.cohort.camelyon import SlideEntry
 from medsd.cohort.dataset import Sample
+from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.annotations import rasterise, read_annotations
-from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
 from medsd.heatmap.cohort import SlideResult

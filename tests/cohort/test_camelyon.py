@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from medsd.cohort.camelyon import (
     PARTLY_ANNOTATED,
     WITHDRAWN,
-    SlideEntry,
     _read_reference,
-    check_names,
     find_slides,
     split_validation,
 )
+from medsd.cohort.entry import SlideEntry, check_names
 from medsd.errors import DatasetError
 
 

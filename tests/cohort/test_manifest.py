@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, read_manifest, search_folder
 from medsd.errors import DatasetError
 

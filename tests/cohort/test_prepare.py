@@ -15,7 +15,8 @@ import pytest
 from medsd.annotations import read_asap_xml, tumour_share
 from medsd.cohort import prepare as prepare_module
 from medsd.cohort import tile_picture, tiling
-from medsd.cohort.camelyon import SlideEntry, find_slides
+from medsd.cohort.camelyon import find_slides
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
 from medsd.cohort.prepare import PreparedSlides, failed_slides, load_prepared, prepare_slides
 from medsd.errors import DatasetError, NoTissueError

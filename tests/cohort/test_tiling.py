@@ -22,7 +22,8 @@ from PIL import Image
 import medsd
 from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort import tile_picture, tiling
-from medsd.cohort.camelyon import SlideEntry, find_slides
+from medsd.cohort.camelyon import find_slides
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
 from medsd.cohort.tile_store import Tiling
 from medsd.cohort.tiling import TiledCohort, tile_slides

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medsd.cohort.camelyon import SlideEntry
+from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.heatmap.engine import make_engine

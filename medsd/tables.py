@@ -1,0 +1,110 @@
+"""Tables on disk: one way to read a CSV, with errors that name the row, and one way to write it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medsd.errors import DatasetError, nearest
+from medsd.files import write_text
+
+
+def read_table(
+    path: str | Path, columns: Iterable[str] = (), known: Sequence[str] = (), header: bool = True
+) -> pd.DataFrame:
+    """The cells of a CSV in UTF-8 as text without surrounding blanks, empty where empty; empty rows are left out.
+
+    Args:
+        path: the table, separated by commas; the first row names the columns, which are given back in lower case.
+        columns: those that must be there.
+        known: those that may be there; none for any.
+        header: False where the first row is a row as others; columns are then numbered, and short rows filled up.
+
+    Returns:
+        a frame whose index is the number of the row in the file, counted from 1.
+
+    Raises:
+        DatasetError: the file cannot be read, is no such table, or lacks a column; with the row and what to do.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "slides.csv"
+        >>> write_table(path, [{"slide": "a.svs", "mpp": None}, {"slide": "b.svs", "mpp": 0.25}])
+        >>> read_table(path, ["slide"]).loc[3].to_dict()
+        {'slide': 'b.svs', 'mpp': '0.25'}
+    """
+    rows = [[cell.strip() for cell in row] for row in _rows(Path(path))]
+    heads = [cell.lower() for cell in rows[0]] if rows else []
+    if header:
+        _check_header(f"{path}: row 1", heads, columns, known)
+        for number, row in enumerate(rows, start=1):
+            if any(row) and len(row) != len(heads):
+                raise DatasetError(
+                    f"{path}: row {number}: {len(row)} cells where the first row has {len(heads)}; "
+                    "quote cells that hold a comma"
+                )
+    frame = pd.DataFrame(rows, range(1, len(rows) + 1), dtype=object).fillna("")
+    if header:
+        frame = frame.iloc[1:].set_axis(heads, axis=1) if rows else frame
+    return frame[(frame != "").any(axis=1)]
+
+
+def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as CSV in UTF-8, atomically; None and NaN are empty cells.
+
+    What is no text (line breaks, undecodable bytes of a file's name) becomes a question mark.
+
+    Args:
+        path: the file.
+        rows: values by column.
+        columns: their order; that of the rows where not given, which must not be empty then.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    frame = pd.DataFrame(list(rows), columns=columns, dtype=object)
+    write_text(path, frame.map(_as_text).to_csv(index=False, lineterminator="\n"))
+
+
+def _as_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return "".join(character if character.isprintable() else "?" for character in value)
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}); name a table (.csv)") from error
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise DatasetError(f"{path}: row {number}: not UTF-8; save the table as CSV in UTF-8") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.replace("\t", " ").isprintable():
+            raise DatasetError(f"{path}: row {number}: characters that are no text; save the table as CSV in UTF-8")
+    try:
+        return list(csv.reader(text.splitlines(keepends=True), strict=True))
+    except csv.Error as error:
+        raise DatasetError(f"{path}: not a table ({error}); close every quote") from error
+
+
+def _check_header(where: str, heads: Sequence[str], columns: Iterable[str], known: Sequence[str]) -> None:
+    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(heads) == 1 and separator in heads[0]:
+            raise DatasetError(f"{where}: cells are separated by {word}; save the table with commas")
+    for name in heads:
+        if known and name not in known:
+            raise DatasetError(f"{where}: column '{name}' is unknown{nearest(name, known)} ({', '.join(known)})")
+        if heads.count(name) > 1:
+            raise DatasetError(f"{where}: column '{name}' is there twice; drop one")
+    for name in columns:
+        if name not in heads:
+            raise DatasetError(
+                f"{where}: no column '{name}'{nearest(name, heads)}; the first row names the columns"
+                + (f", {','.join(known)}" if known else "")
+            )
