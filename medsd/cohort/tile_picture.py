@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex
-from medsd.files import atomic_path
+from medsd.drawing import WHITE, Colour, Picture, fitted, text_width
 from medsd.slides.slide import Slide, thumbnail
 from medsd.slides.tissue import TissueMask
 
@@ -20,8 +20,7 @@ _LONGEST_PX = 1280
 _NARROWEST_PX = 720
 _FOOTER_PX = 58
 _MARGIN_PX = 12
-_INK = (28, 31, 35)
-_WHITE = (255, 255, 255)
+_TEXT_PX = 15
 _OUTLINE = (0, 120, 60)
 _UNSEEN = (230, 120, 0)
 _COLOURS = {TUMOUR: (214, 39, 40), NORMAL: (31, 119, 180), MIXED: (90, 90, 90)}
@@ -57,17 +56,26 @@ def draw_tiles(
     height, width = pixels.shape[:2]
     inside = tissue.at(width, height, level0_px) >= 0.5
     pixels[inside & ~binary_erosion(inside, iterations=2)] = _OUTLINE
-    picture = Image.new("RGB", (max(width, _NARROWEST_PX), height + _FOOTER_PX), "white")
     side = tiles.tile_px * tiles.mpp / slide.mpp / level0_px
     colours = [
         _UNSEEN if lost else _COLOURS[label if labelled else NORMAL]
         for lost, label in zip(unseen.tolist(), tiles.label.tolist(), strict=True)
     ]
     layer = _layer((width, height), tiles.x / level0_px, tiles.y / level0_px, side, colours)
-    picture.paste(Image.alpha_composite(Image.fromarray(pixels).convert("RGBA"), layer).convert("RGB"))
-    _footer(ImageDraw.Draw(picture), height, slide, tiles, _legend(tiles, tissue, unseen, labelled))
-    with atomic_path(path) as temporary:
-        picture.save(temporary)
+    picture = Picture(max(width, _NARROWEST_PX), height + _FOOTER_PX)
+    picture.image.paste(Image.alpha_composite(Image.fromarray(pixels).convert("RGBA"), layer).convert("RGB"))
+    size_mm = " x ".join(f"{length * slide.mpp / 1000:.1f}" for length in slide.dimensions)
+    about = f"{size_mm} mm, tiles of {tiles.tile_px} px at {tiles.mpp:g} µm per px"
+    room = picture.image.width - 3 * _MARGIN_PX - text_width(about, _TEXT_PX)
+    name = fitted(tiles.names[0], _TEXT_PX, room)
+    picture.text(_MARGIN_PX, height + 22, name, _TEXT_PX)
+    picture.text(2 * _MARGIN_PX + text_width(name, _TEXT_PX), height + 22, about, _TEXT_PX)
+    x = float(_MARGIN_PX)
+    for word, colour in _legend(tiles, tissue, unseen, labelled):
+        picture.box(x, height + 34, 13, 13, colour)
+        picture.text(x + 19, height + 46, word, _TEXT_PX)
+        x += 41 + text_width(word, _TEXT_PX)
+    picture.save(path, tiles.names[0])
 
 
 def _layer(
@@ -75,7 +83,7 @@ def _layer(
     x: npt.NDArray[np.float64],
     y: npt.NDArray[np.float64],
     side: float,
-    colours: Sequence[tuple[int, int, int]],
+    colours: Sequence[Colour],
 ) -> Image.Image:
     """Squares alone, translucent, in picture pixels; where they overlap, the last is on top."""
     layer = Image.new("RGBA", size, (0, 0, 0, 0))
@@ -93,32 +101,12 @@ def _layer(
 
 def _legend(
     tiles: TileIndex, tissue: TissueMask, unseen: npt.NDArray[np.bool_], labelled: bool
-) -> list[tuple[str, tuple[int, int, int]]]:
+) -> list[tuple[str, Colour]]:
     if not tissue.mask.any():
-        return [("no tissue found", _WHITE)]
+        return [("no tissue found", WHITE)]
     kinds = [(TUMOUR, "tumour"), (NORMAL, "normal"), (MIXED, "mixed")] if labelled else [(MIXED, "tiles")]
     counts = [(int(((tiles.label == label) & ~unseen).sum()), word, label) for label, word in kinds]
     legend = [(f"{count} {word}", _COLOURS[label if labelled else NORMAL]) for count, word, label in counts if count]
     if unseen.any():
         legend.append((f"{int(unseen.sum())} damaged", _UNSEEN))
-    return [("tissue outline", _OUTLINE), *(legend or [("no tiles", _WHITE)])]
-
-
-def _footer(
-    draw: ImageDraw.ImageDraw,
-    top: int,
-    slide: Slide,
-    tiles: TileIndex,
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
-) -> None:
-    """Two lines: what the picture shows, and the legend."""
-    font = ImageFont.load_default(15)
-    size_mm = " x ".join(f"{length * slide.mpp / 1000:.1f}" for length in slide.dimensions)
-    name = tiles.names[0] if len(tiles.names[0]) <= 48 else f"{tiles.names[0][:30]}...{tiles.names[0][-15:]}"
-    text = f"{name}   {size_mm} mm   tiles of {tiles.tile_px} px at {tiles.mpp:g} um per px"
-    draw.text((_MARGIN_PX, top + 8), text, _INK, font)
-    x = float(_MARGIN_PX)
-    for word, colour in legend:
-        draw.rectangle((x, top + 34, x + 12, top + 46), fill=colour)
-        draw.text((x + 19, top + 31), word, _INK, font)
-        x += 19 + draw.textlength(word, font) + 22
+    return [("tissue outline", _OUTLINE), *(legend or [("no tiles", WHITE)])]

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
+from medsd.drawing import save_figure
 from medsd.evaluate.compare import number_text
 from medsd.evaluate.runs import Estimate, Run
 from medsd.evaluate.scores import roc_curve
-from medsd.files import atomic_path
 
 _NORMAL, _TUMOUR, _INK = "#1f77b4", "#d62728", "#444444"
 _TERMS = (
@@ -62,12 +61,10 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
     if not drawers:
         return
     figure = Figure(figsize=(4.2 * len(drawers), 3.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     for drawer, axes in zip(drawers, np.atleast_1d(figure.subplots(1, len(drawers))), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         drawer(axes, folder, scores)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Description": "medsd run, research use only"})
+    save_figure(path, figure, "medsd run")
 
 
 def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
@@ -154,7 +151,6 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
     )
     heights = (1.4 + 2.4 * -(-len(runs) // _COLUMNS), 1.3 + 0.6 * len(runs))
     figure = Figure(figsize=(13, sum(heights)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     parts = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
     top, bottom = parts.tolist()
     _draw_masking(top, runs)
@@ -173,8 +169,7 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
             axes.set_xlim(0, 1.3)
             axes.set_xticks([0, 0.5, 1])
             axes.axvline(0.5, color="#999999", ls=":", lw=1)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Description": "medsd comparison of runs, research use only"})
+    save_figure(path, figure, "medsd comparison of runs")
 
 
 def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medsd import RESEARCH_USE_ONLY
 from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
 from medsd.explain.columns import sheet_column
@@ -21,7 +22,6 @@ from medsd.explain.model import INPUT, Model
 from medsd.explain.settings import ExplainSettings
 from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json, write_text
-from medsd.heatmap.tiff import RESEARCH_USE_ONLY
 from medsd.networks.weights import save_tensors
 
 MAPS_FORMAT = "medsd-maps-1"

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from medsd.drawing import BLACK, FAINT, INK, WHITE, Picture, resized, wrapped
 from medsd.errors import DatasetError
-from medsd.files import atomic_path
 from medsd.heatmap.scale import ColourScale
-from medsd.heatmap.tiff import RESEARCH_USE_ONLY
 from medsd.slides.readers.base import RGB, Bools
 
 CELL_PX = 200
 ROWS = 12
 OPACITY = 0.45
 
-_DPI = 100
 _MARGIN_PX, _GAP_PX, _CAPTION_PX, _BAR_PX = 28, 14, 40, 12
 _TITLE_PX, _LINE_PX, _HEAD_PX = 50, 18, 92
 _NARROWEST_PX = 900
-_LETTER_PX = 6.8
-_INK, _FAINT = "#1c1f23", "#5b6168"
-_OUTLINE, _HALO = (0, 0, 0), (255, 255, 255)
 _PAGE = re.compile(r"sheet(-\d{2,})?\.png")
-# Letters of a caption, which is as wide as a picture.
-_LONGEST = 27
 
 
 @dataclass(frozen=True)
@@ -79,8 +67,7 @@ def thumbnail(pixels: RGB) -> RGB:
     """The picture with its longer side at `CELL_PX`."""
     height, width = pixels.shape[:2]
     factor = CELL_PX / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    return resized(pixels, max(1, round(width * factor)), max(1, round(height * factor)))
 
 
 def draw_sheets(
@@ -119,45 +106,42 @@ def _draw_page(
 ) -> None:
     step = CELL_PX + _GAP_PX
     width = max(_NARROWEST_PX, 2 * _MARGIN_PX + (1 + len(columns)) * step - _GAP_PX)
-    foot = textwrap.wrap(" ".join(notes), round(width / _LETTER_PX))
+    room = width - 2 * _MARGIN_PX
+    foot = wrapped(" ".join(notes), 12, room)
     top = _TITLE_PX + _HEAD_PX
-    height = top + len(rows) * (CELL_PX + _CAPTION_PX) + _LINE_PX * len(foot) + _MARGIN_PX
-    canvas = np.full((height, width, 3), 255, np.uint8)
+    bottom = top + len(rows) * (CELL_PX + _CAPTION_PX)
+    picture = Picture(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
+    picture.text(_MARGIN_PX, 30, title, 18, bold=True, width=room)
+    picture.text(_MARGIN_PX, _TITLE_PX + 18, "image", 14, bold=True)
+    places = [(_MARGIN_PX + number * step, column) for number, column in enumerate(columns, start=1)]
+    for x, column in places:
+        scale = column.scale
+        picture.text(x, _TITLE_PX + 18, column.name.replace("_", " "), 14, bold=True, width=CELL_PX)
+        ticks = [f"{tick:.3g}" for tick in (scale.vmin, (scale.vmin + scale.vmax) / 2, scale.vmax)]
+        picture.colour_bar(x, _TITLE_PX + 26, CELL_PX, _BAR_PX, scale.colours(), ticks, 11)
+        picture.text(x, _TITLE_PX + 65, scale.title, 10, FAINT, width=step - 2)
+        picture.text(x, _TITLE_PX + 78, column.source, 10, FAINT, width=step - 2)
     for number, row in enumerate(rows):
         y = top + number * (CELL_PX + _CAPTION_PX)
-        for place, cell in enumerate(
-            (_outlined(row), *(_blended(row, item) for item in zip(row.maps, columns, strict=True)))
-        ):
-            _paste(canvas, cell, _MARGIN_PX + place * step, y)
-    for place, column in enumerate(columns, start=1):
-        bar = np.broadcast_to(_stretched(column.scale.colours()[np.newaxis], _BAR_PX, CELL_PX), (_BAR_PX, CELL_PX, 3))
-        _paste(canvas, bar, _MARGIN_PX + place * step, _TITLE_PX + 26)
-    figure, axes = _page(canvas)
-    _text(axes, _MARGIN_PX, 30, title, 13, weight="bold")
-    _text(axes, _MARGIN_PX, _TITLE_PX + 18, "image", 10, weight="bold")
-    for place, column in enumerate(columns, start=1):
-        _head(axes, _MARGIN_PX + place * step, column)
-    for number, row in enumerate(rows):
-        y = top + number * (CELL_PX + _CAPTION_PX) + row.picture.shape[0]
-        for line, caption in enumerate(row.captions):
-            _text(axes, _MARGIN_PX, y + 13 + 13 * line, _shorten(caption), 8, _INK if line else _FAINT)
-        for place, column in enumerate(columns, start=1):
+        below = y + row.picture.shape[0] + 13
+        picture.paste(_outlined(row), _MARGIN_PX, y)
+        for line, (caption, colour) in enumerate(zip(row.captions, (FAINT, INK), strict=True)):
+            picture.text(_MARGIN_PX, below + 13 * line, caption, 11, colour, width=CELL_PX)
+        for (x, column), values in zip(places, row.maps, strict=True):
+            picture.paste(_blended(row, values, column), x, y)
             meaning = f"brown: for {row.explained}" if column.of_class else "for no class"
-            _text(axes, _MARGIN_PX + place * step, y + 13, _shorten(meaning), 8)
-    for number, sentence in enumerate(reversed(foot)):
-        _text(axes, _MARGIN_PX, height - _MARGIN_PX // 2 - _LINE_PX * number, sentence, 8.5, _FAINT)
-    about = {"Software": "medsd", "Title": title, "Description": RESEARCH_USE_ONLY}
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata=about)
+            picture.text(x, below, meaning, 11, width=CELL_PX)
+    for number, sentence in enumerate(foot):
+        picture.text(_MARGIN_PX, bottom + _LINE_PX * (number + 1), sentence, 12, FAINT)
+    picture.save(path, title)
 
 
-def _blended(row: SheetRow, item: tuple[npt.NDArray[np.float32], SheetColumn]) -> RGB:
+def _blended(row: SheetRow, values: npt.NDArray[np.float32], column: SheetColumn) -> RGB:
     """The map's colours over the picture in grey."""
-    values, column = item
     if not np.isfinite(values).all():
         raise DatasetError(f"{row.captions[0]}: the map of {column.name} is not finite everywhere; it is not drawn")
     height, width = row.picture.shape[:2]
-    colours = _stretched(column.scale.rgba(values)[..., :3], height, width)
+    colours = resized(column.scale.rgba(values)[..., :3], width, height, Image.Resampling.NEAREST)
     # The darker half is left to the colours: on black nuclei brown and teal would be the same.
     grey = 127.5 + np.asarray(Image.fromarray(row.picture).convert("L"), np.float64)[..., np.newaxis] / 2
     return np.rint((1 - OPACITY) * grey + OPACITY * colours).astype(np.uint8)
@@ -168,58 +152,6 @@ def _outlined(row: SheetRow) -> RGB:
     picture = row.picture.copy()
     if row.region is not None:
         grown = binary_dilation(row.region)
-        picture[binary_dilation(grown, iterations=2) & ~row.region] = _HALO
-        picture[grown & ~row.region] = _OUTLINE
+        picture[binary_dilation(grown, iterations=2) & ~row.region] = WHITE
+        picture[grown & ~row.region] = BLACK
     return picture
-
-
-def _stretched(pixels: RGB, height: int, width: int) -> RGB:
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST))
-
-
-def _paste(canvas: RGB, cell: RGB, x: int, y: int) -> None:
-    canvas[y : y + cell.shape[0], x : x + cell.shape[1]] = cell
-
-
-def _page(canvas: RGB) -> tuple[Figure, Axes]:
-    """A figure with axes in page pixels, y down, that hold the canvas pixel by pixel."""
-    height, width = canvas.shape[:2]
-    # A hundredth more, since matplotlib rounds 409.99999 pixels down and would shrink the canvas by one.
-    figure = Figure(figsize=((width + 0.01) / _DPI, (height + 0.01) / _DPI), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    axes.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
-    return figure, axes
-
-
-def _head(axes: Axes, x: int, column: SheetColumn) -> None:
-    scale = column.scale
-    _text(axes, x, _TITLE_PX + 18, column.name.replace("_", " "), 10, weight="bold")
-    ticks = ((0.0, scale.vmin, "left"), (0.5, (scale.vmin + scale.vmax) / 2, "center"), (1.0, scale.vmax, "right"))
-    for share, value, align in ticks:
-        _text(axes, x + share * CELL_PX, _TITLE_PX + 51, f"{value:.3g}", 8, align=align)
-    _text(axes, x, _TITLE_PX + 65, scale.title, 7.5, _FAINT)
-    _text(axes, x, _TITLE_PX + 78, column.source, 7.5, _FAINT)
-
-
-def _text(
-    axes: Axes,
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    colour: str = _INK,
-    weight: str = "normal",
-    align: str = "left",
-) -> None:
-    # parse_math off: a file's name with two dollar signs is a name, not a formula.
-    label = axes.text(x, y, text, fontsize=size, fontweight=weight, color=colour, ha=align, va="baseline")
-    label.set_parse_math(False)
-
-
-def _shorten(text: str) -> str:
-    """One printable line that fits below a picture, of letters that the font has."""
-    known = get_font(findfont("DejaVu Sans")).get_char_index
-    text = "".join(character if character.isprintable() and known(ord(character)) else "?" for character in text)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 + 1 :]}"

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.heatmap.maps import SlideMaps
-from medsd.heatmap.overlay import draw_overlay, explanation_warning
-from medsd.heatmap.regions import Region, find_regions, write_geojson
-from medsd.heatmap.report import ReportContent, write_report
-from medsd.heatmap.scale import explanation_scale, probability_scale
+from medsd.heatmap.overlay import MappedSlide, draw_overlay, explanation_warning
+from medsd.heatmap.regions import Region, find_regions, write_regions
+from medsd.heatmap.report import write_report
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.networks.weights import Calibration, ModelCard
 from medsd.slides.readers.base import RGB
@@ -23,7 +22,6 @@ MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.
 TOP_SHARE = 0.01
 _TOP_REGIONS = 8
 _REGION_PICTURE_PX = 192
-_TUMOUR_COLOUR = (214, 39, 40)
 
 
 class MapSummary(NamedTuple):
@@ -63,50 +61,36 @@ class OutputWriter:
             inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
             picture = hatched(picture, maps.lost[np.ix_(*inside)])
         probability, saliency = maps.probability, maps.saliency
-        threshold = self.calibration.threshold
-        scales = probability_scale(), explanation_scale(saliency, self.calibration.saliency_limit)
+        threshold, source = self.calibration.threshold, self.calibration.source
         # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
         smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
         regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
         score = top_mean(probability.values[probability.seen])
-        name = slide.path.stem
-        write_ome_tiff(folder / "saliency.ome.tif", saliency)
-        write_ome_tiff(folder / "probability.ome.tif", probability)
-        write_geojson(folder / "regions.geojson", regions, "Tumour (model)", _TUMOUR_COLOUR, name, saliency.quantity)
-        draw_overlay(
-            folder / "overlay.png",
-            picture,
-            level0_px,
-            [(probability, scales[0]), (saliency, scales[1])],
-            regions,
-            name,
-            slide.mpp,
-            slide.mpp_source,
-            f"Contours: tumour probability above {threshold:.2f} (fixed on {self.calibration.source})."
-            + ("" if maps.lost is None else " Grey stripes: could not be decoded, not judged."),
-        )
-        area_mm2 = sum(region.area_um2 for region in regions) / 1e6
-        content = ReportContent(
-            slide_name=name,
+        mapped = MappedSlide(
+            name=slide.path.stem,
             dimensions=slide.dimensions,
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
             thumbnail=picture,
             thumbnail_level0_px=level0_px,
+            damaged=maps.lost is not None,
             probability=probability,
-            probability_scale=scales[0],
             saliency=saliency,
-            saliency_scale=scales[1],
+            saliency_limit=self.calibration.saliency_limit,
             threshold=threshold,
-            threshold_source=f"fixed on {self.calibration.source}",
+            threshold_source=f"fixed on {source}",
             regions=regions,
-            scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
             region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
+            scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
             provenance=self._provenance(slide),
             caveats=self._caveats(slide, maps),
         )
-        write_report(folder / "report.html", content)
-        return MapSummary(score, len(regions), area_mm2)
+        write_ome_tiff(folder / "saliency.ome.tif", saliency)
+        write_ome_tiff(folder / "probability.ome.tif", probability)
+        write_regions(folder / "regions.geojson", regions, "Tumour (model)", mapped.name, saliency.quantity)
+        draw_overlay(folder / "overlay.png", mapped)
+        write_report(folder / "report.html", mapped)
+        return MapSummary(score, len(regions), sum(region.area_um2 for region in regions) / 1e6)
 
     def _caveats(self, slide: Slide, maps: SlideMaps) -> list[str]:
         caveats = [

@@ -1,29 +1,21 @@
-"""One picture a slide: the tissue, the maps over it, the contours, and what is needed to read them.
-
-Drawn with matplotlib's objects (Figure, FigureCanvasAgg), never pyplot: no global state, safe in threads.
-"""
+"""One picture a slide: the tissue, the maps over it, the contours, and what is needed to read them."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import shapely
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from medsd.files import atomic_path
+from medsd import RESEARCH_USE_ONLY
+from medsd.drawing import BLACK, FAINT, WHITE, Picture, outline, resized, text_width, wrapped
 from medsd.heatmap.regions import Region
-from medsd.heatmap.scale import ColourScale
-from medsd.heatmap.tiff import RESEARCH_USE_ONLY, shrink
+from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale
+from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
 
 # What a map is not, by its quantity.
@@ -31,15 +23,64 @@ _WARNINGS = {
     "saliency": "What the model reacts to, not tumour probability.",
     "mask": "Which of its features the model used, each seeing more than its place; not tumour probability.",
 }
-_DPI = 100
 _WIDTH_PX = 1800
 _MARGIN_PX = 30
 _TITLE_PX = 90
 _BAR_PX = 90
+_LINE_PX = 20
+_SMALL_PX = 13
 _MAX_PANEL_HEIGHT_PX = 1400
 _WIDE = 2.2
-_INK = "#1c1f23"
-_FAINT = "#5b6168"
+_FRAME = (201, 204, 209)
+
+
+@dataclass(frozen=True)
+class MappedSlide:
+    """A slide with its maps and what they come to: all that its overlay and its report show.
+
+    Attributes:
+        name: of the slide; untrusted text.
+        dimensions: (width, height) at level 0.
+        mpp: micrometres per level-0 pixel.
+        mpp_source: where the mpp comes from.
+        thumbnail: (height, width, 3) uint8 RGB, the whole slide.
+        thumbnail_level0_px: level-0 pixels per thumbnail pixel.
+        damaged: whether grey stripes in the thumbnail mark what could not be decoded.
+        probability: the probability map.
+        saliency: the explanation, a map of saliency or of masks, on any grid.
+        saliency_limit: end of a saliency's colour scale.
+        threshold: the threshold of the regions, in the probability's values.
+        threshold_source: where it comes from, in words.
+        regions: the regions, in level-0 pixels, largest first.
+        region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
+        scores: label to value, in words, in the order to be shown.
+        provenance: label to value, in words.
+        caveats: sentences the reader must know; 'research use only' is always added.
+    """
+
+    name: str
+    dimensions: tuple[int, int]
+    mpp: float
+    mpp_source: str
+    thumbnail: npt.NDArray[np.uint8]
+    thumbnail_level0_px: float
+    damaged: bool
+    probability: ValueMap
+    saliency: ValueMap
+    saliency_limit: float
+    threshold: float
+    threshold_source: str
+    regions: Sequence[Region]
+    region_pictures: Sequence[npt.NDArray[np.uint8]]
+    scores: Mapping[str, str]
+    provenance: Mapping[str, str]
+    caveats: Sequence[str]
+
+    @property
+    def maps(self) -> tuple[tuple[ValueMap, ColourScale], tuple[ValueMap, ColourScale]]:
+        """Probability and explanation, each with its colours."""
+        saliency = self.saliency
+        return (self.probability, probability_scale()), (saliency, explanation_scale(saliency, self.saliency_limit))
 
 
 @dataclass(frozen=True)
@@ -52,40 +93,30 @@ class Box:
     height: int
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the parts of an overview lie: one box a panel, whole pixels; the picture's width and height in pixels."""
-
-    panels: tuple[Box, ...]
-    width: int
-    height: int
-
-
-def layout(panel_count: int, slide_aspect: float, footer_lines: int) -> Layout:
-    """Panels side by side, or below each other when the slide is wide.
+def layout(panel_count: int, slide_aspect: float) -> tuple[list[Box], int]:
+    """Panels side by side, or below each other when the slide is wide; and the height of all with their bars.
 
     Args:
         panel_count: number of panels.
         slide_aspect: width of the thumbnail divided by its height.
-        footer_lines: lines of text at the foot.
     """
     columns = 1 if slide_aspect > _WIDE else panel_count
     cell = (_WIDTH_PX - _MARGIN_PX * (columns + 1)) // columns
-    width = round(min(cell, _MAX_PANEL_HEIGHT_PX * slide_aspect))
+    width = max(1, round(min(cell, _MAX_PANEL_HEIGHT_PX * slide_aspect)))
     height = max(1, round(width / slide_aspect))
-    rows = math.ceil(panel_count / columns)
     boxes = []
     for index in range(panel_count):
         row, column = divmod(index, columns)
         left = _MARGIN_PX + column * (cell + _MARGIN_PX) + (cell - width) // 2
         boxes.append(Box(left, _TITLE_PX + row * (height + _BAR_PX), width, height))
-    return Layout(tuple(boxes), _WIDTH_PX, _TITLE_PX + rows * (height + _BAR_PX) + 20 * footer_lines + _MARGIN_PX)
+    return boxes, boxes[-1].top + height + _BAR_PX
 
 
 def round_length_um(width_um: float) -> float:
     """The largest of 1, 2, 5 times a power of ten that is at most a quarter of `width_um` (micrometres)."""
     power = 10.0 ** math.floor(math.log10(width_um / 4))
-    return max(step * power for step in (1, 2, 5) if step * power <= width_um / 4)
+    # 0.5 too: a logarithm may round up to the next power.
+    return max(step * power for step in (0.5, 1, 2, 5) if step * power <= width_um / 4)
 
 
 def length_text(length_um: float) -> str:
@@ -93,18 +124,7 @@ def length_text(length_um: float) -> str:
     return f"{length_um:g} µm" if length_um < 1000 else f"{length_um / 1000:g} mm"
 
 
-def draw_overlay(
-    path: str | Path,
-    thumbnail: npt.NDArray[np.uint8],
-    thumbnail_level0_px: float,
-    maps: Sequence[tuple[ValueMap, ColourScale]],
-    regions: Sequence[Region],
-    slide_name: str,
-    slide_mpp: float,
-    mpp_source: str,
-    caption: str,
-    opacity: float = 0.45,
-) -> None:
+def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = 0.45) -> None:
     """Draw the overview of a slide as PNG, atomically.
 
     The first panel is the slide, then one panel a map, blended over it where the map has seen it. All panels share
@@ -112,45 +132,37 @@ def draw_overlay(
 
     Args:
         path: the file, `overlay.png`.
-        thumbnail: (height, width, 3) uint8 RGB, the whole slide.
-        thumbnail_level0_px: level-0 pixels per thumbnail pixel.
-        maps: the maps with their scales.
-        regions: the regions, in level-0 pixels.
-        slide_name: the title; taken as it is, never as markup.
-        slide_mpp: micrometres per level-0 pixel.
-        mpp_source: where the mpp comes from.
-        caption: what the contours are (threshold and its source) and whatever else belongs below the picture.
+        slide: what is shown.
         opacity: opacity of the maps, 0 to 1.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    footer = _footer(maps, slide_mpp, mpp_source, caption, opacity)
-    height, width = thumbnail.shape[:2]
-    place = layout(1 + len(maps), width / height, len(footer))
-    figure = Figure(figsize=(place.width / _DPI, place.height / _DPI), dpi=_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    extent = (0.0, width * thumbnail_level0_px, height * thumbnail_level0_px, 0.0)
-    for index, box in enumerate(place.panels):
-        axes = _axes(figure, place, box)
-        axes.imshow(thumbnail, extent=extent, interpolation="antialiased", aspect="auto")
-        heading = "Slide"
-        if index > 0:
-            value_map, scale = maps[index - 1]
+    footer = _footer(slide, opacity)
+    height, width = slide.thumbnail.shape[:2]
+    boxes, bottom = layout(3, width / height)
+    picture = Picture(_WIDTH_PX, bottom + _LINE_PX * len(footer) + _MARGIN_PX)
+    level0_px = width * slide.thumbnail_level0_px / boxes[0].width, height * slide.thumbnail_level0_px / boxes[0].height
+    plain = resized(slide.thumbnail, boxes[0].width, boxes[0].height)
+    for box, shown in zip(boxes, (None, *slide.maps), strict=True):
+        panel, heading = plain.copy(), "Slide"
+        if shown is not None:
+            value_map, scale = shown
             heading = f"{scale.label}: {value_map.target}"
-            _blend(axes, shrink(value_map, 2 * max(box.width, box.height)), scale, opacity)
-            _colour_bar(figure, place, box, scale)
-        _contours(axes, regions)
-        axes.set_xlim(0, extent[1])
-        axes.set_ylim(extent[2], 0)
-        _scale_bar(axes, extent[1], extent[2], slide_mpp)
-        _text(figure, place, box.left, box.top - 10, heading, size=11, weight="bold")
-    _text(figure, place, _MARGIN_PX, 40, _shorten(slide_name), size=16, weight="bold")
-    for number, line in enumerate(reversed(footer)):
-        _text(figure, place, _MARGIN_PX, place.height - _MARGIN_PX // 2 - 20 * number, line, size=9.5, colour=_FAINT)
-    about = {"Software": "medsd", "Title": _shorten(slide_name), "Description": f"{RESEARCH_USE_ONLY} {caption}"}
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata=about)
+            _blend(panel, value_map, scale, level0_px, opacity)
+            ticks = [f"{tick:.3g}" for tick in np.linspace(scale.vmin, scale.vmax, 5)]
+            picture.colour_bar(box.left, box.top + box.height + 14, box.width, 14, scale.colours(), ticks, _SMALL_PX)
+            middle, below = box.left + box.width / 2, box.top + box.height + 66
+            picture.text(middle, below, scale.title, _SMALL_PX, align="m", width=box.width)
+        outline(panel, [ring / level0_px for ring in _rings(slide.regions)])
+        picture.paste(panel, box.left, box.top)
+        picture.box(box.left - 1, box.top - 1, box.width + 2, box.height + 2, outline=_FRAME)
+        _scale_bar(picture, box, level0_px[0] * slide.mpp)
+        picture.text(box.left, box.top - 10, heading, 15, bold=True, width=box.width)
+    picture.text(_MARGIN_PX, 40, slide.name, 22, bold=True, width=_WIDTH_PX - 2 * _MARGIN_PX)
+    for number, line in enumerate(footer):
+        picture.text(_MARGIN_PX, bottom + _LINE_PX * (number + 1), line, _SMALL_PX, FAINT)
+    picture.save(path, slide.name)
 
 
 def explanation_warning(value_map: ValueMap) -> str:
@@ -158,107 +170,55 @@ def explanation_warning(value_map: ValueMap) -> str:
     return _WARNINGS.get(value_map.quantity, "")
 
 
-def _axes(figure: Figure, place: Layout, box: Box) -> Axes:
-    axes = figure.add_axes(
-        (
-            box.left / place.width,
-            1 - (box.top + box.height) / place.height,
-            box.width / place.width,
-            box.height / place.height,
-        )
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(edgecolor="#c9ccd1", linewidth=0.8)
-    return axes
-
-
-def _text(
-    figure: Figure,
-    place: Layout,
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    weight: str = "normal",
-    colour: str = _INK,
-    align: str = "left",
+def _blend(
+    panel: npt.NDArray[np.uint8],
+    value_map: ValueMap,
+    scale: ColourScale,
+    level0_px: tuple[float, float],
+    opacity: float,
 ) -> None:
-    # parse_math off: a slide's name with two dollar signs is a name, not a formula.
-    label = figure.text(
-        x / place.width, 1 - y / place.height, text, fontsize=size, fontweight=weight, color=colour, ha=align
+    """Lay the map's colours over the panel, each of whose pixels has the value under its centre."""
+    value_map = shrink(value_map, 2 * max(panel.shape))
+    x, y = (
+        ((np.arange(size) + 0.5) * side / value_map.level0_px).astype(np.int64)
+        for size, side in zip((panel.shape[1], panel.shape[0]), level0_px, strict=True)
     )
-    label.set_parse_math(False)
-
-
-def _blend(axes: Axes, value_map: ValueMap, scale: ColourScale, opacity: float) -> None:
     rows, columns = value_map.values.shape
-    side = value_map.level0_px
-    axes.imshow(
-        scale.rgba(value_map.values),
-        extent=(0.0, columns * side, rows * side, 0.0),
-        interpolation="nearest",
-        aspect="auto",
-        alpha=opacity,
-    )
+    inside = np.ix_(y[y < rows], x[x < columns])
+    below = panel[: len(inside[0]), : inside[1].shape[1]]
+    colours = scale.rgba(value_map.values[inside])
+    share = opacity * (colours[..., 3:] / 255)
+    below[:] = np.rint(share * colours[..., :3] + (1 - share) * below)
 
 
-def _contours(axes: Axes, regions: Sequence[Region]) -> None:
-    rings = [
-        shapely.get_coordinates(ring)
-        for region in regions
-        for ring in (region.polygon.exterior, *region.polygon.interiors)
+def _rings(regions: Sequence[Region]) -> list[npt.NDArray[np.float64]]:
+    """Every ring's corners (n, 2), level-0 pixels."""
+    polygons = [region.polygon for region in regions]
+    return [shapely.get_coordinates(ring) for polygon in polygons for ring in (polygon.exterior, *polygon.interiors)]
+
+
+def _scale_bar(picture: Picture, box: Box, mpp: float) -> None:
+    length_um = round_length_um(box.width * mpp)
+    length, thick = length_um / mpp, max(1, round(0.010 * box.width))
+    left, bottom = box.left + round(0.03 * box.width), box.top + box.height - round(0.03 * box.width)
+    text, middle = length_text(length_um), left + length / 2
+    half = text_width(text, 14) / 2 + 3
+    picture.box(middle - half, bottom - thick - 22, 2 * half, 18, WHITE)
+    picture.box(left - 1, bottom - thick - 1, round(length) + 2, thick + 2, BLACK, WHITE)
+    picture.text(middle, bottom - thick - 8, text, 14, BLACK, align="m")
+
+
+def _footer(slide: MappedSlide, opacity: float) -> list[str]:
+    parts = [
+        f"Contours: {slide.probability.target} probability above {slide.threshold:.2f} ({slide.threshold_source})."
+        + (" Grey stripes: could not be decoded, not judged." if slide.damaged else ""),
+        f"Slide: {slide.mpp:.4g} µm per pixel ({slide.mpp_source}).",
     ]
-    # A dark line on a light one: seen on glass, on tissue and on every colour of the scales.
-    axes.add_collection(LineCollection(rings, colors="white", linewidths=2.4), autolim=False)
-    axes.add_collection(LineCollection(rings, colors="black", linewidths=1.0), autolim=False)
-
-
-def _scale_bar(axes: Axes, width_px: float, height_px: float, slide_mpp: float) -> None:
-    length_um = round_length_um(width_px * slide_mpp)
-    length_px = length_um / slide_mpp
-    left, bottom = 0.03 * width_px, height_px - 0.03 * width_px
-    thick = 0.010 * width_px
-    axes.add_patch(Rectangle((left, bottom - thick), length_px, thick, facecolor="black", edgecolor="white", lw=0.8))
-    axes.text(
-        left + length_px / 2,
-        bottom - 1.6 * thick,
-        length_text(length_um),
-        ha="center",
-        va="bottom",
-        fontsize=10,
-        color="black",
-        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
-    )
-
-
-def _colour_bar(figure: Figure, place: Layout, box: Box, scale: ColourScale) -> None:
-    bar = Box(box.left, box.top + box.height + 14, box.width, 14)
-    axes = _axes(figure, place, bar)
-    axes.imshow(scale.colours()[np.newaxis], extent=(scale.vmin, scale.vmax, 0, 1), aspect="auto")
-    ticks = np.linspace(scale.vmin, scale.vmax, 5)
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=9, color=_INK)
-    axes.tick_params(length=3, color=_FAINT, pad=2)
-    axes.get_xticklabels()[0].set_horizontalalignment("left")
-    axes.get_xticklabels()[-1].set_horizontalalignment("right")
-    _text(figure, place, box.left + box.width / 2, bar.top + 52, scale.title, size=9.5, align="center")
-
-
-def _footer(
-    maps: Sequence[tuple[ValueMap, ColourScale]], slide_mpp: float, mpp_source: str, caption: str, opacity: float
-) -> list[str]:
-    parts = [f"Slide: {slide_mpp:.4g} µm per pixel ({mpp_source})."]
-    parts += [f"{scale.label}: {value_map.method}, {value_map.mpp:.3g} µm per map pixel." for value_map, scale in maps]
+    parts += [f"{scale.label}: {shown.method}, {shown.mpp:.3g} µm per map pixel." for shown, scale in slide.maps]
     warning = f"{RESEARCH_USE_ONLY} Maps are drawn over the slide at {opacity:.0%} opacity, bars in full colour."
-    for value_map, scale in maps:
+    for value_map, scale in slide.maps:
         words = explanation_warning(value_map)
         if words:
             warning += f" {scale.label}: {words[0].lower()}{words[1:]}"
-    return [*textwrap.wrap(f"{caption} {' '.join(parts)}", 240), warning]
-
-
-def _shorten(name: str, longest: int = 110) -> str:
-    """`name` on one line, its middle left out when it is too long to be drawn."""
-    name = "".join(character if character.isprintable() else " " for character in name)
-    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 :]}"
+    width = _WIDTH_PX - 2 * _MARGIN_PX
+    return [line for text in (" ".join(parts), warning) for line in wrapped(text, _SMALL_PX, width)]

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,10 @@ from scipy import ndimage
 from skimage import measure
 
 from medsd.annotations.geojson import feature, write_features
-from medsd.errors import ConfigError
+from medsd.checks import check_number
 from medsd.heatmap.value_map import ValueMap
 
+_TUMOUR_COLOUR = (214, 39, 40)
 _UUID_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.regions")
 
 
@@ -32,7 +32,6 @@ class Region:
         mean_probability: mean of the map pixels whose centre lies in it.
         max_probability: highest of them.
         mean_saliency: mean saliency of the seen map pixels in it; None without a saliency map or when none is seen.
-        centroid: (x, y), level-0 pixels; may lie outside a curved region.
     """
 
     polygon: shapely.Polygon
@@ -40,7 +39,6 @@ class Region:
     mean_probability: float
     max_probability: float
     mean_saliency: float | None
-    centroid: tuple[float, float]
 
 
 def find_regions(
@@ -60,19 +58,17 @@ def find_regions(
 
     Args:
         probability: the map.
-        threshold: the validated threshold, in the map's values.
+        threshold: the validated threshold, 0 to 1.
         slide_mpp: micrometres per level-0 pixel.
         slide_dimensions: (width, height) at level 0; nothing reaches beyond.
         saliency: a map of the same slide, on any grid, for the regions' mean saliency.
         min_area_um2: smaller regions are left out.
 
     Raises:
-        ConfigError: `threshold` is not finite or `slide_mpp` is not positive.
+        ConfigError: `threshold` is no probability or `slide_mpp` is not positive.
     """
-    if not np.isfinite(threshold):
-        raise ConfigError(f"threshold {threshold} is not a number; give the threshold found on the validation slides")
-    if not (np.isfinite(slide_mpp) and slide_mpp > 0):
-        raise ConfigError(f"slide mpp {slide_mpp} is not a positive number of micrometres per pixel")
+    check_number("threshold", threshold, "[0, 1]", hint="give the one found on the validation slides")
+    check_number("slide_mpp", slide_mpp, "(0, inf)", hint="micrometres per level-0 pixel")
     regions = [
         _measure(polygon, probability, saliency, slide_mpp)
         for polygon in _polygons(probability, threshold, slide_dimensions)
@@ -123,15 +119,9 @@ def _closed_field(values: npt.NDArray[np.float32], threshold: float) -> npt.NDAr
 
 def _measure(polygon: shapely.Polygon, probability: ValueMap, saliency: ValueMap | None, slide_mpp: float) -> Region:
     inside = _values_inside(probability, polygon)
-    sensitivity = _values_inside(saliency, polygon) if saliency is not None else np.empty(0)
-    return Region(
-        polygon=polygon,
-        area_um2=polygon.area * slide_mpp**2,
-        mean_probability=float(inside.mean()),
-        max_probability=float(inside.max()),
-        mean_saliency=float(sensitivity.mean()) if sensitivity.size else None,
-        centroid=(polygon.centroid.x, polygon.centroid.y),
-    )
+    explained = _values_inside(saliency, polygon) if saliency is not None else np.empty(0)
+    mean_saliency = float(explained.mean()) if explained.size else None
+    return Region(polygon, polygon.area * slide_mpp**2, float(inside.mean()), float(inside.max()), mean_saliency)
 
 
 def _values_inside(value_map: ValueMap, polygon: shapely.Polygon) -> npt.NDArray[np.float32]:
@@ -151,47 +141,33 @@ def _values_inside(value_map: ValueMap, polygon: shapely.Polygon) -> npt.NDArray
     return value[np.isfinite(value)]
 
 
-def write_geojson(
-    path: str | Path,
-    regions: Sequence[Region],
-    name: str,
-    colour_rgb: tuple[int, int, int],
-    slide_name: str,
-    quantity: str = "saliency",
+def write_regions(
+    path: str | Path, regions: Sequence[Region], name: str, slide_name: str, quantity: str = "saliency"
 ) -> None:
     """Write regions as QuPath annotations, atomically: a FeatureCollection in level-0 pixels.
 
-    Keys as QuPath's documentation of exported annotations has them. A region's id is a UUID made from its outline
-    and the slide, so that writing again gives the same file.
+    A region's id is a UUID made from its outline and the slide, so that writing again gives the same file.
 
     Args:
         path: the file, `regions.geojson`.
         regions: the regions; an empty sequence gives an empty collection.
         name: the class, as QuPath lists it.
-        colour_rgb: its colour, three numbers from 0 to 255.
         slide_name: the slide's name.
         quantity: what the regions' `mean_saliency` is the mean of, for its name in QuPath.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    features = [
-        _feature(region, f"{name} {number}", name, colour_rgb, slide_name, quantity)
-        for number, region in enumerate(regions, start=1)
-    ]
+    features = []
+    for number, region in enumerate(regions, start=1):
+        measurements = {
+            "Area um^2": region.area_um2,
+            "Mean probability": region.mean_probability,
+            "Max probability": region.max_probability,
+        }
+        if region.mean_saliency is not None:
+            measurements[f"Mean {quantity}"] = region.mean_saliency
+        object_id = uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")
+        properties = {"isLocked": False, "measurements": measurements}
+        features.append(feature(region.polygon, object_id, f"{name} {number}", name, _TUMOUR_COLOUR, properties))
     write_features(path, features)
-
-
-def _feature(
-    region: Region, name: str, classification: str, colour_rgb: tuple[int, int, int], slide_name: str, quantity: str
-) -> dict[str, Any]:
-    measurements = {
-        "Area um^2": region.area_um2,
-        "Mean probability": region.mean_probability,
-        "Max probability": region.max_probability,
-    }
-    if region.mean_saliency is not None:
-        measurements[f"Mean {quantity}"] = region.mean_saliency
-    object_id = uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")
-    properties = {"isLocked": False, "measurements": measurements}
-    return feature(region.polygon, object_id, name, classification, colour_rgb, properties)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from medsd import RESEARCH_USE_ONLY
 from medsd.files import write_text
-from medsd.heatmap.overlay import explanation_warning
-from medsd.heatmap.regions import Region
+from medsd.heatmap.overlay import MappedSlide, explanation_warning
 from medsd.heatmap.scale import ColourScale
-from medsd.heatmap.tiff import RESEARCH_USE_ONLY, shrink
+from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
 
 MAX_MAP_SIDE_PX = 1536
@@ -29,49 +29,6 @@ MAX_REGIONS = 20
 _REGION_PICTURE_PX = 160
 _JPEG_QUALITY = 88
 _LAST_CODE = 65535
-
-
-@dataclass(frozen=True)
-class ReportContent:
-    """What a slide's report shows.
-
-    Attributes:
-        slide_name: name of the slide; untrusted text.
-        dimensions: (width, height) at level 0.
-        mpp: micrometres per level-0 pixel.
-        mpp_source: where the mpp comes from.
-        thumbnail: (height, width, 3) uint8 RGB, the whole slide.
-        thumbnail_level0_px: level-0 pixels per thumbnail pixel.
-        probability: the probability map.
-        probability_scale: its colours.
-        saliency: the explanation, a map of saliency or of masks, on any grid.
-        saliency_scale: its colours.
-        threshold: the threshold of the regions, in the probability's values.
-        threshold_source: where it comes from, in words.
-        regions: the regions, largest first.
-        scores: label to value, in words, in the order to be shown.
-        region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
-        provenance: label to value, in words.
-        caveats: sentences the reader must know; 'research use only' is always added.
-    """
-
-    slide_name: str
-    dimensions: tuple[int, int]
-    mpp: float
-    mpp_source: str
-    thumbnail: npt.NDArray[np.uint8]
-    thumbnail_level0_px: float
-    probability: ValueMap
-    probability_scale: ColourScale
-    saliency: ValueMap
-    saliency_scale: ColourScale
-    threshold: float
-    threshold_source: str
-    regions: Sequence[Region]
-    scores: Mapping[str, str]
-    region_pictures: Sequence[npt.NDArray[np.uint8]]
-    provenance: Mapping[str, str]
-    caveats: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -99,26 +56,16 @@ class IndexRow:
     overlay: str | None = None
 
 
-@dataclass(frozen=True)
-class PackedValues:
-    """A map's values as text: 16-bit codes, 0 for unseen, code c for low + (c - 1) * step.
+def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """A (height, width) map quantised to 65,535 levels between its own extremes; NaN and infinity become unseen.
 
-    The codes are differences along each row (modulo 65,536), little-endian, deflated (zlib), base64. Not a PNG:
-    browsers that guard privacy alter the pixels that a page reads back from a picture.
+    Codes of 16 bits, 0 for unseen, code c for low + (c - 1) * step; as differences along each row (modulo 65,536),
+    little-endian, deflated (zlib), base64. Not a PNG: browsers that guard privacy alter the pixels that a page reads
+    back from a picture.
 
-    Attributes:
-        low: lowest value of the map.
-        step: distance of two codes; a value is off by half of it at most.
-        data: the codes.
+    Returns:
+        `low`, `step` (a value is off by half of it at most) and `data`, the codes.
     """
-
-    low: float
-    step: float
-    data: str
-
-
-def pack_values(values: npt.NDArray[np.float32]) -> PackedValues:
-    """Quantise a (height, width) map to 65,535 levels between its own extremes; NaN and infinity become unseen."""
     seen = np.isfinite(values)
     low, high = (float(values[seen].min()), float(values[seen].max())) if seen.any() else (0.0, 0.0)
     step = (high - low) / (_LAST_CODE - 1) or 1.0
@@ -126,10 +73,10 @@ def pack_values(values: npt.NDArray[np.float32]) -> PackedValues:
     codes = np.where(seen, level + 1, 0).astype(np.uint16)
     differences = np.diff(codes, axis=1, prepend=np.uint16(0))
     packed = zlib.compress(differences.astype("<u2").tobytes(), 9)
-    return PackedValues(low, step, base64.b64encode(packed).decode("ascii"))
+    return {"low": low, "step": step, "data": base64.b64encode(packed).decode("ascii")}
 
 
-def write_report(path: str | Path, content: ReportContent) -> None:
+def write_report(path: str | Path, slide: MappedSlide) -> None:
     """Write `report.html`, atomically: one file, no network, nothing beside it.
 
     Maps with a side above 1,536 px are halved (means of what is seen) until they fit; the page names the resolution it
@@ -138,40 +85,35 @@ def write_report(path: str | Path, content: ReportContent) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    scales = {"saliency": content.saliency_scale, "probability": content.probability_scale}
-    layers = {
-        "saliency": _layer(shrink(content.saliency, MAX_MAP_SIDE_PX), content.saliency_scale),
-        "probability": _layer(shrink(content.probability, MAX_MAP_SIDE_PX), content.probability_scale),
-    }
-    slide, slide_width, slide_height = _jpeg(content.thumbnail, MAX_THUMBNAIL_SIDE_PX)
-    height, width = content.thumbnail.shape[:2]
-    rows = _region_rows(content)
+    layers = {name: _layer(*shown) for name, shown in zip(("probability", "saliency"), slide.maps, strict=True)}
+    picture, picture_width, picture_height = _jpeg(slide.thumbnail, MAX_THUMBNAIL_SIDE_PX)
+    height, width = slide.thumbnail.shape[:2]
+    shown = slide.regions[:MAX_REGIONS]
+    side = slide.thumbnail_level0_px
     data = {
-        "width": content.dimensions[0],
-        "height": content.dimensions[1],
-        "mpp": content.mpp,
-        "thumbnail": {"width": width * content.thumbnail_level0_px, "height": height * content.thumbnail_level0_px},
-        "threshold": content.threshold,
+        "width": slide.dimensions[0],
+        "height": slide.dimensions[1],
+        "mpp": slide.mpp,
+        "thumbnail": {"width": width * side, "height": height * side},
+        "threshold": slide.threshold,
         "layers": layers,
-        "boxes": [row["bounds"] for row in rows],
+        "boxes": [region.polygon.bounds for region in shown],
     }
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            content=content,
-            data=data,
-            slide_picture=slide,
-            picture_width=slide_width,
-            picture_height=slide_height,
-            maps=[_legend(name, layers[name], scale) for name, scale in scales.items()],
-            regions=rows,
-            area_mm2=sum(region.area_um2 for region in content.regions) / 1e6,
-            research_use_only=RESEARCH_USE_ONLY,
-            not_probability=explanation_warning(content.saliency),
-        )
+    _write_page(
+        path,
+        "report.html.j2",
+        slide=slide,
+        data=data,
+        slide_picture=picture,
+        picture_width=picture_width,
+        picture_height=picture_height,
+        maps=[_legend(name, layers[name]) for name in ("saliency", "probability")],
+        explanation=layers["saliency"],
+        regions=shown,
+        region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in slide.region_pictures[: len(shown)]],
+        area_mm2=sum(region.area_um2 for region in slide.regions) / 1e6,
+        not_probability=explanation_warning(slide.saliency),
     )
-    write_text(path, _encodable(page))
 
 
 def write_index(path: str | Path, rows: Sequence[IndexRow], title: str) -> None:
@@ -181,62 +123,44 @@ def write_index(path: str | Path, rows: Sequence[IndexRow], title: str) -> None:
         OutputError: the file cannot be written.
     """
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "empty", "failed")}
-    page = (
-        _environment()
-        .get_template("index.html.j2")
-        .render(
-            rows=[row for row in rows if row.status == "ok"],
-            others=[row for row in rows if row.status != "ok"],
-            counts=counts,
-            title=title,
-            research_use_only=RESEARCH_USE_ONLY,
-        )
+    _write_page(
+        path,
+        "index.html.j2",
+        rows=[row for row in rows if row.status == "ok"],
+        others=[row for row in rows if row.status != "ok"],
+        counts=counts,
+        title=title,
     )
-    write_text(path, _encodable(page))
 
 
-def _encodable(page: str) -> str:
-    """`page` with what UTF-8 has no place for (a file name of undecodable bytes) as question marks."""
-    return page.encode("utf-8", "replace").decode("utf-8")
+def area_text(area_um2: float) -> str:
+    """An area in words: square micrometres below 0.01 mm², square millimetres from there."""
+    return f"{area_um2:,.0f} µm²" if area_um2 < 1e4 else f"{area_um2 / 1e6:.3g} mm²"
 
 
 def _layer(value_map: ValueMap, scale: ColourScale) -> dict[str, Any]:
-    packed = pack_values(value_map.values)
+    value_map = shrink(value_map, MAX_MAP_SIDE_PX)
     rows, columns = value_map.values.shape
     return {
         "rows": rows,
         "columns": columns,
         "side": value_map.level0_px,
         "mpp": value_map.mpp,
-        "low": packed.low,
-        "step": packed.step,
-        "data": packed.data,
+        **pack_values(value_map.values),
         "vmin": scale.vmin,
         "vmax": scale.vmax,
         "unit": scale.unit,
+        "label": scale.label,
+        "title": scale.title,
         "colours": scale.colours().ravel().tolist(),
     }
 
 
-def _legend(name: str, layer: dict[str, Any], scale: ColourScale) -> dict[str, Any]:
-    stops = ", ".join(f"rgb({red},{green},{blue})" for red, green, blue in scale.colours()[::16])
-    ticks = [f"{tick:.3g}" for tick in np.linspace(scale.vmin, scale.vmax, 5)]
-    return {"name": name, "title": scale.title, "label": scale.label, "stops": stops, "ticks": ticks, **layer}
-
-
-def _region_rows(content: ReportContent) -> list[dict[str, Any]]:
-    shown = content.regions[:MAX_REGIONS]
-    pictures = [_jpeg(picture, _REGION_PICTURE_PX)[0] for picture in content.region_pictures[: len(shown)]]
-    pictures += [""] * (len(shown) - len(pictures))
-    return [
-        {"region": region, "picture": picture, "bounds": region.polygon.bounds, "area": area_text(region.area_um2)}
-        for region, picture in zip(shown, pictures, strict=True)
-    ]
-
-
-def area_text(area_um2: float) -> str:
-    """An area in words: square micrometres below 0.01 mm², square millimetres from there."""
-    return f"{area_um2:,.0f} µm²" if area_um2 < 1e4 else f"{area_um2 / 1e6:.3g} mm²"
+def _legend(name: str, layer: dict[str, Any]) -> dict[str, Any]:
+    colours = np.reshape(layer["colours"], (-1, 3))[::16]
+    stops = ", ".join(f"rgb({red},{green},{blue})" for red, green, blue in colours)
+    ticks = [f"{tick:.3g}" for tick in np.linspace(layer["vmin"], layer["vmax"], 5)]
+    return {"name": name, "stops": stops, "ticks": ticks, **layer}
 
 
 def _jpeg(picture: npt.NDArray[np.uint8], max_side_px: int) -> tuple[str, int, int]:
@@ -248,7 +172,7 @@ def _jpeg(picture: npt.NDArray[np.uint8], max_side_px: int) -> tuple[str, int, i
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", *image.size
 
 
-def _environment() -> jinja2.Environment:
+def _write_page(path: str | Path, template: str, **shown: Any) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("medsd.heatmap", "templates"),
         autoescape=True,
@@ -257,5 +181,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     # A relative link only: a colon is quoted too, so that no name becomes an address with a scheme.
-    environment.filters["relative_link"] = lambda target: quote(target, safe="/")
-    return environment
+    environment.filters |= {"relative_link": lambda target: quote(target, safe="/"), "area": area_text}
+    page = environment.get_template(template).render(research_use_only=RESEARCH_USE_ONLY, **shown)
+    # What UTF-8 has no place for (a file name of undecodable bytes) becomes question marks.
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))

@@ -18,13 +18,14 @@ import tifffile
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
+from medsd import RESEARCH_USE_ONLY
+from medsd.drawing import printable
 from medsd.errors import DatasetError
 from medsd.files import atomic_path
 from medsd.heatmap.value_map import ValueMap
 
 TILE_PX = 256
 NAMESPACE = "medsd/value_map"
-RESEARCH_USE_ONLY = "Research use only."
 _TEXTS = ("quantity", "target", "method", "unit")
 _NUMBERS = ("level0_px", "mpp")
 
@@ -75,32 +76,23 @@ def write_ome_tiff(path: str | Path, value_map: ValueMap) -> None:
     levels = [values]
     while max(levels[-1].shape) > TILE_PX:
         levels.append(halve(levels[-1]))
+    coding: dict[str, Any] = {
+        "photometric": "minisblack",
+        "tile": (TILE_PX, TILE_PX),
+        "compression": "adobe_deflate",
+    }
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, ome=True) as writer:
-        _write_level(writer, levels[0], subifds=len(levels) - 1, metadata=_ome_metadata(value_map))
+        writer.write(values, subifds=len(levels) - 1, metadata=_ome_metadata(value_map), **coding)
         for level in levels[1:]:
-            _write_level(writer, level, subifds=0, metadata=None)
-
-
-def _write_level(
-    writer: tifffile.TiffWriter, level: npt.NDArray[np.float32], subifds: int, metadata: dict[str, Any] | None
-) -> None:
-    writer.write(
-        level,
-        photometric="minisblack",
-        tile=(TILE_PX, TILE_PX),
-        compression="adobe_deflate",
-        subfiletype=0 if metadata else 1,
-        subifds=subifds,
-        metadata=metadata,
-    )
+            writer.write(level, subfiletype=1, metadata=None, **coding)
 
 
 def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
     fields = {name: getattr(value_map, name) for name in (*_NUMBERS, *_TEXTS)}
     # ASCII JSON: XML has no place for control characters, and a slide's or a class's name may hold any.
     record = json.dumps(fields, allow_nan=False)
-    title = _printable(f"{value_map.quantity} {value_map.target}")
-    about = _printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
+    title = printable(f"{value_map.quantity} {value_map.target}")
+    about = printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
     return {
         "axes": "YX",
         "Name": title,
@@ -112,10 +104,6 @@ def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
         "Channel": {"Name": title},
         "MapAnnotation": {"Namespace": NAMESPACE, "record": record},
     }
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def read_ome_tiff(path: str | Path) -> ValueMap:
@@ -133,15 +121,10 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
         raise DatasetError(f"{path}: cannot be read as TIFF ({error}); make the map again") from error
     if xml is None or values is None or values.dtype != np.float32 or values.ndim != 2:
         raise DatasetError(f"{path}: is not a float32 OME-TIFF of one map; give a file written by medsd")
-    return ValueMap(values=values, **_read_record(path, xml))
-
-
-def _read_record(path: str | Path, xml: str) -> dict[str, Any]:
     try:
-        texts = [node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")]
-        record = json.loads(texts[0])
+        record = json.loads(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
         fields: dict[str, Any] = {name: float(record[name]) for name in _NUMBERS}
         fields |= {name: str(record[name]) for name in _TEXTS}
-    except (ParseError, DefusedXmlException, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: lacks medsd's record of the map; give a file written by medsd") from error
-    return fields
+    return ValueMap(values, **fields)

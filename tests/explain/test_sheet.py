@@ -70,8 +70,6 @@ def test_many_images_take_pages_and_old_pages_go(tmp_path, monkeypatch):
 
 def test_names_are_no_markup_and_fit(tmp_path):
     draw_sheets(tmp_path, [row("$x$\n" + 200 * "y")], COLUMNS, "$t$", ["$\\frac$"])
-    assert len(sheet._shorten(200 * "y")) == sheet._LONGEST
-    assert sheet._shorten("日本 µm\t") == "?? µm?"  # letters that the font lacks
 
 
 def test_a_region_is_outlined_outside_itself(tmp_path):
@@ -81,15 +79,6 @@ def test_a_region_is_outlined_outside_itself(tmp_path):
     (path,) = draw_sheets(tmp_path, [grey], COLUMNS, "title", [])
     shown = cell(path, 0)
     assert (shown[region] == 128).all() and (shown[49, 50:100] == 0).all() and (shown[48, 50:100] == 255).all()
-
-
-@pytest.mark.parametrize("height", [410, 411, 1290])
-def test_a_page_is_drawn_pixel_by_pixel(height):
-    """Sizes in inches do not hold every number of pixels exactly."""
-    canvas = np.random.default_rng(0).integers(0, 256, (height, 57, 3), dtype=np.uint8)
-    figure, _ = sheet._page(canvas)
-    figure.canvas.draw()
-    np.testing.assert_array_equal(np.asarray(figure.canvas.buffer_rgba())[..., :3], canvas)
 
 
 def test_thumbnails_keep_the_aspect():

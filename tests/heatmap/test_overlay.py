@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,17 @@ import shapely
 from PIL import Image
 
 from medsd.errors import OutputError
-from medsd.heatmap.overlay import Box, draw_overlay, explanation_warning, layout, length_text, round_length_um
+from medsd.heatmap.overlay import (
+    Box,
+    MappedSlide,
+    draw_overlay,
+    explanation_warning,
+    layout,
+    length_text,
+    round_length_um,
+)
 from medsd.heatmap.regions import Region
-from medsd.heatmap.scale import ColourScale, probability_scale, saliency_scale
+from medsd.heatmap.scale import probability_scale
 from medsd.heatmap.value_map import ValueMap
 
 LEVEL0 = 20.0
@@ -24,16 +34,38 @@ def as_map(values: npt.NDArray[np.float64], side: float, quantity: str = "probab
     return ValueMap(values.astype(np.float32), side, side * 0.25, quantity, "tumour", "drawn", "logit")
 
 
+BLANK = as_map(np.full((60, 80), np.nan), 100.0)
+
+
 def draw(
     path: Path,
-    maps: list[tuple[ValueMap, ColourScale]],
-    regions: list[Region] | None = None,
+    probability: ValueMap = BLANK,
+    regions: Sequence[Region] = (),
     shape: tuple[int, int] = (300, 400),
     name: str = "slide_1",
     opacity: float = 0.45,
 ) -> npt.NDArray[np.uint8]:
-    thumbnail = np.full((*shape, 3), GREY, np.uint8)
-    draw_overlay(path, thumbnail, LEVEL0, maps, regions or [], name, 0.25, "override", "A caption.", opacity)
+    height, width = shape
+    slide = MappedSlide(
+        name=name,
+        dimensions=(round(width * LEVEL0), round(height * LEVEL0)),
+        mpp=0.25,
+        mpp_source="override",
+        thumbnail=np.full((*shape, 3), GREY, np.uint8),
+        thumbnail_level0_px=LEVEL0,
+        damaged=False,
+        probability=probability,
+        saliency=replace(BLANK, quantity="saliency"),
+        saliency_limit=1.0,
+        threshold=0.5,
+        threshold_source="fixed on a test",
+        regions=regions,
+        region_pictures=[],
+        scores={},
+        provenance={},
+        caveats=[],
+    )
+    draw_overlay(path, slide, opacity)
     return np.asarray(Image.open(path).convert("RGB"))
 
 
@@ -49,8 +81,8 @@ def hot_block(side: float = 100.0) -> ValueMap:
 
 
 def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
-    picture = draw(tmp_path / "o.png", [(hot_block(), probability_scale())])
-    first, second = layout(2, 400 / 300, 2).panels
+    picture = draw(tmp_path / "o.png", hot_block())
+    first, second, _ = layout(3, 400 / 300)[0]
     assert second.left > first.left
     changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
@@ -62,18 +94,17 @@ def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> No
 
 
 def test_the_colour_is_the_scale_blended_at_the_opacity(tmp_path: Path) -> None:
-    scale = probability_scale()
-    picture = draw(tmp_path / "o.png", [(hot_block(), scale)], opacity=0.3)
-    box = layout(2, 400 / 300, 2).panels[1]
+    picture = draw(tmp_path / "o.png", hot_block(), opacity=0.3)
+    box = layout(3, 400 / 300)[0][1]
     found = panel(picture, box)[round(box.height * 15 / 60), round(box.width * 60 / 80)]
-    assert found == pytest.approx(0.3 * scale.colours()[-1] + 0.7 * GREY, abs=2)
+    assert found == pytest.approx(0.3 * probability_scale().colours()[-1] + 0.7 * GREY, abs=2)
 
 
 def test_a_map_larger_than_the_picture_and_the_slide_stays_aligned(tmp_path: Path) -> None:
     values = np.full((4001, 5335), np.nan)
     values[2000:2400, 1000:1600] = 1.0
-    picture = draw(tmp_path / "o.png", [(as_map(values, 1.5), probability_scale())])
-    first, second = layout(2, 400 / 300, 2).panels
+    picture = draw(tmp_path / "o.png", as_map(values, 1.5))
+    first, second, _ = layout(3, 400 / 300)[0]
     changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert (rows[0], rows[-1] + 1) == pytest.approx((second.height * 3000 / 6000, second.height * 3600 / 6000), abs=2)
@@ -84,10 +115,9 @@ def test_a_map_larger_than_the_picture_and_the_slide_stays_aligned(tmp_path: Pat
 
 def test_contours_are_on_every_panel_along_the_region(tmp_path: Path) -> None:
     square = shapely.box(2000, 1000, 6000, 3000)
-    region = Region(square, 1.0, 1.0, 1.0, None, (4000.0, 2000.0))
-    blank = as_map(np.full((60, 80), np.nan), 100.0)
-    picture = draw(tmp_path / "o.png", [(blank, probability_scale())], [region])
-    for box in layout(2, 400 / 300, 2).panels:
+    region = Region(square, 1.0, 1.0, 1.0, None)
+    picture = draw(tmp_path / "o.png", regions=[region])
+    for box in layout(3, 400 / 300)[0]:
         dark = panel(picture, box).max(axis=2) < 100
         top = dark[: box.height // 3, box.width // 2]
         assert np.flatnonzero(top).mean() == pytest.approx(box.height * 1000 / 6000, abs=1.5)
@@ -96,22 +126,21 @@ def test_contours_are_on_every_panel_along_the_region(tmp_path: Path) -> None:
 
 
 def test_the_scale_bar_has_the_length_it_says(tmp_path: Path) -> None:
-    picture = draw(tmp_path / "o.png", [])
-    (box,) = layout(1, 400 / 300, 2).panels
+    picture = draw(tmp_path / "o.png")
+    box = layout(3, 400 / 300)[0][0]
     black = panel(picture, box).max(axis=2) < 60
     longest = max(row.sum() for row in black[box.height * 9 // 10 :])
     assert round_length_um(8000 * 0.25) == 500
     assert longest == pytest.approx(box.width * 500 / 2000, abs=3)
 
 
-@pytest.mark.parametrize(("width_um", "text"), [(2000, "500 µm"), (4000, "1 mm"), (26_000, "5 mm"), (90, "20 µm")])
+@pytest.mark.parametrize(("width_um", "text"), [(2000, "500 µm"), (4000, "1 mm"), (26_000, "5 mm"), (90, "20 µm"), (4000 - 5e-13, "500 µm")])
 def test_round_lengths(width_um: float, text: str) -> None:
     assert length_text(round_length_um(width_um)) == text
 
 
 def test_is_a_picture_of_1800_px_that_says_what_it_is_for(tmp_path: Path) -> None:
-    saliency = as_map(np.zeros((60, 80)), 100.0, "saliency")
-    draw(tmp_path / "o.png", [(saliency, saliency_scale(1.0, "logit"))])
+    draw(tmp_path / "o.png")
     with Image.open(tmp_path / "o.png") as image:
         assert image.width == 1800
         assert image.info["Software"] == "medsd"
@@ -123,30 +152,28 @@ def test_is_a_picture_of_1800_px_that_says_what_it_is_for(tmp_path: Path) -> Non
 def test_any_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(tmp_path / "o.png", [], shape=(30, 40), name=name)
+        draw(tmp_path / "o.png", shape=(30, 40), name=name)
 
 
 @pytest.mark.parametrize("shape", [(40, 800), (800, 40), (1, 1)])
 def test_odd_shapes_are_drawn_inside_the_picture(tmp_path: Path, shape: tuple[int, int]) -> None:
-    maps = [(as_map(np.ones((4, 4)), 100.0), probability_scale())] * 2
-    picture = draw(tmp_path / "o.png", maps, shape=shape)
-    for box in layout(3, shape[1] / shape[0], 2).panels:
+    picture = draw(tmp_path / "o.png", as_map(np.ones((4, 4)), 100.0), shape=shape)
+    for box in layout(3, shape[1] / shape[0])[0]:
         assert box.left >= 0 and box.left + box.width <= picture.shape[1]
         assert box.top >= 0 and box.top + box.height <= picture.shape[0]
     assert picture.shape[0] < 6000
 
 
 def test_threads_draw_the_same_picture(tmp_path: Path) -> None:
-    maps = [(hot_block(), probability_scale())]
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda name: draw(tmp_path / name, maps, shape=(60, 80)), ["a.png", "b.png"])
+        first, second = pool.map(lambda name: draw(tmp_path / name, hot_block(), shape=(60, 80)), ["a.png", "b.png"])
     np.testing.assert_array_equal(first, second)
 
 
 def test_a_folder_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
-        draw(tmp_path / "file" / "o.png", [])
+        draw(tmp_path / "file" / "o.png")
 
 
 def test_every_explanation_says_what_it_is_not() -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from medsd.heatmap.overlay import MappedSlide
 from medsd.heatmap.regions import find_regions
-from medsd.heatmap.report import IndexRow, ReportContent, area_text, pack_values, write_index, write_report
-from medsd.heatmap.scale import explanation_scale, probability_scale, saliency_scale
+from medsd.heatmap.report import IndexRow, area_text, pack_values, write_index, write_report
 from medsd.heatmap.value_map import ValueMap
 
 NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
@@ -49,7 +49,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(text.split()) for tag, text in self.texts if tag not in ("script", "style"))
 
 
-def content() -> ReportContent:
+def content() -> MappedSlide:
     rng = np.random.default_rng(0)
     probability = np.full((60, 80), np.nan, np.float32)
     probability[5:55, 5:75] = rng.random((50, 70)) * 0.3
@@ -58,17 +58,17 @@ def content() -> ReportContent:
     saliency = rng.normal(size=(120, 160)).astype(np.float32)
     saliency[:10] = np.nan
     value_map = ValueMap(probability, 100.0, 25.0, "probability", "tumour", "dense", "")
-    return ReportContent(
-        slide_name="slide_1",
+    return MappedSlide(
+        name="slide_1",
         dimensions=(8000, 6000),
         mpp=0.25,
         mpp_source="vendor",
         thumbnail=rng.integers(0, 255, (300, 400, 3), dtype=np.uint8),
         thumbnail_level0_px=20.0,
+        damaged=False,
         probability=value_map,
-        probability_scale=probability_scale(),
         saliency=ValueMap(saliency, 50.0, 12.5, "saliency", "tumour", "gradient", "logit"),
-        saliency_scale=saliency_scale(2.0, "logit"),
+        saliency_limit=2.0,
         threshold=0.5,
         threshold_source="best F1 on validation slides",
         regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
@@ -79,7 +79,7 @@ def content() -> ReportContent:
     )
 
 
-def write(folder: Path, report: ReportContent) -> tuple[str, Page]:
+def write(folder: Path, report: MappedSlide) -> tuple[str, Page]:
     write_report(folder / "report.html", report)
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
@@ -141,11 +141,10 @@ def test_embedded_maps_are_the_maps_within_half_a_step(page: tuple[str, Page]) -
 )
 def test_any_map_is_packed_within_half_a_step(values: npt.NDArray[np.float32]) -> None:
     packed = pack_values(values)
-    layer = {"data": packed.data, "low": packed.low, "step": packed.step}
-    found = unpack({**layer, "rows": values.shape[0], "columns": values.shape[1]})
+    found = unpack({**packed, "rows": values.shape[0], "columns": values.shape[1]})
     seen = np.isfinite(values)
     np.testing.assert_array_equal(~np.isnan(found), seen)
-    assert (np.abs(found[seen] - values[seen].astype(float)) <= packed.step / 2 * 1.001).all()
+    assert (np.abs(found[seen] - values[seen].astype(float)) <= packed["step"] / 2 * 1.001).all()
 
 
 def test_a_large_map_is_halved_and_says_so(tmp_path: Path) -> None:
@@ -166,15 +165,14 @@ def test_pictures_decode_to_the_thumbnail(page: tuple[str, Page]) -> None:
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     report = replace(
         content(),
-        slide_name=NASTY,
+        name=NASTY,
         mpp_source=NASTY,
         threshold_source=NASTY,
         scores={NASTY: NASTY},
         provenance={NASTY: NASTY},
         caveats=[NASTY],
         probability=replace(content().probability, method=NASTY, target=NASTY),
-        saliency=replace(content().saliency, method=NASTY, target=NASTY),
-        saliency_scale=replace(content().saliency_scale, label=NASTY, unit=NASTY),
+        saliency=replace(content().saliency, method=NASTY, target=NASTY, unit=NASTY),
     )
     text, parsed = write(tmp_path, report)
     assert "alert(1)" in text and "<script>alert" not in text
@@ -260,7 +258,7 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
-    write(tmp_path, replace(content(), slide_name="caf\udce9"))
+    write(tmp_path, replace(content(), name="caf\udce9"))
     write_index(tmp_path / "index.html", [IndexRow("caf\udce9", "failed", reason="x")], "t")
     assert "caf?" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
@@ -269,10 +267,7 @@ def test_masks_are_called_masks(page: tuple[str, Page], tmp_path: Path) -> None:
     report = content()
     masks = replace(report.saliency, values=np.abs(report.saliency.values).clip(0, 1), quantity="mask", unit="share")
     regions = find_regions(report.probability, 0.5, 0.25, (8000, 6000), masks)
-    _, parsed = write(
-        tmp_path,
-        replace(report, saliency=masks, saliency_scale=explanation_scale(masks, 1.0), regions=regions),
-    )
+    _, parsed = write(tmp_path, replace(report, saliency=masks, regions=regions))
     assert "aliency" in page[1].words and "aliency" not in parsed.words
     assert "Mean mask" in parsed.words and "Mask (share)" in parsed.words
     assert f"{regions[0].mean_saliency:.3g}" in parsed.words and "+0." not in parsed.words

@@ -1,0 +1,167 @@
+"""Pictures for people: text that fits, ink that is seen on any tissue, whole files that say what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from medsd import RESEARCH_USE_ONLY
+from medsd.files import atomic_path
+
+RGB = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+BLACK: Colour = (0, 0, 0)
+WHITE: Colour = (255, 255, 255)
+INK: Colour = (28, 31, 35)
+FAINT: Colour = (91, 97, 104)
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_SHIFT = 4
+
+
+class Picture:
+    """A white picture in pixels, y down; what is drawn later lies on top. Safe in threads, one picture each."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.image = Image.new("RGB", (width, height), "white")
+        self._draw = ImageDraw.Draw(self.image)
+
+    def paste(self, pixels: RGB, x: int, y: int) -> None:
+        """Lay pixels (h, w, 3) with their top left corner at (x, y)."""
+        self.image.paste(Image.fromarray(pixels), (x, y))
+
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: Colour | None = None, outline: Colour | None = None
+    ) -> None:
+        """Draw a rectangle of whole pixels, its outline within it."""
+        self._draw.rectangle((x, y, x + width - 1, y + height - 1), fill, outline)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float,
+        colour: Colour = INK,
+        bold: bool = False,
+        align: Literal["l", "m", "r"] = "l",
+        width: float | None = None,
+    ) -> None:
+        """Write one line, taken as it is, never as markup.
+
+        Args:
+            x, y: left, middle or right end (as `align` says) of its baseline.
+            text: letters that the font lacks become question marks.
+            size: of the font, in pixels.
+            colour: of the letters.
+            bold: whether they are bold.
+            align: what `x` is.
+            width: the middle of a longer line is left out; None for no limit.
+        """
+        self._draw.text((x, y), fitted(text, size, width, bold), colour, _font(size, bold), anchor=f"{align}s")
+
+    def colour_bar(
+        self, x: int, y: int, width: int, height: int, colours: RGB, ticks: Sequence[str], size: float
+    ) -> None:
+        """Draw colours (n, 3) from left to right, ticks evenly spaced below, the outer two within the bar's width."""
+        self.paste(resized(colours[np.newaxis], width, height, Image.Resampling.NEAREST), x, y)
+        last = len(ticks) - 1
+        for number, tick in enumerate(ticks):
+            align: Literal["l", "m", "r"] = "l" if number == 0 else "r" if number == last else "m"
+            self.text(x + width * number / last, y + height + size + 3, tick, size, align=align)
+
+    def save(self, path: str | Path, title: str) -> None:
+        """Write a PNG, atomically, with title and intended use in its metadata.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        about = PngInfo()
+        for key, value in _about(title).items():
+            about.add_text(key, value)
+        with atomic_path(path) as temporary:
+            self.image.save(temporary, "PNG", pnginfo=about)
+
+
+def save_figure(path: str | Path, figure: Figure, title: str) -> None:
+    """Write a matplotlib figure as `Picture.save` writes a picture. No pyplot: no global state, safe in threads."""
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata=_about(title))
+
+
+def resized(
+    pixels: RGB, width: int, height: int, filter: Image.Resampling = Image.Resampling.LANCZOS
+) -> npt.NDArray[np.uint8]:
+    """Pixels (h, w, 3) at another size."""
+    return np.array(Image.fromarray(pixels).resize((width, height), filter))
+
+
+def outline(pixels: RGB, rings: Sequence[npt.NDArray[np.float64]]) -> None:
+    """Draw closed rings (n, 2) of x and y into pixels (h, w, 3), where (0, 0) is the corner of the first pixel.
+
+    A dark line on a light one: seen on glass, on tissue and on every colour of the scales.
+    """
+    # OpenCV takes fixed-point numbers, and pixel centres for whole ones.
+    points = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32) for ring in rings]
+    for colour, thickness in ((WHITE, 3), (BLACK, 1)):
+        cv2.polylines(pixels, points, True, colour, thickness, cv2.LINE_AA, _SHIFT)
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Pixels that one line takes."""
+    return _font(size, bold).getlength(text)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, control characters and bytes that are no text as question marks."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def fitted(text: str, size: float, width: float | None, bold: bool = False) -> str:
+    """`text` as `Picture.text` writes it."""
+    known = get_font(_font_file(bold)).get_char_index
+    text = "".join(character if known(ord(character)) else "?" for character in printable(text))
+    kept, line = len(text), text
+    while width is not None and kept and text_width(line, size, bold) > width:
+        kept -= 1
+        line = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return line
+
+
+def wrapped(text: str, size: float, width: float) -> list[str]:
+    """Lines of at most `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text_width(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _about(title: str) -> dict[str, str]:
+    return {"Software": "medsd", "Title": printable(title), "Description": RESEARCH_USE_ONLY}
+
+
+@cache
+def _font_file(bold: bool) -> str:
+    return findfont(FontProperties(family=_FONT, weight="bold" if bold else "normal"))
+
+
+@cache
+def _font(size: float, bold: bool) -> ImageFont.FreeTypeFont:
+    # Not Raqm, which is not in every Pillow: widths would differ.
+    return ImageFont.truetype(_font_file(bold), size, layout_engine=ImageFont.Layout.BASIC)
