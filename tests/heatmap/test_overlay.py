@@ -134,7 +134,9 @@ def test_the_scale_bar_has_the_length_it_says(tmp_path: Path) -> None:
     assert longest == pytest.approx(box.width * 500 / 2000, abs=3)
 
 
-@pytest.mark.parametrize(("width_um", "text"), [(2000, "500 µm"), (4000, "1 mm"), (26_000, "5 mm"), (90, "20 µm"), (4000 - 5e-13, "500 µm")])
+@pytest.mark.parametrize(
+    ("width_um", "text"), [(2000, "500 µm"), (4000, "1 mm"), (26_000, "5 mm"), (90, "20 µm"), (4000 - 5e-13, "500 µm")]
+)
 def test_round_lengths(width_um: float, text: str) -> None:
     assert length_text(round_length_um(width_um)) == text
 
