@@ -6,10 +6,9 @@ y down, origin at the top left.
 """
 
 from medsd.annotations.areas import contains, rasterise, tumour_share
-from medsd.annotations.asap import read_asap_xml, write_asap_xml
+from medsd.annotations.asap import write_asap_xml
 from medsd.annotations.files import read_annotations
 from medsd.annotations.geojson import write_geojson
-from medsd.annotations.mask import read_mask
 from medsd.annotations.shapes import EXCLUDED_GROUPS, TUMOUR_GROUPS, Annotations, Outline, annotations_of
 
 __all__ = [
@@ -21,8 +20,6 @@ __all__ = [
     "contains",
     "rasterise",
     "read_annotations",
-    "read_asap_xml",
-    "read_mask",
     "tumour_share",
     "write_asap_xml",
     "write_geojson",

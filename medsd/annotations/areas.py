@@ -7,12 +7,10 @@ import numpy.typing as npt
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
 
-from medsd.annotations.shapes import Annotations, only_polygons, rings_of
+from medsd.annotations.shapes import Annotations, only_polygons
 
 # Vertices of the pieces that tiles are cut with: small enough for fast cuts, large enough for few pieces.
 _PIECE_VERTICES = 256
-# Share of an area that may be lost to rounding when it is cut.
-_ROUNDING = 1e-9
 # How far points on an outline are moved to see what lies beside them: right, and much less down, in pixels.
 _BESIDE_PX = (2.0**-12, 2.0**-24)
 
@@ -87,7 +85,7 @@ def rasterise(
         shape (height, width).
     """
     flips = np.zeros((height, width + 1), np.bool_)
-    for ring in (ring for polygon in annotations.tumour.geoms for ring in rings_of(polygon)):
+    for ring in shapely.get_rings(shapely.get_parts(annotations.tumour)):
         # In units of mask pixels, moved by half of one, so that centres have whole numbers.
         points = shapely.get_coordinates(ring) / level0_px - 0.5
         x0, y0 = points[:-1].T
@@ -121,10 +119,5 @@ def halves(polygon: Polygon, at: float, along_x: bool) -> tuple[MultiPolygon, Mu
         sides = (left, top, at, bottom), (at, top, right, bottom)
     else:
         sides = (left, top, right, at), (left, at, right, bottom)
-    clipped = [shapely.clip_by_rect(polygon, *side) for side in sides]
-    # Clipping is several times faster than an intersection, but GEOS does not promise that the result is valid.
-    lost_px2 = abs(polygon.area - sum(part.area for part in clipped))
-    if lost_px2 > _ROUNDING * polygon.area or not all(part.is_valid for part in clipped):
-        clipped = [shapely.intersection(polygon, shapely.box(*side)) for side in sides]
-    first, second = (only_polygons(part) for part in clipped)
+    first, second = (only_polygons(shapely.intersection(polygon, shapely.box(*side))) for side in sides)
     return first, second

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,7 +15,6 @@ from shapely.geometry import Polygon
 
 from medsd.annotations.areas import halves
 from medsd.annotations.shapes import (
-    LARGEST_PX,
     OUTLINE_TYPES,
     Annotations,
     Colour,
@@ -24,9 +22,10 @@ from medsd.annotations.shapes import (
     Roles,
     annotations_of,
     area_of,
+    checked_corner,
     one_line,
+    polygon_of,
     quoted,
-    read_bounded,
 )
 from medsd.errors import AnnotationError, nearest
 from medsd.files import write_text
@@ -41,34 +40,28 @@ _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def read_asap_xml(
-    path: str | Path, tumour_groups: Sequence[str] = (), excluded_groups: Sequence[str] = ()
-) -> Annotations:
-    """Read the outlines of one slide from an ASAP XML file.
-
-    Groups are known in any case (`TUMOUR_GROUPS`, `EXCLUDED_GROUPS`): those of CAMELYON16 and CAMELYON17, and `None`,
-    ASAP's word for an outline without a group. Splines are taken as the polygon through their points. Dots, point sets
-    and measurements have no area and are left out with a warning. A file without any outline is valid: the slide has
-    no tumour. Groups without an outline, and groups of groups, are not kept.
-
-    Args:
-        path: the XML file, which may be packed by gzip.
-        tumour_groups, excluded_groups: further names of groups that are tumour, or not.
-
-    Raises:
-        AnnotationError: the file is missing, too large, is not ASAP XML, declares entities, has an unknown group or
-            type, an outline without coordinates, or coordinates that are not finite level-0 pixels.
-    """
-    path = Path(path)
-    return parse_asap_xml(read_bounded(path), path, Roles(tumour_groups, excluded_groups))
-
-
 def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
-    """`read_asap_xml` of a file's content; messages name `path`."""
-    root = _root(data, path)
+    """The outlines in the content of an ASAP XML file; messages name `path`.
+
+    Groups are those of CAMELYON16 and CAMELYON17, and `None`, ASAP's word for an outline without a group. Splines are
+    taken as the polygon through their points. Dots, point sets and measurements have no area and are left out with a
+    warning. A file without any outline is valid: the slide has no tumour. Groups without an outline, and groups of
+    groups, are not kept.
+    """
+    try:
+        root = fromstring(data)
+    # ValueError: entities (defusedxml) and broken encodings; LookupError: encodings Python does not know.
+    except (ParseError, ValueError, LookupError) as error:
+        raise AnnotationError(
+            f"{path}: is not plain XML ({one_line(error)}); save the annotations again from ASAP"
+        ) from error
+    if root.tag != "ASAP_Annotations":
+        raise AnnotationError(
+            f"{path}: root is {quoted(root.tag)}, not 'ASAP_Annotations'; give an XML file saved by ASAP"
+        )
     colours = {group.get("Name"): _colour(group) for group in root.iterfind("AnnotationGroups/Group")}
     outlines: list[Outline] = []
-    points = dropped = 0
+    points = 0
     for annotation in root.iter("Annotation"):
         kind, name, group = (annotation.get(key, "") for key in ("Type", "Name", "PartOfGroup"))
         if kind in POINT_TYPES:
@@ -81,12 +74,9 @@ def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
                 f"{path}: annotation type {quoted(kind)} is unknown{nearest(kind, known)}; redraw it in ASAP as one of "
                 f"{', '.join(known)}"
             )
-        ring = _ring(annotation, path)
-        if len(ring) < 3:
-            dropped += 1
-            continue
-        outlines.append(Outline(name, group, excluded, Polygon(ring), _colour(annotation), colours.get(group), kind))
-    return annotations_of(outlines, path, dropped, points)
+        shape = polygon_of(_ring(annotation, f"{path}: annotation {quoted(name)}"))
+        outlines.append(Outline(name, group, excluded, shape, _colour(annotation), colours.get(group), kind))
+    return annotations_of(outlines, path, left_out=points)
 
 
 def write_asap_xml(path: str | Path, annotations: Annotations) -> None:
@@ -123,37 +113,18 @@ def write_asap_xml(path: str | Path, annotations: Annotations) -> None:
     write_text(path, '<?xml version="1.0"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n")
 
 
-def _root(data: bytes, path: Path) -> Element:
-    """The root of the XML file, after the checks that concern the file as a whole."""
-    try:
-        root: Element = fromstring(data)
-    # ValueError: entities (defusedxml) and broken encodings; LookupError: encodings Python does not know.
-    except (ParseError, ValueError, LookupError) as error:
-        raise AnnotationError(
-            f"{path}: is not plain XML ({one_line(error)}); save the annotations again from ASAP"
-        ) from error
-    if root.tag != "ASAP_Annotations":
-        raise AnnotationError(
-            f"{path}: root is {quoted(root.tag)}, not 'ASAP_Annotations'; give an XML file saved by ASAP"
-        )
-    return root
-
-
-def _ring(annotation: Element, path: Path) -> list[tuple[float, float]]:
-    """The corners of one outline in level-0 pixels, in the order that ASAP draws them."""
-    name = quoted(annotation.get("Name", ""))
+def _ring(annotation: Element, where: str) -> list[tuple[float, float]]:
+    """The corners of one outline, in the order that ASAP draws them."""
     corners: list[tuple[int, tuple[float, float]]] = []
     for coordinate in annotation.iter("Coordinate"):
         try:
-            corner = (float(coordinate.get("X", "")), float(coordinate.get("Y", "")))
+            x, y = float(coordinate.get("X", "")), float(coordinate.get("Y", ""))
             order = int(coordinate.get("Order", len(corners)))
         except ValueError as error:
-            raise AnnotationError(f"{path}: annotation {name} has a corner without numbers; redraw it") from error
-        if not all(math.isfinite(value) and abs(value) < LARGEST_PX for value in corner):
-            raise AnnotationError(f"{path}: annotation {name} has a corner off any slide, {corner}; redraw it")
-        corners.append((order, corner))
+            raise AnnotationError(f"{where} has a corner without numbers; redraw it") from error
+        corners.append((order, checked_corner(x, y, where)))
     if not corners:
-        raise AnnotationError(f"{path}: annotation {name} has no coordinates; delete or redraw it in ASAP")
+        raise AnnotationError(f"{where} has no coordinates; delete or redraw it in ASAP")
     return [corner for _, corner in sorted(corners, key=lambda item: item[0])]
 
 
@@ -171,23 +142,16 @@ def _colour_attribute(colour: Colour | None) -> dict[str, str]:
 
 def _without_holes(outline: Outline, annotations: Annotations) -> Iterator[Outline]:
     """Outlines of one ring each that make the same tumour area together with all others."""
-    for polygon in outline.polygons:
+    for polygon in shapely.get_parts(outline.shape):
         holes = [Polygon(ring) for ring in polygon.interiors]
-        if not holes:
-            yield replace(outline, shape=polygon)
-        elif outline.excluded or any(_filled(hole, annotations) for hole in holes):
+        filled = [shapely.intersection(area_of(hole), annotations.tumour).area > _NO_AREA_PX2 for hole in holes]
+        if holes and (outline.excluded or any(filled)):
             whole = replace(outline, kind="Polygon")
             yield from (replace(whole, shape=part) for area in area_of(polygon).geoms for part in _cut(area))
-        else:
-            yield replace(outline, shape=Polygon(polygon.exterior))
-            for number, hole in enumerate(holes, 1):
-                yield Outline(f"{outline.name} hole {number}", HOLE_GROUP, True, hole, outline.colour)
-
-
-def _filled(hole: Polygon, annotations: Annotations) -> bool:
-    """Whether tumour of other outlines lies in a hole."""
-    area: float = shapely.area(shapely.intersection(area_of(hole), annotations.tumour))
-    return area > _NO_AREA_PX2
+            continue
+        yield replace(outline, shape=Polygon(polygon.exterior))
+        for number, hole in enumerate(holes, 1):
+            yield Outline(f"{outline.name} hole {number}", HOLE_GROUP, True, hole, outline.colour)
 
 
 def _cut(polygon: Polygon) -> Iterator[Polygon]:
@@ -209,11 +173,7 @@ def _add(parent: Element, outline: Outline, path: Path) -> None:
     attributes = {"Name": outline.name, "Type": outline.kind, "PartOfGroup": outline.group}
     annotation = ElementTree.SubElement(parent, "Annotation", attributes | _colour_attribute(outline.colour))
     coordinates = ElementTree.SubElement(annotation, "Coordinates")
-    corners = outline.polygons[0].exterior.coords[:-1]
-    for order, (x, y, *_) in enumerate(corners):
-        ElementTree.SubElement(coordinates, "Coordinate", {"Order": str(order), "X": _number(x), "Y": _number(y)})
-
-
-def _number(value: float) -> str:
-    """The shortest digits that are read as the same number; whole ones as ASAP writes them."""
-    return str(int(value)) if value.is_integer() else repr(value)
+    for order, (x, y, *_) in enumerate(outline.shape.exterior.coords[:-1]):
+        # The shortest digits that are read as the same number; whole ones as ASAP writes them.
+        digits = [str(int(value)) if value.is_integer() else repr(value) for value in (x, y)]
+        ElementTree.SubElement(coordinates, "Coordinate", {"Order": str(order), "X": digits[0], "Y": digits[1]})

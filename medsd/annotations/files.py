@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from medsd.annotations.asap import parse_asap_xml
 from medsd.annotations.geojson import parse_json
-from medsd.annotations.mask import read_mask
-from medsd.annotations.shapes import (
-    Annotations,
-    Roles,
-    read_bounded,
-)
+from medsd.annotations.mask import parse_mask
+from medsd.annotations.shapes import Annotations, Roles, one_line
 from medsd.errors import AnnotationError
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Parsing takes several times the file's size in memory; the largest annotation files of CAMELYON are below 20 MB.
+LARGEST_BYTES = 2**30
 
 
 def read_annotations(
@@ -27,37 +27,46 @@ def read_annotations(
 ) -> Annotations:
     """Read the annotations of one slide from a file of any known format, chosen by its content.
 
-    ASAP XML (CAMELYON), GeoJSON of QuPath, JSON of NCRF, each also packed by gzip, and masks in TIFF files.
+    ASAP XML (CAMELYON), GeoJSON of QuPath, JSON of NCRF, each also packed by gzip, and masks in TIFF files. What each
+    format's outlines become, and what is left out: `parse_asap_xml`, `parse_json`, `parse_mask`.
 
     Args:
         path: the file.
         slide_size_px: width and height of the slide at level 0, which masks need.
-        tumour_groups, excluded_groups: names of groups (ASAP) or classes (QuPath) that are tumour or not, besides
-            `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`; the empty name stands for annotations without a class.
+        tumour_groups, excluded_groups: names of groups (ASAP) or classes (QuPath) that are tumour or not, in any case,
+            besides `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`; the empty name stands for annotations without a class.
         tumour_values: values of a mask that are tumour; without them 1, or 255.
 
     Raises:
-        AnnotationError: the file cannot be read as annotations; see `read_asap_xml`, `parse_json` and `read_mask`.
+        AnnotationError: the file is missing, too large, damaged, of no known format, declares entities, has an unknown
+            group or type, an outline without coordinates, or coordinates that are no level-0 pixels; a mask does not
+            fit the slide, or has values that may mean anything.
     """
     path = Path(path)
     roles = Roles(tumour_groups, excluded_groups)
-    if _start(path) in _TIFF:
-        if slide_size_px is None:
-            raise AnnotationError(f"{path}: a mask can have any resolution; give slide_size_px, the slide's size")
-        return read_mask(path, slide_size_px, tumour_values)
-    data = read_bounded(path)
-    first = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if first == b"<" or ".xml" in suffixes:
-        return parse_asap_xml(data, path, roles)
-    if first in (b"{", b"[") or ".json" in suffixes or ".geojson" in suffixes:
-        return parse_json(data, path, roles)
-    raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
-
-
-def _start(path: Path) -> bytes:
     try:
         with open(path, "rb") as handle:
-            return handle.read(4)
+            start = handle.read(4)
+            handle.seek(0)
+            packed = start.startswith(b"\x1f\x8b")
+            data = b""
+            if start not in _TIFF:
+                with gzip.GzipFile(fileobj=handle) if packed else handle as content:
+                    data = content.read(LARGEST_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise AnnotationError(f"{path}: damaged gzip file ({one_line(error)}); save it again") from error
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise AnnotationError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if len(data) > LARGEST_BYTES:
+        raise AnnotationError(f"{path}: larger than {LARGEST_BYTES / 2**30:g} GiB, no slide's annotations; split it")
+    if start in _TIFF:
+        if slide_size_px is None:
+            raise AnnotationError(f"{path}: a mask can have any resolution; give slide_size_px, the slide's size")
+        return parse_mask(path, slide_size_px, tumour_values)
+    first = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if first == b"<" or ".xml" in suffixes:
+        return parse_asap_xml(data, path, roles)
+    if first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
+        return parse_json(data, path, roles)
+    raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")

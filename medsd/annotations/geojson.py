@@ -12,19 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import MultiPolygon, Polygon, mapping
 
 from medsd.annotations.shapes import (
-    LARGEST_PX,
     OUTLINE_TYPES,
     Annotations,
     Colour,
     Outline,
     Roles,
     annotations_of,
+    checked_corner,
     one_line,
+    polygon_of,
     quoted,
-    rings_of,
 )
 from medsd.errors import AnnotationError
 from medsd.files import atomic_path
@@ -42,9 +42,6 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
     QuPath: a FeatureCollection, a list of features (QuPath 0.2) or one feature, children among them. Annotations are
     kept; detections, cells and tiles, which QuPath computes, points and lines are left out with a warning. NCRF:
     `{"positive": [...], "negative": [...]}`, which get CAMELYON16's groups `_0` and `_2`.
-
-    Raises:
-        AnnotationError: not such JSON, an unknown class, or coordinates that are not finite level-0 pixels.
     """
     try:
         content = json.loads(data)
@@ -55,23 +52,21 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
         return _ncrf(content, path, roles)
     outlines: list[Outline] = []
     dropped = left_out = 0
-    for number, feature in enumerate(_features(content, path), 1):
-        properties = _typed(feature, "properties", dict, path, number) or {}
-        if _object_type(feature, properties) != "annotation":
+    for feature, where in _features(content, path):
+        properties = _typed(feature, "properties", dict, where) or {}
+        geometry = _typed(feature, "geometry", dict, where) or {"type": "Point"}
+        if _object_type(feature, properties) != "annotation" or geometry.get("type") in _POINTS_AND_LINES:
             left_out += 1
             continue
-        geometry = _typed(feature, "geometry", dict, path, number) or {"type": "Point"}
-        if geometry.get("type") in _POINTS_AND_LINES:
-            left_out += 1
-            continue
-        shape, rings_dropped = _shape(geometry, path, number)
+        shape, rings_dropped = _shape(geometry, where)
         dropped += rings_dropped
-        group, group_colour = _classification(properties, path, number)
+        group, group_colour = _classification(properties, where)
         excluded = roles.is_excluded(group, path)
-        if shape is not None:
-            name = _typed(properties, "name", str, path, number) or ""
-            colour = _colour(properties.get("color"))
-            outlines.append(Outline(name, group, excluded, shape, colour, group_colour, _kind(properties)))
+        name = _typed(properties, "name", str, where) or ""
+        metadata = properties.get("metadata")
+        kind = metadata.get(_KIND_KEY) if isinstance(metadata, dict) else None
+        kind = kind if kind in OUTLINE_TYPES else "Polygon"
+        outlines.append(Outline(name, group, excluded, shape, _colour(properties.get("color")), group_colour, kind))
     return annotations_of(outlines, path, dropped, left_out)
 
 
@@ -88,8 +83,28 @@ def write_geojson(path: str | Path, annotations: Annotations) -> None:
 
     Raises:
         OutputError: the file cannot be written.
+
+    Example:
+        >>> import shapely, tempfile
+        >>> from medsd.annotations import read_annotations
+        >>> path = Path(tempfile.mkdtemp()) / "case.geojson"
+        >>> write_geojson(path, annotations_of([Outline("", "Tumor", False, shapely.box(0, 0, 20, 10))]))
+        >>> read_annotations(path).tumour.area
+        200.0
     """
-    write_features(path, [_feature_of(outline, number) for number, outline in enumerate(annotations.outlines, 1)])
+    features = []
+    for number, outline in enumerate(annotations.outlines, 1):
+        identity = f"{number} {outline.name!a} {outline.group!a} {outline.shape.wkb_hex}"
+        properties: dict[str, Any] = {}
+        if outline.colour is not None:
+            properties["color"] = list(outline.colour)
+        if outline.kind != "Polygon":
+            properties["metadata"] = {_KIND_KEY: outline.kind}
+        object_id = uuid.uuid5(_NAMESPACE, identity)
+        features.append(
+            feature(outline.shape, object_id, outline.name, outline.group, outline.group_colour, properties)
+        )
+    write_features(path, features)
 
 
 def feature(
@@ -110,26 +125,15 @@ def feature(
         group_colour: its red, green and blue, 0 to 255.
         properties: further ones, such as `measurements`.
     """
-    described: dict[str, Any] = {"objectType": "annotation"}
-    if name:
-        described["name"] = name
+    described: dict[str, Any] = {"objectType": "annotation"} | ({"name": name} if name else {})
     if group and group_colour is None:
         described["classification"] = group  # QuPath reads a class without a colour as a bare name only
     elif group:
         names = group.split(": ")
         key = {"name": group} if len(names) == 1 else {"names": names}
         described["classification"] = key | {"color": list(group_colour or ())}
-    polygons = list(shape.geoms) if isinstance(shape, MultiPolygon) else [shape]
-    coordinates = [[_coordinates(ring) for ring in rings_of(polygon)] for polygon in polygons]
-    geometry: dict[str, Any] = {"type": "MultiPolygon", "coordinates": coordinates}
-    if len(polygons) == 1:
-        geometry = {"type": "Polygon", "coordinates": coordinates[0]}
-    return {
-        "type": "Feature",
-        "id": str(object_id),
-        "geometry": geometry,
-        "properties": described | dict(properties or {}),
-    }
+    properties = described | dict(properties or {})
+    return {"type": "Feature", "id": str(object_id), "geometry": mapping(shape), "properties": properties}
 
 
 def write_features(path: str | Path, features: Sequence[dict[str, Any]]) -> None:
@@ -145,23 +149,8 @@ def write_features(path: str | Path, features: Sequence[dict[str, Any]]) -> None
         temporary.write_bytes(gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
 
 
-def _feature_of(outline: Outline, number: int) -> dict[str, Any]:
-    object_id = uuid.uuid5(_NAMESPACE, f"{number} {outline.name!a} {outline.group!a} {outline.shape.wkb_hex}")
-    properties: dict[str, Any] = {}
-    if outline.colour is not None:
-        properties["color"] = list(outline.colour)
-    if outline.kind != "Polygon":
-        properties["metadata"] = {_KIND_KEY: outline.kind}
-    return feature(outline.shape, object_id, outline.name, outline.group, outline.group_colour, properties)
-
-
-def _coordinates(ring: Any) -> list[list[float]]:
-    """A ring's corners; whole numbers without a fraction."""
-    return [[int(value) if value.is_integer() else value for value in corner] for corner in ring.coords]
-
-
-def _features(content: Any, path: Path) -> Iterator[dict[str, Any]]:
-    """The features of any of QuPath's exports, children after their parents."""
+def _features(content: Any, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The features of any of QuPath's exports, children after their parents, each with its place for messages."""
     if isinstance(content, dict) and content.get("type") == "FeatureCollection":
         content = content.get("features")
     elif isinstance(content, dict) and content.get("type") == "Feature":
@@ -176,21 +165,21 @@ def _features(content: Any, path: Path) -> Iterator[dict[str, Any]]:
     while waiting:
         found = waiting.pop()
         number += 1
+        where = f"{path}: feature {number}"
         if not (isinstance(found, dict) and found.get("type") == "Feature"):
-            raise AnnotationError(f"{path}: feature {number} is no GeoJSON feature; export the annotations again")
-        yield found
-        properties = _typed(found, "properties", dict, path, number) or {}
-        waiting += (_typed(properties, "childObjects", list, path, number) or [])[::-1]
+            raise AnnotationError(f"{where} is no GeoJSON feature; export the annotations again")
+        yield found, where
+        properties = _typed(found, "properties", dict, where) or {}
+        waiting += (_typed(properties, "childObjects", list, where) or [])[::-1]
 
 
-def _typed(holder: dict[str, Any], key: str, kind: type, path: Path, number: int) -> Any:
+def _typed(holder: dict[str, Any], key: str, kind: type, where: str) -> Any:
     """The value of a key, of the type it should have or None."""
     value = holder.get(key)
     if value is None or isinstance(value, kind):
         return value
     raise AnnotationError(
-        f"{path}: feature {number} has {key!r} of the type {type(value).__name__}, not {kind.__name__}; "
-        "export the annotations again"
+        f"{where} has {key!r} of the type {type(value).__name__}, not {kind.__name__}; export the annotations again"
     )
 
 
@@ -202,7 +191,7 @@ def _object_type(feature: dict[str, Any], properties: dict[str, Any]) -> Any:
     return properties.get("objectType") or properties.get("object_type") or "annotation"
 
 
-def _classification(properties: dict[str, Any], path: Path, number: int) -> tuple[str, Colour | None]:
+def _classification(properties: dict[str, Any], where: str) -> tuple[str, Colour | None]:
     """A feature's class, empty for none, and the class's colour."""
     found = properties.get("classification")
     if found is None or isinstance(found, str):
@@ -211,7 +200,7 @@ def _classification(properties: dict[str, Any], path: Path, number: int) -> tupl
         names = found.get("names", [found.get("name", "")])
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return ": ".join(names), _colour(found.get("color", found.get("colorRGB")))
-    raise AnnotationError(f"{path}: the class of feature {number} has no name; classify it again in QuPath")
+    raise AnnotationError(f"{where} has a class without a name; classify it again in QuPath")
 
 
 def _colour(value: Any) -> Colour | None:
@@ -223,62 +212,45 @@ def _colour(value: Any) -> Colour | None:
     return None
 
 
-def _kind(properties: dict[str, Any]) -> str:
-    metadata = properties.get("metadata")
-    kind = metadata.get(_KIND_KEY) if isinstance(metadata, dict) else None
-    return kind if kind in OUTLINE_TYPES else "Polygon"
-
-
-def _shape(geometry: dict[str, Any], path: Path, number: int) -> tuple[Polygon | MultiPolygon | None, int]:
-    """The polygons of a GeoJSON geometry, and how many rings without an area were left out."""
+def _shape(geometry: dict[str, Any], where: str) -> tuple[Polygon | MultiPolygon, int]:
+    """The polygons of a GeoJSON geometry, perhaps none, and how many other rings without an area were left out."""
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
     if kind not in ("Polygon", "MultiPolygon"):
-        raise AnnotationError(
-            f"{path}: feature {number} has a geometry of the type {quoted(kind) if isinstance(kind, str) else '?'}; "
-            "redraw it as a polygon"
-        )
+        named = quoted(kind) if isinstance(kind, str) else "?"
+        raise AnnotationError(f"{where} has a geometry of the type {named}; redraw it as a polygon")
     parts = [coordinates] if kind == "Polygon" else coordinates
     if not (isinstance(parts, list) and all(isinstance(part, list) for part in parts)):
-        raise AnnotationError(f"{path}: feature {number} has no list of coordinates; export the annotations again")
-    polygons = []
+        raise AnnotationError(f"{where} has no list of coordinates; export the annotations again")
+    polygons: list[Polygon] = []
     dropped = 0
     for part in parts:
-        shell, *holes = [_ring(ring, path, f"feature {number}") for ring in part] or [[]]
-        if len(shell) < 3:
-            dropped += 1
-            continue
-        polygons.append(Polygon(shell, [hole for hole in holes if len(hole) >= 3]))
-        dropped += sum(len(hole) < 3 for hole in holes)
-    if len(polygons) > 1:
-        return MultiPolygon(polygons), dropped
-    return (polygons[0] if polygons else None), dropped
+        shell, *holes = [_ring(ring, where) for ring in part] or [[]]
+        kept = [hole for hole in holes if len(hole) >= 3]
+        polygons.append(polygon_of(shell, kept))
+        dropped += 0 if polygons[-1].is_empty else len(holes) - len(kept)
+    drawn = [polygon for polygon in polygons if not polygon.is_empty]
+    if not drawn:
+        return Polygon(), max(0, len(polygons) - 1)  # one is counted where areas are made
+    return (drawn[0] if len(drawn) == 1 else MultiPolygon(drawn)), dropped + len(polygons) - len(drawn)
 
 
-def _ring(corners: Any, path: Path, what: str) -> list[tuple[float, float]]:
+def _ring(corners: Any, where: str) -> list[tuple[float, float]]:
     """The corners of a ring, without the one that closes it."""
     ring: list[tuple[float, float]] = []
     for corner in corners if isinstance(corners, list) else [None]:
         if not (isinstance(corner, list) and len(corner) >= 2 and all(type(v) in (int, float) for v in corner)):
-            raise AnnotationError(f"{path}: {what} has a corner without numbers; redraw it")
-        x, y = corner[:2]
-        if not (abs(x) < LARGEST_PX and abs(y) < LARGEST_PX):
-            raise AnnotationError(f"{path}: {what} has a corner off any slide, {quoted(f'{x}, {y}')}; redraw it")
-        ring.append((float(x), float(y)))
+            raise AnnotationError(f"{where} has a corner without numbers; redraw it")
+        ring.append(checked_corner(corner[0], corner[1], where))
     return ring[:-1] if len(ring) > 1 and ring[0] == ring[-1] else ring
 
 
 def _ncrf(content: dict[str, Any], path: Path, roles: Roles) -> Annotations:
     outlines: list[Outline] = []
-    dropped = 0
     for key, group in _NCRF_GROUPS.items():
-        drawn = _typed(content, key, list, path, 0) or []
-        for number, found in enumerate(drawn, 1):
-            what = f"{key!r} outline {number}"
+        for number, found in enumerate(_typed(content, key, list, f"{path}: the object") or [], 1):
+            where = f"{path}: {key!r} outline {number}"
             if not (isinstance(found, dict) and isinstance(found.get("name", ""), str)):
-                raise AnnotationError(f"{path}: {what} is no object with a name and vertices; convert the file again")
-            ring = _ring(found.get("vertices"), path, what)
-            if len(ring) < 3:
-                dropped += 1
-                continue
-            outlines.append(Outline(found.get("name", ""), group, roles.is_excluded(group, path), Polygon(ring)))
-    return annotations_of(outlines, path, dropped)
+                raise AnnotationError(f"{where} is no object with a name and vertices; convert the file again")
+            shape = polygon_of(_ring(found.get("vertices"), where))
+            outlines.append(Outline(found.get("name", ""), group, roles.is_excluded(group, path), shape))
+    return annotations_of(outlines, path)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 import tifffile
-from scipy import ndimage
 from shapely.geometry import MultiPolygon, Polygon
 
 from medsd.annotations.shapes import Annotations, Outline, one_line
@@ -19,12 +19,11 @@ from medsd.errors import AnnotationError
 
 _log = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-GROUP = "Tumor"
+_GROUP = "Tumor"
 
-# One byte a pixel, and eight more for the pixels of the rectangle around the tumour.
+# One byte a pixel, and some four more for the pixels of the rectangle around the tumour.
 MOST_MASK_PX = 2**27
 # What tifffile and imagecodecs raise for damaged bytes (codec errors are RuntimeErrors).
 _DAMAGED = (
@@ -33,32 +32,25 @@ _DAMAGED = (
 )  # fmt: skip
 
 
-def read_mask(path: str | Path, slide_size_px: tuple[int, int], tumour_values: Sequence[int] = ()) -> Annotations:
-    """Read a mask in a TIFF file and place it over the whole of a slide.
+def parse_mask(path: Path, slide_size_px: tuple[int, int], tumour_values: Sequence[int]) -> Annotations:
+    """A mask in a TIFF file, placed over the whole of a slide.
 
     Each area of pixels that share edges becomes one outline of the group `Tumor`, with its holes, along the pixels'
     edges: `rasterise` at the mask's size, with its pixels' width and height in level-0 pixels, gives the mask back.
-    Of a pyramid, the finest level of at most `MOST_MASK_PX` (2^27) pixels is read, which takes about 0.5 GB of
-    memory for a usual share of tumour and up to 1.2 GB; it is logged which.
+    Of a pyramid, the finest level of at most `MOST_MASK_PX` (2^27) pixels is read, which takes about 1 GB of memory.
 
     Args:
         path: the TIFF file, one channel of whole numbers.
         slide_size_px: width and height of the slide at level 0. The mask may have another resolution.
         tumour_values: the values that are tumour; without them 0 is not tumour, and either 1 or 255 is.
-
-    Raises:
-        AnnotationError: the file is missing, damaged, no mask, larger than that without a pyramid, of another
-            shape than the slide, or has values that may mean anything.
     """
-    path = Path(path)
     mask = _tumour(_pixels(path), tumour_values, path)
-    scale = _scale(mask, slide_size_px, path)
-    polygons = list(mask_polygons(mask, scale))
-    outlines = tuple(Outline(f"Region {n}", GROUP, False, polygon) for n, polygon in enumerate(polygons, 1))
+    polygons = mask_polygons(mask, _scale(mask, slide_size_px, path))
+    outlines = tuple(Outline(f"Region {n}", _GROUP, False, polygon) for n, polygon in enumerate(polygons, 1))
     return Annotations(MultiPolygon(polygons), 0, MultiPolygon(), outlines=outlines)
 
 
-def mask_polygons(mask: Bools, scale: tuple[float, float] = (1.0, 1.0)) -> Iterator[Polygon]:
+def mask_polygons(mask: Bools, scale: tuple[float, float] = (1.0, 1.0)) -> list[Polygon]:
     """The areas of True pixels that share edges, as valid polygons along the pixels' edges, in raster order.
 
     Args:
@@ -67,19 +59,27 @@ def mask_polygons(mask: Bools, scale: tuple[float, float] = (1.0, 1.0)) -> Itera
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
-        return
-    top, left = rows[0], columns[0]
-    cropped = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)
-    labels, count = ndimage.label(cropped)
-    place, across, along, area_number = _corners(cropped, labels)
-    points = (place + np.array([left, top])) * scale
-    rings: list[list[npt.NDArray[np.float64]]] = [[] for _ in range(count)]
-    for ring in _cycles(across.tolist(), along.tolist()):
-        rings[area_number[ring[0]] - 1].append(points[ring])
-    for drawn in rings:
-        # The ring around an area holds those around its holes.
-        drawn.sort(key=_extent, reverse=True)
-        yield Polygon(drawn[0], drawn[1:])
+        return []
+    corner = np.array([columns[0], rows[0]])
+    cropped = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].view(np.int8)
+    edges = np.concatenate([_edges(cropped), _edges(cropped.T)[..., ::-1]])
+    found: list[tuple[int, int, Polygon]] = []
+    for face in shapely.get_parts(shapely.polygonize(shapely.linestrings(edges))):
+        points = shapely.get_coordinates(face.exterior).astype(np.int64)
+        x, y = points[np.lexsort(points.T)[0]]  # the first corner in raster order, with the face's first pixel
+        if cropped[y, x]:
+            found.append((y, x, face))
+    found.sort(key=lambda item: item[:2])
+    return list(shapely.transform([face for *_, face in found], lambda points: (points + corner) * scale))
+
+
+def _edges(mask: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+    """Horizontal edges of the areas, from corner to corner: (n, 2, 2), the ends' x and y."""
+    # Where areas lie above and where below: an edge also ends where it changes sides.
+    side = np.pad(np.diff(mask, axis=0, prepend=0, append=0), ((0, 0), (1, 1)))
+    turns = side[:, 1:] != side[:, :-1]
+    ends = [np.argwhere(turns & (beside != 0)) for beside in (side[:, 1:], side[:, :-1])]
+    return np.stack(ends, axis=1)[..., ::-1]
 
 
 def _pixels(path: Path) -> npt.NDArray[Any]:
@@ -133,62 +133,3 @@ def _scale(mask: Bools, slide_size_px: tuple[int, int], path: Path) -> tuple[flo
             f"{slide_size_px[0]} x {slide_size_px[1]}; give the mask of this slide"
         )
     return slide_size_px[0] / mask.shape[1], slide_size_px[1] / mask.shape[0]
-
-
-def _corners(mask: Bools, labels: npt.NDArray[np.int32]) -> tuple[Ints, Ints, Ints, Ints]:
-    """The corners of a padded mask's areas: place (n, 2), partner along the row, partner along the column, area.
-
-    Where two areas meet at a corner, or one meets itself, there are two corners. Those of two areas stay with their own
-    pixel, so that areas are apart; of one area the rings part the other way, so that no ring touches itself.
-    """
-    bits = mask.view(np.uint8)
-    code = bits[:-1, :-1] | bits[:-1, 1:] << 1
-    code |= bits[1:, :-1] << 2
-    code |= bits[1:, 1:] << 3
-    # 0 no, 1 a corner, 2 two: pixels across from each other. Straight edges (two pixels side by side) are none.
-    corners = np.array([0, 1, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 0, 1, 1, 0], np.uint8)[code]
-    y, x = np.nonzero(corners)
-    single = corners[y, x] == 1
-    of_one = np.max([labels[y + dy, x + dx] for dy in (0, 1) for dx in (0, 1)], axis=0)
-    y2, x2 = y[~single], x[~single]
-    falling = code[y2, x2] == 9  # upper left and lower right are in the mask
-    left_label = np.where(falling, labels[y2, x2], labels[y2 + 1, x2])
-    right_label = np.where(falling, labels[y2 + 1, x2 + 1], labels[y2, x2 + 1])
-    # The corner with the edge to the left has the edge up or the edge down.
-    left_goes_up = falling == (left_label != right_label)
-    # Per corner: which of two ends at its place comes first along the row (left of right) and the column (up of down).
-    place = np.concatenate([np.stack([x, y], 1)[single], *2 * [np.stack([x2, y2], 1)]])
-    zeros = np.zeros(int(single.sum()), np.int64)
-    row_end = np.concatenate([zeros, np.zeros(len(x2), np.int64), np.ones(len(x2), np.int64)])
-    column_end = np.concatenate([zeros, ~left_goes_up, left_goes_up])
-    area = np.concatenate([of_one[single], left_label, right_label])
-    across = _partners(place[:, 1], place[:, 0], row_end)
-    along = _partners(place[:, 0], place[:, 1], column_end)
-    return place, across, along, area
-
-
-def _partners(line: Ints, position: Ints, end: Ints) -> Ints:
-    """The other corner of each corner's edge on its line: corners on a line pair up in order."""
-    order = np.lexsort([end, position, line])
-    partner = np.empty_like(order)
-    partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
-    return partner
-
-
-def _cycles(across: list[int], along: list[int]) -> Iterator[list[int]]:
-    """The rings: from corner to corner along a row, then along a column, until one is back."""
-    seen = bytearray(len(across))
-    for start in range(len(across)):
-        ring: list[int] = []
-        corner = start
-        while not seen[corner]:
-            other = across[corner]
-            seen[corner] = seen[other] = 1
-            ring += (corner, other)
-            corner = along[other]
-        if ring:
-            yield ring
-
-
-def _extent(ring: npt.NDArray[np.float64]) -> float:
-    return float(np.ptp(ring[:, 0]))

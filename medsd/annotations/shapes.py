@@ -5,9 +5,7 @@ Everything is in level-0 pixels of the slide, x to the right, y down, origin at 
 
 from __future__ import annotations
 
-import gzip
 import logging
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from medsd.errors import AnnotationError, nearest
 _log = logging.getLogger(__name__)
 
 Colour: TypeAlias = tuple[int, int, int]
+Ring: TypeAlias = Sequence[tuple[float, float]]
 
 # What CAMELYON16 (`_0`, `_1`, `Tumor`; `_2`, `Exclusion`), CAMELYON17 (`metastases`; `normal`) and users of QuPath
 # write.
@@ -31,8 +30,6 @@ OUTLINE_TYPES = ("Polygon", "Spline", "Rectangle")
 
 # No slide is 2^31 pixels wide; numbers beyond it overflow areas without a word.
 LARGEST_PX = 2.0**31
-# Parsing takes several times the file's size in memory; the largest annotation files of CAMELYON are below 20 MB.
-LARGEST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,6 @@ class Outline:
     colour: Colour | None = None
     group_colour: Colour | None = None
     kind: str = "Polygon"
-
-    @property
-    def polygons(self) -> tuple[Polygon, ...]:
-        """The polygons of the shape, in order."""
-        return tuple(self.shape.geoms) if isinstance(self.shape, MultiPolygon) else (self.shape,)
 
 
 @dataclass(frozen=True)
@@ -107,19 +99,19 @@ class Roles:
         Raises:
             AnnotationError: it is unknown, or has both roles.
         """
-        roles = {_folded(name): False for name in TUMOUR_GROUPS} | {_folded(name): True for name in EXCLUDED_GROUPS}
+        sides = ((TUMOUR_GROUPS, False), (EXCLUDED_GROUPS, True), (self.tumour, False), (self.excluded, True))
+        roles = {_folded(name): excluded for names, excluded in sides for name in names}
         twice = {_folded(name) for name in self.tumour} & {_folded(name) for name in self.excluded}
         if twice:
             raise AnnotationError(f"group {min(twice)!r} is both in tumour_groups and in excluded_groups; choose one")
-        roles |= {_folded(name): False for name in self.tumour} | {_folded(name): True for name in self.excluded}
         for name in (group, group.split(":")[0]):
             if _folded(name) in roles:
                 return roles[_folded(name)]
-        known = (*self.tumour, *TUMOUR_GROUPS), (*self.excluded, *EXCLUDED_GROUPS)
-        what = f"annotation group {quoted(group)} is unknown" if group else "an annotation has no group"
+        tumour, excluded = (*self.tumour, *TUMOUR_GROUPS), (*self.excluded, *EXCLUDED_GROUPS)
+        what = f"annotation group {quoted(group)} is unknown" if group else "an annotation has no group or class"
         raise AnnotationError(
-            f"{path}: {what}{nearest(group, known[0] + known[1])}; name it in tumour_groups or excluded_groups, or "
-            f"rename it to one of {', '.join(known[0])} (tumour) or {', '.join(known[1])} (not tumour)"
+            f"{path}: {what}{nearest(group, tumour + excluded)}; give it one of {', '.join(tumour)} (tumour) or "
+            f"{', '.join(excluded)} (not tumour) in ASAP or QuPath"
         )
 
 
@@ -135,19 +127,26 @@ def annotations_of(
 
     Raises:
         AnnotationError: the outlines cannot be merged.
+
+    Example:
+        >>> from shapely import box
+        >>> drawn = [Outline("", "Tumor", False, box(0, 0, 20, 10)), Outline("", "Exclusion", True, box(5, 5, 9, 9))]
+        >>> annotations_of(drawn).tumour.area
+        184.0
     """
     kept: list[Outline] = []
     areas: dict[bool, list[MultiPolygon]] = {True: [], False: []}
     repaired = 0
     try:
         for outline in outlines:
-            parts = [area_of(polygon) for polygon in outline.polygons]
+            polygons = shapely.get_parts(outline.shape)
+            parts = [area_of(polygon) for polygon in polygons]
             if all(part.is_empty for part in parts):
                 dropped += 1
                 continue
             kept.append(outline)
             areas[outline.excluded] += parts
-            repaired += not all(polygon.is_valid for polygon in outline.polygons)
+            repaired += not all(polygon.is_valid for polygon in polygons)
         excluded = only_polygons(shapely.union_all(areas[True]))
         tumour = only_polygons(shapely.difference(shapely.union_all(areas[False]), excluded))
     except shapely.errors.GEOSException as error:
@@ -164,7 +163,7 @@ def area_of(polygon: Polygon) -> MultiPolygon:
     if polygon.is_valid:
         return only_polygons(polygon)
     # Ring by ring: shapely's repair of the whole would fill what two holes share, and add what a hole has outside.
-    shell, *holes = (only_polygons(shapely.make_valid(Polygon(ring))) for ring in rings_of(polygon))
+    shell, *holes = (only_polygons(shapely.make_valid(Polygon(ring))) for ring in shapely.get_rings(polygon))
     return only_polygons(shapely.difference(shell, shapely.union_all(holes)))
 
 
@@ -174,30 +173,16 @@ def only_polygons(geometry: Any) -> MultiPolygon:
     return MultiPolygon([part for part in parts if isinstance(part, Polygon) and part.area > 0])
 
 
-def rings_of(polygon: Polygon) -> list[Any]:
-    """The closed rings of a polygon, the outer one first."""
-    return [polygon.exterior, *polygon.interiors]
+def polygon_of(shell: Ring, holes: Sequence[Ring] = ()) -> Polygon:
+    """The polygon of a ring with holes; an empty one where the ring has fewer than three corners."""
+    return Polygon(shell, holes) if len(shell) >= 3 else Polygon()
 
 
-def read_bounded(path: Path) -> bytes:
-    """The content of a file, unpacked if it is packed by gzip.
-
-    Raises:
-        AnnotationError: it cannot be read or unpacked, or has more than `LARGEST_BYTES`.
-    """
-    try:
-        with open(path, "rb") as handle:
-            packed = handle.read(2) == b"\x1f\x8b"
-            handle.seek(0)
-            with gzip.GzipFile(fileobj=handle) if packed else handle as content:
-                data = content.read(LARGEST_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise AnnotationError(f"{path}: damaged gzip file ({one_line(error)}); save it again") from error
-    except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    if len(data) > LARGEST_BYTES:
-        raise AnnotationError(f"{path}: larger than {LARGEST_BYTES / 2**30:g} GiB, no slide's annotations; split it")
-    return data
+def checked_corner(x: float, y: float, where: str) -> tuple[float, float]:
+    """A corner from a file; `where` begins the message if it lies off any slide."""
+    if not (abs(x) < LARGEST_PX and abs(y) < LARGEST_PX):  # nor is NaN
+        raise AnnotationError(f"{where} has a corner off any slide, {quoted(f'{x}, {y}')}; redraw it")
+    return float(x), float(y)
 
 
 def one_line(error: Exception) -> str:

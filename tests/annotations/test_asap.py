@@ -17,7 +17,6 @@ from medsd.annotations import (
     Outline,
     annotations_of,
     read_annotations,
-    read_asap_xml,
     write_asap_xml,
     write_geojson,
 )
@@ -27,7 +26,7 @@ from medsd.errors import AnnotationError
 def there_and_back(outlines: list[Outline], tmp_path: Path) -> tuple[Annotations, Annotations]:
     written = annotations_of(outlines)
     write_asap_xml(tmp_path / "a.xml", written)
-    return written, read_asap_xml(tmp_path / "a.xml")
+    return written, read_annotations(tmp_path / "a.xml")
 
 
 def difference_px2(a: Annotations, b: Annotations) -> float:
@@ -54,7 +53,7 @@ def test_ncrf_and_its_xml_are_the_same(shared_data: Path, tmp_path: Path) -> Non
     for file in sorted((folder / "asap_xml").glob("*.xml")):
         from_json = read_annotations(folder / "json" / f"{file.stem.capitalize()}.json")
         write_asap_xml(tmp_path / "a.xml", from_json)
-        real, back = read_asap_xml(file), read_asap_xml(tmp_path / "a.xml")
+        real, back = read_annotations(file), read_annotations(tmp_path / "a.xml")
         drawn = [(o.group, o.excluded, o.shape) for o in real.outlines]  # NCRF has names of its own
         assert [(o.group, o.excluded, o.shape) for o in back.outlines] == drawn
         assert difference_px2(real, back) == 0
@@ -157,16 +156,16 @@ def test_corners_are_taken_in_asaps_order(tmp_path: Path) -> None:
         f'<Annotation Name="" Type="Polygon" PartOfGroup="_0"><Coordinates>{corners}</Coordinates></Annotation>'
     )
     (tmp_path / "a.xml").write_text(f"<ASAP_Annotations><Annotations>{annotation}</Annotations></ASAP_Annotations>")
-    found = read_asap_xml(tmp_path / "a.xml")
+    found = read_annotations(tmp_path / "a.xml")
     assert (found.tumour.area, found.repaired) == (81, 0)
 
 
 def test_own_groups_need_their_role_again(tmp_path: Path) -> None:
     outlines = [Outline("", "Stroma", True, box(0, 0, 5, 5)), Outline("", "", False, box(0, 0, 10, 10))]
     write_asap_xml(tmp_path / "a.xml", annotations_of(outlines))
-    with pytest.raises(AnnotationError, match="tumour_groups or excluded_groups"):
-        read_asap_xml(tmp_path / "a.xml")
-    assert read_asap_xml(tmp_path / "a.xml", tumour_groups=[""], excluded_groups=["stroma"]).tumour.area == 75
+    with pytest.raises(AnnotationError, match="in ASAP or QuPath"):
+        read_annotations(tmp_path / "a.xml")
+    assert read_annotations(tmp_path / "a.xml", tumour_groups=[""], excluded_groups=["stroma"]).tumour.area == 75
 
 
 @pytest.mark.parametrize("name", ["a\x00", "\ud800", "\x1b[0m", "\ufffe"])

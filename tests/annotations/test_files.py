@@ -22,7 +22,6 @@ from medsd.annotations import (
     contains,
     rasterise,
     read_annotations,
-    read_asap_xml,
     tumour_share,
 )
 from medsd.annotations.mask import mask_polygons
@@ -46,7 +45,7 @@ def asap(*outlines: tuple[str, str, list[tuple[float, float]]]) -> str:
 def read(tmp_path: Path, text: str | bytes) -> Annotations:
     path = tmp_path / "slide.xml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_asap_xml(path)
+    return read_annotations(path)
 
 
 def of(*polygons: Polygon) -> Annotations:
@@ -71,7 +70,7 @@ def test_shared_xml_equals_json(shared_data: Path) -> None:
     assert len(files) >= 4
     for file in files:
         outlines = json.loads((file.parents[1] / "json" / f"{file.stem.capitalize()}.json").read_text())
-        found = read_asap_xml(file)
+        found = read_annotations(file)
         drawn = {key: [shapely.make_valid(Polygon(o["vertices"])) for o in outlines[key]] for key in outlines}
         excluded = shapely.union_all(drawn["negative"])
         expected = shapely.union_all(drawn["positive"]).difference(excluded)
@@ -247,7 +246,7 @@ def test_unknown_group_lists_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.xml", "."])
 def test_missing_file_and_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="cannot be read"):
-        read_asap_xml(tmp_path / name)
+        read_annotations(tmp_path / name)
 
 
 HOLE = [(20, 20), (40, 20), (40, 40)]

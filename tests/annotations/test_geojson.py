@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
-from medsd.annotations import Annotations, Outline, annotations_of, read_annotations, shapes, write_geojson
+from medsd.annotations import Annotations, Outline, annotations_of, files, read_annotations, write_geojson
 from medsd.errors import AnnotationError
 
 SQUARE = [[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]
@@ -76,7 +76,7 @@ def test_excluded_classes_are_cut_out(name: str, tmp_path: Path) -> None:
 
 def test_unknown_class_names_the_nearest_and_the_way_out(tmp_path: Path) -> None:
     content = collection(feature([SQUARE], classification="Tumr"), feature([HOLE], classification="Stroma"))
-    with pytest.raises(AnnotationError, match=r"'Tumr' is unknown; did you mean 'Tumor'.*tumour_groups"):
+    with pytest.raises(AnnotationError, match=r"'Tumr' is unknown; did you mean 'Tumor'.*in ASAP or QuPath"):
         read(tmp_path, content)
     found = read(tmp_path, content, tumour_groups=["tumr"], excluded_groups=["Stroma"])
     assert found.tumour.area == 100**2 - 20**2
@@ -88,7 +88,7 @@ def test_unknown_class_names_the_nearest_and_the_way_out(tmp_path: Path) -> None
 @pytest.mark.parametrize("classification", [None, ""])
 def test_annotation_without_a_class_needs_a_word(classification: Any, tmp_path: Path) -> None:
     content = collection(feature([SQUARE], classification=classification))
-    with pytest.raises(AnnotationError, match="has no group; name it in tumour_groups"):
+    with pytest.raises(AnnotationError, match="an annotation has no group or class; give it one of"):
         read(tmp_path, content)
     assert read(tmp_path, content, tumour_groups=[""]).tumour.area == 100**2
 
@@ -251,8 +251,8 @@ def test_content_beats_the_suffix(tmp_path: Path) -> None:
         (collection(feature([[[0, 0], [1, float("inf")], [2, 2]]])), "off any slide"),
         (collection(feature([[[0, 0], [1, 10**400], [2, 2]]])), "off any slide"),
         (collection(feature([SQUARE], name=3)), "'name' of the type int"),
-        (collection(feature([SQUARE], classification=3)), "class of feature 1"),
-        (collection(feature([SQUARE], classification={"name": None})), "class of feature 1"),
+        (collection(feature([SQUARE], classification=3)), "feature 1 has a class without a name"),
+        (collection(feature([SQUARE], classification={"name": None})), "feature 1 has a class without a name"),
         (collection(feature([SQUARE], childObjects={})), "'childObjects'"),
         ({"positive": 3}, "'positive' of the type int"),
         ({"positive": [3]}, "'positive' outline 1"),
@@ -275,7 +275,7 @@ def test_packed_files(tmp_path: Path) -> None:
 
 
 def test_large_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "LARGEST_BYTES", 2**20)
+    monkeypatch.setattr(files, "LARGEST_BYTES", 2**20)
     for data in (b" " * (2**20 + 1), gzip.compress(b" " * 2**26)):
         (tmp_path / "a.geojson").write_bytes(data)
         tracemalloc.start()

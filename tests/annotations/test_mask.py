@@ -20,7 +20,6 @@ from medsd.annotations import (
     Annotations,
     rasterise,
     read_annotations,
-    read_mask,
     write_asap_xml,
     write_geojson,
 )
@@ -102,8 +101,8 @@ def test_level_that_fits_is_read(factor: int, tmp_path: Path, monkeypatch: pytes
 def test_values_of_tumour(dtype: Any, value: int, tmp_path: Path) -> None:
     mask = np.zeros((40, 60), dtype)
     mask[10:20, 30:50] = value
-    assert read_mask(write(tmp_path, mask), (60, 40)).tumour.bounds == (30, 10, 50, 20)
-    assert read_mask(write(tmp_path, mask * 0), (60, 40)).tumour.is_empty
+    assert read_annotations(write(tmp_path, mask), (60, 40)).tumour.bounds == (30, 10, 50, 20)
+    assert read_annotations(write(tmp_path, mask * 0), (60, 40)).tumour.is_empty
 
 
 def test_camelyon_values_need_a_word(tmp_path: Path) -> None:
@@ -111,15 +110,15 @@ def test_camelyon_values_need_a_word(tmp_path: Path) -> None:
     mask[10:20, 30:50] = 2  # 1 is tissue, 2 tumour
     path = write(tmp_path, mask)
     with pytest.raises(AnnotationError, match=r"values 1, 2, not 0 and 1.*tumour_values"):
-        read_mask(path, (60, 40))
-    assert read_mask(path, (120, 80), tumour_values=[2]).tumour.bounds == (60, 20, 100, 40)
+        read_annotations(path, (60, 40))
+    assert read_annotations(path, (120, 80), tumour_values=[2]).tumour.bounds == (60, 20, 100, 40)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (1, 5, 6), (5, 6, 1)])
 def test_thin_masks_and_needless_axes(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = write(tmp_path, np.ones(shape, np.uint8))
     height, width = (side for side in shape) if len(shape) == 2 else (5, 6)
-    assert read_mask(path, (width, height)).tumour.area == width * height
+    assert read_annotations(path, (width, height)).tumour.area == width * height
 
 
 @pytest.mark.parametrize(
@@ -135,14 +134,14 @@ def test_thin_masks_and_needless_axes(shape: tuple[int, ...], tmp_path: Path) ->
 )
 def test_what_is_no_mask_of_the_slide(mask: Mask, words: str, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=words):
-        read_mask(write(tmp_path, mask), (60, 40))
+        read_annotations(write(tmp_path, mask), (60, 40))
 
 
 def test_mask_needs_the_slides_size(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="slide_size_px"):
         read_annotations(write(tmp_path, np.zeros((4, 4), np.uint8)))
     with pytest.raises(AnnotationError, match="cannot be read"):
-        read_mask(tmp_path / "missing.tif", (4, 4))
+        read_annotations(tmp_path / "missing.tif", (4, 4))
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -160,7 +159,7 @@ def test_damaged_masks_are_read_or_raise_annotation_error(edits: list[Any], cut:
         data[place : place + len(replacement)] = replacement
     (tmp_path / "bad.tif").write_bytes(data[:cut])
     try:
-        found = read_mask(tmp_path / "bad.tif", (520, 600))
+        found = read_annotations(tmp_path / "bad.tif", (520, 600))
     except AnnotationError as error:
         assert "\n" not in str(error)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medsd.annotations import read_asap_xml, tumour_share
+from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort import prepare as prepare_module
 from medsd.cohort import tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
@@ -92,7 +92,7 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
         if entry.annotation is None:
             assert (tiles.label == NORMAL).all()
         else:
-            tumour = tumour_share(read_asap_xml(entry.annotation), tiles.x, tiles.y, 128)
+            tumour = tumour_share(read_annotations(entry.annotation), tiles.x, tiles.y, 128)
             assert np.array_equal(tiles.label == TUMOUR, tumour >= 0.5)
             assert np.array_equal(tiles.label == MIXED, (tumour > 0) & (tumour < 0.5))
     assert (prepared.index.label == TUMOUR).any() and (prepared.index.label == NORMAL).any()

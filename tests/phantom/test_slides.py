@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 
-from medsd.annotations import read_asap_xml
+from medsd.annotations import read_annotations
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import Phantom, PhantomSpec, draw_phantom, write_phantom, write_phantom_dataset
 from medsd.phantom.shapes import Grid, draw_lesions, draw_node, rasterise
@@ -236,7 +236,7 @@ def test_annotations_are_the_polygons_in_camelyons_words(tmp_path: Path) -> None
         np.testing.assert_array_equal(corners, polygon)
         assert [c.get("Order") for c in annotation.iter("Coordinate")] == [str(i) for i in range(len(polygon))]
     assert [group.get("Name") for group in root.findall("AnnotationGroups/Group")] == ["_0"]
-    read = read_asap_xml(tmp_path / "s.xml")
+    read = read_annotations(tmp_path / "s.xml")
     expected = shapely.MultiPolygon([shapely.Polygon(polygon) for polygon in polygons])
     assert read.tumour.symmetric_difference(expected).area < 1e-6
     assert read.repaired == 0
