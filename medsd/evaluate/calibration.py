@@ -14,6 +14,7 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
+from medsd.heatmap.value_map import ValueMap
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
 from medsd.slides.isolate.slide import IsolatedSlide
@@ -52,20 +53,22 @@ def calibrate_on_slides(
             maps = engine.map(seen, tissue, progress)
             slide_size_px = slide.dimensions
         probability = maps.probability
-        height, width = probability.values.shape
-        tumour = np.zeros((height, width), bool)
-        if entry.annotation is not None:
-            outlines = read_annotations(entry.annotation, slide_size_px)
-            tumour = rasterise(outlines, width, height, probability.level0_px)
+        tumour = tumour_on(probability, entry, slide_size_px)
         # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
         known = probability.seen if entry.exhaustive else probability.seen & tumour
         labels.append(tumour[known])
         probabilities.append(probability.values[known])
         saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))
-    source = f"{len(slides)} validation slides"
-    return _calibration(
-        engine, np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies), source
-    )
+    pixels, scores, saliency = np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies)
+    return _calibration(engine, pixels, scores, saliency, f"{len(slides)} validation slides")
+
+
+def tumour_on(values: ValueMap, entry: SlideEntry, slide_size_px: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The annotated tumour (height, width) on the grid of a map of the slide; none where there is no annotation."""
+    height, width = values.values.shape
+    if entry.annotation is None:
+        return np.zeros((height, width), bool)
+    return rasterise(read_annotations(entry.annotation, slide_size_px), width, height, values.level0_px)
 
 
 def calibrate_on_patches(
@@ -89,8 +92,7 @@ def calibrate_on_patches(
     """
     chosen = np.linspace(0, len(labels) - 1, min(scale_from, len(labels))).astype(int)
     saliencies = [np.abs(engine.patch_saliency(dataset[i]["image"][None])).ravel() for i in chosen.tolist()]
-    source = f"{len(labels)} validation patches"
-    return _calibration(engine, labels, probabilities, np.concatenate(saliencies), source)
+    return _calibration(engine, labels, probabilities, np.concatenate(saliencies), f"{len(labels)} validation patches")
 
 
 def _calibration(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medsd.evaluate.runs import Estimate, Run, read_runs, setting_text, settings_that_differ
+from medsd.evaluate.plots import draw_comparison
+from medsd.evaluate.runs import Estimate, Run, number_text, read_runs, setting_text, settings_that_differ
 from medsd.files import make_folder, write_text
-
-Better = Literal["higher", "lower", ""]
+from medsd.tables import write_table
 
 _DASH = "–"
 _MAPS = "explanations.maps"
@@ -32,7 +30,7 @@ class Metric:
     key: str
     title: str
     path: str
-    better: Better
+    better: Literal["higher", "lower", ""]
 
 
 METRICS = (
@@ -90,53 +88,34 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> list[Run]:
     """
     runs = read_runs(folders)
     out = make_folder(out)
-    write_text(out / "compare.csv", _csv(runs))
+    write_table(out / "compare.csv", map(_row_of, runs))
     write_text(out / "compare.md", _markdown(runs))
-    from medsd.evaluate.plots import draw_comparison
-
     draw_comparison(out / "compare.png", runs)
     return runs
 
 
-def number_text(value: float, beside: float = 0.0) -> str:
-    """A number with about three digits of itself or of the number beside it, whichever is greater; counts in full."""
-    if isinstance(value, int):
-        return str(value)
-    size = max(abs(value), abs(beside))
-    if size >= 10:
-        return f"{value:.{1 if size < 100 else 0}f}"
-    return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
-
-
-def _csv(runs: Sequence[Run]) -> str:
-    """A row a run; cells of what it did not measure are empty, so that columns stay numbers."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "label", *(name for m in METRICS for name in (m.key, f"{m.key}_low", f"{m.key}_high"))])
-    for run in runs:
-        cells: list[float | str | None] = [str(run.folder), run.label]
-        for metric in METRICS:
-            found = run.estimate(metric.path)
-            cells += [None, None, None] if found is None else [found.value, found.low, found.high]
-        writer.writerow(cells)
-    return text.getvalue()
+def _row_of(run: Run) -> dict[str, float | str | None]:
+    """A row of the table for machines; cells of what a run did not measure are empty, so that columns stay numbers."""
+    row: dict[str, float | str | None] = {"run": str(run.folder), "label": run.label}
+    for metric in METRICS:
+        found = run.estimate(metric.path)
+        for suffix, name in (("", "value"), ("_low", "low"), ("_high", "high")):
+            row[metric.key + suffix] = getattr(found, name, None)
+    return row
 
 
 def _markdown(runs: Sequence[Run]) -> str:
+    labels = [run.label for run in runs]
+    measured = [(metric, [run.estimate(metric.path) for run in runs]) for metric in METRICS]
     lines = [f"# {len(runs)} runs on {runs[0].node('tiles.items')} test tiles", ""]
-    lines += [_row("", "better", *(run.label for run in runs)), "| --- | --- |" + " ---: |" * len(runs)]
-    for metric in METRICS:
-        found = [run.estimate(metric.path) for run in runs]
-        if any(found):
-            lines.append(_row(metric.title, metric.better, *map(_cell, found)))
+    lines += [_row("", "better", *labels), "| --- | --- |" + " ---: |" * len(runs)]
+    lines += [_row(metric.title, metric.better, *map(_cell, found)) for metric, found in measured if any(found)]
     told = settings_that_differ(runs)
     if told:
-        lines += ["", _row("settings that differ", *(run.label for run in runs)), "| --- |" + " ---: |" * len(runs)]
+        lines += ["", _row("settings that differ", *labels), "| --- |" + " ---: |" * len(runs)]
     for key in told:
-        values = [setting_text(run.settings[key]) if key in run.settings else _DASH for run in runs]
-        lines.append(_row(key, *values))
-    lines += ["", _NOTES, ""]
-    return "\n".join(lines)
+        lines.append(_row(key, *(setting_text(run.settings[key]) if key in run.settings else _DASH for run in runs)))
+    return "\n".join([*lines, "", _NOTES, ""])
 
 
 def _row(*cells: str) -> str:
@@ -148,6 +127,5 @@ def _cell(found: Estimate | None) -> str:
         return _DASH
     if found.low is None or found.high is None:
         return number_text(found.value)
-    greatest = max(found.value, found.low, found.high, key=abs)
-    value, low, high = (number_text(number, greatest) for number in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})"
+    numbers = found.value, found.low, found.high
+    return "{} ({} to {})".format(*(number_text(number, max(numbers, key=abs)) for number in numbers))

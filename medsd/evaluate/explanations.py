@@ -9,101 +9,53 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from medsd.checks import check_number
 from medsd.cohort.dataset import Sample
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import DatasetError
 from medsd.evaluate.features import FeatureHealth, feature_health
-from medsd.evaluate.scores import Floats, Interval, bootstrap_mean
-from medsd.evaluate.tile_maps import PerTile, device_of, measure_maps
+from medsd.evaluate.measures import Measured, MeasureSettings, mean_of_known, measure_maps
+from medsd.evaluate.scores import Interval
+from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
-from medsd.saliency.metrics.masking import SHARES
-from medsd.saliency.metrics.perturb import Baseline
+from medsd.saliency.metrics.masking import SHARES, MaskingCurve
+from medsd.saliency.registry import make_method
 
 Region = Callable[[int], npt.NDArray[np.bool_]]
+MapScores = dict[str, Interval | tuple[Interval, ...]]
 
 _MAP_BATCH = 32
-_MEANS = ("masking_area", "gap", "deletion", "insertion", "magnitude", "total_variation", "gini", "entropy")
+_MEASURES = ("masking_area", "gap", "deletion", "insertion", "magnitude", "total_variation", "gini", "entropy")
+_MEASURED = {name: name for name in _MEASURES} | {"pointing": "energy_pointing", "pointing_game": "pointing_game"}
+"""Measures by their names in `scores.json`."""
 
 
-@dataclass(frozen=True)
-class ExplanationSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExplanationSettings(MeasureSettings):
     """What the scores rest on (numbers: our choice); runs to be compared must share all but seed and batch size.
 
     Attributes:
         items: tiles that maps are made of, as many of each class as the data allow.
-        draws: random orders a tile of the masking control.
-        fill: what masked pixels become.
-        steps: steps of deletion and insertion.
-        batch_size: images in one pass.
-        seed: chooses tiles, random orders and resamples.
         target: the class whose regions are pointed at.
+        seed: chooses tiles, random orders and resamples.
     """
 
     items: int = 128
-    draws: int = 3
-    fill: Baseline = "mean"
-    steps: int = 20
-    batch_size: int = 32
-    seed: int = 0
     target: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("items", "draws", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
-
-
-@dataclass(frozen=True)
-class MapScores:
-    """Scores of one kind of map: means over tiles, with 95 % bootstrap intervals.
-
-    Attributes:
-        masking_area: area of accuracy under masking of the most salient pixels; lower is more faithful.
-        gap: area of the random control less that, tile by tile; higher is more faithful, 0 knows nothing.
-        deletion, insertion: areas of the true class's probability (RISE); lower and higher are better.
-        magnitude: mean |map|, with its scale.
-        total_variation: see there; lower is smoother.
-        gini, entropy: see `medsd.saliency.metrics.concentration`; higher and lower are more concentrated.
-        pointing: share of the saliency inside the region, of tiles that have one; nan without any.
-        pointing_game: how often the greatest value lies inside; nan without any. For both, a map without a positive
-            value points at nothing and counts 0.
-        accuracy, probability: of the true class, after masking of each of `Explanations.shares`.
-    """
-
-    masking_area: Interval
-    gap: Interval
-    deletion: Interval
-    insertion: Interval
-    magnitude: Interval
-    total_variation: Interval
-    gini: Interval
-    entropy: Interval
-    pointing: Interval
-    pointing_game: Interval
-    accuracy: tuple[Interval, ...]
-    probability: tuple[Interval, ...]
-
-
-@dataclass(frozen=True)
-class RandomControl:
-    """What masking pixels in random order does: the measure of the network's own robustness.
-
-    Attributes:
-        masking_area, accuracy, probability: as in `MapScores`.
-    """
-
-    masking_area: Interval
-    accuracy: tuple[Interval, ...]
-    probability: tuple[Interval, ...]
+        super().__post_init__()
+        check_number("items", self.items, "[1, inf)", whole=True)
 
 
 @dataclass(frozen=True)
 class Explanations:
-    """Scores of a classifier's explanations.
+    """Scores of a classifier's explanations: means over tiles, with 95 % bootstrap intervals.
 
     Attributes:
         settings: what they rest on.
@@ -112,8 +64,10 @@ class Explanations:
         pointed: those of the target class with a region that neither is empty nor fills the tile.
         area_share: mean share of the tile that their regions cover, which is chance; nan without any.
         shares: shares of pixels masked.
-        random: the control of masking.
-        maps: by name, see `medsd.evaluate.tile_maps.explanation_maps`.
+        random: what masking in random order does, the network's own robustness: "masking_area", and at each of the
+            shares "accuracy" and "probability" of the true class.
+        maps: the same by name (see `explanation_maps`) in the order of the map, and measures of it, see
+            `medsd.evaluate.measures.MEASURES` (its "energy_pointing" is "pointing" here).
         features: correlation, rank and dead channels of the pooled features.
     """
 
@@ -123,7 +77,7 @@ class Explanations:
     pointed: int
     area_share: Interval
     shares: tuple[float, ...]
-    random: RandomControl
+    random: MapScores
     maps: dict[str, MapScores]
     features: FeatureHealth
 
@@ -154,44 +108,63 @@ def score_explanations(
         DatasetError: fewer than two tiles, labels that are no class, a region of another size, or maps that are not
             finite.
         ConfigError: no such fill.
+
+    Example:
+        >>> from medsd.networks.classifier import TileClassifier
+        >>> tiles = [{"image": torch.full((3, 32, 32), 9 * n, dtype=torch.uint8), "label": n % 2} for n in range(4)]
+        >>> found = score_explanations(TileClassifier("test_resnet"), tiles, ExplanationSettings(steps=2, draws=1))
+        >>> sorted(found.maps), found.judged
+        (['gradient'], 4)
     """
+    device = next(classifier.parameters()).device
     with evaluating(classifier):
         features, labels = _features(classifier, dataset, settings.batch_size, progress)
         health = feature_health(features)
         chosen = _even_draw(labels, settings)
-        generator = torch.Generator(device_of(classifier)).manual_seed(settings.seed)
+        generator = torch.Generator(device).manual_seed(settings.seed)
         batches = [chosen[start : start + _MAP_BATCH] for start in range(0, len(chosen), _MAP_BATCH)]
         judged = []
         for numbers in progress(batches, len(batches), "batch"):
             batch = default_collate([dataset[number] for number in numbers])
-            inside = _regions(region, numbers, batch, settings.target)
-            judged.append(
-                measure_maps(
-                    classifier,
-                    batch,
-                    inside,
-                    generator,
-                    settings.draws,
-                    settings.fill,
-                    settings.steps,
-                    settings.batch_size,
-                )
-            )
+            inside = _regions(region, numbers, batch, settings.target).to(device)
+            truth, x = batch["label"].to(device), classifier.normalise(batch["image"].to(device))
+            maps, names = explanation_maps(classifier, x, truth), [*_MEASURED.values(), "area_share"]
+            judged.append(measure_maps(classifier, x, truth, maps, names, inside, settings, generator))
     return _scores(judged, len(labels), health, settings)
+
+
+def explanation_maps(classifier: Classifier, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Maps (B, H, W) that classifiers of every kind are compared by, and of one that masks itself its "mask".
+
+    "gradient" is |mean over channels| of the gradient of the evidence with respect to the pixels: the mean comes before
+    the absolute value, as where training ranks pixels. "mask" is the mean over the stages' masks, 0 to 1.
+
+    Args:
+        classifier: in eval mode.
+        x: (B, C, H, W) float images, as the network takes them.
+        labels: (B,) class numbers, whose evidence is explained.
+    """
+    maps = {"gradient": make_method("gradient", classifier, None, "evidence")(x, labels).abs()}
+    if isinstance(classifier, AimClassifier):
+        with torch.no_grad():
+            masks = classifier.masked(x, noise=False).masks
+        maps["mask"] = torch.stack([F.interpolate(mask, x.shape[2:], mode="nearest")[:, 0] for mask in masks]).mean(0)
+    return maps
 
 
 def _features(
     classifier: Classifier, dataset: Dataset[Sample] | Sequence[Sample], batch_size: int, progress: Progress
 ) -> tuple[Tensor, npt.NDArray[np.int64]]:
     """Pooled features (N, d) and labels (N,) of all tiles."""
-    loader = DataLoader(cast(Dataset[Sample], dataset), batch_size=batch_size)
     count = len(cast(Sized, dataset))
     if count < 2:
         raise DatasetError(f"explanations: {count} tile(s); at least 2 are needed")
+    loader = DataLoader(cast(Dataset[Sample], dataset), batch_size=batch_size)
+    device = next(classifier.parameters()).device
     features, labels = [], []
     with torch.inference_mode():
         for batch in progress(loader, len(loader), "batch"):
-            features.append(classifier.features(batch["image"].to(device_of(classifier))).float().cpu())
+            features.append(classifier.features(batch["image"].to(device)).float().cpu())
             labels.append(batch["label"])
     truth = torch.cat(labels).numpy().astype(np.int64)
     unknown = truth[(truth < 0) | (truth >= len(classifier.classes))]
@@ -204,8 +177,7 @@ def _features(
 
 def _even_draw(labels: npt.NDArray[np.int64], settings: ExplanationSettings) -> list[int]:
     """Numbers of up to `items` tiles, as many of each class as there are, rising."""
-    random = np.random.default_rng(settings.seed)
-    order = random.permutation(len(labels))
+    order = np.random.default_rng(settings.seed).permutation(len(labels))
     # The place of a tile within its class: the first ones of every class are dealt before any second.
     turn = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
@@ -217,12 +189,9 @@ def _even_draw(labels: npt.NDArray[np.int64], settings: ExplanationSettings) -> 
 
 def _regions(region: Region | None, numbers: Sequence[int], batch: Sample, target: int) -> Tensor:
     """(B, H, W) bool; empty for tiles of other classes, whose map explains something else."""
-    images, labels = batch["image"], batch["label"]
-    inside = torch.zeros(len(numbers), *images.shape[2:], dtype=torch.bool)
-    if region is None:
-        return inside
+    inside = torch.zeros(len(numbers), *batch["image"].shape[2:], dtype=torch.bool)
     for row, number in enumerate(numbers):
-        if int(labels[row]) != target:
+        if region is None or int(batch["label"][row]) != target:
             continue
         known = torch.from_numpy(np.asarray(region(number), np.bool_).copy())
         if known.shape != inside.shape[1:]:
@@ -235,43 +204,35 @@ def _regions(region: Region | None, numbers: Sequence[int], batch: Sample, targe
 
 
 def _scores(
-    batches: Sequence[PerTile], items: int, features: FeatureHealth, settings: ExplanationSettings
+    batches: Sequence[Measured], items: int, features: FeatureHealth, settings: ExplanationSettings
 ) -> Explanations:
-    def column(of: str, measure: str) -> Floats:
-        return torch.cat([batch[of][measure] for batch in batches]).double().cpu().numpy()
+    def mean(values: Tensor) -> Interval:
+        return mean_of_known(values.double().cpu().numpy(), settings.seed)
 
-    def mean(of: str, measure: str) -> Interval:
-        return bootstrap_mean(column(of, measure), seed=settings.seed)
+    def column(of: str, measure: str) -> Tensor:
+        return torch.cat([batch.of[of][measure] for batch in batches])
 
-    def mean_of_defined(of: str, measure: str) -> Interval:
-        values = column(of, measure)
-        return bootstrap_mean(values[~np.isnan(values)], seed=settings.seed)
+    def masking(curves: Sequence[MaskingCurve]) -> MapScores:
+        correct = torch.cat([curve.correct for curve in curves])
+        probability = torch.cat([curve.probability for curve in curves])
+        return {"accuracy": tuple(map(mean, correct.T)), "probability": tuple(map(mean, probability.T))}
 
-    def means(of: str, measure: str) -> tuple[Interval, ...]:
-        return tuple(bootstrap_mean(step, seed=settings.seed) for step in column(of, measure).T)
-
-    maps = {
-        name: MapScores(
-            **{measure: mean(name, measure) for measure in _MEANS},
-            pointing=mean_of_defined(name, "pointing"),
-            pointing_game=mean_of_defined(name, "pointing_game"),
-            accuracy=means(name, "accuracy"),
-            probability=means(name, "probability"),
-        )
-        for name in batches[0]
-        if name != "random"
-    }
-    area = column("random", "area_share")
+    controls = [batch.control for batch in batches if batch.control is not None]
+    area = column("gradient", "area_share")
     return Explanations(
         settings=settings,
         items=items,
         judged=len(area),
-        pointed=int(np.count_nonzero(~np.isnan(area))),
-        area_share=mean_of_defined("random", "area_share"),
+        pointed=int(torch.count_nonzero(~area.isnan())),
+        area_share=mean(area),
         shares=SHARES,
-        random=RandomControl(
-            mean("random", "masking_area"), means("random", "accuracy"), means("random", "probability")
-        ),
-        maps=maps,
+        random={"masking_area": mean(torch.cat([control.area for control in controls])), **masking(controls)},
+        maps={
+            name: {
+                **{key: mean(column(name, measure)) for key, measure in _MEASURED.items()},
+                **masking([batch.masking[name] for batch in batches]),
+            }
+            for name in batches[0].of
+        },
         features=features,
     )

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from medsd.drawing import save_figure
-from medsd.evaluate.compare import number_text
-from medsd.evaluate.runs import Estimate, Run
+from medsd.evaluate.runs import Estimate, Run, number_text
 from medsd.evaluate.scores import roc_curve
 
 _NORMAL, _TUMOUR, _INK = "#1f77b4", "#d62728", "#444444"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import bootstrap_mean
+from medsd.tables import read_table
 
 _LONGEST_LABEL = 64
+# What the files of `scores.json` rest on: path, and what is said where it differs from the first run's.
+_SAME = {"data_sha256": "another split of the data", "tiles.items": "another number of test tiles"}
 # Settings of `ExplanationSettings` that change what is measured; the seed only changes which tiles are.
 _JUDGED_BY = ("items", "draws", "fill", "steps", "target")
 
@@ -51,11 +53,9 @@ class Run:
             path: keys joined by dots, of a number or of a dict with "value", "low" and "high".
         """
         node = self.node(path)
-        if isinstance(node, dict):
-            value, low, high = (_as_number(node.get(key)) for key in ("value", "low", "high"))
-        else:
-            value, low, high = _as_number(node), None, None
-        return None if value is None else Estimate(value, low, high)
+        numbers = [node] if not isinstance(node, dict) else [node.get(key) for key in ("value", "low", "high")]
+        value, *bounds = map(_as_number, numbers)
+        return None if value is None else Estimate(value, *bounds)
 
     def node(self, path: str) -> Any:
         """What lies at that path, or None."""
@@ -73,14 +73,23 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """
     if not folders:
         raise DatasetError("compare: no runs; name the output_dir of one or more bundle runs")
-    read = [_read_run(Path(folder)) for folder in folders]
-    for run in read:
-        _check_same(read[0], run)
-    judged = [run for run in read if run.node("explanations")]
+    runs = [_read_run(Path(folder)) for folder in folders]
+    for run in runs:
+        for path, words in _SAME.items():
+            if run.node(path) is None:
+                raise DatasetError(f"{run.folder}: scores.json has no {path}; run its stage 'evaluate' again")
+            if run.node(path) != runs[0].node(path):
+                raise DatasetError(f"{run.folder}: {words} than {runs[0].folder}; compare runs on the same test set")
+    judged = [run for run in runs if run.node("explanations")]
     for run in judged[1:]:
-        _check_judged(judged[0], run)
-    labels = _labels(read)
-    return [replace(run, label=label) for run, label in zip(read, labels, strict=True)]
+        for key in _JUDGED_BY:
+            theirs, first = (one.node(f"explanations.settings.{key}") for one in (run, judged[0]))
+            if theirs != first:
+                raise DatasetError(
+                    f"{run.folder}: explanations judged with {key}={theirs}, those of {judged[0].folder} with {first}; "
+                    "run one's stage 'evaluate' again"
+                )
+    return [replace(run, label=label) for run, label in zip(runs, _labels(runs), strict=True)]
 
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
@@ -94,17 +103,26 @@ def setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def number_text(value: float, beside: float = 0.0) -> str:
+    """A number with about three digits of itself or of the number beside it, whichever is greater; counts in full."""
+    if isinstance(value, int):
+        return str(value)
+    size = max(abs(value), abs(beside))
+    if size >= 10:
+        return f"{value:.{1 if size < 100 else 0}f}"
+    return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
+
+
 def _read_run(folder: Path) -> Run:
-    path = folder / "scores.json"
-    if not path.is_file():
+    if not (folder / "scores.json").is_file():
         raise DatasetError(f"{folder}: no run with scores (no scores.json); name the output_dir of an evaluated run")
-    scores = _read_json(path)
-    settings_path = folder / "training" / "settings.json"
+    scores = _read_json(folder / "scores.json")
+    settings_path, pace_path = folder / "training" / "settings.json", folder / "training" / "pace.csv"
     settings = _flat(_read_json(settings_path)) if settings_path.is_file() else {}
-    cost = _seconds_per_step(folder / "training" / "pace.csv")
-    slides = scores.get("slides")
-    pointing = _slide_pointing(slides) if isinstance(slides, dict) else {}
-    content = {**scores, "training": {"seconds_per_step": cost}, "slide_pointing": pointing}
+    # The median over epochs, which the first one's warming up does not move.
+    paces = _paces(pace_path) if pace_path.is_file() else []
+    cost = {"seconds_per_step": median(paces) if paces else None}
+    content = {**scores, "training": cost, "slide_pointing": _slide_pointing(scores.get("slides"))}
     return Run(folder, folder.resolve().name, content, settings)
 
 
@@ -118,51 +136,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_same(first: Run, other: Run) -> None:
-    for path, words in (("data_sha256", "another split of the data"), ("tiles.items", "another number of test tiles")):
-        mine, theirs = first.node(path), other.node(path)
-        for run, found in ((first, mine), (other, theirs)):
-            if found is None:
-                raise DatasetError(f"{run.folder}: scores.json has no {path}; run its stage 'evaluate' again")
-        if mine != theirs:
-            raise DatasetError(f"{other.folder}: {words} than {first.folder}; compare runs on the same test set")
+def _paces(path: Path) -> list[float]:
+    """Seconds a step of each epoch that told them."""
+    table = read_table(path)
+    try:
+        return [float(cell) for cell in table.get("seconds_per_step", ()) if cell]
+    except ValueError as error:
+        raise DatasetError(f"{path}: not a table of epochs ({error}); train that run again") from error
 
 
-def _check_judged(first: Run, other: Run) -> None:
-    for key in _JUDGED_BY:
-        mine, theirs = (run.node(f"explanations.settings.{key}") for run in (first, other))
-        if mine != theirs:
-            raise DatasetError(
-                f"{other.folder}: explanations judged with {key}={theirs}, those of {first.folder} with {mine}; "
-                "run one's stage 'evaluate' again"
-            )
-
-
-def _slide_pointing(slides: dict[str, Any]) -> dict[str, Any]:
+def _slide_pointing(slides: Any) -> dict[str, Any]:
     """Means over the annotated slides, with intervals over them, by what their maps are (saliency or mask)."""
-    pointing = slides.get("pointing")
-    keys = ("positive_inside", "area_share")
+    if not isinstance(slides, dict):
+        return {}
+    pointing, keys = slides.get("pointing"), ("positive_inside", "area_share")
     shares = [share for share in pointing.values() if isinstance(share, dict)] if isinstance(pointing, dict) else []
     # Chance over the very slides that pointing is taken over.
     shares = [share for share in shares if all(_as_number(share.get(key)) is not None for key in keys)]
-    means: dict[str, Any] = {"ratio": slides.get("mean_pointing_ratio")}
-    for key in keys:
-        interval = bootstrap_mean([float(share[key]) for share in shares])
-        means[key] = {"value": interval.value, "low": interval.low, "high": interval.high}
-    return {str(slides.get("quantity") or "saliency"): means}
-
-
-def _seconds_per_step(path: Path) -> float | None:
-    """The median over epochs, which the first one's warming up does not move."""
-    if not path.is_file():
-        return None
-    try:
-        with open(path, newline="", encoding="utf-8") as handle:
-            cells = [row.get("seconds_per_step") for row in csv.DictReader(handle)]
-        values = [float(cell) for cell in cells if cell]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DatasetError(f"{path}: not a table of epochs ({error}); train that run again") from error
-    return median(values) if values else None
+    means = {key: asdict(bootstrap_mean([share[key] for share in shares])) for key in keys}
+    return {str(slides.get("quantity") or "saliency"): {"ratio": slides.get("mean_pointing_ratio"), **means}}
 
 
 def _as_number(value: Any) -> float | None:
@@ -173,8 +165,7 @@ def _as_number(value: Any) -> float | None:
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        flat |= nested
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

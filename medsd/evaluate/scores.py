@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.checks import check_number
+from medsd.errors import DatasetError
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -64,7 +65,7 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     Raises:
         DatasetError: labels other than 0 and 1, scores that are not finite, or unequal lengths.
     """
-    positive, values = _checked(labels, scores)
+    positive, values = check_scores(labels, scores)
     _, tie = np.unique(values, return_inverse=True)
     return _weighted_auc(positive, tie, np.ones(len(tie)))
 
@@ -97,10 +98,10 @@ def bootstrap_auc(
         ConfigError: `resamples` below 1 or `level` not between 0 and 1.
     """
     _check_bootstrap(resamples, level)
-    positive, values = _checked(labels, scores)
+    positive, values = check_scores(labels, scores)
     value = auc(positive, values)
     if math.isnan(value):
-        return Interval(math.nan, math.nan, math.nan, level, 0)
+        return _interval(math.nan, np.empty(0), level)
     group = np.arange(len(values))
     if groups is not None:
         names = np.asarray(groups)
@@ -117,11 +118,7 @@ def bootstrap_auc(
     for index in range(resamples):
         times = np.bincount(random.integers(count, size=count), minlength=count)
         drawn[index] = _weighted_auc(positive, tie, times[group].astype(np.float64))
-    drawn = drawn[~np.isnan(drawn)]
-    if not len(drawn):
-        return Interval(value, math.nan, math.nan, level, 0)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level, len(drawn))
+    return _interval(value, drawn[~np.isnan(drawn)], level)
 
 
 def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
@@ -147,15 +144,14 @@ def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0, 
     if items.ndim != 1 or not np.isfinite(items).all():
         raise DatasetError(f"mean of {items.shape} values: give (n,) finite ones, leave undefined items out")
     if not len(items):
-        return Interval(math.nan, math.nan, math.nan, level, 0)
+        return _interval(math.nan, np.empty(0), level)
     random = np.random.default_rng(seed)
     rows = max(1, _DRAWN_AT_ONCE // len(items))
     drawn = [
         items[random.integers(len(items), size=(min(rows, resamples - start), len(items)))].mean(axis=1)
         for start in range(0, resamples, rows)
     ]
-    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(items.mean()), float(low), float(high), level, resamples)
+    return _interval(float(items.mean()), np.concatenate(drawn), level)
 
 
 def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats]:
@@ -228,16 +224,26 @@ def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bool
 
 
 def _check_bootstrap(resamples: int, level: float) -> None:
-    if resamples < 1 or not 0.0 < level < 1.0:
-        raise ConfigError(f"bootstrap: {resamples} resamples, level {level}; give at least 1 and a level in (0, 1)")
+    check_number("resamples", resamples, "[1, inf)", whole=True)
+    check_number("level", level, "(0, 1)")
+
+
+def _interval(value: float, drawn: Floats, level: float) -> Interval:
+    """From the scores of resamples; nan where there are none."""
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (math.nan, math.nan)
+    return Interval(value, float(low), float(high), level, len(drawn))
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-def _checked(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, Floats]:
-    """Labels as booleans and scores as float64, both of shape (n,)."""
+def check_scores(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, Floats]:
+    """Labels as booleans and scores as float64, both of shape (n,).
+
+    Raises:
+        DatasetError: labels other than 0 and 1, scores that are not finite, or unequal lengths.
+    """
     truth = np.asarray(labels)
     try:
         values = np.asarray(scores, np.float64)
@@ -269,7 +275,7 @@ def _weighted_auc(positive: Bools, tie: npt.NDArray[np.intp], weight: Floats) ->
 
 def _curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
     """False-positive rate and sensitivity, shape (k + 1,), and the k distinct scores, falling."""
-    positive, values = _checked(labels, scores)
+    positive, values = check_scores(labels, scores)
     if positive.all() or not positive.any():
         raise DatasetError(f"scores: all {len(values)} items have one class; a ROC curve needs tumour and normal items")
     distinct, tie = np.unique(values, return_inverse=True)

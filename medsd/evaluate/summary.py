@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from medsd.annotations import rasterise, read_annotations
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
+from medsd.evaluate.calibration import tumour_on
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
 from medsd.heatmap.cohort import SlideResult
 from medsd.heatmap.record import read_record
@@ -90,31 +90,34 @@ def score_slides(
     Raises:
         DatasetError: maps of other weights.
     """
-    by_name = {result.slide: result for result in results if result.status == "ok"}
-    kept = [entry for entry in entries if entry.name in by_name]
-    for entry in kept:
-        if read_record(Path(folder) / entry.name)["recipe"]["weights_sha256"] != weights_sha256:
+    scored = {result.slide: float(result.score or 0.0) for result in results if result.status == "ok"}
+    slides, pointing, quantity = {}, {}, ""
+    for entry in entries:
+        if entry.name not in scored:
+            continue
+        record = read_record(Path(folder) / entry.name)
+        if record["recipe"]["weights_sha256"] != weights_sha256:
             raise DatasetError(f"{Path(folder) / entry.name}: maps of other weights; run the stage 'heatmap' again")
-    slides = {
-        entry.name: (entry.label, float(by_name[entry.name].score or 0.0)) for entry in kept if entry.label is not None
-    }
-    # Saliency on tumour that nobody outlined would count as stray.
-    outlined = [entry for entry in kept if entry.annotation is not None and entry.exhaustive]
-    pointing = {entry.name: _pointing(entry, Path(folder)) for entry in outlined}
+        if entry.label is not None:
+            slides[entry.name] = entry.label, scored[entry.name]
+        # Saliency on tumour that nobody outlined would count as stray.
+        outlined = entry.annotation is not None and entry.exhaustive
+        if outlined or not quantity:
+            saliency = read_ome_tiff(Path(folder) / entry.name / "saliency.ome.tif")
+            quantity = quantity or saliency.quantity
+        if outlined:
+            tumour = tumour_on(saliency, entry, tuple(record["scale"]["dimensions"]))
+            pointing[entry.name] = inside_share(saliency.values, tumour, saliency.seen)
     labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
     ratios = [share.ratio for share in pointing.values() if math.isfinite(share.ratio)]
-    return SlideScores(
-        slide_auc=auc(labels, scores) if slides else math.nan,
-        slides=slides,
-        pointing=pointing,
-        mean_pointing_ratio=float(np.mean(ratios)) if ratios else math.nan,
-        quantity=read_ome_tiff(Path(folder) / kept[0].name / "saliency.ome.tif").quantity if kept else "",
-    )
+    ratio = float(np.mean(ratios)) if ratios else math.nan
+    return SlideScores(auc(labels, scores), slides, pointing, ratio, quantity)
 
 
 def as_json(scores: DataclassInstance) -> dict[str, Any]:
     """The scores (any data class of numbers) as JSON values; nan becomes null."""
-    return {key: _plain(value) for key, value in asdict(scores).items()}
+    plain: dict[str, Any] = _plain(asdict(scores))
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -123,12 +126,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _pointing(entry: SlideEntry, folder: Path) -> PointingShare:
-    saliency = read_ome_tiff(folder / entry.name / "saliency.ome.tif")
-    height, width = saliency.values.shape
-    assert entry.annotation is not None
-    slide_size_px = tuple(read_record(folder / entry.name)["scale"]["dimensions"])
-    tumour = rasterise(read_annotations(entry.annotation, slide_size_px), width, height, saliency.level0_px)
-    return inside_share(saliency.values, tumour, saliency.seen)

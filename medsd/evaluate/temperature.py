@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.checks import check_number
+from medsd.errors import DatasetError
+from medsd.evaluate.scores import Floats, check_scores
 
 LOWEST, HIGHEST = 0.05, 20.0
-
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,16 @@ def score_calibration(
         DatasetError: as `fit_temperature`.
         ConfigError: a temperature that is not above 0.
     """
-    if not temperature > 0:
-        raise ConfigError(f"temperature={temperature}: must be above 0")
+    check_number("temperature", temperature, "(0, inf)")
     truth, values = _checked(logits, labels)
     tumour = truth == target
     before, after = (softmax(values / divisor)[:, target] for divisor in (1.0, temperature))
     return CalibrationScores(
-        ece=calibration_error(tumour, after),
-        ece_before=calibration_error(tumour, before),
-        brier=brier_score(tumour, after),
-        temperature=temperature,
-        threshold=threshold,
+        calibration_error(tumour, after),
+        calibration_error(tumour, before),
+        brier_score(tumour, after),
+        temperature,
+        threshold,
     )
 
 
@@ -84,6 +81,10 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
     Raises:
         DatasetError: unequal lengths, labels that are no class, no items, or logits that are not finite.
+
+    Example:
+        >>> fit_temperature([[0, 4], [4, 0], [0, 4], [0, 4]], [1, 0, 1, 0])  # three of four right, sure as of 98 %
+        3.64095...
     """
     from scipy.optimize import brentq
 
@@ -93,18 +94,14 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     of_truth = values[np.arange(len(truth)), truth]
 
     def slope(log_temperature: float) -> float:
+        """Rises with T."""
         expected = (softmax(values * math.exp(-log_temperature)) * values).sum(axis=1)
         return float((of_truth - expected).mean())
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
-    if slope(0.0) == 0:
-        return 1.0
-    # The slope falls as 1 / T grows, that is, it rises with T.
-    if slope(low) >= 0:
-        return 1.0  # separated without fault: the data only say that a lower T would do, and every lower one
-    if slope(high) <= 0:
-        return HIGHEST
-    return math.exp(float(brentq(slope, low, high, xtol=1e-10)))
+    if slope(0.0) == 0 or slope(low) >= 0:
+        return 1.0  # all equal, or separated without fault: the data say that every T or every lower one would do
+    return HIGHEST if slope(high) <= 0 else math.exp(float(brentq(slope, low, high, xtol=1e-10)))
 
 
 def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = 15) -> float:
@@ -123,11 +120,9 @@ def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
         DatasetError: unequal lengths, no items, labels other than 0 and 1, or probabilities outside 0 to 1.
         ConfigError: `bins` below 1.
     """
-    if bins < 1:
-        raise ConfigError(f"bins={bins}: must be 1 or more")
-    truth, values = _checked_probabilities(labels, probabilities)
-    edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
-    number = np.searchsorted(edges, values, side="left")
+    check_number("bins", bins, "[1, inf)", whole=True)
+    truth, values = _probabilities(labels, probabilities)
+    number = np.searchsorted(np.linspace(0.0, 1.0, bins + 1)[1:-1], values, side="left")
     gaps = np.bincount(number, truth - values, minlength=bins)
     return float(np.abs(gaps).sum() / len(values))
 
@@ -135,26 +130,21 @@ def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
 def brier_score(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
     """Mean (probability - label)^2 of tumour probabilities, 0 to 1 (Brier 1950, of two classes the half).
 
-    Args:
-        labels: (n,) 0 or 1.
-        probabilities: (n,) in 0 to 1.
-
-    Raises:
-        DatasetError: as `calibration_error`.
+    Arguments and errors as in `calibration_error`.
     """
-    truth, values = _checked_probabilities(labels, probabilities)
+    truth, values = _probabilities(labels, probabilities)
     return float(np.mean((values - truth) ** 2))
 
 
-def softmax(logits: npt.NDArray[np.floating[Any]]) -> Floats:
+def softmax(logits: npt.NDArray[np.floating]) -> Floats:
     """Probabilities (n, K) of logits (n, K), in float64."""
-    logits = logits.astype(np.float64)
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Floats = powers / powers.sum(axis=1, keepdims=True)
+    from scipy import special
+
+    shares: Floats = special.softmax(logits.astype(np.float64), axis=1)
     return shares
 
 
-def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Integers, Floats]:
+def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Floats]:
     truth, values = np.asarray(labels), np.asarray(logits, np.float64)
     if values.ndim != 2 or truth.shape != values.shape[:1] or not len(truth):
         raise DatasetError(f"calibration: {truth.shape} labels, {values.shape} logits; give (n,) and (n, K), n >= 1")
@@ -166,12 +156,8 @@ def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Integers, Fl
     return truth.astype(np.int64), values
 
 
-def _checked_probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[Floats, Floats]:
-    truth, values = np.asarray(labels), np.asarray(probabilities, np.float64)
-    if truth.ndim != 1 or truth.shape != values.shape or not len(truth):
-        raise DatasetError(f"calibration: {truth.shape} labels, {values.shape} probabilities; give (n,) each, n >= 1")
-    if not np.isin(truth, (0, 1)).all():
-        raise DatasetError("calibration: labels other than 0 and 1; give 1 for tumour and 0 for normal")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise DatasetError("calibration: probabilities outside 0 to 1; give those of the tumour class")
+def _probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[Floats, Floats]:
+    truth, values = check_scores(labels, probabilities)
+    if not len(values) or not ((values >= 0) & (values <= 1)).all():
+        raise DatasetError("scores: no probabilities, or outside 0 to 1; give those of the tumour class")
     return truth.astype(np.float64), values

@@ -18,18 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from medsd.errors import ConfigError, DatasetError, MedsdError
-from medsd.explain import measures
+from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.images import find_images, image_names, read_image, read_mask
 from medsd.explain.model import Model, load_model
 from medsd.explain.outputs import Summary, write_outputs
-from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, ExplainSettings
+from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
 from medsd.explain.sheet import thumbnail
 from medsd.files import make_folder
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency.method import Method, check_logits, targets_of
-from medsd.saliency.metrics.perturb import at_pixels
 from medsd.saliency.registry import METHODS, make_method
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.unforeseen import UNFORESEEN, in_one_line
@@ -113,8 +112,8 @@ class _Explainer:
         predicted, probability, target = self._predict(x)
         with self.smoothing():
             maps = {name: method(x, target) for name, method in self.methods.items()}
-        found = self._measure(x, target, maps, batch)
-        agreement = measures.agreement(maps).cpu().numpy()
+        measured = self._measure(x, target, maps, batch)
+        alike = agreement(maps).cpu().numpy()
         shown = [thumbnail(image.pixels) for image in batch]
         return [
             ExplainedImage(
@@ -127,10 +126,10 @@ class _Explainer:
                 probability=math.nan if probability is None else float(probability[row]),
                 maps={name: values[row].cpu().numpy() for name, values in maps.items()},
                 measures={
-                    method: {name: float(values[row]) for name, values in measured.items()}
-                    for method, measured in found.items()
+                    method: {name: float(values[row]) for name, values in of_method.items()}
+                    for method, of_method in measured.items()
                 },
-                agreement=agreement[row],
+                agreement=alike[row],
             )
             for row, image in enumerate(batch)
         ]
@@ -149,18 +148,16 @@ class _Explainer:
     ) -> dict[str, dict[str, Tensor]]:
         if not self.settings.measured:
             return {name: {} for name in maps}
-        at_once = max(1, 4 * _BATCH_PX // (x.shape[2] * x.shape[3]))
-        found = measures.faithfulness(self.model.network, x, target, maps, self.settings.seed, at_once)
-        for name, values in maps.items():
-            found[name] |= measures.smoothness(values)
+        region = None
         if any(image.mask is not None for image in batch):
             # An image without a mask has an empty one, which nothing is measured with.
             empty = np.zeros(x.shape[2:], bool)
-            region = np.stack([empty if image.mask is None else image.mask for image in batch])
-            inside = torch.from_numpy(region).to(x.device)
-            for name, values in maps.items():
-                found[name] |= measures.localisation(at_pixels(values, x), inside)
-        return found
+            masks = [empty if image.mask is None else image.mask for image in batch]
+            region = torch.from_numpy(np.stack(masks)).to(x.device)
+        at_once = max(1, 4 * _BATCH_PX // (x.shape[2] * x.shape[3]))
+        asked = MeasureSettings(batch_size=at_once, seed=self.settings.seed)
+        x = x.contiguous(memory_format=torch.channels_last)  # the faster for convolutions, on CPUs too
+        return measure_maps(self.model.network, x, target, maps, MEASURED, region, asked).of
 
 
 def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, dict[str, Method]]:

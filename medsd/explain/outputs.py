@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from medsd import RESEARCH_USE_ONLY
+from medsd.evaluate.measures import MEASURES, mean_of_known
 from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
 from medsd.explain.columns import sheet_column
 from medsd.explain.explained import ExplainedImage, ExplainedImages
-from medsd.explain.measures import MEASURES, agreement_table, intervals, text_tables
 from medsd.explain.model import INPUT, Model
-from medsd.explain.settings import ExplainSettings
+from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
-from medsd.files import write_json, write_text
+from medsd.files import write_json
 from medsd.networks.weights import save_tensors
+from medsd.tables import write_table
 
 MAPS_FORMAT = "medsd-maps-1"
 # An image this many times larger or smaller than the tiles of the training shows other things than they did.
 _FAR = 2.0
+_SIGNS = {"higher": " +", "lower": " -", "": ""}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Summary:
         settings: what was asked for, with the methods that were chosen.
         layer: full name of the layer, "input" for the network's input.
         images, failed: how many, and the reasons of those left out.
-        measures: means over images with 95 % bootstrap intervals, by method and measure.
+        measures: means over images with 95 % bootstrap intervals, by method and measure; images without a value (no
+            mask, say) are left out, and a measure without any is missing.
         agreement: mean over images of Spearman's correlation between two methods' maps, by both their names.
         scales: limits and unit of every method's colours.
         meaning: what each measure is, and which direction is better.
@@ -58,9 +61,21 @@ class Summary:
     notes: list[str]
 
     def in_words(self) -> str:
-        """The means and the agreement as plain text."""
-        parts = [*text_tables(self.measures), agreement_table(self.agreement)]
-        return "\n\n".join(part for part in parts if part)
+        """The means and the agreement as plain text, a table a kind of measure, about 100 columns wide."""
+        found = pd.DataFrame.from_dict(self.measures, orient="index").map(_cell)
+        parts = []
+        for kind in dict.fromkeys(measure.kind for measure in MEASURES.values()):
+            shown = {m.name: m.name + _SIGNS[m.better] for m in MEASURES.values() if m.kind == kind and m.name in found}
+            if shown:
+                parts.append(found[list(shown)].rename(columns=shown).rename_axis(kind, axis=1).to_string())
+        if parts:
+            parts.append("Means (95 % bootstrap intervals over images); + higher is better, - lower is better.")
+        if len(self.agreement) > 1:
+            alike = pd.DataFrame.from_dict(self.agreement, orient="index").rename_axis("rank correlation", axis=1)
+            numbered = {name: f"{number}  {name}" for number, name in enumerate(self.agreement, start=1)}
+            alike = alike.rename(index=numbered, columns={name: text.split()[0] for name, text in numbered.items()})
+            parts.append(alike.to_string(float_format="{:.2f}".format, na_rep="-"))
+        return "\n\n".join(parts)
 
 
 def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
@@ -73,13 +88,9 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         OutputError: `folder` cannot be written to.
     """
     model, settings, images = explained.model, explained.settings, explained.images
-    sizes = {image.size_px for image in images}
-    columns = [
-        sheet_column(name, [image.maps[name] for image in images], sizes, model, settings) for name in settings.methods
-    ]
-    notes = _notes(explained, columns)
+    columns = [sheet_column(name, explained) for name in settings.methods]
+    notes = list(_notes(explained, columns))
     layer = model.layer(settings.layer) or INPUT
-    per_image = [image.measures for image in images]
     summary = Summary(
         weights=model.path.name,
         weights_sha256=model.sha256,
@@ -87,15 +98,24 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         layer=layer,
         images=len(images),
         failed=explained.failed,
-        measures=intervals(per_image, settings.methods, settings.seed),
+        measures={method: _means(images, method, settings.seed) for method in settings.methods},
         agreement=_agreement(explained),
         scales={column.name: {**asdict(column.scale), "source": column.source} for column in columns},
-        meaning={measure.name: f"{measure.words} ({measure.better or 'no judgement'})" for measure in MEASURES},
+        meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
         notes=notes,
     )
     rows = [_row(image, model, settings) for image in images]
     draw_sheets(folder, rows, columns, _title(model, settings), notes)
-    write_text(folder / "metrics.csv", _table(images, model))
+    known = {name for image in images for measures in image.measures.values() for name in measures}
+    heads = ["image", "width_px", "height_px", "predicted", "probability", "explained", "method"]
+    table = [
+        {"image": image.name, "width_px": image.size_px[1], "height_px": image.size_px[0], **_classes(image, model)}
+        | {"method": method}
+        | {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in measures.items()}
+        for image in images
+        for method, measures in image.measures.items()
+    ]
+    write_table(folder / "metrics.csv", table, [*heads, *(name for name in MEASURED if name in known)])
     tensors = {f"{image.name}/{name}": torch.from_numpy(image.maps[name]) for image in images for name in image.maps}
     shown = [{"image": image.name, "size_px": image.size_px, **_classes(image, model)} for image in images]
     card = {"weights_sha256": model.sha256, "layer": layer, "settings": asdict(settings), "images": shown}
@@ -105,13 +125,12 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
 
 
 def _row(image: ExplainedImage, model: Model, settings: ExplainSettings) -> SheetRow:
-    height, width = image.size_px
-    about, explained = f"{width} x {height} px", ""
-    if image.predicted is not None and image.explained is not None:
-        about = f"predicted {model.classes[image.predicted]} {image.probability:.2f}"
-        explained = model.classes[image.explained]
+    classes = _classes(image, model)
+    about = f"{image.size_px[1]} x {image.size_px[0]} px"
+    if classes["predicted"]:
+        about = f"predicted {classes['predicted']} {image.probability:.2f}"
     maps = tuple(image.maps[name] for name in settings.methods)
-    return SheetRow(image.picture, image.region, (image.name, about), explained, maps)
+    return SheetRow(image.picture, image.region, (image.name, about), classes["explained"], maps)
 
 
 def _title(model: Model, settings: ExplainSettings) -> str:
@@ -120,49 +139,53 @@ def _title(model: Model, settings: ExplainSettings) -> str:
     return f"{RESEARCH_USE_ONLY} {model.name} {model.sha256[:8]}, maps at {layer.removeprefix('encoder.')}, {smoothing}"
 
 
-def _notes(explained: ExplainedImages, columns: list[SheetColumn]) -> list[str]:
-    settings, card = explained.settings, explained.model.card
-    sizes = {image.size_px for image in explained.images}
-    notes = [f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."]
+def _notes(explained: ExplainedImages, columns: Sequence[SheetColumn]) -> Iterator[str]:
+    """What a reader of the sheet must know."""
+    settings, card, images = explained.settings, explained.model.card, explained.images
+    sizes = [image.size_px for image in images]
+    yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
     if any(column.of_class for column in columns):
-        notes.append("Brown speaks for the class named below the map, teal against it.")
-        if len({image.explained for image in explained.images}) > 1:
-            notes.append(
+        yield "Brown speaks for the class named below the map, teal against it."
+        if len({image.explained for image in images}) > 1:
+            yield (
                 "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
                 "target to compare them."
             )
     if not all(column.of_class for column in columns):
-        notes.append("Maps without a class named below show where activations are strong or unusual, for no class.")
+        yield "Maps without a class named below show where activations are strong or unusual, for no class."
     if "eigencam_reference" in settings.methods:
-        notes.append("The sign of eigencam_reference is arbitrary, image by image.")
-    notes.append(
+        yield "The sign of eigencam_reference is arbitrary, image by image."
+    yield (
         "A column has one scale for all images; colours of two columns do not compare. Bars are in full colour, maps "
         f"at {OPACITY:.0%} over the picture in light grey; their squares are the cells of the layer."
     )
-    if len(sizes) > 1:
-        notes.append("The images differ in size, and values with it: compare the colours of images of one size only.")
+    if len(set(sizes)) > 1:
+        yield "The images differ in size, and values with it: compare the colours of images of one size only."
     if card is None:
-        notes.append("The weights do not say which scale (µm per pixel) they expect.")
+        yield "The weights do not say which scale (µm per pixel) they expect."
     else:
-        notes.append(
+        yield (
             f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
             f"(tiles of {card.tile_px} px, trained on {card.trained_on})."
         )
-        far = [size for size in sizes if not 1 / _FAR <= math.sqrt(size[0] * size[1]) / card.tile_px <= _FAR]
+        far = sum(not 1 / _FAR <= math.sqrt(height * width) / card.tile_px <= _FAR for height, width in sizes)
         if far:
-            count = sum(image.size_px in far for image in explained.images)
-            notes.append(f"{count} image(s) are over {_FAR:g} times larger or smaller than those tiles.")
+            yield f"{far} image(s) are over {_FAR:g} times larger or smaller than those tiles."
         if card.stain_target is not None:
-            notes.append("The weights were trained on stain-normalised tiles; these images are taken as they are.")
-    if explained.masked and not any(image.region is not None and image.region.any() for image in explained.images):
-        notes.append("No mask marks anything, so nothing is compared with masks.")
+            yield "The weights were trained on stain-normalised tiles; these images are taken as they are."
+    if explained.masked and not any(image.region is not None and image.region.any() for image in images):
+        yield "No mask marks anything, so nothing is compared with masks."
     elif explained.masked:
-        notes.append("Black and white outline: the mask.")
+        yield "Black and white outline: the mask."
         if settings.target == "predicted":
-            notes.append("Masks are compared with maps of the predicted class; name the masks' class as target.")
+            yield "Masks are compared with maps of the predicted class; name the masks' class as target."
     if explained.failed:
-        notes.append(f"{len(explained.failed)} image(s) could not be read and are left out.")
-    return notes
+        yield f"{len(explained.failed)} image(s) could not be read and are left out."
+
+
+def _means(images: Sequence[ExplainedImage], method: str, seed: int) -> dict[str, Interval]:
+    found = {name: [image.measures[method].get(name, math.nan) for image in images] for name in MEASURED}
+    return {name: mean_of_known(values, seed) for name, values in found.items() if not np.isnan(values).all()}
 
 
 def _agreement(explained: ExplainedImages) -> dict[str, dict[str, float]]:
@@ -185,16 +208,8 @@ def _classes(image: ExplainedImage, model: Model) -> dict[str, Any]:
     }
 
 
-def _table(images: tuple[ExplainedImage, ...], model: Model) -> str:
-    text = io.StringIO()
-    found = {name for image in images for values in image.measures.values() for name in values}
-    used = [measure.name for measure in MEASURES if measure.name in found]
-    heads = ["image", "width_px", "height_px", "predicted", "probability", "explained", "method", *used]
-    writer = csv.DictWriter(text, heads, restval="", lineterminator="\n")
-    writer.writeheader()
-    for image in images:
-        about = {"image": image.name, "width_px": image.size_px[1], "height_px": image.size_px[0]}
-        for method, values in image.measures.items():
-            known = {name: f"{value:.6g}" for name, value in values.items() if not math.isnan(value)}
-            writer.writerow({**about, **_classes(image, model), "method": method, **known})
-    return text.getvalue()
+def _cell(interval: Interval | float) -> str:
+    if not isinstance(interval, Interval):
+        return "-"  # pandas' nan: not measured of this method
+    bounds = f" ({interval.low:.3f}-{interval.high:.3f})" if interval.low < interval.high else ""
+    return f"{interval.value:.3f}{bounds}"  # a single image has no interval

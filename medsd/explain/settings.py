@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice, check_number
+from medsd.errors import ConfigError
 from medsd.saliency.method import Output, check_output
 
 ImageSmoothing = Literal["none", "backward_hook", "forward_hook", "surrogate"]
 
 CLASS_METHODS = ("gradient", "gradient_x_activation", "gradcam", "tsm")
 LABEL_FREE_METHODS = ("eigencam", "tsm", "mtsm")
+MEASURED = (
+    "insertion", "deletion", "masking_gap", "variation", "nyquist",
+    "energy_pointing", "pointing_game", "best_iou", "area_share",
+)  # fmt: skip
+"""What is measured of every map, names in `medsd.evaluate.measures.MEASURES`."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,11 @@ class ExplainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = get_args(ImageSmoothing)
-        if self.smoothing not in choices:
-            raise ConfigError(
-                f"smoothing='{self.smoothing}': use one of {', '.join(choices)}{nearest(self.smoothing, choices)}"
-            )
+        check_choice("smoothing", self.smoothing, get_args(ImageSmoothing))
         if (self.smoothing == "surrogate") != (self.surrogate is not None):
             raise ConfigError("surrogate: its file and smoothing='surrogate' go together; give both or neither")
         check_output(self.output)
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: give 0 or more")
+        check_number("seed", self.seed, "[0, inf)", whole=True)
         twice = [name for name in self.methods if self.methods.count(name) > 1]
         if twice:
             raise ConfigError(f"methods: '{twice[0]}' is named twice; name it once")

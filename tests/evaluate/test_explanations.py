@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, DatasetError
-from medsd.evaluate.explanations import ExplanationSettings, score_explanations
+from medsd.evaluate import explanations as module
+from medsd.evaluate.explanations import ExplanationSettings, explanation_maps, score_explanations
 from medsd.evaluate.features import feature_health
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.evaluate.summary import as_json
-from medsd.evaluate.tile_maps import evidence_gradient, explanation_maps, mask_map
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 
@@ -75,23 +75,25 @@ def scores():
 
 def test_a_map_of_the_deciding_corner_is_faithful_and_points_there(scores):
     maps = scores.maps["gradient"]
-    assert maps.pointing.value == maps.pointing_game.value == 1
+    assert maps["pointing"].value == maps["pointing_game"].value == 1
     assert scores.area_share.value == 0.25 and scores.pointed == 4
-    assert maps.accuracy[0].value == 1 and scores.random.accuracy[0].value == 1
+    assert maps["accuracy"][0].value == 1 and scores.random["accuracy"][0].value == 1
     # Once the salient quarter is filled with the tile's mean all tiles are called normal; 4 of 12 are not.
-    assert [step.value for step in maps.accuracy[3:]] == pytest.approx([8 / 12] * 7)
-    assert maps.gap.value > 0.05 and maps.gap.low > 0
-    assert maps.deletion.value < maps.insertion.value
-    assert maps.gap.value == pytest.approx(scores.random.masking_area.value - maps.masking_area.value, abs=1e-6)
+    assert [step.value for step in maps["accuracy"][3:]] == pytest.approx([8 / 12] * 7)
+    assert maps["gap"].value > 0.05 and maps["gap"].low > 0
+    assert maps["deletion"].value < maps["insertion"].value
+    assert maps["gap"].value == pytest.approx(
+        scores.random["masking_area"].value - maps["masking_area"].value, abs=1e-6
+    )
 
 
 def test_the_gradient_is_the_evidences(scores):
     """Evidence is 8 * the corner's mean, whose gradient is 8 / (3 * 64) at each of its pixels and channels."""
     maps = scores.maps["gradient"]
-    assert maps.magnitude.value == pytest.approx(8 / 192 / 4, rel=1e-5)
-    assert maps.gini.value == pytest.approx(0.75)  # a quarter of the pixels holds everything, evenly
-    assert maps.entropy.value == pytest.approx(math.log(64) / math.log(256))
-    assert maps.total_variation.value == pytest.approx(16 / 480 * 4)  # 16 edges of 480 around the corner
+    assert maps["magnitude"].value == pytest.approx(8 / 192 / 4, rel=1e-5)
+    assert maps["gini"].value == pytest.approx(0.75)  # a quarter of the pixels holds everything, evenly
+    assert maps["entropy"].value == pytest.approx(math.log(64) / math.log(256))
+    assert maps["total_variation"].value == pytest.approx(16 / 480 * 4)  # 16 edges of 480 around the corner
 
 
 def test_counts_and_features_are_of_all_items_maps_of_an_even_draw(scores):
@@ -99,7 +101,7 @@ def test_counts_and_features_are_of_all_items_maps_of_an_even_draw(scores):
     assert (scores.items, scores.judged) == (20, 12)  # 4 tumour, 8 normal: as even as there are
     features = torch.cat([network.features(tile["image"][None]) for tile in tiles()])
     assert scores.features == feature_health(features)
-    assert scores.random.masking_area.resamples == 2000
+    assert scores.random["masking_area"].resamples == 2000
 
 
 def test_the_same_seed_gives_the_same_scores_and_json_holds_them(scores):
@@ -107,7 +109,7 @@ def test_the_same_seed_gives_the_same_scores_and_json_holds_them(scores):
     assert again == scores
     content = json.loads(json.dumps(as_json(scores), allow_nan=False))
     assert content["settings"]["steps"] == 4
-    assert content["maps"]["gradient"]["gap"]["value"] == scores.maps["gradient"].gap.value
+    assert content["maps"]["gradient"]["gap"]["value"] == scores.maps["gradient"]["gap"].value
     assert len(content["maps"]["gradient"]["accuracy"]) == len(content["shares"]) == 10
     assert set(content["maps"]) == {"gradient"}
 
@@ -117,7 +119,7 @@ def test_the_same_seed_gives_the_same_scores_and_json_holds_them(scores):
 )
 def test_without_a_region_to_tell_apart_pointing_is_undefined(region):
     scores = score_explanations(Corner(), tiles(6), SETTINGS, region)
-    assert scores.pointed == 0 and math.isnan(scores.maps["gradient"].pointing.value)
+    assert scores.pointed == 0 and math.isnan(scores.maps["gradient"]["pointing"].value)
     assert as_json(scores)["maps"]["gradient"]["pointing"]["value"] is None
 
 
@@ -131,9 +133,9 @@ def test_an_empty_map_points_at_nothing_and_counts(monkeypatch):
             values[row, 0, 0] = next(chances)
         return {"gradient": values}
 
-    monkeypatch.setattr("medsd.evaluate.tile_maps.explanation_maps", maps)
+    monkeypatch.setattr(module, "explanation_maps", maps)
     found = score_explanations(Corner(), tiles(), SETTINGS, corner).maps["gradient"]
-    assert found.pointing.value == found.pointing_game.value == 0.25
+    assert found["pointing"].value == found["pointing_game"].value == 0.25
 
 
 def test_regions_of_normal_tiles_do_not_count():
@@ -148,7 +150,7 @@ def test_evidence_of_three_classes_is_the_logit_above_the_mean_of_the_others():
     x, labels = torch.randn(2, 3, 4, 4), torch.tensor([2, 0])
     weight = network[1].weight.view(3, 3, 4, 4)
     expected = [weight[2] - (weight[0] + weight[1]) / 2, weight[0] - (weight[1] + weight[2]) / 2]
-    found = evidence_gradient(network, x, labels)
+    found = explanation_maps(network, x, labels)["gradient"]
     torch.testing.assert_close(found, torch.stack(expected).mean(dim=1).abs().detach())
     assert not found.requires_grad and all(p.grad is None for p in network.parameters())
 
@@ -168,13 +170,14 @@ def test_a_classifiers_own_masks_are_judged_too():
     batch = network.normalise(torch.stack([tile["image"] for tile in tiles(2, 64)]))
     masks = network.masked(batch).masks
     assert [mask.shape[-1] for mask in masks] == [2, 4]
+    maps = explanation_maps(network, batch, torch.tensor([1, 0]))
     known = np.stack(
         [np.kron(mask[:, 0].numpy(), np.ones((1, 64 // s, 64 // s))) for mask, s in zip(masks, (2, 4), strict=True)]
     )
-    np.testing.assert_array_equal(mask_map(network, batch), known.mean(axis=0))
-    assert set(explanation_maps(network, batch, torch.tensor([1, 0]))) == {"gradient", "mask"}
+    np.testing.assert_array_equal(maps["mask"], known.mean(axis=0))
+    assert set(maps) == {"gradient", "mask"}
     scores = score_explanations(network, tiles(4, 64), ExplanationSettings(items=2, draws=1, steps=2))
-    assert 0 <= scores.maps["mask"].magnitude.value <= 1
+    assert 0 <= scores.maps["mask"]["magnitude"].value <= 1
 
 
 def test_bad_input_is_named():
@@ -210,5 +213,5 @@ def test_bootstrap_of_nothing_and_of_bad_values():
     for wrong in ([1.0, math.nan], [[1.0]], [math.inf]):
         with pytest.raises(DatasetError, match="mean of"):
             bootstrap_mean(wrong)
-    with pytest.raises(ConfigError, match="bootstrap"):
+    with pytest.raises(ConfigError, match="resamples=0"):
         bootstrap_mean([1.0], resamples=0)

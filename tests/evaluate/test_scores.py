@@ -152,8 +152,13 @@ def test_bad_items_are_named_in_one_line(labels: list[Any], scores: list[Any], w
 def test_bad_choices_of_the_bootstrap() -> None:
     with pytest.raises(DatasetError, match="groups"):
         bootstrap_auc([0, 1], [0.1, 0.2], groups=["a"])
-    for resamples, level in ((0, 0.95), (10, 0.0), (10, 1.0), (10, 95)):
-        with pytest.raises(ConfigError, match="bootstrap"):
+    for resamples, level, words in (
+        (0, 0.95, "resamples=0"),
+        (10, 0.0, "level"),
+        (10, 1.0, "level"),
+        (10, 95, "level"),
+    ):
+        with pytest.raises(ConfigError, match=words):
             bootstrap_auc([0, 1], [0.1, 0.2], resamples=resamples, level=level)
 
 

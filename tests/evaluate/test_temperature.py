@@ -155,7 +155,7 @@ def test_scores_before_and_after():
 )
 def test_bad_probabilities_are_named(labels, probabilities):
     for function in (calibration_error, brier_score):
-        with pytest.raises(DatasetError, match="calibration"):
+        with pytest.raises(DatasetError, match="scores"):
             function(labels, probabilities)
     with pytest.raises(ConfigError, match="bins=0"):
         calibration_error([0], [0.5], bins=0)
