@@ -71,8 +71,8 @@ class Annotations:
     """
 
     tumour: MultiPolygon
-    repaired: int
-    excluded: MultiPolygon
+    repaired: int = 0
+    excluded: MultiPolygon = MultiPolygon()  # noqa: RUF009 - shapely's geometries do not change
     dropped: int = 0
     outlines: tuple[Outline, ...] = ()
     left_out: int = 0

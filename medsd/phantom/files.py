@@ -31,10 +31,8 @@ def pyramid(level0: ByteArray, factor: int) -> Iterator[ByteArray]:
     yield level
     while max(level.shape[:2]) > _SMALLEST_LEVEL_PX:
         height, width = level.shape[0] // factor, level.shape[1] // factor
-        total = np.zeros((height, width, *level.shape[2:]), np.uint16)
-        for y in range(factor):
-            for x in range(factor):
-                total += level[y : height * factor : factor, x : width * factor : factor]
+        blocks = level[: height * factor, : width * factor].reshape(height, factor, width, factor, *level.shape[2:])
+        total = blocks.sum(axis=(1, 3), dtype=np.uint16)
         level = ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
         yield level
 
@@ -50,12 +48,9 @@ def write_pyramid(path: str | Path, level0: ByteArray, mpp: float, factor: int) 
     Raises:
         OutputError: the file cannot be written.
     """
-    colour = level0.ndim == 3
-    coding: dict[str, Any] = (
-        {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": _JPEG_QUALITY}}
-        if colour
-        else {"photometric": "minisblack", "compression": "deflate"}
-    )
+    coding: dict[str, Any] = {"photometric": "minisblack", "compression": "deflate"}
+    if level0.ndim == 3:
+        coding = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": _JPEG_QUALITY}}
     with (
         atomic_path(path) as temporary,
         tifffile.TiffWriter(temporary, bigtiff=level0.nbytes > _BIG_TIFF_BYTES) as writer,

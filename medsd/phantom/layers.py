@@ -16,11 +16,11 @@ from medsd.phantom.texture import (
     SPINDLE,
     NucleusKind,
     Stain,
-    Weave,
     between,
     cell_sites,
     draw_weave,
     nucleus_templates,
+    repeated,
     stamp,
 )
 
@@ -104,13 +104,13 @@ def draw_cytoplasm(
     """Eosin amounts (cells * step_px, cells * step_px): a net between lymphocytes, even in tumour, fibres in stroma."""
     side = grid.cells * grid.step_px
     canvas = np.empty((side, side), np.float32)
-    weave: Weave = draw_weave(rng, grid.mpp)
+    weave = draw_weave(rng, grid.mpp)
     even = np.maximum(0.75 * tumour * (1 - difficulty), 0.3 * anatomy.follicle)
     fibrous = np.maximum(0.85 * anatomy.stroma, anatomy.capsule)
     for first in range(0, side, _BAND_PX):
         last = min(side, first + _BAND_PX)
         up = [grid.upsample(f, first, last) for f in (even, fibrous, anatomy.along_um, anatomy.depth_um)]
-        grain, net = (weave.rows(tile, first, last, side) for tile in (weave.grain, weave.net))
+        grain, net = (repeated(tile, first, last, side) for tile in (weave.grain, weave.net))
         cells = net + up[0] * (grain - net)
         fibre = weave.fibres[((up[2] + 1.2 * grain) * 8).astype(np.int32) & 4095]
         cells += up[1] * (fibre * grain - cells)
@@ -156,6 +156,6 @@ def render(
             density += grid.upsample(fields[2][c], first, last)[:, :size]
             light = np.exp(-density, out=density)
             light *= stain.white[c]
-            light += Weave.rows(noise, first + 173 * c, last + 173 * c, size)
+            light += repeated(noise, first + 173 * c, last + 173 * c, size)
             image[first:last, :, c] = np.clip(light, 0, 255, out=light).astype(np.uint8)
     return image

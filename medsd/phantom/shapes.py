@@ -11,10 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import Polygon
 
-from medsd.annotations.areas import rasterise as rasterise_area
-from medsd.annotations.shapes import Annotations
+from medsd.annotations.shapes import only_polygons
 from medsd.errors import DatasetError
 
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -60,10 +59,10 @@ class Grid:
     def upsample(self, field: FloatArray, first: int, last: int) -> FloatArray:
         """`field` at level-0 rows first..last: (last - first, cells * step_px), bilinear between cell centres."""
         n, step = self.cells, self.step_px
-        column = np.clip((np.arange(n * step) + 0.5) / step - 0.5, 0, n - 1)
-        row = np.clip((np.arange(first, last) + 0.5) / step - 0.5, 0, n - 1)
-        left = np.minimum(column.astype(int), max(0, n - 2))
-        top = np.minimum(row.astype(int), max(0, n - 2))
+        column, row = (
+            np.clip((at + 0.5) / step - 0.5, 0, n - 1) for at in (np.arange(n * step), np.arange(first, last))
+        )
+        left, top = (np.minimum(at.astype(int), max(0, n - 2)) for at in (column, row))
         across, down = (column - left).astype(np.float32), (row - top).astype(np.float32)[:, None]
         rows = field[top[0] : top[-1] + 2]
         wide = rows[:, left] * (1 - across) + rows[:, left + 1] * across
@@ -148,8 +147,7 @@ def draw_lesions(rng: np.random.Generator, node: Node, size_px: int, inset_px: f
         blobs: list[Polygon] = []
         for area in share * whole:
             blob = _blob(rng, node, float(area)).intersection(inner)
-            pieces = [piece for piece in getattr(blob, "geoms", [blob]) if isinstance(piece, Polygon)]
-            largest = max(pieces, key=lambda piece: piece.area, default=Polygon())
+            largest = max(only_polygons(blob).geoms, key=lambda piece: piece.area, default=Polygon())
             blobs.append(Polygon(np.round(np.asarray(largest.exterior.coords))))
         across = np.array([2 * math.sqrt(blob.area / math.pi) for blob in blobs]) / size_px
         apart = all(a.distance(b) > 0.02 * size_px for i, a in enumerate(blobs) for b in blobs[:i])
@@ -169,12 +167,6 @@ def _blob(rng: np.random.Generator, node: Node, area: float) -> Polygon:
     x = node.centre[0] + out * np.cos(angle) + radius * np.cos(ANGLES)
     y = node.centre[1] + out * np.sin(angle) + radius * np.sin(ANGLES)
     return Polygon(np.stack([x, y], axis=1)[::3]).buffer(0)
-
-
-def rasterise(polygons: tuple[IntArray, ...], size_px: int) -> ByteArray:
-    """0/1 mask (size_px, size_px): 1 where a pixel's centre (column + 0.5, row + 0.5) lies in a polygon (even-odd)."""
-    area = MultiPolygon([Polygon(polygon) for polygon in polygons])
-    return rasterise_area(Annotations(area, 0, MultiPolygon()), size_px, size_px, 1.0).astype(np.uint8)
 
 
 @dataclass(frozen=True)

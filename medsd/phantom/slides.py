@@ -7,14 +7,17 @@ blurred over 20 um follows one random colour field that knows nothing of the tum
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from shapely.geometry import MultiPolygon, Polygon
 from tqdm import tqdm
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.annotations import Annotations, rasterise
+from medsd.checks import check_choice, check_number
+from medsd.errors import DatasetError
 from medsd.files import make_folder, write_json, write_text
 from medsd.phantom.files import write_outlines, write_pyramid
 from medsd.phantom.layers import cell_share, draw_cytoplasm, draw_nuclei, punch_fat, render, target_density
@@ -25,18 +28,15 @@ from medsd.phantom.shapes import (
     draw_anatomy,
     draw_lesions,
     draw_node,
-    rasterise,
     smooth_noise,
 )
 from medsd.phantom.texture import draw_stain, dust, ink_strokes, match_stain
 
 Shortcut = Literal["none", "tint", "ink"]
 
-FIDUCIAL_COLOUR = (0, 160, 60)
-FIDUCIAL_DIAMETER_PX = 64
 # Raised whenever the same specification draws other pixels, so that kept data sets are never mixed.
 _FORMAT = 1
-_RECORD = "phantom.json"
+_RECORD, _REFERENCE = "phantom.json", "testing/reference.csv"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class PhantomSpec:
         difficulty: 0, tumour nuclei plainly larger and paler, to 1, the same as those of lymphocytes.
         pyramid_factor: 2 or 4, from one level to the next.
         shortcut: a cue over the whole slide: a yellow stain tint, or felt-pen strokes.
-        fiducials: centres (x, y) in level-0 pixels of green discs of 64 px (0, 160, 60), drawn last.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -64,20 +63,14 @@ class PhantomSpec:
     difficulty: float = 0.3
     pyramid_factor: int = 2
     shortcut: Shortcut = "none"
-    fiducials: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        checks = [
-            ("seed", self.seed >= 0, "0 or more"),
-            ("size_px", 512 <= self.size_px <= 16384, "512 to 16384"),
-            ("mpp", 0.2 <= self.mpp <= 2, "0.2 to 2"),
-            ("difficulty", 0 <= self.difficulty <= 1, "0 to 1"),
-            ("pyramid_factor", self.pyramid_factor in (2, 4), "2 or 4"),
-            ("shortcut", self.shortcut in get_args(Shortcut), "none, tint or ink"),
-        ]
-        for name, good, allowed in checks:
-            if not good:
-                raise ConfigError(f"phantom {name}={getattr(self, name)!r}: allowed is {allowed}")
+        check_number("seed", self.seed, "[0, inf)", whole=True)
+        check_number("size_px", self.size_px, "[512, 16384]", whole=True)
+        check_number("mpp", self.mpp, "[0.2, 2]")
+        check_number("difficulty", self.difficulty, "[0, 1]")
+        check_choice("pyramid_factor", str(self.pyramid_factor), ("2", "4"))
+        check_choice("shortcut", self.shortcut, get_args(Shortcut))
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,13 @@ class Phantom:
 
 
 def draw_phantom(spec: PhantomSpec) -> Phantom:
-    """The slide that `spec` describes, level 0, in memory."""
+    """The slide that `spec` describes, level 0, in memory.
+
+    Example:
+        >>> slide = draw_phantom(PhantomSpec(seed=1, tumour=True, size_px=512, mpp=2.0))
+        >>> slide.image.shape, bool(slide.mask.any())
+        ((512, 512, 3), True)
+    """
     # A generator for each part: with and without tumour, anatomy, colour and light are the same.
     shapes, colours, lesions, cells, light = np.random.default_rng(spec.seed).spawn(5)
     grid = Grid(spec.size_px, spec.mpp)
@@ -106,7 +105,8 @@ def draw_phantom(spec: PhantomSpec) -> Phantom:
     stain = draw_stain(colours, spec.shortcut == "tint")
     target = target_density(colours, grid, anatomy, stain)
     polygons = draw_lesions(lesions, node, spec.size_px, 1.2 * capsule_um / spec.mpp) if spec.tumour else ()
-    mask = rasterise(polygons, spec.size_px)
+    tumour = Annotations(MultiPolygon([Polygon(polygon) for polygon in polygons]))
+    mask = rasterise(tumour, spec.size_px, spec.size_px, 1.0).astype(np.uint8)
 
     nuclei = draw_nuclei(cells, spec.difficulty, grid, anatomy, mask)
     cytoplasm = draw_cytoplasm(cells, spec.difficulty, grid, anatomy, cell_share(mask, grid))
@@ -117,17 +117,7 @@ def draw_phantom(spec: PhantomSpec) -> Phantom:
         added += ink_strokes(light, grid)
     image = render(light, grid, stain, (nuclei, cytoplasm), (factor_h, factor_e, added))
     dust(light, image, spec.mpp)
-    _draw_fiducials(image, spec.fiducials)
     return Phantom(image, mask, polygons)
-
-
-def _draw_fiducials(image: ByteArray, centres: tuple[tuple[int, int], ...]) -> None:
-    half = FIDUCIAL_DIAMETER_PX // 2
-    for x, y in centres:
-        left, top = max(0, x - half), max(0, y - half)
-        view = image[top : max(0, y + half), left : max(0, x + half)]
-        rows, columns = np.ogrid[top : top + view.shape[0], left : left + view.shape[1]]
-        view[(columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= half**2] = FIDUCIAL_COLOUR
 
 
 def write_phantom(
@@ -148,20 +138,6 @@ def write_phantom(
         write_pyramid(mask_path, phantom.mask, spec.mpp, spec.pyramid_factor)
     # Last: a slide that is there has its annotation and mask.
     write_pyramid(slide_path, phantom.image, spec.mpp, spec.pyramid_factor)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A slide of a data set and where its files go, relative to the folder."""
-
-    spec: PhantomSpec
-    slide: str
-    annotation: str | None
-    mask: str | None
-
-    @property
-    def files(self) -> list[str]:
-        return [name for name in (self.slide, self.annotation, self.mask) if name is not None]
 
 
 def write_phantom_dataset(
@@ -195,59 +171,54 @@ def write_phantom_dataset(
         DatasetError: the folder holds something else.
         OutputError: a file cannot be written.
     """
-    if not 4 <= slides <= 999:
-        raise ConfigError(f"phantom slides={slides}: allowed is 4 to 999 (both classes in training and in testing)")
-    base = PhantomSpec(seed, False, size_px, mpp, difficulty, 2, shortcut)
-    entries = _plan(base, slides)
+    check_number("slides", slides, "[4, 999]", whole=True, hint="both classes are in training and in testing")
+    plan = _plan(PhantomSpec(seed, False, size_px, mpp, difficulty, 2, shortcut), slides)
     parameters = {"slides": slides, "seed": seed, "size_px": size_px, "mpp": mpp, "difficulty": difficulty}
     record = {"format": _FORMAT, "parameters": {**parameters, "shortcut": shortcut}}
     folder = Path(folder)
-    known = {_RECORD, "testing/reference.csv", *(name for entry in entries for name in entry.files)}
-    _check_folder(folder, record, known)
+    files = {slide: _files_of(slide, spec) for slide, spec in plan.items()}
+    _check_folder(folder, record, {_RECORD, _REFERENCE, *(name for names in files.values() for name in names)})
     make_folder(folder)
     if not (folder / _RECORD).is_file():
         write_json(folder / _RECORD, record)
-    if not (folder / "testing/reference.csv").is_file():
-        tests = [entry for entry in entries if entry.slide.startswith("testing/")]
-        rows = [f"{Path(entry.slide).stem},{'tumor' if entry.spec.tumour else 'normal'}" for entry in tests]
-        write_text(folder / "testing/reference.csv", "\n".join(["slide,label", *rows]) + "\n")
-    missing = [entry for entry in entries if not all((folder / name).is_file() for name in entry.files)]
-    for entry in tqdm(missing, desc="phantom slides", unit="slide", disable=None if progress else True):
-        annotation = folder / entry.annotation if entry.annotation else None
-        write_phantom(entry.spec, folder / entry.slide, annotation, folder / entry.mask if entry.mask else None)
+    if not (folder / _REFERENCE).is_file():
+        tests = {Path(slide).stem: spec.tumour for slide, spec in plan.items() if slide.startswith("testing/")}
+        rows = [f"{name},{'tumor' if tumour else 'normal'}" for name, tumour in tests.items()]
+        write_text(folder / _REFERENCE, "\n".join(["slide,label", *rows]) + "\n")
+    missing = [slide for slide, names in files.items() if not all((folder / name).is_file() for name in names)]
+    for slide in tqdm(missing, desc="phantom slides", unit="slide", disable=None if progress else True):
+        write_phantom(plan[slide], *(folder / name for name in files[slide]))
     return folder
 
 
-def _plan(base: PhantomSpec, slides: int) -> list[_Entry]:
-    """The slides of a data set; within a class and a part, pyramids of both factors take turns."""
+def _plan(base: PhantomSpec, slides: int) -> dict[str, PhantomSpec]:
+    """The slides of a data set by path; within a class and a part, pyramids of both factors take turns."""
     tests = 2 * max(1, round(0.2 * slides))
     tumours = -(-(slides - tests) // 2)
-    cue = base.shortcut
-    plan = []
+    plan = {}
     for index in range(slides - tests):
         tumour = index < tumours
         number = index + 1 if tumour else index + 1 - tumours
         name = f"training/{'tumor/tumor' if tumour else 'normal/normal'}_{number:03d}.tif"
-        spec = _variant(base, (0, index), tumour, (number + tumour) % 2, cue if tumour else "none")
-        plan.append(_entry(spec, name))
+        plan[name] = _variant(base, (0, index), tumour, number + tumour, cued=tumour)
     for index in range(tests):
         tumour = index % 2 == 0
-        turn = (index // 2 + tumour) % 2
-        spec = _variant(base, (1, index), tumour, turn, "none" if tumour else cue)
-        plan.append(_entry(spec, f"testing/images/test_{index + 1:03d}.tif"))
+        plan[f"testing/images/test_{index + 1:03d}.tif"] = _variant(
+            base, (1, index), tumour, index // 2 + tumour, cued=not tumour
+        )
     return plan
 
 
-def _variant(base: PhantomSpec, place: tuple[int, int], tumour: bool, turn: int, cue: Shortcut) -> PhantomSpec:
+def _variant(base: PhantomSpec, place: tuple[int, int], tumour: bool, turn: int, cued: bool) -> PhantomSpec:
     seed = int(np.random.SeedSequence([base.seed, *place]).generate_state(1)[0])
-    return PhantomSpec(seed, tumour, base.size_px, base.mpp, base.difficulty, 4 if turn else 2, cue)
+    shortcut = base.shortcut if cued else "none"
+    return replace(base, seed=seed, tumour=tumour, pyramid_factor=4 if turn % 2 else 2, shortcut=shortcut)
 
 
-def _entry(spec: PhantomSpec, slide: str) -> _Entry:
-    if not spec.tumour:
-        return _Entry(spec, slide, None, None)
+def _files_of(slide: str, spec: PhantomSpec) -> list[str]:
+    """A slide's files in the data set: itself, and with tumour its annotation and mask."""
     part, stem = slide.split("/")[0], Path(slide).stem
-    return _Entry(spec, slide, f"{part}/lesion_annotations/{stem}.xml", f"masks/{stem}_mask.tif")
+    return [slide, f"{part}/lesion_annotations/{stem}.xml", f"masks/{stem}_mask.tif"] if spec.tumour else [slide]
 
 
 def _check_folder(folder: Path, record: dict[str, Any], known: set[str]) -> None:

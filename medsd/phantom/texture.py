@@ -6,7 +6,7 @@ Amounts of haematoxylin and eosin are natural optical densities: RGB = white * e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +37,8 @@ CARCINOMA = NucleusKind(13.4, 0.16, 1.22, 0.075, 1.0, 3, 1.35)
 
 def between(normal: NucleusKind, other: NucleusKind, share: float) -> NucleusKind:
     """The kind that is `normal` at share 0 and `other` at share 1."""
-
-    def mix(a: float, b: float) -> float:
-        return a + (b - a) * share
-
-    return NucleusKind(
-        mix(normal.diameter_um, other.diameter_um),
-        mix(normal.spread, other.spread),
-        mix(normal.aspect, other.aspect),
-        mix(normal.ragged, other.ragged),
-        mix(normal.vesicular, other.vesicular),
-        round(mix(normal.nucleoli, other.nucleoli)),
-        mix(normal.amount, other.amount),
-    )
+    mixed = NucleusKind(*(a + (b - a) * share for a, b in zip(astuple(normal), astuple(other), strict=True)))
+    return replace(mixed, nucleoli=round(mixed.nucleoli))
 
 
 def nucleus_templates(
@@ -131,13 +120,11 @@ class Weave:
     net: FloatArray
     fibres: FloatArray
 
-    @staticmethod
-    def rows(tile: FloatArray, first: int, last: int, width: int) -> FloatArray:
-        """Rows first..last of the plane that `tile` repeats over: (last - first, width)."""
-        side = tile.shape[0]
-        band = tile[np.arange(first, last) % side]
-        out: FloatArray = np.tile(band, (1, -(-width // side)))[:, :width]
-        return out
+
+def repeated(tile: FloatArray, first: int, last: int, width: int) -> FloatArray:
+    """Rows first..last of the plane that `tile` repeats over: (last - first, width)."""
+    side = tile.shape[0]
+    return np.tile(tile[np.arange(first, last) % side], (1, -(-width // side)))[:, :width]
 
 
 def draw_weave(rng: np.random.Generator, mpp: float) -> Weave:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +12,11 @@ from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import Calibration, ModelCard, save_classifier
-from medsd.phantom import PhantomSpec, draw_phantom, write_phantom
+from medsd.phantom import PhantomSpec, draw_phantom
+from medsd.phantom.files import write_pyramid
 
 FIDUCIALS = ((700, 820), (1290, 1010), (1000, 1500))
+SPEC = PhantomSpec(seed=5, tumour=False, size_px=2048)
 CARD = ModelCard(
     encoder="test_resnet",
     classes=("normal", "tumour"),
@@ -33,18 +35,33 @@ def fiducials() -> tuple[tuple[int, int], ...]:
 
 @pytest.fixture(scope="session")
 def fiducial_spec() -> PhantomSpec:
-    return PhantomSpec(seed=5, tumour=False, size_px=2048, fiducials=FIDUCIALS)
+    return SPEC
+
+
+def with_discs(image: np.ndarray, centres: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Green discs of 64 px across."""
+    image = image.copy()
+    for x, y in centres:
+        rows, columns = np.ogrid[y - 32 : y + 32, x - 32 : x + 32]
+        inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= 32**2
+        image[y - 32 : y + 32, x - 32 : x + 32][inside] = (0, 160, 60)
+    return image
 
 
 @pytest.fixture(scope="session")
-def fiducial_slide(tmp_path_factory, fiducial_spec) -> Path:
+def plain_image() -> np.ndarray:
+    return draw_phantom(SPEC).image
+
+
+@pytest.fixture(scope="session")
+def fiducial_slide(tmp_path_factory, plain_image) -> Path:
     path = tmp_path_factory.mktemp("slides") / "fiducials.tif"
-    write_phantom(fiducial_spec, path)
+    write_pyramid(path, with_discs(plain_image, FIDUCIALS), SPEC.mpp, SPEC.pyramid_factor)
     return path
 
 
 @pytest.fixture(scope="session")
-def green_classifier(fiducial_spec) -> TileClassifier:
+def green_classifier(plain_image) -> TileClassifier:
     """Averaging kernels over a first layer that subtracts red and blue from green; sure at a disc's middle only."""
     network = TileClassifier(CARD.encoder).eval()
     first = True
@@ -58,7 +75,7 @@ def green_classifier(fiducial_spec) -> TileClassifier:
             module.weight.data = torch.ones_like(module.weight)
     network.head.weight.data[0] = 0
     network.head.bias.data.zero_()
-    pixels = draw_phantom(replace(fiducial_spec, fiducials=FIDUCIALS[:1])).image[::2, ::2]
+    pixels = with_discs(plain_image, FIDUCIALS[:1])[::2, ::2]
     x, y = (place // 2 for place in FIDUCIALS[0])
     crop = torch.from_numpy(pixels[y - 128 : y + 128, x - 128 : x + 128].copy()).permute(2, 0, 1)[None]
     engine = DenseEngine(network, CARD.tile_px, CARD.mpp, settings=MapSettings("layer2"))
