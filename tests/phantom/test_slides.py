@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from medsd.annotations import read_annotations
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import Phantom, PhantomSpec, draw_phantom, write_phantom, write_phantom_dataset
+from medsd.phantom.files import write_pyramid
 from medsd.phantom.shapes import Grid, draw_lesions, draw_node
 
 Floats = npt.NDArray[np.float64]
@@ -66,7 +67,7 @@ class Tiles:
 
 @pytest.fixture(scope="module")
 def tiles() -> Tiles:
-    return Tiles([draw_phantom(PhantomSpec(seed, True, SIZE_PX)) for seed in range(6)])
+    return Tiles([draw_phantom(PhantomSpec(seed, True, SIZE_PX)) for seed in range(4)])
 
 
 def discriminant(colour: Floats, tumour: npt.NDArray[np.bool_]) -> Floats:
@@ -77,7 +78,7 @@ def discriminant(colour: Floats, tumour: npt.NDArray[np.bool_]) -> Floats:
 
 
 def test_mean_colour_does_not_tell_tumour(tiles: Tiles) -> None:
-    assert tiles.tumour.sum() > 100 < (~tiles.tumour).sum()
+    assert tiles.tumour.sum() > 70 < (~tiles.tumour).sum()
     for channel in range(3):
         single = auc(tiles.colour[:, channel], tiles.tumour)
         assert max(single, 1 - single) <= 0.65
@@ -107,8 +108,13 @@ def test_a_slide_follows_from_its_specification() -> None:
     assert np.mean(first.image != other.image) > 0.3
 
 
-def test_a_normal_slide_has_no_tumour_and_else_the_same_node() -> None:
-    normal, tumour = (draw_phantom(PhantomSpec(4, flag, 1024)) for flag in (False, True))
+@pytest.fixture(scope="module")
+def drawn() -> Phantom:
+    return draw_phantom(PhantomSpec(5, True, 1100))
+
+
+def test_a_normal_slide_has_no_tumour_and_else_the_same_node(drawn: Phantom) -> None:
+    normal, tumour = draw_phantom(PhantomSpec(5, False, 1100)), drawn
     assert normal.polygons == ()
     assert not normal.mask.any()
     assert tumour.mask.any()
@@ -144,11 +150,11 @@ def test_anatomy_is_as_promised(seed: int, size_px: int) -> None:
         assert whole.contains(lesion)
 
 
-def test_mask_is_the_polygons() -> None:
-    slide = draw_phantom(PhantomSpec(2, True, 1000))
+def test_mask_is_the_polygons(drawn: Phantom) -> None:
+    slide = drawn
     assert set(np.unique(slide.mask)) == {0, 1}
     area = shapely.MultiPolygon([shapely.Polygon(polygon) for polygon in slide.polygons])
-    x, y = np.meshgrid(np.arange(1000) + 0.5, np.arange(1000) + 0.5)
+    x, y = np.meshgrid(np.arange(1100) + 0.5, np.arange(1100) + 0.5)
     away = shapely.distance(area.boundary, shapely.points(x[::3, ::3], y[::3, ::3])) > 1e-6
     np.testing.assert_array_equal(
         slide.mask[::3, ::3].astype(bool)[away], shapely.contains_xy(area, x[::3, ::3], y[::3, ::3])[away]
@@ -176,10 +182,9 @@ def test_shortcut_lies_on_the_whole_slide(cue: str) -> None:
 
 
 @pytest.mark.parametrize(("factor", "mpp", "sides"), [(2, 0.5, [1100, 550, 275]), (4, 0.243, [1100, 275])])
-def test_openslide_reads_the_levels(tmp_path: Path, factor: int, mpp: float, sides: list[int]) -> None:
-    spec = PhantomSpec(5, True, 1100, mpp, pyramid_factor=factor)
-    write_phantom(spec, tmp_path / "s.tif", mask_path=tmp_path / "m.tif")
-    drawn = draw_phantom(spec)
+def test_openslide_reads_the_levels(drawn: Phantom, tmp_path: Path, factor: int, mpp: float, sides: list[int]) -> None:
+    write_pyramid(tmp_path / "s.tif", drawn.image, mpp, factor)
+    write_pyramid(tmp_path / "m.tif", drawn.mask, mpp, factor)
     for name, level0 in (("s.tif", drawn.image), ("m.tif", np.repeat(drawn.mask[..., None], 3, axis=2))):
         with openslide.OpenSlide(tmp_path / name) as slide:
             assert slide.properties["openslide.vendor"] == "generic-tiff"
@@ -205,7 +210,7 @@ def skeleton(element: Element) -> set[tuple[str, frozenset[str], str]]:
 
 
 def test_annotations_are_the_polygons_in_camelyons_words(tmp_path: Path) -> None:
-    spec = PhantomSpec(6, True, 700)
+    spec = PhantomSpec(6, True, 512)
     write_phantom(spec, tmp_path / "s.tif", tmp_path / "s.xml")
     root = parse(tmp_path / "s.xml").getroot()
     polygons = draw_phantom(spec).polygons
