@@ -12,7 +12,6 @@ As the challenge gave it (GigaScience DB 100439)    As the open bucket has it (s
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,10 +21,11 @@ import numpy as np
 
 from medsd.cohort.entry import SlideEntry, check_names
 from medsd.errors import DatasetError
+from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
 
-HEADERS = ("slide", "image", "name")
+_HEADERS = ("slide", "image", "name")
 LABELS = {"normal": 0, "tumor": 1, "tumour": 1}
 # The column "class" of the bucket's reference.csv: what a slide's largest metastasis is.
 _CLASSES = {**LABELS, "negative": 0, "itc": 1, "micro": 1, "macro": 1}
@@ -58,7 +58,8 @@ def find_slides(folder: str | Path) -> list[SlideEntry]:
     bucket = (folder / "images").is_dir() and not (folder / "training").is_dir()
     slides = _of_bucket(folder) if bucket else _of_challenge(folder)
     check_names(slides)
-    if bucket or _has_readme(folder):
+    readme = folder / "README.md"
+    if bucket or (readme.is_file() and b"CAMELYON16" in readme.read_bytes()):
         return _noted(slides)
     known = [slide.name for slide in slides if slide.name.casefold() in {*WITHDRAWN, *PARTLY_ANNOTATED}]
     if known:
@@ -94,53 +95,44 @@ def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> t
 
 def _of_challenge(folder: Path) -> list[SlideEntry]:
     training, testing = folder / "training", folder / "testing"
-    outlines = training / "lesion_annotations"
-    found = _training(_images(training / "normal"), _images(training / "tumor"), outlines)
-    images = _images(testing / "images")
-    return found + _testing(images, testing / "lesion_annotations", testing / "reference.csv")
+    images = {"normal": training / "normal", "tumor": training / "tumor", "test": testing / "images"}
+    kinds = {kind: _images(place) for kind, place in images.items()}
+    outlines = training / "lesion_annotations", testing / "lesion_annotations"
+    return _entries(kinds, *outlines, testing / "reference.csv")
 
 
 def _of_bucket(folder: Path) -> list[SlideEntry]:
-    images = folder / "images"
     kinds: dict[str, list[Path]] = {"normal": [], "tumor": [], "test": []}
-    for path in _images(images):
+    for path in _images(folder / "images"):
         kind = path.stem.partition("_")[0].casefold()
         if kind not in kinds:
             raise DatasetError(f"{path}: its name says not what it is; slides here are normal_*, tumor_* and test_*")
         kinds[kind].append(path)
     for kind, paths in kinds.items():
         if not paths:
-            raise DatasetError(f"{images}: no {kind}_*.tif slides; fetch some (scripts/download_camelyon16)")
+            raise DatasetError(f"{folder / 'images'}: no {kind}_*.tif slides; fetch some (scripts/download_camelyon16)")
     reference = folder / "evaluation" / "reference.csv"
     if not reference.is_file() and (folder / "reference.csv").is_file():
         reference = folder / "reference.csv"
-    outlines = folder / "annotations"
-    return _training(kinds["normal"], kinds["tumor"], outlines) + _testing(kinds["test"], outlines, reference)
+    return _entries(kinds, folder / "annotations", folder / "annotations", reference)
 
 
-def _training(normal: Sequence[Path], tumour: Sequence[Path], outlines: Path) -> list[SlideEntry]:
-    found = _annotations(outlines)
-    for path in tumour:
-        if path.stem.casefold() not in found:
-            missing = outlines / f"{path.stem}.xml"
+def _entries(kinds: dict[str, list[Path]], training: Path, testing: Path, reference: Path) -> list[SlideEntry]:
+    """Entries of normal, tumour and test slides; `training` and `testing` are the folders of their outlines."""
+    outlines = {"training": _annotations(training), "testing": _annotations(testing)}
+    labels = _read_reference(reference)
+    entries = []
+    for kind, path in ((kind, path) for kind, paths in kinds.items() for path in paths):
+        key, part = path.stem.casefold(), "testing" if kind == "test" else "training"
+        annotation = outlines[part].get(key)
+        if kind == "tumor" and annotation is None:
+            missing = training / f"{path.stem}.xml"
             raise DatasetError(f"{missing}: missing; a tumour slide for training needs its annotation")
-    return [
-        SlideEntry(path.stem, path, label, "training", found.get(path.stem.casefold()))
-        for paths, label in ((normal, 0), (tumour, 1))
-        for path in paths
-    ]
-
-
-def _testing(images: Sequence[Path], outlines: Path, reference: Path) -> list[SlideEntry]:
-    found, labels = _annotations(outlines), _read_reference(reference)
-    missing = [path.stem for path in images if path.stem.casefold() not in labels]
-    if missing:
-        raise DatasetError(f"{reference}: no row for slide '{missing[0]}'; add it")
-    keys = [path.stem.casefold() for path in images]
-    return [
-        SlideEntry(path.stem, path, labels[key], "testing", found.get(key))
-        for path, key in zip(images, keys, strict=True)
-    ]
+        if kind == "test" and key not in labels:
+            raise DatasetError(f"{reference}: no row for slide '{path.stem}'; add it")
+        label = labels[key] if kind == "test" else LABELS[kind]
+        entries.append(SlideEntry(path.stem, path, label, part, annotation))
+    return entries
 
 
 def _noted(slides: Sequence[SlideEntry]) -> list[SlideEntry]:
@@ -153,11 +145,6 @@ def _noted(slides: Sequence[SlideEntry]) -> list[SlideEntry]:
         else:
             kept.append(replace(slide, exhaustive=key not in PARTLY_ANNOTATED))
     return kept
-
-
-def _has_readme(folder: Path) -> bool:
-    path = folder / "README.md"
-    return path.is_file() and b"CAMELYON16" in path.read_bytes()
 
 
 def _images(folder: Path) -> list[Path]:
@@ -183,23 +170,18 @@ def _read_reference(path: Path) -> dict[str, int]:
     """
     if not path.is_file():
         raise DatasetError(f"{path}: missing; it must hold rows like 'test_001,tumor'")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(handle)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: not a table in UTF-8 ({error}); save it as CSV") from error
     column, words = 1, LABELS
     labels: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        heads = [cell.lower() for cell in row]
-        if number == 1 and "class" in heads:
-            column, words = heads.index("class"), _CLASSES
-        word = heads[column] if len(row) > column else ""
-        if not any(row) or (number == 1 and (heads[0] in HEADERS or word in ("label", "class"))):
+    for number, row in read_table(path, header=False).iterrows():
+        cells = [str(cell).lower() for cell in row]
+        if number == 1 and "class" in cells:
+            column, words = cells.index("class"), _CLASSES
+        word = cells[column] if len(cells) > column else ""
+        if number == 1 and (cells[0] in _HEADERS or word in ("label", "class")):
             continue
         if word not in words:
             raise DatasetError(f"{path}: row {number}: label '{word}' unknown; use 'normal' or 'tumor'")
-        name = heads[0].removesuffix(".tif").casefold()
+        name = cells[0].removesuffix(".tif").casefold()
         if labels.setdefault(name, words[word]) != words[word]:
             raise DatasetError(f"{path}: row {number}: '{name}' has another label further up; keep one")
     return labels

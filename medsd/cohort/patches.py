@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample
-from medsd.errors import DatasetError, nearest
+from medsd.errors import DatasetError
+from medsd.tables import read_table
 
 # What Pillow raises for damaged bytes, and for pictures too large to be a patch.
 _DAMAGED = (
@@ -64,16 +65,20 @@ def read_patch_table(folder: str | Path, group_column: str) -> PatchTable:
         raise DatasetError(f"{folder}: no such folder; set dataset_dir to a folder with labels.csv and patches")
     if not table.is_file():
         raise DatasetError(f"{table}: missing; it must have the columns id, label, {group_column}")
-    rows = _read_rows(table, ("id", "label", group_column))
-    if not rows:
+    rows = read_table(table, ("id", "label", group_column.lower()))
+    if rows.empty:
         raise DatasetError(f"{table}: no rows; it must list patches")
-    files = _patch_files(folder)
-    chosen: dict[Path, int] = {}
-    for number, (name, label, group) in enumerate(rows, start=2):
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            files.setdefault(path.stem, []).append(path)
+    group = rows[group_column.lower()]
+    chosen: dict[Path, Any] = {}
+    for number, name in rows["id"].items():
         place = f"{table}: row {number}"
-        if label not in ("0", "1"):
-            raise DatasetError(f"{place}: label '{label}' unknown; use 0 or 1")
-        if not group:
+        if rows["label"][number] not in ("0", "1"):
+            raise DatasetError(f"{place}: label '{rows['label'][number]}' unknown; use 0 or 1")
+        if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
         if name not in files:
             raise DatasetError(f"{place}: no patch named '{name}' below {folder}; add the file or delete the row")
@@ -82,32 +87,7 @@ def read_patch_table(folder: str | Path, group_column: str) -> PatchTable:
         if files[name][0] in chosen:
             raise DatasetError(f"{place}: '{name}' is also in row {chosen[files[name][0]]}; keep one")
         chosen[files[name][0]] = number
-    labels = np.array([int(label) for _, label, _ in rows], np.int8)
-    return PatchTable(tuple(chosen), labels, np.array([group for _, _, group in rows]))
-
-
-def _read_rows(table: Path, columns: tuple[str, str, str]) -> list[tuple[str, str, str]]:
-    """The three columns of a CSV table with a header; cells that are not there are empty."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle, restval="")
-            header = list(reader.fieldnames or ())
-            for column in columns:
-                if column not in header:
-                    hint = nearest(column, header)
-                    raise DatasetError(f"{table}: column '{column}' missing{hint or '; add it'}")
-            first, second, third = columns
-            return [(row[first], row[second], row[third]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{table}: not a table in UTF-8 ({error}); save it as CSV") from error
-
-
-def _patch_files(folder: Path) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            files.setdefault(path.stem, []).append(path)
-    return files
+    return PatchTable(tuple(chosen), rows["label"].to_numpy(np.int8), group.to_numpy(str))
 
 
 class PatchDataset(Dataset[Sample]):
@@ -138,19 +118,17 @@ class PatchDataset(Dataset[Sample]):
         except _DAMAGED as error:
             raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
         if self.side_px is not None:
-            pixels = _centre(path, pixels, self.side_px)
+            height, width = pixels.shape[:2]
+            if min(height, width) < self.side_px:
+                raise DatasetError(
+                    f"{path}: {width} x {height} px is smaller than tile_px={self.side_px}; lower tile_px"
+                )
+            top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
+            pixels = pixels[top : top + self.side_px, left : left + self.side_px]
         return {
             "image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
             "label": torch.tensor(int(self.labels[item])),
         }
-
-
-def _centre(path: Path, pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
-    if min(height, width) < side_px:
-        raise DatasetError(f"{path}: {width} x {height} px is smaller than tile_px={side_px}; lower tile_px")
-    top, left = (height - side_px) // 2, (width - side_px) // 2
-    return pixels[top : top + side_px, left : left + side_px]
 
 
 def split_groups(

@@ -88,13 +88,14 @@ def test_grey_palette_and_alpha_become_rgb(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("id,label\na,0\n", r"labels\.csv: column 'slide' missing; add it"),
-        ("id,lable,slide\na,0,s\n", r"column 'label' missing; did you mean 'lable'\?"),
-        ("", r"column 'id' missing"),
+        ("id,label\na,0\n", r"labels\.csv: row 1: no column 'slide'"),
+        ("id,lable,slide\na,0,s\n", r"row 1: no column 'label'; did you mean 'lable'\?"),
+        ("", r"row 1: no column 'id'"),
         ("id,label,slide\n", r"labels\.csv: no rows"),
         ("id,label,slide\na,0,s\nb,tumor,s\n", r"row 3: label 'tumor' unknown; use 0 or 1"),
-        ("id,label,slide\na\n", r"row 2: label '' unknown"),
-        ("id,label,slide\na,1\n", r"row 2: slide is empty"),
+        ("id,label,slide\na\n", r"row 2: 1 cells where the first row has 3"),
+        ("id,label,slide\na,,s\n", r"row 2: label '' unknown"),
+        ("id,label,slide\na,1,\n", r"row 2: slide is empty"),
         ("id,label,slide\nzz,0,s\n", r"row 2: no patch named 'zz' below"),
         ("id,label,slide\na,0,s\nb,0,s\na,1,t\n", r"row 4: 'a' is also in row 2"),
     ],
@@ -111,7 +112,7 @@ def test_other_encodings(folder: Path) -> None:
     (folder / "labels.csv").write_text(text, encoding="utf-8-sig")
     assert len(read_patch_table(folder, "slide").paths) == 4
     (folder / "labels.csv").write_bytes(text.encode("utf-16"))
-    with pytest.raises(DatasetError, match=r"labels\.csv: not a table in UTF-8"):
+    with pytest.raises(DatasetError, match=r"labels\.csv: row 1: not UTF-8"):
         read_patch_table(folder, "slide")
 
 
