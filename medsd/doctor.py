@@ -6,15 +6,18 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
 import medsd
 
 _LEAST_FREE_GB = 5
+_SETUP = "run ./scripts/setup"
 
 
 @dataclass(frozen=True)
@@ -28,75 +31,62 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that a run needs: Python, packages, the slide library, codecs, devices, disk."""
-    return [
-        Finding("medsd", True, f"{medsd.__version__} at {Path(medsd.__file__).parent}"),
-        _python(),
-        *_packages(),
-        _openslide(),
-        _codecs(),
-        *_devices(),
-        _opencv(),
-        _disk(),
-    ]
+    here = Finding("medsd", True, f"{medsd.__version__} at {Path(medsd.__file__).parent}")
+    return [here, _python(), *_packages(), *_libraries(), _opencv(), _disk()]
 
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
     well = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return Finding(
-        "python", well, found if well else f"{found}; medsd needs 3.11 or 3.12, make .venv with one of these"
-    )
+    return Finding("python", well, found + ("" if well else "; medsd needs 3.11 or 3.12, make .venv with one of these"))
 
 
 def _packages() -> Iterator[Finding]:
     try:
         lines = requires("medsd") or []
     except PackageNotFoundError:
-        yield Finding("medsd package", False, "not installed; run ./scripts/setup")
+        yield Finding("medsd package", False, f"not installed; {_SETUP}")
         return
-    for line in lines:
-        requirement = Requirement(line)
+    for requirement in map(Requirement, lines):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding(requirement.name, False, "not installed; run ./scripts/setup")
+            yield Finding(requirement.name, False, f"not installed; {_SETUP}")
             continue
         well = requirement.specifier.contains(found, prereleases=True)
-        yield Finding(
-            requirement.name, well, found if well else f"{found}, needs {requirement.specifier}; ./scripts/setup"
-        )
+        yield Finding(requirement.name, well, found if well else f"{found}, needs {requirement.specifier}; {_SETUP}")
 
 
-def _openslide() -> Finding:
-    try:
-        openslide = importlib.import_module("openslide")
-    except (ImportError, OSError) as error:
-        return Finding(
-            "openslide library", False, f"{error}; pip install openslide-bin, or your system's libopenslide0"
-        )
-    return Finding("openslide library", True, openslide.__library_version__)
+def _libraries() -> Iterator[Finding]:
+    """What may fail to load although its package is installed."""
+    for name, subject, examined, fix in (
+        ("openslide", "openslide library", _openslide, "pip install openslide-bin, or your system's libopenslide0"),
+        ("imagecodecs", "image codecs", _codecs, _SETUP),
+        ("torch", "cpu", _devices, _SETUP),
+    ):
+        try:
+            library = importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            yield Finding(subject, False, f"{error}; {fix}")
+        else:
+            yield from examined(library)
 
 
-def _codecs() -> Finding:
-    try:
-        imagecodecs = importlib.import_module("imagecodecs")
-    except ImportError as error:
-        return Finding("image codecs", False, f"{error}; run ./scripts/setup")
+def _openslide(openslide: Any) -> Iterator[Finding]:
+    yield Finding("openslide library", True, openslide.__library_version__)
+
+
+def _codecs(imagecodecs: Any) -> Iterator[Finding]:
     missing = [
         name for name in ("JPEG8", "JPEG2K", "DEFLATE", "LZW", "ZSTD") if not getattr(imagecodecs, name).available
     ]
     text = f"without {', '.join(missing)}; reinstall imagecodecs" if missing else "JPEG, JPEG 2000, deflate, LZW, zstd"
-    return Finding("image codecs", not missing, text)
+    yield Finding("image codecs", not missing, text)
 
 
-def _devices() -> Iterator[Finding]:
-    try:
-        torch = importlib.import_module("torch")
-    except (ImportError, OSError) as error:
-        yield Finding("cpu", False, f"{error}; run ./scripts/setup")
-        return
+def _devices(torch: Any) -> Iterator[Finding]:
     yield Finding("cpu", True, f"{torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         yield Finding("gpu", True, "none found; everything runs on the CPU")
@@ -109,19 +99,14 @@ def _opencv() -> Finding:
     """Two OpenCV wheels share one folder: the one installed last overwrites the other's files."""
     found = []
     for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"):
-        try:
+        with suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    versions = {entry.split()[1] for entry in found}
-    if len(versions) > 1:
+    if len({entry.split()[1] for entry in found}) > 1:
         return Finding("opencv", False, f"{' and '.join(found)} share a folder; pip uninstall one, reinstall the other")
-    return Finding("opencv", True, ", ".join(found) or "not installed (only tiatoolbox needs it)")
+    return Finding("opencv", bool(found), ", ".join(found) or f"not installed; {_SETUP}")
 
 
 def _disk() -> Finding:
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     well = free_gb >= _LEAST_FREE_GB
-    return Finding(
-        "disk here", well, f"{free_gb:.0f} GB free" if well else f"{free_gb:.1f} GB free; make room for outputs"
-    )
+    return Finding("disk here", well, f"{free_gb:.1f} GB free" + ("" if well else "; make room for outputs"))

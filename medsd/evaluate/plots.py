@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import textwrap
 from collections.abc import Callable, Sequence
@@ -15,8 +14,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from medsd.drawing import save_figure
-from medsd.evaluate.runs import Estimate, Run, number_text
+from medsd.evaluate.runs import Run, number_text
 from medsd.evaluate.scores import roc_curve
+from medsd.tables import read_table
 
 _NORMAL, _TUMOUR, _INK = "#1f77b4", "#d62728", "#444444"
 _TERMS = (
@@ -48,35 +48,34 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
     """
     folder = Path(folder)
     scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    slides = scores.get("slides", {})
     drawers: list[Callable[[Axes, Path, dict[str, Any]], None]] = []
     if (folder / "training" / "history.csv").is_file():
         drawers.append(_draw_training)
     if scores["tiles"]["patch_auc"]["value"] is not None:
         drawers.append(_draw_roc)
-    if scores.get("slides", {}).get("slides"):
+    if slides.get("slides"):
         drawers.append(_draw_slides)
-    if scores.get("slides", {}).get("pointing"):
+    if slides.get("pointing"):
         drawers.append(_draw_pointing)
     if not drawers:
         return
     figure = Figure(figsize=(4.2 * len(drawers), 3.8), dpi=130, layout="constrained")
-    for drawer, axes in zip(drawers, np.atleast_1d(figure.subplots(1, len(drawers))), strict=True):
+    for drawer, axes in zip(drawers, figure.subplots(1, len(drawers), squeeze=False)[0], strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         drawer(axes, folder, scores)
     save_figure(path, figure, "medsd run")
 
 
 def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
-    with open(folder / "training" / "history.csv", newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    epochs = [int(row["epoch"]) for row in rows]
+    history = read_table(folder / "training" / "history.csv", ("epoch", "validation_auc")).astype(float)
+    epochs = history["epoch"]
     for name, colour in _TERMS:
-        if name not in rows[0]:
-            continue
-        axes.plot(epochs, [float(row[name]) for row in rows], "-o", ms=3, color=colour, label=name.replace("_", "-"))
+        if name in history:
+            axes.plot(epochs, history[name], "-o", ms=3, color=colour, label=name.replace("_", "-"))
     axes.set(xlabel="epoch", ylabel="loss term (training)", title="Training", ylim=(0, None), xticks=epochs)
     other = axes.twinx()
-    other.plot(epochs, [float(row["validation_auc"]) for row in rows], "--s", ms=3, color="#2ca02c", label="AUC")
+    other.plot(epochs, history["validation_auc"], "--s", ms=3, color="#2ca02c", label="AUC")
     other.set(ylabel="validation AUC (dashed)", ylim=(0.4, 1.02))
     other.spines["top"].set_visible(False)
     # Below the axes: both curves may pass anywhere inside them.
@@ -86,35 +85,27 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
 def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
     with np.load(folder / "test_tiles.npz", allow_pickle=False) as tiles:
         false_positives, sensitivity = roc_curve(tiles["label"], tiles["log_odds"])
-    interval = scores["tiles"]["patch_auc_by_group"]
+    area = scores["tiles"]["patch_auc_by_group"]
+    text = f"AUC {area['value']:.3f}"
+    if area["low"] is not None and area["high"] is not None:
+        text += f"\n95 % over groups:\n{area['low']:.3f} to {area['high']:.3f}"
     axes.plot([0, 1], [0, 1], ":", color="#999999")
     axes.plot(false_positives, sensitivity, color=_INK)
-    axes.text(0.97, 0.05, f"AUC {interval['value']:.3f}{_bounds(interval)}", ha="right")
-    axes.set(
-        xlabel="1 - specificity",
-        ylabel="sensitivity",
-        title=f"{scores['tiles']['items']} held-out tiles",
-        aspect="equal",
-    )
-
-
-def _bounds(interval: dict[str, float | None]) -> str:
-    low, high = interval["low"], interval["high"]
-    return "" if low is None or high is None else f"\n95 % over groups:\n{low:.3f} to {high:.3f}"
+    axes.text(0.97, 0.05, text, ha="right")
+    title = f"{scores['tiles']['items']} held-out tiles"
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, aspect="equal")
 
 
 def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
-    slides = scores["slides"]["slides"]
+    slides, area = scores["slides"]["slides"], scores["slides"]["slide_auc"]
     names = sorted(slides, key=lambda name: slides[name][1])
-    for row, name in enumerate(names):
-        label, score = slides[name]
-        axes.plot(score, row, "o", color=_TUMOUR if label else _NORMAL)
-    axes.plot([], [], "o", color=_TUMOUR, label="tumour")
-    axes.plot([], [], "o", color=_NORMAL, label="normal")
+    for word, colour, wanted in (("tumour", _TUMOUR, True), ("normal", _NORMAL, False)):
+        places = [(slides[name][1], row) for row, name in enumerate(names) if bool(slides[name][0]) == wanted]
+        axes.plot(*np.reshape(places, (-1, 2)).T, "o", color=colour, label=word)
     axes.set(xlabel="slide score", xlim=(-0.02, 1.02), yticks=range(len(names)), yticklabels=names)
-    area = scores["slides"]["slide_auc"]
     axes.set_title("Held-out slides" if area is None else f"Held-out slides, AUC {area:.2f}")
     axes.legend(frameon=False, fontsize="small")
+    _as_they_are(axes)
 
 
 def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
@@ -130,6 +121,13 @@ def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     axes.set(xlabel="share", xlim=(0, 1), yticks=rows, yticklabels=names)
     axes.set_title("Where the masks are open" if masks else "Where the saliency lies")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
+    _as_they_are(axes)
+
+
+def _as_they_are(axes: Axes) -> None:
+    """Names on the axis and in the title are no formulae, whatever dollar signs are in them."""
+    for label in (axes.title, *axes.get_yticklabels()):
+        label.set_parse_math(False)
 
 
 def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
@@ -150,24 +148,20 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
     )
     heights = (1.4 + 2.4 * -(-len(runs) // _COLUMNS), 1.3 + 0.6 * len(runs))
     figure = Figure(figsize=(13, sum(heights)), dpi=120, layout="constrained")
-    parts = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
-    top, bottom = parts.tolist()
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=heights)).tolist()
     _draw_masking(top, runs)
-    for number, (axes, (title, key, better, beside)) in enumerate(
-        zip(bottom.subplots(1, len(panels), sharey=True), panels, strict=True)
-    ):
+    grid = bottom.subplots(1, len(panels), sharey=True)
+    for axes, (title, key, better, beside) in zip(grid, panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         _draw_bars(axes, runs, key, beside)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel(_DIRECTION[better], fontsize="small")
-        if number == 0:
-            axes.set_yticks(range(len(runs)), [textwrap.fill(run.label, 26) for run in runs])
-            for label in axes.get_yticklabels():
-                label.set_parse_math(False)
-            axes.invert_yaxis()
-            axes.set_xlim(0, 1.3)
-            axes.set_xticks([0, 0.5, 1])
-            axes.axvline(0.5, color="#999999", ls=":", lw=1)
+    first = grid[0]
+    first.set_yticks(range(len(runs)), [textwrap.fill(run.label, 26) for run in runs])
+    _as_they_are(first)
+    first.invert_yaxis()
+    first.set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
+    first.axvline(0.5, color="#999999", ls=":", lw=1)
     save_figure(path, figure, "medsd comparison of runs")
 
 
@@ -180,7 +174,8 @@ def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
     for number, (axes, run) in enumerate(zip(grid, runs, strict=False)):
         colour, marker = _RUNS[number % len(_RUNS)]
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(textwrap.fill(run.label, 26), fontsize="small").set_parse_math(False)
+        axes.set_title(textwrap.fill(run.label, 26), fontsize="small")
+        _as_they_are(axes)
         axes.set(xlabel="pixels masked, %", ylim=(0, 1.02))
         shares = run.node("explanations.shares")
         saliency = run.node("explanations.maps.gradient.accuracy")
@@ -216,7 +211,7 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) ->
         if estimate is None:
             axes.text(0, row, " – not measured", va="center", color="#777777", fontsize="small")
             continue
-        low, high = _ends(estimate)
+        low, high = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
         ends += [low, high]
         axes.barh(row, estimate.value, 0.6, color=_RUNS[row % len(_RUNS)][0], alpha=0.75)
         axes.plot([low, high], [row, row], color="black", lw=1.5)
@@ -229,9 +224,3 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) ->
     span = max(ends) - min(ends) or 1.0
     axes.set_xlim(min(ends) - 0.05 * span * (min(ends) < 0), max(ends) + 0.4 * span)
     axes.locator_params(axis="x", nbins=4)
-
-
-def _ends(estimate: Estimate) -> tuple[float, float]:
-    """Of the interval, or the value itself where there is none."""
-    value = estimate.value
-    return (value if estimate.low is None else estimate.low), (value if estimate.high is None else estimate.high)
