@@ -10,24 +10,26 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import assert_never
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from medsd.drawing import resized
 from medsd.errors import ConfigError, DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.explained import ExplainedImage, ExplainedImages
-from medsd.explain.images import find_images, image_names, read_image, read_mask
+from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 from medsd.explain.model import Model, load_model
 from medsd.explain.outputs import Summary, write_outputs
 from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
 from medsd.explain.sheet import thumbnail
+from medsd.explain.surrogates import load_surrogate
 from medsd.files import make_folder
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
+from medsd.saliency import smooth
 from medsd.saliency.method import Method, check_logits, targets_of
 from medsd.saliency.registry import METHODS, make_method
 from medsd.slides.readers.base import RGB, Bools
@@ -120,7 +122,7 @@ class _Explainer:
                 name=image.name,
                 size_px=image.pixels.shape[:2],
                 picture=shown[row],
-                region=None if image.mask is None else _shrunk(image.mask, shown[row]),
+                region=None if image.mask is None else _like(shown[row], image.mask),
                 predicted=None if predicted is None else int(predicted[row]),
                 explained=None if target is None else int(target[row]),
                 probability=math.nan if probability is None else float(probability[row]),
@@ -178,22 +180,13 @@ def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, 
 
 def _smoothing(model: Model, settings: ExplainSettings) -> Callable[[], AbstractContextManager[None]]:
     """Makes the context in which maps are made; entered once here, so that what does not fit is told first."""
-    from medsd.explain.surrogates import load_surrogate
-    from medsd.saliency import smooth
-
-    match settings.smoothing:
-        case "none":
-            return nullcontext
-        case "backward_hook":
-            made = partial(smooth.backward_hook, model.encoder, "symmetric")
-        case "forward_hook":
-            made = partial(smooth.forward_hook, model.encoder, "symmetric")
-        case "surrogate":
-            assert settings.surrogate is not None
-            trained, _ = load_surrogate(settings.surrogate, model.sha256, model.device)
-            made = partial(smooth.surrogate, model.network, trained)
-        case unknown:
-            assert_never(unknown)
+    made: Callable[[], AbstractContextManager[None]] = nullcontext
+    if settings.surrogate is not None:
+        trained, _ = load_surrogate(settings.surrogate, model.sha256, model.device)
+        made = partial(smooth.surrogate, model.network, trained)
+    elif settings.smoothing != "none":
+        hook = smooth.backward_hook if settings.smoothing == "backward_hook" else smooth.forward_hook
+        made = partial(hook, model.encoder, "symmetric")
     with made():
         return made
 
@@ -221,7 +214,7 @@ def _batches(
     for name, path in progress(list(zip(image_names(paths), paths, strict=True)), len(paths), "image"):
         try:
             pixels = read_image(path, smallest_px)
-            mask = read_mask(masks[path], *pixels.shape[:2]) if path in masks else None
+            mask = read_png_mask(masks[path], *pixels.shape[:2]) if path in masks else None
         except MedsdError as error:
             failed[name] = str(error)
         except UNFORESEEN as error:
@@ -242,7 +235,7 @@ def _batches(
     yield from waiting.values()
 
 
-def _shrunk(mask: Bools, picture: RGB) -> Bools:
+def _like(picture: RGB, mask: Bools) -> Bools:
     """The mask at the size of the small picture."""
-    size = picture.shape[1], picture.shape[0]
-    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    height, width = picture.shape[:2]
+    return resized(mask.astype(np.uint8), width, height, Image.Resampling.NEAREST) > 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,9 @@ from medsd.slides.readers.choose import open_reader
 # The maps of a larger one do not fit a usual memory, and slides have an engine of their own.
 _MOST_PX = 4096 * 4096
 _GREY = ("1", "L", "P", "I;16", "I;16B")
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
-"""What Pillow's PNG and WebP decoders raise for damaged bytes."""
 
 
-def find_images(places: Iterable[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
+def find_images(places: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
     """The pictures at `places`, each once: files as given, folders searched at any depth in the order of names.
 
     Hidden files and folders, whose name begins with a dot, are passed over.
@@ -33,22 +32,18 @@ def find_images(places: Iterable[Path], leave_out: Sequence[Path] = ()) -> list[
     Raises:
         DatasetError: there is no picture, or one lies in a folder that is to be left out.
     """
-    places, left_out = list(places), [folder.resolve() for folder in leave_out]
+    left_out = [folder.resolve() for folder in leave_out]
     found: dict[Path, Path] = {}
     for place in places:
         folder = place if place.is_dir() else place.parent
         if folder.resolve() in left_out:
             raise DatasetError(f"{folder}: holds the images, so no results or masks; choose another folder for those")
-        if not place.is_dir():
-            found.setdefault(place.resolve(), place)
-            continue
         inside = [folder for folder in left_out if folder.is_relative_to(place.resolve())]
-        for path in sorted(place.rglob("*")):
-            whole = path.resolve()
-            outside = not any(whole.is_relative_to(folder) for folder in inside)
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-            if outside and not hidden and path.suffix.lower() in SUFFIXES:
-                found.setdefault(whole, path)
+            wanted = path == place or path.suffix.lower() in SUFFIXES
+            if wanted and not hidden and not any(path.resolve().is_relative_to(folder) for folder in inside):
+                found.setdefault(path.resolve(), path)
     if not found:
         where = ", ".join(map(str, places)) or "nothing given"
         raise DatasetError(f"{where}: no images; give files or folders of {', '.join(SUFFIXES)}")
@@ -81,47 +76,45 @@ def read_image(path: Path, smallest_px: int = 1) -> RGB:
         start = handle.read(12)
     if start[:4] == b"RIFF" and start[8:] == b"WEBP":
         return _read_webp(path, smallest_px)
-    reader = open_reader(path)
-    try:
+    with closing(open_reader(path)) as reader:
         width, height = reader.sizes[0]
         _check_size(path, width, height, smallest_px)
         return reader.read(0, 0, 0, width, height)
-    finally:
-        reader.close()
 
 
-def read_mask(path: Path, height: int, width: int) -> Bools:
+def read_png_mask(path: Path, height: int, width: int) -> Bools:
     """A mask (height, width): True where a grey or palette PNG is not 0.
 
     Raises:
         DatasetError: no PNG, damaged, in colour, or of another size.
     """
-    try:
-        with open(path, "rb") as handle:
-            image = PngImagePlugin.PngImageFile(handle)
-            if image.size != (width, height):
-                raise DatasetError(
-                    f"{path}: {image.width} x {image.height} px, its image {width} x {height}; draw it at that size"
-                )
-            if image.mode not in _GREY:
-                raise DatasetError(f"{path}: a mask in colour ({image.mode}); save it as a grey PNG, 0 is background")
-            return np.asarray(np.asarray(image) != 0)
-    except _DAMAGED as error:
-        raise DatasetError(f"{path}: cannot be read as a PNG mask ({error}); write it again") from error
+    with _decoded(path, "a PNG mask", "write it again"), PngImagePlugin.PngImageFile(path) as image:
+        if image.size != (width, height):
+            raise DatasetError(
+                f"{path}: {image.width} x {image.height} px, its image {width} x {height}; draw it at that size"
+            )
+        if image.mode not in _GREY:
+            raise DatasetError(f"{path}: a mask in colour ({image.mode}); save it as a grey PNG, 0 is background")
+        return np.asarray(np.asarray(image) != 0)
 
 
 def _read_webp(path: Path, smallest_px: int) -> RGB:
+    with _decoded(path, "WebP", "copy it again"), open(path, "rb") as handle:
+        image = WebPImagePlugin.WebPImageFile(handle)
+        _check_size(path, image.width, image.height, smallest_px)
+        if image.is_animated:
+            raise DatasetError(f"{path}: has several pictures; save the one that is meant as a file of its own")
+        shown = image.convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))
+
+
+@contextmanager
+def _decoded(path: Path, kind: str, fix: str) -> Iterator[None]:
     try:
-        with open(path, "rb") as handle:
-            image = WebPImagePlugin.WebPImageFile(handle)
-            _check_size(path, image.width, image.height, smallest_px)
-            if image.is_animated:
-                raise DatasetError(f"{path}: has several pictures; save the one that is meant as a file of its own")
-            shown = image.convert("RGBA")
-    except _DAMAGED as error:
-        raise DatasetError(f"{path}: cannot be read as WebP ({error}); copy it again") from error
-    white = Image.new("RGBA", shown.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(white, shown).convert("RGB"))
+        yield
+    # What Pillow's decoders raise for damaged bytes.
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
+        raise DatasetError(f"{path}: cannot be read as {kind} ({error}); {fix}") from error
 
 
 def _check_size(path: Path, width: int, height: int, smallest_px: int) -> None:

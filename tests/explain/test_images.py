@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from medsd.errors import DatasetError, MedsdError
-from medsd.explain.images import find_images, image_names, read_image, read_mask
+from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
@@ -152,7 +152,7 @@ def test_a_mask_is_what_is_not_zero(tmp_path, mode):
     else:
         image = Image.fromarray(inside.astype(np.uint8)).point(lambda value: value * 255).convert(mode)
     image.save(tmp_path / "m.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 48, 64), inside)
+    np.testing.assert_array_equal(read_png_mask(tmp_path / "m.png", 48, 64), inside)
 
 
 def test_masks_that_do_not_fit_are_refused(tmp_path):
@@ -163,15 +163,15 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     ):
         image.save(path)
         with pytest.raises(DatasetError, match=words):
-            read_mask(path, 48, 64)
+            read_png_mask(path, 48, 64)
     path.write_bytes(path.read_bytes()[:-30])
     path.write_text("hello")
     with pytest.raises(DatasetError, match="cannot be read as a PNG mask"):
-        read_mask(path, 48, 64)
+        read_png_mask(path, 48, 64)
     Image.new("L", (64, 48), 7).save(path)
     path.write_bytes(path.read_bytes()[:45])
     with pytest.raises(DatasetError, match="cannot be read as a PNG mask"):
-        read_mask(path, 48, 64)
+        read_png_mask(path, 48, 64)
 
 
 def test_real_patches_are_their_names(shared_data):
