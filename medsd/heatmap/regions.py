@@ -66,6 +66,13 @@ def find_regions(
 
     Raises:
         ConfigError: `threshold` is no probability or `slide_mpp` is not positive.
+
+    Example:
+        >>> values = np.zeros((8, 8), np.float32)
+        >>> values[2:5, 3:6] = 0.9
+        >>> drawn = ValueMap(values, 100.0, 25.0, "probability", "tumour", "drawn", "")
+        >>> [region.polygon.bounds for region in find_regions(drawn, 0.45, 0.25, (800, 800))]
+        [(300.0, 200.0, 600.0, 500.0)]
     """
     check_number("threshold", threshold, "[0, 1]", hint="give the one found on the validation slides")
     check_number("slide_mpp", slide_mpp, "(0, inf)", hint="micrometres per level-0 pixel")

@@ -111,6 +111,14 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
 
     Raises:
         DatasetError: the file is missing, damaged, or was not written by `write_ome_tiff`.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "saliency.ome.tif"
+        >>> drawn = ValueMap(np.eye(3, dtype=np.float32), 64.0, 16.0, "saliency", "tumour", "drawn", "log-odds")
+        >>> write_ome_tiff(path, drawn)
+        >>> kept = read_ome_tiff(path)
+        >>> kept.mpp, kept.values[1, 1]
+        (16.0, np.float32(1.0))
     """
     try:
         with tifffile.TiffFile(path) as tiff:
