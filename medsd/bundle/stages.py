@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +88,8 @@ def finetune(
         trained_on=data.description,
         data_sha256=settings["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        stain_target=data.stain_target,
+        # Through JSON, as the card goes: tuples are lists there.
+        stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
         architecture=network.architecture,
         options=network.options,
     )

@@ -152,7 +152,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.loader:
-            yield self.network.normalise(batch["image"].to(self.network.mean.device))
+            yield self.network.normalise(batch["image"].to(self.network.device))
         if self.drawn is not None:
             self.drawn.set_epoch(self.drawn.epoch + 1)
 

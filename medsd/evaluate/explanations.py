@@ -9,7 +9,6 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -147,8 +146,7 @@ def explanation_maps(classifier: Classifier, x: Tensor, labels: Tensor) -> dict[
     maps = {"gradient": make_method("gradient", classifier, None, "evidence")(x, labels).abs()}
     if isinstance(classifier, AimClassifier):
         with torch.no_grad():
-            masks = classifier.masked(x, noise=False).masks
-        maps["mask"] = torch.stack([F.interpolate(mask, x.shape[2:], mode="nearest")[:, 0] for mask in masks]).mean(0)
+            maps["mask"] = classifier.masked(x, noise=False).mean_mask(x.shape[2:])
     return maps
 
 

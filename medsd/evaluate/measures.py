@@ -17,10 +17,9 @@ from medsd.evaluate.scores import Interval, bootstrap_mean
 from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.concentration import gini_index, normalised_entropy, total_variation
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
-from medsd.saliency.metrics.localisation import best_iou
 from medsd.saliency.metrics.masking import MaskingCurve, masking_curve, random_masking_curve
 from medsd.saliency.metrics.perturb import Baseline, at_pixels, unit_strength
-from medsd.saliency.metrics.pointing import area_share, energy_pointing, pointing_game
+from medsd.saliency.metrics.pointing import area_share, best_iou, energy_pointing, pointing_game
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
 
 

@@ -8,7 +8,7 @@ from medsd.evaluate.calibration import SCALE_PERCENTILE
 from medsd.explain.explained import ExplainedImages
 from medsd.explain.sheet import SheetColumn
 from medsd.heatmap.scale import ColourScale, saliency_scale
-from medsd.saliency.registry import METHODS
+from medsd.saliency.registry import CAPTUM, method_card
 
 LABEL_FREE_COLORMAP = "cividis"
 _UNITS = {
@@ -34,7 +34,7 @@ def sheet_column(name: str, explained: ExplainedImages) -> SheetColumn:
     """
     settings, classes = explained.settings, explained.model.classes
     output = "log-odds" if settings.output == "evidence" and len(classes) == 2 else settings.output
-    unit = _UNITS.get(name, "activation").format(
+    unit = _UNITS.get(name, "as captum gives it" if name.startswith(CAPTUM) else "activation").format(
         output=output, layer="input" if settings.layer == "input" else "activation"
     )
     strengths = np.abs(np.concatenate([image.maps[name].ravel() for image in explained.images]))
@@ -44,10 +44,10 @@ def sheet_column(name: str, explained: ExplainedImages) -> SheetColumn:
         source = f"limit: {SCALE_PERCENTILE:g}th percentile of all images"
     if not limit > 0:
         limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
-    if METHODS[name].needs_label:
+    if method_card(name).needs_label:
         return SheetColumn(name, saliency_scale(limit, unit), source, True)
     # Other colours than for and against a class, signed or not.
-    least = -limit if METHODS[name].signed else 0.0
+    least = -limit if method_card(name).signed else 0.0
     return SheetColumn(name, ColourScale(least, limit, LABEL_FREE_COLORMAP, "Strength", unit), source, False)
 
 

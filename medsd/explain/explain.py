@@ -31,7 +31,7 @@ from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
 from medsd.saliency.method import Method, check_logits, targets_of
-from medsd.saliency.registry import METHODS, make_method
+from medsd.saliency.registry import METHODS, make_method, method_card
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.unforeseen import UNFORESEEN, in_one_line
 
@@ -170,7 +170,7 @@ def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, 
     methods = {}
     for name in names:
         methods[name] = make_method(name, model.network, layer, settings.output)
-        if METHODS[name].needs_label and not model.classes:
+        if method_card(name).needs_label and not model.classes:
             free = ", ".join(card.name for card in METHODS.values() if not card.needs_label)
             raise ConfigError(
                 f"method '{name}' explains a class, {model.path} is an encoder without any; use label-free ones: {free}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
-from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, create_encoder
-from medsd.networks.device import usable_device
+from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.classifier import ImageNetInput, create_encoder
+from medsd.networks.modes import usable_device
 from medsd.networks.start import ENCODER_FORMAT, load_encoder
-from medsd.networks.weights import ModelCard, check_tensors, load_classifier, read_tensors
+from medsd.networks.weights import ModelCard, load_classifier, read_tensors, unreadable_card
 
 # Every encoder has been tried at this size when it was made (`create_encoder`).
 _TRIED_PX = 64
@@ -117,25 +116,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
         ConfigError: the device does not exist here.
     """
     path, place = Path(path), usable_device(device)
-    state, metadata = read_tensors(path)
-    if metadata.get("format") != ENCODER_FORMAT:
+    file = read_tensors(path)
+    if file.kind != ENCODER_FORMAT:
         classifier, card, digest = load_classifier(path, place)
         encoder, name, classes = classifier.encoder, classifier.encoder_name, classifier.classes
         return Model(path, classifier, encoder, name, classes, card, digest, place, classifier.normalise)
-    check_tensors(path, state, metadata)
     try:
-        name = str(json.loads(metadata["card"])["encoder"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+        name = str(file.card["encoder"])
+    except KeyError as error:
+        raise unreadable_card(path, error) from error
     encoder = create_encoder(name, pretrained=False)
     load_encoder(encoder, path)
     encoder = encoder.to(place).eval()
-    return Model(path, encoder, encoder, name, (), None, metadata["sha256"], place, _imagenet)
-
-
-def _imagenet(images: Tensor) -> Tensor:
-    """As `Classifier.normalise`."""
-    mean, std = (
-        images.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return (images.to(torch.float32) / 255 - mean) / std
+    return Model(path, encoder, encoder, name, (), None, file.sha256, place, ImageNetInput().to(place))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from medsd.errors import WeightsError
-from medsd.networks.weights import check_tensors, read_tensors, save_tensors
+from medsd.networks.weights import read_tensors, save_tensors, unreadable_card
 from medsd.saliency.smooth import Also, Surrogate
 
 SURROGATE_FORMAT = "medsd-surrogate-1"
@@ -65,11 +64,10 @@ def load_surrogate(
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file of surrogates; run the stage 'surrogate' or check the path")
-    state, metadata = read_tensors(path)
-    if metadata.get("format") != SURROGATE_FORMAT:
+    file = read_tensors(path)
+    if file.kind != SURROGATE_FORMAT:
         raise WeightsError(f"{path}: holds no surrogates ('{SURROGATE_FORMAT}' is not in its metadata); check the path")
-    check_tensors(path, state, metadata)
-    card = _card(path, metadata["card"])
+    card = _card(path, file.card)
     if card.weights_sha256 != weights_sha256:
         raise WeightsError(
             f"{path}: surrogates of other weights ({card.encoder}, {card.weights_sha256[:12]}, not "
@@ -79,17 +77,16 @@ def load_surrogate(
         # The card is not trusted: no memory is taken for what the file does not hold.
         with torch.device("meta"):
             surrogate = Surrogate(card.channels, card.also)
-        surrogate.load_state_dict(state, assign=True)
+        surrogate.load_state_dict(file.state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise WeightsError(f"{path}: its tensors are not what its card says ({reason}); train again") from error
     return surrogate.requires_grad_(False).to(device).eval(), card
 
 
-def _card(path: Path, text: str) -> SurrogateCard:
+def _card(path: Path, fields: dict[str, Any]) -> SurrogateCard:
     try:
-        fields = json.loads(text)
-        channels = {name: (int(given), int(made)) for name, (given, made) in fields.pop("channels").items()}
-        return SurrogateCard(**{**fields, "also": tuple(fields["also"])}, channels=channels)
+        channels = {name: (int(given), int(made)) for name, (given, made) in fields["channels"].items()}
+        return SurrogateCard(**{**fields, "also": tuple(fields["also"]), "channels": channels})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+        raise unreadable_card(path, error) from error

@@ -20,11 +20,12 @@ from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.outputs import MAP_FILES, OutputWriter
 from medsd.heatmap.record import RECORD, Recipe, is_complete, read_record, write_record
 from medsd.heatmap.report import IndexRow, write_index
-from medsd.networks.device import usable_device
+from medsd.networks.modes import usable_device
 from medsd.networks.weights import load_classifier
 from medsd.progress import Progress, no_progress
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import open_slide, thumbnail
+from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 from medsd.slides.unforeseen import UNFORESEEN, in_one_line
@@ -114,7 +115,8 @@ def map_slides(
     output = make_folder(output)
     settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
     engine = make_engine(classifier, card.tile_px, card.mpp, settings=settings, temperature=calibration.temperature)
-    normaliser = None if card.stain_target is None else StainNormaliser(card.stain_target, output / "stains")
+    target = card.stain_target
+    normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
     mapper = _Mapper(engine, OutputWriter(card, calibration, digest), normaliser, progress, isolate, max_unseen)
     results = []
     for job in progress(jobs, len(jobs), "slide"):

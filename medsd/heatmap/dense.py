@@ -16,22 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.heatmap.maps import (
-    MapGrid,
-    MapSettings,
-    SlideMaps,
-    as_array,
-    attributed,
-    check_temperature,
-    evidence,
-    explained,
-    finish_maps,
-)
+from medsd.heatmap.maps import Engine, Floats, MapGrid, MapSettings, SlideMaps, as_array, finish_maps
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
+from medsd.networks.modes import recorded
 from medsd.progress import Progress, no_progress
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.reading import read_ahead
@@ -61,21 +52,11 @@ class _Read:
     seen: Bools | None
 
 
-class DenseEngine:
-    """Maps slides with one classifier, without tiles.
-
-    Args:
-        classifier: put into eval mode while it runs.
-        tile_px: side of the tiles it was trained on, a multiple of its stride, in pixels at `mpp`.
-        mpp: micrometres per pixel that the classifier expects.
-        target: number of the class to map.
-        settings: layer, attribution, smoothing, block size.
-        temperature: probabilities are softmax(logits / temperature); the saliency is of the logits as they are.
+class DenseEngine(Engine):
+    """Maps slides without tiles; arguments and errors as `Engine`.
 
     Raises:
-        NetworkError: the network has global operations, no such layer, no masks, or a stride that does not divide the
-            tile.
-        ConfigError: a temperature that is not positive.
+        NetworkError: the network has global operations, too.
     """
 
     def __init__(
@@ -87,9 +68,7 @@ class DenseEngine:
         settings: MapSettings | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self.classifier, self.tile_px, self.mpp, self.target = classifier, tile_px, mpp, target
-        self.settings = settings or MapSettings()
-        self.temperature = check_temperature(temperature)
+        super().__init__(classifier, tile_px, mpp, target, settings, temperature)
         if self.settings.attribution == "mask":
             raise NetworkError("attribution 'mask': needs a classifier with masks, mapped tile by tile (way 'auto')")
         self.geometry = measure_geometry(classifier, self.settings.layer)
@@ -97,6 +76,8 @@ class DenseEngine:
         if tile_px % stride:
             raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {stride}")
         self.window = tile_px // stride
+        self._windows = _Windows(classifier, self.window)
+        self._method = self.method(self._windows, "cells.classifier.")
         # In cells: the saliency's halo, or what the tile window around a cell sees, whichever reaches further.
         windowed = self.geometry.features.size / 2 / stride + self.window / 2
         self._halo = max(self.geometry.halo_px // stride, math.ceil(windowed) + 1)
@@ -104,21 +85,7 @@ class DenseEngine:
         # Map pixel of the canvas's first cell, for either map.
         self._shifts = [_shift(field, self.origin_px) for field in (self.geometry.features, self.geometry.hidden)]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the classifier's weights are."""
-        return next(self.classifier.parameters()).device
-
     def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        """Probability and saliency of the slide's tissue; NaN where there is none.
-
-        Args:
-            slide: read at the model's mpp.
-            tissue: blocks without tissue are not read.
-            progress: shows the blocks as they are done.
-
-        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
-        """
         ratio = self.mpp / slide.mpp
         features, hidden = self.geometry.features, self.geometry.hidden
         grids = MapGrid.over(slide, self.mpp, features.stride), MapGrid.over(slide, self.mpp, hidden.stride)
@@ -132,7 +99,7 @@ class DenseEngine:
         pixels = 0
         for read in progress(self._read(slide, blocks, canvas, ratio), len(blocks), "block"):
             pixels += read.pixels.shape[0] * read.pixels.shape[1]
-            tensor = torch.from_numpy(read.pixels).permute(2, 0, 1)[None].to(self.device)
+            tensor = torch.from_numpy(read.pixels).permute(2, 0, 1)[None].to(self.classifier.device)
             block_probability, block_saliency = self.run(tensor)
             _place(probability, block_probability[0], read.block, read.crop, 1, self._shifts[0])
             _place(saliency, block_saliency[0], read.block, read.crop, scale, self._shifts[1])
@@ -145,28 +112,18 @@ class DenseEngine:
             grids, tissue, self.settings, self.classifier.classes[self.target], tiles, len(blocks), pixels
         )
 
-    def run(self, images: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Maps of whole images (B, 3, H, W), sides multiples of the stride, without any placing.
+    def run(self, images: Tensor) -> tuple[Floats, Floats]:
+        """Maps of whole images (B, 3, H, W) uint8, sides multiples of the stride, without any placing.
 
         Returns:
             probability (B, H / stride, W / stride) of the tile around each cell, and saliency
             (B, H / hidden stride, W / hidden stride): of a tile's logit of the target above the mean of the others
             (for two classes the log-odds), averaged over the tiles that hold the place.
         """
-        classifier = self.classifier
-        with explained(classifier, self.settings) as hidden:
-            cells = classifier.feature_map(images)
-            logits = F.conv2d(cells, classifier.head.weight[:, :, None, None])
-            # Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum
-            # over windows weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
-            objective = evidence(logits, self.target).sum() / self.window**2
-            saliency = attributed(objective, hidden, self.settings.attribution)
-        windows = _window_mean(logits.detach(), self.window) + classifier.head.bias.detach()[:, None, None]
-        return as_array((windows / self.temperature).softmax(dim=1)[:, self.target]), saliency
-
-    def patch_saliency(self, images: Tensor) -> npt.NDArray[np.float32]:
-        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
-        return self.run(images.to(self.device))[1]
+        with recorded(self._windows, "cells") as cells:
+            explanation = self.explain(self._method, images)
+        logits = _window_mean(cells[0].detach(), self.window) + self.classifier.head.bias.detach()[:, None, None]
+        return self.probability(logits), as_array(explanation.maps)
 
     def _blocks(self, canvas: list[int], tissue: TissueMask, ratio: float) -> list[_Block]:
         """Blocks of about `block_px` over the tissue, each shrunk to the cells that hold tissue."""
@@ -207,6 +164,33 @@ class DenseEngine:
         return read_ahead(read, blocks, threads=1, ahead=_READ_AHEAD)
 
 
+class _Cells(nn.Module):
+    """Logits (B, K, h, w) of each feature cell, without the bias."""
+
+    def __init__(self, classifier: TileClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.classifier.feature_map(x), self.classifier.head.weight[:, :, None, None])
+
+
+class _Windows(nn.Module):
+    """Logits (B, K) whose gradient is that of a tile's, averaged over the tiles that hold a place.
+
+    Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum over windows
+    weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
+    """
+
+    def __init__(self, classifier: TileClassifier, window: int) -> None:
+        super().__init__()
+        self.cells, self.window = _Cells(classifier), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.cells(x).sum(dim=(2, 3)) / self.window**2
+        return logits
+
+
 def _canvas_origin(geometry: Geometry) -> float:
     """Where the canvas starts, in pixels at the model's mpp from the slide's origin (0 or negative).
 
@@ -228,8 +212,8 @@ def _shift(field: ReceptiveField, origin_px: float) -> int:
 
 
 def _place(
-    target: npt.NDArray[np.float32],
-    values: npt.NDArray[np.float32],
+    target: Floats,
+    values: Floats,
     block: _Block,
     crop: _Block,
     scale: int,

@@ -1,64 +1,18 @@
-"""The two ways to a slide's maps behind one interface, and which of them a network takes."""
+"""Which of the two ways to a slide's maps a network takes."""
 
 from __future__ import annotations
 
 import logging
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from medsd.errors import NetworkError
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.maps import MapSettings, SlideMaps
+from medsd.heatmap.maps import Engine, MapSettings
 from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import Classifier, TileClassifier
-from medsd.progress import Progress, no_progress
-from medsd.slides.slide import Slide
-from medsd.slides.tissue import TissueMask
+
+__all__ = ["Engine", "make_engine"]
 
 logger = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """Maps slides with one classifier.
-
-    Attributes:
-        classifier: the network.
-        tile_px: side of the tiles it was trained on, in pixels at `mpp`.
-        mpp: micrometres per pixel that it expects.
-        target: number of the class that is mapped.
-        settings: how the maps are made.
-        temperature: probabilities are softmax(logits / temperature).
-        device: where the classifier's weights are.
-    """
-
-    tile_px: int
-    mpp: float
-    target: int
-    settings: MapSettings
-    temperature: float
-
-    @property
-    def classifier(self) -> Classifier: ...
-    @property
-    def device(self) -> torch.device: ...
-
-    def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        """Probability and saliency of the slide's tissue; NaN where there is none.
-
-        Args:
-            slide: read at the model's mpp.
-            tissue: what holds none is not read.
-            progress: shows the blocks or tiles as they are done.
-        """
-        ...
-
-    def patch_saliency(self, images: Tensor) -> npt.NDArray[np.float32]:
-        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
-        ...
 
 
 def make_engine(
@@ -75,7 +29,7 @@ def make_engine(
     attention) have no dense map and are mapped tile by tile. The maps name the way that was taken.
 
     Args:
-        classifier, tile_px, mpp, target, settings, temperature: as `DenseEngine` and `TiledEngine` take them.
+        classifier, tile_px, mpp, target, settings, temperature: as `Engine` takes them.
 
     Raises:
         NetworkError: no such layer, no masks, a stride that does not divide the tile, or no dense map where it is

@@ -1,29 +1,30 @@
-"""What a slide's maps are asked for with, and what they are: shared by the dense and the tiled engine."""
+"""What a slide's maps are asked for with, what they are, and what the dense and the tiled engine share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice, check_number
 from medsd.heatmap.value_map import ValueMap
-from medsd.networks.classifier import Classifier, layer_of
-from medsd.networks.modes import evaluating
+from medsd.networks.classifier import Classifier
 from medsd.networks.weights import Attribution, Smoothing
+from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
-from medsd.saliency.hidden import HiddenLayer, tapped
+from medsd.saliency.method import ClassMethod, Explanation
+from medsd.saliency.registry import make_method
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
+Floats = npt.NDArray[np.float32]
 Way = Literal["auto", "dense", "tiled"]
 
 
@@ -54,12 +55,9 @@ class MapSettings:
 
     def __post_init__(self) -> None:
         for name in ("block_px", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
         for name, known in (("attribution", Attribution), ("smoothing", Smoothing), ("way", Way)):
-            value, choices = getattr(self, name), get_args(known)
-            if value not in choices:
-                raise ConfigError(f"{name}='{value}': use one of {', '.join(choices)}{nearest(value, choices)}")
+            check_choice(name, getattr(self, name), get_args(known))
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class MapGrid:
         ratio: level-0 pixels per pixel at `mpp`.
     """
 
-    values: npt.NDArray[np.float32]
+    values: Floats
     lost: Bools
     stride: int
     mpp: float
@@ -171,47 +169,74 @@ def _legend(settings: MapSettings, target: str, tiles: str) -> tuple[str, str, s
     return "saliency", target, method, unit
 
 
-@contextmanager
-def explained(classifier: Classifier, settings: MapSettings) -> Iterator[HiddenLayer]:
-    """Inside the block the classifier is in eval mode and has its hidden layer tapped, gradients smoothed if asked."""
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(classifier))
-        stack.enter_context(torch.enable_grad())
-        if settings.smoothing == "backward_hook":
-            stack.enter_context(smooth.backward_hook(classifier.encoder, "symmetric"))
-        yield stack.enter_context(tapped(classifier, layer_of(classifier, settings.layer)))
+class Engine(ABC):
+    """Maps slides with one classifier.
 
-
-def attributed(objective: Tensor, hidden: HiddenLayer, attribution: Attribution) -> npt.NDArray[np.float32]:
-    """The signed map (B, h, w) of a scalar at the tapped layer, as `MapSettings.attribution` says."""
-    (gradient,) = torch.autograd.grad(objective, hidden.activation)
-    if attribution == "gradient_x_activation":
-        gradient = gradient * hidden.activation.detach()
-    return as_array(gradient.mean(dim=1))
-
-
-def evidence(logits: Tensor, target: int) -> Tensor:
-    """The target's logit above the mean of the others: logits (B, K, ...) to (B, ...).
-
-    Softmax ignores what all logits share, and so must the explanation. For two classes it is the log-odds, what
-    a network with a single logit has as its output.
-    """
-    others = [number for number in range(logits.shape[1]) if number != target]
-    return logits[:, target] - logits[:, others].mean(dim=1)
-
-
-def as_array(values: Tensor) -> npt.NDArray[np.float32]:
-    """A tensor of any device as a float32 array."""
-    array: npt.NDArray[np.float32] = values.detach().float().cpu().numpy()
-    return array
-
-
-def check_temperature(temperature: float) -> float:
-    """A temperature that probabilities can be tempered with.
+    Args:
+        classifier: put into eval mode while it runs.
+        tile_px: side of the tiles it was trained on, a multiple of its stride, in pixels at `mpp`.
+        mpp: micrometres per pixel that the classifier expects.
+        target: number of the class to map.
+        settings: how the maps are made.
+        temperature: probabilities are softmax(logits / temperature); the saliency is of the logits as they are.
 
     Raises:
-        ConfigError: it is not positive and finite.
+        NetworkError: no such layer, no masks, or a stride that does not divide the tile.
+        ConfigError: a temperature that is not positive.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature={temperature}: must be a positive number; 1 leaves probabilities as they are")
-    return temperature
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        tile_px: int,
+        mpp: float,
+        target: int = 1,
+        settings: MapSettings | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        check_number("temperature", temperature, "(0, inf)", hint="1 leaves probabilities as they are")
+        self.classifier, self.tile_px, self.mpp, self.target = classifier, tile_px, mpp, target
+        self.settings, self.temperature = settings or MapSettings(), temperature
+
+    @abstractmethod
+    def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
+        """Probability and saliency of the slide's tissue; NaN where there is none.
+
+        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
+
+        Args:
+            slide: read at the model's mpp.
+            tissue: what holds none is not read.
+            progress: shows the blocks or tiles as they are done.
+        """
+
+    @abstractmethod
+    def run(self, images: Tensor) -> tuple[Floats, Floats]:
+        """Probability and saliency of images (B, 3, H, W) uint8 on the classifier's device, without any placing."""
+
+    def patch_saliency(self, images: Tensor) -> Floats:
+        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
+        return self.run(images.to(self.classifier.device))[1]
+
+    def method(self, network: nn.Module, prefix: str = "") -> ClassMethod:
+        """The saliency method of the maps: of the evidence, at the classifier's layer, whose name `prefix` leads."""
+        name = f"{prefix}encoder.{self.settings.layer}"
+        method = make_method(self.settings.attribution, network, name, "evidence")
+        assert isinstance(method, ClassMethod)
+        return method
+
+    def explain(self, method: ClassMethod, images: Tensor) -> Explanation:
+        """What the method says of images (B, 3, H, W) uint8, gradients smoothed as the settings ask."""
+        smoothed = self.settings.smoothing == "backward_hook"
+        with smooth.backward_hook(self.classifier.encoder, "symmetric") if smoothed else nullcontext():
+            return method.explain(self.classifier.normalise(images), self.target)
+
+    def probability(self, logits: Tensor) -> Floats:
+        """Of the target (B, ...), of logits (B, K, ...)."""
+        return as_array((logits / self.temperature).softmax(dim=1)[:, self.target])
+
+
+def as_array(values: Tensor) -> Floats:
+    """A tensor of any device as a float32 array."""
+    array: Floats = values.detach().float().cpu().numpy()
+    return array

@@ -7,40 +7,28 @@ makes a block exact. The raised-cosine window along each axis is the usual one o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.heatmap.maps import (
-    MapGrid,
-    MapSettings,
-    SlideMaps,
-    as_array,
-    attributed,
-    check_temperature,
-    evidence,
-    explained,
-    finish_maps,
-)
-from medsd.networks.aim import AimClassifier
+from medsd.heatmap.maps import Engine, Floats, MapGrid, MapSettings, SlideMaps, as_array, finish_maps
+from medsd.networks.aim import AimClassifier, stage_layer
 from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
-from medsd.slides.reading import ReadTile, read_tiles
+from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-Floats = npt.NDArray[np.float32]
 _PROBE_PX = 256
 
 
-class TiledEngine:
+class TiledEngine(Engine):
     """Maps slides with one classifier, tile by tile.
 
     Tiles lie half a tile apart (rounded up to whole cells of the saliency's layer), so that hidden cells look at the
@@ -50,17 +38,7 @@ class TiledEngine:
     tiles on the stride grid. They differ where zero padding at a tile's border reaches, which the windows weigh least,
     and where the dense engine also counts tiles that end just before the place.
 
-    Args:
-        classifier: put into eval mode while it runs.
-        tile_px: side of the tiles it was trained on, a multiple of its stride, in pixels at `mpp`.
-        mpp: micrometres per pixel that the classifier expects.
-        target: number of the class to map.
-        settings: layer, attribution, smoothing, batch.
-        temperature: probabilities are softmax(logits / temperature); the saliency is of the logits as they are.
-
-    Raises:
-        NetworkError: no such layer, no masks, or a stride that does not divide the tile.
-        ConfigError: a temperature that is not positive.
+    Arguments and errors as `Engine`.
     """
 
     def __init__(
@@ -72,14 +50,13 @@ class TiledEngine:
         settings: MapSettings | None = None,
         temperature: float = 1.0,
     ) -> None:
-        self.classifier, self.tile_px, self.mpp, self.target = classifier, tile_px, mpp, target
-        self.settings = settings or MapSettings()
-        self.temperature = check_temperature(temperature)
+        super().__init__(classifier, tile_px, mpp, target, settings, temperature)
         self.stride = _total_stride(classifier)
         if tile_px % self.stride:
             raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {self.stride}")
-        layer = _finest_stage(classifier) if self.settings.attribution == "mask" else self.settings.layer
-        self.hidden = measure_effective_field(classifier, layer)
+        masked = self.settings.attribution == "mask"
+        self.hidden = measure_effective_field(classifier, _finest_stage(classifier) if masked else self.settings.layer)
+        self._method = None if masked else self.method(classifier)
         cells = tile_px // self.hidden.stride
         self.step_px = math.ceil(cells / 2) * self.hidden.stride
         # Where a tile starts whose first cell looks at the middle of the first map pixel; whole pixels, or every tile
@@ -88,21 +65,7 @@ class TiledEngine:
         # The first tile starts at the slide's edge or just before it.
         self.origin_px = min(self._aligned_px, -(-self._aligned_px % self.hidden.stride))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the classifier's weights are."""
-        return next(self.classifier.parameters()).device
-
     def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        """Probability and saliency of the slide's tissue; NaN where there is none.
-
-        Args:
-            slide: read at the model's mpp.
-            tissue: every tile that holds a map pixel with tissue is read, no other (to half a stride cell).
-            progress: shows the tiles as they are done.
-
-        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
-        """
         grids = MapGrid.over(slide, self.mpp, self.stride), MapGrid.over(slide, self.mpp, self.hidden.stride)
         weights = [np.zeros_like(grid.values) for grid in grids]
         for grid in grids:
@@ -110,10 +73,10 @@ class TiledEngine:
         left, top = self._places(grids, tissue)
         ratio = self.mpp / slide.mpp
         x, y = (np.rint(place * ratio).astype(np.int64) for place in (left, top))
-        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp)
-        for batch in _batches(progress(tiles, len(left), "tile"), self.settings.batch):
+        tiles = iter(progress(read_tiles(slide, x, y, self.tile_px, self.mpp), len(left), "tile"))
+        while batch := list(islice(tiles, self.settings.batch)):
             images = torch.from_numpy(np.stack([tile.pixels for tile in batch])).permute(0, 3, 1, 2)
-            probability, saliency = self.run(images.to(self.device))
+            probability, saliency = self.run(images.to(self.classifier.device))
             for number, tile in enumerate(batch):
                 across, down = int(left[tile.row]), int(top[tile.row])
                 self._add_probability(grids[0], weights[0], probability[number], across, down)
@@ -135,26 +98,13 @@ class TiledEngine:
             probability (B,), and saliency (B, tile_px / hidden stride, tile_px / hidden stride): of the logit of the
             target above the mean of the others (for two classes the log-odds); or the share of masks open, 0 to 1.
         """
-        if self.settings.attribution == "mask":
-            logits, saliency = self._masks(images)
-        else:
-            with explained(self.classifier, self.settings) as hidden:
-                logits = self.classifier(images)
-                saliency = attributed(evidence(logits, self.target).sum(), hidden, self.settings.attribution)
-        return as_array((logits / self.temperature).softmax(dim=1)[:, self.target]), saliency
-
-    def patch_saliency(self, images: Tensor) -> Floats:
-        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
-        return self.run(images.to(self.device))[1]
-
-    def _masks(self, images: Tensor) -> tuple[Tensor, Floats]:
-        """Logits, and the mean over the used stages of their masks at the size of the finest."""
+        if self._method is not None:
+            explanation = self.explain(self._method, images)
+            return self.probability(explanation.logits), as_array(explanation.maps)
         assert isinstance(self.classifier, AimClassifier)
         with evaluating(self.classifier), torch.no_grad():
             output = self.classifier.masked(images)
-        size = output.masks[-1].shape[2:]
-        masks = [F.interpolate(mask, size, mode="nearest") for mask in output.masks]
-        return output.logits, as_array(torch.stack(masks).mean(dim=0)[:, 0])
+        return self.probability(output.logits), as_array(output.mean_mask())
 
     def _places(
         self, grids: tuple[MapGrid, MapGrid], tissue: TissueMask
@@ -226,7 +176,7 @@ def _add(
 
 def _total_stride(classifier: Classifier) -> int:
     with evaluating(classifier), torch.no_grad():
-        x = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=next(classifier.parameters()).device)
+        x = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=classifier.device)
         return _PROBE_PX // int(classifier.encoder(x).shape[-1])
 
 
@@ -234,17 +184,4 @@ def _finest_stage(classifier: Classifier) -> str:
     """Name of the encoder's layer that gives the finest stage with a mask."""
     if not isinstance(classifier, AimClassifier):
         raise NetworkError("attribution 'mask': this classifier has no masks; use 'gradient_x_activation'")
-    info: list[dict[str, str]] = classifier.encoder.feature_info  # type: ignore[assignment]
-    # Stages 0 to 3 are the last four entries.
-    return info[classifier.stages[-1] - 4]["module"]
-
-
-def _batches(tiles: Iterator[ReadTile], size: int) -> Iterator[list[ReadTile]]:
-    batch: list[ReadTile] = []
-    for tile in tiles:
-        batch.append(tile)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    return stage_layer(classifier.encoder, classifier.stages[-1])

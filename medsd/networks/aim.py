@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError
-from medsd.networks.aim_parts import FeatureBranch, MaskEstimator
+from medsd.networks.aim_parts import FeatureBranch, MaskEstimator, gumbel_mask, hard_mask
 from medsd.networks.classifier import Classifier, create_encoder
-from medsd.networks.gumbel import gumbel_mask, hard_mask
-from medsd.networks.modes import evaluating
+from medsd.networks.modes import evaluating, layer_named
 
 Direction = Literal["top_down", "bottom_up"]
 
@@ -38,6 +38,11 @@ class AimOutput:
     stage_logits: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
     merged: Tensor
+
+    def mean_mask(self, size: Sequence[int] | None = None) -> Tensor:
+        """The mean (B, h, w) of the stages' masks, up-sampled (nearest) to a size (h, w); None is the finest's."""
+        size = tuple(size or self.masks[-1].shape[2:])
+        return torch.stack([F.interpolate(mask, size, mode="nearest")[:, 0] for mask in self.masks]).mean(dim=0)
 
 
 class AimClassifier(Classifier):
@@ -94,7 +99,12 @@ class AimClassifier(Classifier):
         masking: bool = True,
     ) -> None:
         super().__init__(encoder, classes)
-        _check_options(end_stage, feature_width, mask_width, temperature, direction)
+        check_number("end_stage", end_stage, "[0, 3]", whole=True, hint="3 is the deepest stage")
+        check_number("temperature", temperature, "(0, inf)")
+        for name, width in (("feature_width", feature_width), ("mask_width", mask_width)):
+            check_number(name, width, "[1, inf)", whole=True)
+        if direction not in ("top_down", "bottom_up"):
+            raise ConfigError(f"direction='{direction}': use 'top_down' or 'bottom_up'")
         self.options = {
             "end_stage": end_stage,
             "feature_width": feature_width,
@@ -156,15 +166,14 @@ class AimClassifier(Classifier):
             masks[stage] = self._mask(stage, features, noise, generator)
             return masks[stage]
 
-        if self.direction == "bottom_up":
-            with _masked_stages(self.encoder, self.stages, mask_of):
-                features = dict(enumerate(_intermediates(self.encoder, x)))
-            if masks.keys() != set(self.stages):
-                raise NetworkError(f"encoder '{self.encoder_name}': its stages cannot be masked; use 'top_down'")
-        else:
+        bottom_up = self.direction == "bottom_up"
+        with _masked_stages(self.encoder, self.stages if bottom_up else (), mask_of):
             features = dict(enumerate(_intermediates(self.encoder, x)))
+        if not bottom_up:
             for stage in self.stages:
                 mask_of(stage, features[stage])
+        elif masks.keys() != set(self.stages):
+            raise NetworkError(f"encoder '{self.encoder_name}': its stages cannot be masked; use 'top_down'")
         return features, masks
 
     def _mask(self, stage: int, features: Tensor, noise: bool, generator: torch.Generator | None) -> Tensor:
@@ -173,19 +182,6 @@ class AimClassifier(Classifier):
             return torch.ones(batch, 1, height, width, device=features.device)
         logits = self.mask_estimators[str(stage)](features)
         return gumbel_mask(logits, self.temperature, noise, generator) if self.training else hard_mask(logits)
-
-
-def _check_options(
-    end_stage: int, feature_width: int, mask_width: int, temperature: float, direction: Direction
-) -> None:
-    if end_stage not in range(_STAGES):
-        raise NetworkError(f"end_stage={end_stage}: stages go from 0 to 3, the deepest; use 3, 2 or 1")
-    if not temperature > 0:
-        raise ConfigError(f"temperature={temperature}: must be above 0")
-    if feature_width < 1 or mask_width < 1:
-        raise ConfigError(f"feature_width={feature_width}, mask_width={mask_width}: must be 1 or more")
-    if direction not in ("top_down", "bottom_up"):
-        raise ConfigError(f"direction='{direction}': use 'top_down' or 'bottom_up'")
 
 
 def _intermediates(encoder: nn.Module, x: Tensor) -> list[Tensor]:
@@ -211,17 +207,18 @@ def _masked_stages(
     encoder: nn.Module, stages: Sequence[int], mask_of: Callable[[int, Tensor], Tensor]
 ) -> Iterator[None]:
     """Inside the block each stage hands on its features multiplied by its mask."""
-    info: list[dict[str, str]] = encoder.feature_info[-_STAGES:]  # type: ignore[index, assignment]
 
     def hook(stage: int) -> Callable[[nn.Module, object, Tensor], Tensor]:
         return lambda _module, _inputs, output: output * mask_of(stage, output).to(output.dtype)
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for stage in stages:
-            module = encoder.get_submodule(info[stage]["module"])
-            handles.append(module.register_forward_hook(hook(stage)))
+            module = layer_named(encoder, stage_layer(encoder, stage))
+            stack.callback(module.register_forward_hook(hook(stage)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def stage_layer(encoder: nn.Module, stage: int) -> str:
+    """The name of the layer that gives an encoder's stage (0 to 3, its last four)."""
+    info: list[dict[str, str]] = encoder.feature_info  # type: ignore[assignment]
+    return info[stage - _STAGES]["module"]

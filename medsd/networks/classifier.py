@@ -13,9 +13,22 @@ from medsd.errors import NetworkError, nearest
 from medsd.networks.modes import evaluating
 from medsd.networks.whitening import WhitenedHead
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _PROBE_PX = 64
+
+
+class ImageNetInput(nn.Module):
+    """Images (B, 3, H, W) uint8 as float32 of ImageNet's mean and deviation, which timm's networks take."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(torch.float32) / 255 - self.mean) / self.std
 
 
 class Classifier(nn.Module):
@@ -26,6 +39,7 @@ class Classifier(nn.Module):
         options: constructor arguments beside encoder and classes, as a model card keeps them.
         encoder: a timm network without pooling and head; `encoder_name` is its timm name.
         classes: names of the classes in the order of the logits.
+        normalise: images (B, 3, H, W) uint8 as the network's float input.
         feature_dim: channels of the features.
         head: linear, features to logits.
     """
@@ -35,18 +49,16 @@ class Classifier(nn.Module):
     encoder: nn.Module
     feature_dim: int
     head: nn.Linear | WhitenedHead
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, encoder: str, classes: Sequence[str]) -> None:
         super().__init__()
         self.encoder_name, self.classes = encoder, tuple(classes)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.normalise = ImageNetInput()
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 as the network's input: float32, ImageNet mean and deviation."""
-        return (images.to(torch.float32) / 255 - self.mean) / self.std
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
 
     def feature_map(self, x: Tensor) -> Tensor:
         """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""
@@ -75,6 +87,11 @@ class TileClassifier(Classifier):
 
     Raises:
         NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+
+    Example:
+        >>> tiles = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        >>> TileClassifier("test_resnet", classes=("normal", "tumour"))(tiles).shape
+        torch.Size([2, 2])
     """
 
     architecture = "tile"
@@ -87,21 +104,8 @@ class TileClassifier(Classifier):
         self.head = nn.Linear(self.feature_dim, len(self.classes))
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""
         features: Tensor = self.encoder(self.normalise(x) if x.dtype == torch.uint8 else x)
         return features
-
-
-def layer_of(classifier: Classifier, name: str) -> nn.Module:
-    """The encoder's module of that name, such as "layer2".
-
-    Raises:
-        NetworkError: there is none; the message names the nearest.
-    """
-    modules: dict[str, nn.Module] = dict(classifier.encoder.named_modules())
-    if not name or name not in modules:
-        raise NetworkError(f"layer '{name}': {classifier.encoder_name} has no such layer{nearest(name, modules)}")
-    return modules[name]
 
 
 def create_encoder(name: str, pretrained: bool) -> nn.Module:

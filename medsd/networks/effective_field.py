@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.networks.classifier import Classifier, layer_of
-from medsd.networks.modes import evaluating
+from medsd.networks.classifier import Classifier
+from medsd.networks.modes import evaluating, recorded
 
 _IMAGES = 8
 _HEIGHT_PX, _WIDTH_PX = 64, 256
@@ -43,11 +42,12 @@ def measure_effective_field(classifier: Classifier, layer: str) -> EffectiveFiel
         NetworkError: no such layer; it gives no feature map or does not run; a stride is not a whole number.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next(classifier.parameters()).device
-    images = torch.randn(_IMAGES, 3, _HEIGHT_PX, _WIDTH_PX, generator=generator).to(device).requires_grad_()
+    images = torch.randn(_IMAGES, 3, _HEIGHT_PX, _WIDTH_PX, generator=generator).to(classifier.device).requires_grad_()
     with evaluating(classifier), torch.enable_grad():
-        cells = _cells(classifier, layer, images)
-        mixture = torch.randn(cells.shape[:2], generator=generator).to(device)
+        with recorded(classifier.encoder, layer) as outputs:
+            classifier.feature_map(images)
+        (cells,) = outputs
+        mixture = torch.randn(cells.shape[:2], generator=generator).to(classifier.device)
         stride, left_over = divmod(_WIDTH_PX, cells.shape[3])
         if left_over:
             raise NetworkError(
@@ -64,20 +64,3 @@ def measure_effective_field(classifier: Classifier, layer: str) -> EffectiveFiel
         raise NetworkError(f"layer '{layer}': its cells look nowhere in particular (dead weights); train it first")
     centre = float((energy * (torch.arange(_WIDTH_PX) + 0.5)).sum() / energy.sum())
     return EffectiveField(stride, centre - column * stride)
-
-
-def _cells(classifier: Classifier, layer: str, images: Tensor) -> Tensor:
-    outputs: list[object] = []
-
-    def record(_module: nn.Module, _inputs: object, output: object) -> None:
-        outputs.append(output)
-
-    handle = layer_of(classifier, layer).register_forward_hook(record)
-    try:
-        classifier.feature_map(images)
-    finally:
-        handle.remove()
-    cells = outputs[-1] if outputs else None
-    if not isinstance(cells, Tensor) or cells.ndim != 4:
-        raise NetworkError(f"layer '{layer}': it gives no feature map (B, C, h, w); choose another layer")
-    return cells

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.networks.classifier import TileClassifier, layer_of
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.modes import recorded
 
 _PROBE_HEIGHT_PX = 32
 _PROBE_WIDTHS_PX = (512, 1024, 2048, 4096)
@@ -103,11 +102,10 @@ def _reached(classifier: TileClassifier, layer: str, marks: list[slice], width: 
     probe = torch.zeros(len(marks), 3, _PROBE_HEIGHT_PX, width)
     for image, columns in enumerate(marks):
         probe[image, :, :, columns] = math.nan
-    with torch.no_grad(), _recorded(layer_of(classifier, layer)) as recorded:
+    with torch.no_grad(), recorded(classifier.encoder, layer) as outputs:
         features = classifier.feature_map(probe)
-    if not recorded or not isinstance(recorded[-1], Tensor) or recorded[-1].ndim != 4:
-        raise NetworkError(f"layer '{layer}': it gives no feature map (B, C, h, w); choose another layer")
-    return features.isnan().any(dim=2).any(dim=1), recorded[-1].isnan().any(dim=2).any(dim=1)
+    reached, hidden = (cells.isnan().any(dim=2).any(dim=1) for cells in (features, *outputs))
+    return reached, hidden
 
 
 def _field(reached: Tensor, columns: range, width: int) -> ReceptiveField:
@@ -130,13 +128,3 @@ def _stride(cells: Tensor, width: int) -> int:
             "convolutions are padded, such as 'resnet18'"
         )
     return width // count
-
-
-@contextmanager
-def _recorded(module: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()

@@ -1,4 +1,4 @@
-"""Evaluation mode and uncompiled code for the length of a block, and training that leaves frozen stages alone."""
+"""How a network is run and looked into: device, mode, uncompiled, and a layer by its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, NetworkError, nearest
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, tried out.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device '{device}': cannot be used here ({reason}); try 'cpu', see medsd doctor") from error
 
 
 @contextmanager
@@ -22,12 +37,6 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Inside the block, what `torch.compile` compiled runs uncompiled, in the whole process: hooks are seen."""
-    # Asking for it takes seconds the first time, and nothing is compiled without that module.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 def training(network: nn.Module) -> None:
     """Put the network into training mode, its frozen parts into eval mode.
 
@@ -40,3 +49,54 @@ def training(network: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside the block, what `torch.compile` compiled runs uncompiled, in the whole process: hooks are seen."""
+    # Asking for it takes seconds the first time, and nothing is compiled without that module.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def layer_named(network: nn.Module, name: str) -> nn.Module:
+    """The module of that name, as in `named_modules`.
+
+    Raises:
+        NetworkError: there is none; the message names the nearest.
+    """
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    if not name or name not in modules:
+        raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{nearest(name, modules)}")
+    return modules[name]
+
+
+def map_of_layer(layer: str, output: object) -> Tensor:
+    """A layer's output, if it is a map (B, C, h, w) of a floating type.
+
+    Raises:
+        NetworkError: it is something else.
+    """
+    if isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
+        return output
+    given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise NetworkError(f"layer '{layer}': it gives {given}, no map (B, C, h, w); choose a convolutional layer")
+
+
+@contextmanager
+def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran.
+
+    Raises:
+        NetworkError: there is no such layer, it gives no map, or the block ends without its having run.
+    """
+    outputs: list[Tensor] = []
+
+    def record(_module: nn.Module, _inputs: object, output: object) -> None:
+        outputs[:] = [map_of_layer(layer, output)]
+
+    handle = layer_named(network, layer).register_forward_hook(record)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+    if not outputs:
+        raise NetworkError(f"layer '{layer}': not reached by the forward pass; choose another layer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import struct
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import WeightsError
-from medsd.networks.weights import FORMAT, check_tensors, read_tensors, save_tensors
+from medsd.networks.weights import FORMAT, read_tensors, save_tensors, unreadable_card
 
 logger = logging.getLogger(__name__)
 
@@ -103,18 +102,17 @@ def _compare(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def _read_safetensors(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
-    state, metadata = read_tensors(path)
-    if metadata.get("format") not in (FORMAT, ENCODER_FORMAT):
-        return state
-    check_tensors(path, state, metadata)
+    file = read_tensors(path)
+    if file.kind not in (FORMAT, ENCODER_FORMAT):
+        return file.state
     try:
-        name = str(json.loads(metadata["card"])["encoder"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+        name = str(file.card["encoder"])
+    except KeyError as error:
+        raise unreadable_card(path, error) from error
     made: str | None = getattr(encoder, "pretrained_cfg", {}).get("architecture")
     if made and name.partition(".")[0] != made:  # what follows the dot names weights, not a network
         raise WeightsError(f"{path}: weights of the encoder '{name}', not of '{made}'; choose that encoder")
-    return state
+    return file.state
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, assert_never, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,14 @@ from medsd.files import atomic_path
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.whitening import WhitenedHead
-from medsd.slides.stain import StainProfile, profile_from_dict
 
 FORMAT = "medsd-classifier-1"
 
 Architecture = Literal["tile", "aim"]
 Attribution = Literal["gradient", "gradient_x_activation", "mask"]
 Smoothing = Literal["backward_hook", "none"]
+
+_ARCHITECTURES: dict[str, type[TileClassifier] | type[AimClassifier]] = {"tile": TileClassifier, "aim": AimClassifier}
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class ModelCard:
         calibration: None until validation data have fixed it.
         data_sha256: of the items and labels of its training, validation and test parts.
         settings_sha256: of the settings it was trained with.
-        stain_target: the stain that its tiles were normalised to, and that slides are before it maps them; None where
-            they are taken as they are.
+        stain_target: numbers of the stain that its tiles were normalised to, and that slides are before it maps them
+            (`medsd.slides.stain.profile_from_dict`); None where they are taken as they are.
         architecture: "tile" for a `TileClassifier`, "aim" for an `AimClassifier`.
         options: the network's `options`.
     """
@@ -78,7 +79,7 @@ class ModelCard:
     calibration: Calibration | None = None
     data_sha256: str = ""
     settings_sha256: str = ""
-    stain_target: StainProfile | None = None
+    stain_target: dict[str, Any] | None = None
     architecture: Architecture = "tile"
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
 
@@ -115,20 +116,21 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
         WeightsError: no such file, not safetensors, not medsd's, altered, or not fitting its own network.
     """
     path = Path(path)
-    state, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
+    file = read_tensors(path)
+    if file.kind != FORMAT:
         raise WeightsError(f"{path}: weights of another network (no '{FORMAT}' in its metadata); use medsd's own")
-    check_tensors(path, state, metadata)
-    card = _card(path, metadata["card"])
+    card = _card(path, file.card)
+    options: dict[str, Any] = card.options
     try:
-        classifier = _network(card)
-        classifier.load_state_dict(state)
+        # No class may fetch weights, whatever the options say.
+        classifier = _ARCHITECTURES[card.architecture](card.encoder, card.classes, False, **options)
+        classifier.load_state_dict(file.state)
     except (NetworkError, ConfigError, RuntimeError, TypeError) as error:  # a TypeError tells of unknown options
         reason = str(error).partition("\n")[0]
         raise WeightsError(
             f"{path}: weights of another network than '{card.encoder}' ({reason}); train again"
         ) from error
-    return classifier.to(device).eval(), card, metadata["sha256"]
+    return classifier.to(device).eval(), card, file.sha256
 
 
 def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: dict[str, Any]) -> str:
@@ -157,56 +159,54 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: di
     return digest
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of any safetensors file; medsd's own are to be checked with `check_tensors`.
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file in memory: its tensors by name and, of medsd's own files, kind, card and SHA-256 of both."""
+
+    state: dict[str, Tensor]
+    kind: str = ""
+    card: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def read_tensors(path: Path) -> TensorFile:
+    """What any safetensors file holds; medsd's own, whose kind begins "medsd-", are compared with their SHA-256.
 
     Raises:
-        WeightsError: no such file, or not safetensors.
+        WeightsError: no such file, not safetensors, or medsd's and altered.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file; run the stage 'finetune' or check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); weights end in .safetensors") from error
-
-
-def check_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Compare tensors and card with the SHA-256 that `save_tensors` wrote.
-
-    Raises:
-        WeightsError: they do not match.
-    """
-    if "card" not in metadata or _digest(state, metadata["card"]) != metadata.get("sha256"):
+    kind, card = metadata.get("format", ""), metadata.get("card")
+    if not kind.startswith("medsd-"):
+        return TensorFile(state)
+    if card is None or _digest(state, card) != metadata.get("sha256"):
         raise WeightsError(f"{path}: tensors and card do not match their SHA-256; the file is damaged, copy it again")
-
-
-def _network(card: ModelCard) -> Classifier:
-    options: dict[str, Any] = card.options
-    match card.architecture:
-        case "tile":
-            # Neither class may fetch weights, whatever the options say.
-            return TileClassifier(card.encoder, card.classes, False, **options)
-        case "aim":
-            return AimClassifier(card.encoder, card.classes, False, **options)
-        case unknown:
-            assert_never(unknown)
-
-
-def _card(path: Path, text: str) -> ModelCard:
     try:
-        fields = json.loads(text)
-        calibration, stain = fields.pop("calibration"), fields.pop("stain_target", None)
-        if fields.get("architecture", "tile") not in get_args(Architecture):
-            raise ValueError(f"architecture '{fields['architecture']}' is unknown")
-        return ModelCard(
-            **{**fields, "classes": tuple(fields["classes"])},
-            calibration=None if calibration is None else Calibration(**calibration),
-            stain_target=None if stain is None else profile_from_dict(stain),
-        )
-    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: its card cannot be read ({error}); written by another version?") from error
+        return TensorFile(state, kind, dict(json.loads(card)), metadata["sha256"])
+    except (ValueError, TypeError) as error:
+        raise unreadable_card(path, error) from error
+
+
+def unreadable_card(path: Path, reason: Exception) -> WeightsError:
+    """The error of a file whose card does not hold what it should."""
+    return WeightsError(f"{path}: its card cannot be read ({reason}); written by another version?")
+
+
+def _card(path: Path, card: dict[str, Any]) -> ModelCard:
+    try:
+        calibration = card["calibration"]
+        if card.get("architecture", "tile") not in _ARCHITECTURES:
+            raise ValueError(f"architecture '{card['architecture']}' is unknown")
+        known = None if calibration is None else Calibration(**calibration)
+        return ModelCard(**{**card, "classes": tuple(card["classes"]), "calibration": known})
+    except (ValueError, KeyError, TypeError) as error:
+        raise unreadable_card(path, error) from error
 
 
 def _digest(state: dict[str, Tensor], card: str) -> str:

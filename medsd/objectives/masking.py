@@ -25,7 +25,7 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
         network: offers `features(x)` (B, d) and `head`.
         x: (B, C, H, W) float images.
         labels: (B,) class numbers.
-        ranking: see `rank`.
+        ranking: see `scores_of`.
 
     Returns:
         (B, H, W), detached.
@@ -41,10 +41,10 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return rank(gradient, ranking)
+    return scores_of(gradient, ranking)
 
 
-def rank(gradient: Tensor, ranking: Ranking) -> Tensor:
+def scores_of(gradient: Tensor, ranking: Ranking) -> Tensor:
     """Scores (B, H, W) of an input gradient (B, C, H, W): its mean over channels, "absolute" or as it is ("signed").
 
     The order, mean first, is the released code's; so is the signed ranking, its default. Its text asks for small

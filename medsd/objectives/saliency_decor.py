@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, nearest
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss, default_group_size
-from medsd.objectives.masking import Fill, Ranking, SaliencyPass, mask_lowest, pixel_scores, rank
+from medsd.objectives.masking import Fill, Ranking, SaliencyPass, mask_lowest, pixel_scores, scores_of
 from medsd.training.ranks import world_size
 from medsd.training.terms import Terms
 
@@ -106,7 +106,7 @@ class SaliencyDecor:
         logits: Tensor = head(features)
         if shared:
             (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), x, retain_graph=True)
-            scores = rank(gradient, self.ranking)
+            scores = scores_of(gradient, self.ranking)
         cross_entropy = F.cross_entropy(logits, labels)
         total = cross_entropy
         parts = {"cross_entropy": cross_entropy}

@@ -10,10 +10,17 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from medsd.errors import NetworkError
-from medsd.saliency.baseline import baseline_images
-from medsd.saliency.gradient import ClassMethod, class_numbers, explaining, gradient_at
-from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.method import Target, check_logits, explained_output
+from medsd.saliency.gradient import gradient_at
+from medsd.saliency.hidden import tapped
+from medsd.saliency.method import (
+    Attribution,
+    ClassMethod,
+    Target,
+    baseline_images,
+    check_logits,
+    explained_output,
+    targets_of,
+)
 from medsd.saliency.rescale import Rescale
 
 _LOG = logging.getLogger(__name__)
@@ -38,29 +45,25 @@ class DeepLift(ClassMethod):
     baseline: Tensor | None = None
     _told: list[str] = field(default_factory=list, init=False, repr=False)
 
-    def attribute(self, x: Tensor, target: Target = None) -> Tensor:
-        with explaining(self.network, x) as images, tapped(self.network, self.module) as hidden:
+    def attributed(self, images: Tensor, target: Target) -> Attribution:
+        with tapped(self.network, self.module) as hidden:
             with Rescale(len(images)):
                 both = torch.cat([images, baseline_images(images, self.baseline)])
-                logits = check_logits(self.network(both), len(both))
-            image_logits, reference_logits = logits.chunk(2)
-            numbers = class_numbers(image_logits, target)
-            explained = explained_output(image_logits, numbers, self.output)
-            multiplier, _ = self._multipliers(hidden, explained).chunk(2)
+                logits, reference_logits = check_logits(self.network(both), len(both)).chunk(2)
+            numbers = targets_of(logits, target)
+            explained = explained_output(logits, numbers, self.output)
+            try:
+                multiplier, _ = gradient_at(hidden, explained).chunk(2)
+            except CheckpointError as error:
+                raise NetworkError(
+                    "the network recomputes activations, without DeepLift's rules; switch its gradient checkpointing "
+                    "off (timm: set_grad_checkpointing(False))"
+                ) from error
             activation, reference = hidden.activation.detach().chunk(2)
-            attribution = multiplier * (activation - reference)
+            values = multiplier * (activation - reference)
             change = explained.detach() - explained_output(reference_logits, numbers, self.output).detach()
-            self._tell_missed(attribution.flatten(1).double(), change)
-        return attribution
-
-    def _multipliers(self, hidden: HiddenLayer, explained: Tensor) -> Tensor:
-        try:
-            return gradient_at(hidden, explained)
-        except CheckpointError as error:
-            raise NetworkError(
-                "the network recomputes activations, without DeepLift's rules; switch its gradient checkpointing off "
-                "(timm: set_grad_checkpointing(False))"
-            ) from error
+            self._tell_missed(values.flatten(1).double(), change)
+        return Attribution(values, logits.detach(), numbers)
 
     def _tell_missed(self, attribution: Tensor, change: Tensor) -> None:
         missed = (attribution.sum(dim=1) - change).abs()

@@ -1,101 +1,16 @@
-"""Gradient, gradient x activation and Grad-CAM at the input or a hidden layer; and what all class methods share."""
+"""Gradients of a class at the input or a hidden layer: plain, times activation, Grad-CAM, SmoothGrad."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError
-from medsd.networks.modes import evaluating
 from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.method import (
-    Output,
-    Target,
-    check_images,
-    check_logits,
-    check_output,
-    explained_output,
-    finite,
-    layer_named,
-    targets_of,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class ClassMethod(ABC):
-    """A `Method` that explains a class.
-
-    Args:
-        network: gives logits (B, K); any module. It runs in eval mode and is left as it was.
-        layer: a module's name, explained at its output; None is the input.
-        output: what is explained, see `medsd.saliency.method.Output`.
-
-    Raises:
-        NetworkError: no such layer.
-        ConfigError: no such output.
-    """
-
-    network: nn.Module
-    layer: str | None = None
-    output: Output = "logit"
-
-    def __post_init__(self) -> None:
-        check_output(self.output)
-        _ = self.module
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module named `layer`; None for the input."""
-        return None if self.layer is None else layer_named(self.network, self.layer)
-
-    @abstractmethod
-    def attribute(self, x: Tensor, target: Target = None) -> Tensor:
-        """Attributions (B, C, h, w) at the layer, before channels become one; arguments and errors as `Method`."""
-
-    def __call__(self, x: Tensor, target: Target = None) -> Tensor:
-        """Maps (B, h, w): see `medsd.saliency.method.Method`."""
-        return self.maps_of(self.attribute(x, target), x)
-
-    def maps_of(self, attribution: Tensor, x: Tensor) -> Tensor:
-        """Attributions (B, C, h, w) of images (B, ...) as maps (B, h, w), float32.
-
-        Raises:
-            NetworkError: not one an image, or not finite.
-        """
-        if len(attribution) != len(x):
-            raise NetworkError(
-                f"layer '{self.layer}': gives {len(attribution)} maps for {len(x)} images; choose another"
-            )
-        return finite(self.over_channels(attribution), self.layer)
-
-    def over_channels(self, attribution: Tensor) -> Tensor:
-        """Attributions (B, C, h, w) as maps (B, h, w): the plain signed mean, as in arXiv 2404.02282's code."""
-        return attribution.mean(dim=1)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Maps (B, h, w) as a `Method` gives them, logits (B, K) of the same pass, and the class numbers (B,) explained."""
-
-    maps: Tensor
-    logits: Tensor
-    target: Tensor
-
-
-@dataclass(frozen=True)
-class GradientPass:
-    """Activation and gradient at the layer (B, C, h, w), logits (B, K), class numbers (B,), all detached."""
-
-    activation: Tensor
-    gradient: Tensor
-    logits: Tensor
-    target: Tensor
+from medsd.saliency.method import Attribution, ClassMethod, Target, check_logits, explained_output, targets_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,27 +18,31 @@ class Gradient(ClassMethod):
     """The gradient of the output with respect to the layer (Simonyan et al., arXiv 1312.6034, signed).
 
     One forward and one backward pass; the layers below the layer run without a graph.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> Gradient(resnet18(), "layer3")(torch.zeros(2, 3, 64, 64), target=1).shape
+        torch.Size([2, 4, 4])
     """
 
-    def attribute(self, x: Tensor, target: Target = None) -> Tensor:
-        return self.weigh(gradient_pass(self, x, target))
+    def attributed(self, images: Tensor, target: Target) -> Attribution:
+        with tapped(self.network, self.module) as hidden:
+            logits = check_logits(self.network(images), len(images))
+            numbers = targets_of(logits, target)
+            gradient = gradient_at(hidden, explained_output(logits, numbers, self.output))
+            return Attribution(self.weigh(gradient, hidden.activation.detach()), logits.detach(), numbers)
 
-    def weigh(self, passed: GradientPass) -> Tensor:
-        """Attributions (B, C, h, w) of a pass."""
-        return passed.gradient
-
-    def explain(self, x: Tensor, target: Target = None) -> Explanation:
-        """Maps and logits from one pass; arguments and errors as `Method`."""
-        passed = gradient_pass(self, x, target)
-        return Explanation(self.maps_of(self.weigh(passed), x), passed.logits, passed.target)
+    def weigh(self, gradient: Tensor, activation: Tensor) -> Tensor:
+        """Attributions of a gradient and an activation, each (B, C, h, w)."""
+        return gradient
 
 
 @dataclass(frozen=True, eq=False)
 class GradientXActivation(Gradient):
     """Gradient times activation; at the input, input x gradient (Shrikumar et al., arXiv 1605.01713)."""
 
-    def weigh(self, passed: GradientPass) -> Tensor:
-        return passed.gradient * passed.activation
+    def weigh(self, gradient: Tensor, activation: Tensor) -> Tensor:
+        return gradient * activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,35 +60,50 @@ class GradCAM(Gradient):
             raise ConfigError("layer: GradCAM needs a hidden layer; name one, such as the last with a map")
         super().__post_init__()
 
-    def weigh(self, passed: GradientPass) -> Tensor:
-        return passed.gradient.mean(dim=(2, 3), keepdim=True) * passed.activation
+    def weigh(self, gradient: Tensor, activation: Tensor) -> Tensor:
+        return gradient.mean(dim=(2, 3), keepdim=True) * activation
 
-    def over_channels(self, attribution: Tensor) -> Tensor:
-        return attribution.sum(dim=1)
-
-
-@contextmanager
-def explaining(network: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Inside: eval mode, and gradients whatever the caller switched off. Yields the images (B, C, H, W), detached.
-
-    Raises:
-        DatasetError: not (B, C, H, W) float, or empty.
-        NetworkError: the network was made in inference mode, which has no gradients.
-    """
-    check_images(x)
-    if any(tensor.is_inference() for tensor in chain(network.parameters(), network.buffers())):
-        raise NetworkError(f"{type(network).__name__} was made under torch.inference_mode; make it outside")
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(network):
-        yield x.clone() if x.is_inference() else x.detach()
+    def over_channels(self, values: Tensor) -> Tensor:
+        return values.sum(dim=1)
 
 
-def class_numbers(logits: Tensor, target: Target) -> Tensor:
-    """As `targets_of`, a tensor that autograd may keep.
+@dataclass(frozen=True, eq=False)
+class SmoothGrad(Gradient):
+    """The mean of the layer's gradients over noisy copies of the images (Smilkov et al., arXiv 1706.03825).
+
+    Every image and every call gets the same noise (our choice), so that an image's map does not depend on its batch;
+    the random state elsewhere is not touched. A class that is not given is the one predicted without noise.
+
+    Args:
+        deviation: standard deviation of the Gaussian noise, in the units of the network's input (captum's NoiseTunnel
+            too; the paper gives it as a share of the input's range).
+        samples: noisy copies, one pass each. 0.2 and 20 are what arXiv 2404.02282's code has.
+        seed: of the noise. The rest as `ClassMethod`.
 
     Raises:
-        ConfigError: outside the classes, or not one an image.
+        ConfigError: `samples` below 1 or `deviation` below 0, beside what every class method raises.
     """
-    return targets_of(logits, target).clone()
+
+    deviation: float = 0.2
+    samples: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("samples", self.samples, "[1, inf)", whole=True)
+        check_number("deviation", self.deviation, "[0, inf)", hint="in the units of the network's input")
+
+    def attributed(self, images: Tensor, target: Target) -> Attribution:
+        with torch.no_grad():
+            logits = check_logits(self.network(images.clone()), len(images))
+        numbers = targets_of(logits, target)
+        generator = torch.Generator().manual_seed(self.seed)
+        total = images.new_zeros(())
+        for _ in range(self.samples):
+            # Drawn on the CPU, so that it is the same on every device.
+            noise = torch.randn(images.shape[1:], generator=generator).to(images) * self.deviation
+            total = total + super().attributed(images + noise, numbers).values
+        return Attribution(total / self.samples, logits, numbers)
 
 
 def gradient_at(hidden: HiddenLayer, explained: Tensor) -> Tensor:
@@ -184,12 +118,3 @@ def gradient_at(hidden: HiddenLayer, explained: Tensor) -> Tensor:
     if gradient is None:
         raise NetworkError(f"layer '{hidden.name}': the output does not depend on it; choose another layer")
     return gradient
-
-
-def gradient_pass(method: ClassMethod, x: Tensor, target: Target) -> GradientPass:
-    """One forward and one backward pass of the method's network; arguments and errors as `Method`."""
-    with explaining(method.network, x) as images, tapped(method.network, method.module) as hidden:
-        logits = check_logits(method.network(images), len(images))
-        numbers = class_numbers(logits, target)
-        gradient = gradient_at(hidden, explained_output(logits, numbers, method.output))
-        return GradientPass(hidden.activation.detach(), gradient, logits.detach(), numbers)

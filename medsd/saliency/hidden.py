@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.networks.modes import uncompiled
+from medsd.networks.modes import map_of_layer, uncompiled
 
 
 @dataclass
@@ -66,11 +66,7 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
         return (cut(inputs[0], ()) if layer is None else inputs[0].clone(), *inputs[1:])
 
     def cut(output: object, inputs: tuple[object, ...]) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
-            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise NetworkError(
-                f"layer '{tap.name}': it gives {given}, no map (B, C, h, w); choose a convolutional layer"
-            )
+        output = map_of_layer(tap.name, output)
         tap._runs += 1
         leaf = (output if tap.instead is None or tap._runs != tap._last else tap.instead).detach()
         if any(_shares_memory(leaf, given) for given in inputs):

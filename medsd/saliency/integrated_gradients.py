@@ -8,11 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError
-from medsd.saliency.baseline import baseline_images
-from medsd.saliency.gradient import ClassMethod, class_numbers, explaining, gradient_at
+from medsd.checks import check_number
+from medsd.saliency.gradient import gradient_at
 from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.method import Target, check_logits, explained_output
+from medsd.saliency.method import (
+    Attribution,
+    ClassMethod,
+    Target,
+    baseline_images,
+    check_logits,
+    explained_output,
+    targets_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,54 +47,39 @@ class IntegratedGradients(ClassMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ConfigError(f"{key}={value}: at least 1")
+            check_number(key, value, "[1, inf)", whole=True)
 
-    def attribute(self, x: Tensor, target: Target = None) -> Tensor:
-        with explaining(self.network, x) as images, tapped(self.network, self.module) as hidden:
-            references = baseline_images(images, self.baseline)
-            parts = [slice(first, first + self.batch_size) for first in range(0, len(images), self.batch_size)]
+    def attributed(self, images: Tensor, target: Target) -> Attribution:
+        references = baseline_images(images, self.baseline)
+        parts = [slice(first, first + self.batch_size) for first in range(0, len(images), self.batch_size)]
+        with tapped(self.network, self.module) as hidden:
+            starts, changes, logits = [], [], []
             with torch.no_grad():
-                ends = [self._ends(hidden, images[part], references[part]) for part in parts]
-            numbers = class_numbers(torch.cat([end.logits for end in ends]), target)
-            return torch.cat(
-                [
-                    self._integrated(hidden, images[part], numbers[part], end)
-                    for part, end in zip(parts, ends, strict=True)
-                ]
-            )
+                for part in parts:
+                    self.network(references[part])
+                    starts.append(hidden.activation.detach())
+                    logits.append(check_logits(self.network(images[part]), len(images[part])))
+                    changes.append(hidden.activation.detach() - starts[-1])
+            numbers = targets_of(torch.cat(logits), target)
+            values = [
+                self._integrated(hidden, images[part], numbers[part], start, change)
+                for part, start, change in zip(parts, starts, changes, strict=True)
+            ]
+        return Attribution(torch.cat(values), torch.cat(logits), numbers)
 
-    def _ends(self, hidden: HiddenLayer, images: Tensor, references: Tensor) -> _Ends:
-        self.network(references)
-        start = hidden.activation.detach()
-        logits = check_logits(self.network(images), len(images))
-        return _Ends(start, hidden.activation.detach() - start, logits)
-
-    def _integrated(self, hidden: HiddenLayer, images: Tensor, numbers: Tensor, ends: _Ends) -> Tensor:
-        places, weights = _quadrature(self.steps, ends.change)
+    def _integrated(
+        self, hidden: HiddenLayer, images: Tensor, numbers: Tensor, start: Tensor, change: Tensor
+    ) -> Tensor:
+        # Gauss-Legendre on [0, 1].
+        places, weights = np.polynomial.legendre.leggauss(self.steps)
+        pair = [torch.from_numpy(values).to(change) for values in ((places + 1) / 2, weights / 2)]
         at_once = max(1, self.batch_size // len(images))
-        total = torch.zeros_like(ends.change)
-        for first in range(0, self.steps, at_once):
-            some = places[first : first + at_once]
-            hidden.instead = torch.cat([ends.start + place * ends.change for place in some])
+        total = torch.zeros_like(change)
+        for some, its_weights in zip(*(torch.split(values, at_once) for values in pair), strict=True):
+            hidden.instead = torch.cat([start + place * change for place in some])
             logits = check_logits(self.network(images.repeat(len(some), 1, 1, 1)), len(some) * len(images))
             explained = explained_output(logits, numbers.repeat(len(some)), self.output)
             gradients = gradient_at(hidden, explained).reshape(len(some), *total.shape)
-            total += torch.tensordot(weights[first : first + at_once], gradients, dims=1)
+            total += torch.tensordot(its_weights, gradients, dims=1)
         hidden.instead = None
-        return total * ends.change
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Of some images: the layer's activation at their baselines, its change from there to them, and their logits."""
-
-    start: Tensor
-    change: Tensor
-    logits: Tensor
-
-
-def _quadrature(steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre places and weights (steps,) on [0, 1], type and device of a tensor."""
-    places, weights = np.polynomial.legendre.leggauss(steps)
-    return torch.from_numpy((places + 1) / 2).to(like), torch.from_numpy(weights / 2).to(like)
+        return total * change

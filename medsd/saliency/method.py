@@ -1,13 +1,19 @@
-"""What every saliency method is: built once for a network and a layer, called on batches; and the checks they share."""
+"""What every saliency method is: built once for a network and a layer, called on batches; and what they share."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, DatasetError, NetworkError, nearest
+from medsd.networks.modes import evaluating, layer_named
 
 Target = Tensor | int | None
 """Class numbers (B,), one for all images, or None: the class that the network predicts for each image."""
@@ -48,16 +54,94 @@ class Method(Protocol):
         ...
 
 
-def layer_named(network: nn.Module, name: str) -> nn.Module:
-    """The module of that name.
+@dataclass(frozen=True)
+class Attribution:
+    """What a class method found in one call, detached.
+
+    Attributes:
+        values: (B, C, h, w) at the layer, before channels become one.
+        logits: (B, K) of the images.
+        target: (B,) class numbers that were explained.
+    """
+
+    values: Tensor
+    logits: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps (B, h, w) as a `Method` gives them, logits (B, K) of the same call, and the class numbers (B,) explained."""
+
+    maps: Tensor
+    logits: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMethod(ABC):
+    """A `Method` that explains a class.
+
+    Args:
+        network: gives logits (B, K); any module. It runs in eval mode and is left as it was.
+        layer: a module's name, explained at its output; None is the input.
+        output: what is explained, see `Output`.
 
     Raises:
-        NetworkError: there is none; the message names the nearest.
+        NetworkError: no such layer.
+        ConfigError: no such output.
     """
-    modules: dict[str, nn.Module] = dict(network.named_modules())
-    if not name or name not in modules:
-        raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{nearest(name, modules)}")
-    return modules[name]
+
+    network: nn.Module
+    layer: str | None = None
+    output: Output = "logit"
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        _ = self.module
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module named `layer`; None for the input."""
+        return None if self.layer is None else layer_named(self.network, self.layer)
+
+    @abstractmethod
+    def attributed(self, images: Tensor, target: Target) -> Attribution:
+        """The method itself, for images that have been checked; called in eval mode, with gradients on."""
+
+    def over_channels(self, values: Tensor) -> Tensor:
+        """Attributions (B, C, h, w) as maps (B, h, w): the plain signed mean, as in arXiv 2404.02282's code."""
+        return values.mean(dim=1)
+
+    def attribute(self, x: Tensor, target: Target = None) -> Tensor:
+        """Attributions (B, C, h, w) at the layer, before channels become one; arguments and errors as `Method`."""
+        return self._attributed(x, target).values
+
+    def explain(self, x: Tensor, target: Target = None) -> Explanation:
+        """Maps with the logits that they explain; arguments and errors as `Method`."""
+        found = self._attributed(x, target)
+        if len(found.values) != len(x):
+            given = f"{len(found.values)} maps for {len(x)} images"
+            raise NetworkError(f"layer '{self.layer}': gives {given}; choose another")
+        return Explanation(finite(self.over_channels(found.values), self.layer), found.logits, found.target)
+
+    def __call__(self, x: Tensor, target: Target = None) -> Tensor:
+        """Maps (B, h, w), see `Method`."""
+        return self.explain(x, target).maps
+
+    def _attributed(self, x: Tensor, target: Target) -> Attribution:
+        check_images(x)
+        if any(tensor.is_inference() for tensor in chain(self.network.parameters(), self.network.buffers())):
+            raise NetworkError(f"{type(self.network).__name__} was made under torch.inference_mode; make it outside")
+        with differentiable(self.network):
+            return self.attributed(x.clone() if x.is_inference() else x.detach(), target)
+
+
+@contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Inside: eval mode, and gradients whatever the caller switched off."""
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(network):
+        yield
 
 
 def check_images(x: Tensor) -> None:
@@ -68,6 +152,24 @@ def check_images(x: Tensor) -> None:
         raise DatasetError(f"images: shape {tuple(x.shape)}, {x.dtype}; give (B, C, H, W) float, as the network takes")
     if not x.numel():
         raise DatasetError(f"images: shape {tuple(x.shape)}, an empty batch; give at least one image")
+
+
+def baseline_images(x: Tensor, baseline: Tensor | None) -> Tensor:
+    """The images that attributions compare with, (B, C, H, W), type and device of `x`.
+
+    Args:
+        x: (B, C, H, W) images.
+        baseline: (C, H, W) or (B, C, H, W) in the network's input space; None is zeros, the mean colour where inputs
+            are normalised (arXiv 2404.02282's code).
+
+    Raises:
+        DatasetError: another shape.
+    """
+    if baseline is None:
+        return torch.zeros_like(x)
+    if baseline.shape not in (x.shape, x.shape[1:]):
+        raise DatasetError(f"baseline: shape {tuple(baseline.shape)}; give {tuple(x.shape[1:])} or {tuple(x.shape)}")
+    return (baseline.clone() if baseline.is_inference() else baseline.detach()).to(x).expand_as(x)
 
 
 def check_logits(output: object, batch: int) -> Tensor:
@@ -87,36 +189,44 @@ def check_logits(output: object, batch: int) -> Tensor:
 
 
 def targets_of(logits: Tensor, target: Target) -> Tensor:
-    """Class numbers (B,) on the device of logits (B, K).
+    """Class numbers (B,) on the device of logits (B, K), a tensor that autograd may keep.
 
     Raises:
         ConfigError: outside the classes, or not one an image.
     """
     batch, classes = logits.shape
     if target is None:
-        return logits.detach().argmax(dim=1)
+        return logits.detach().argmax(dim=1).clone()
     labels = torch.as_tensor(target, device=logits.device)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (batch,)):
         raise ConfigError(f"target: {labels.dtype} {tuple(labels.shape)}; give one class number, or one for each image")
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.numel():
         raise ConfigError(f"target={int(outside[0])}: the network has {classes} classes, 0 to {classes - 1}")
-    return labels.long().expand(batch)
+    return labels.long().expand(batch).clone()
 
 
 def explained_output(logits: Tensor, target: Tensor, output: Output) -> Tensor:
     """What is explained, (B,), of logits (B, K) and class numbers (B,)."""
-    classes = logits.shape[1]
-    if output == "evidence" and classes > 1:
-        # The target's above the mean of the others is its deviation from the mean of all, times K / (K - 1).
-        logits = (logits - logits.mean(dim=1, keepdim=True)) * (classes / (classes - 1))
+    if output == "evidence":
+        logits = evidence(logits)
     return logits.gather(1, target[:, None])[:, 0]
+
+
+def evidence(logits: Tensor) -> Tensor:
+    """Each class's logit above the mean of the others, (B, K); of a single logit itself. The one home of this choice.
+
+    It is the deviation from the mean of all, times K / (K - 1).
+    """
+    classes = logits.shape[1]
+    return logits if classes == 1 else (logits - logits.mean(dim=1, keepdim=True)) * (classes / (classes - 1))
 
 
 def check_output(output: Output) -> Output:
     """Raises ConfigError: neither "logit" nor "evidence"."""
-    if output not in ("logit", "evidence"):
-        raise ConfigError(f"output='{output}': use 'logit' or 'evidence'{nearest(output, ('logit', 'evidence'))}")
+    known = get_args(Output)
+    if output not in known:
+        raise ConfigError(f"output='{output}': use 'logit' or 'evidence'{nearest(output, known)}")
     return output
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from medsd.errors import ConfigError, nearest
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
     from medsd.saliency.method import Method, Output
 
-    Build = Callable[[nn.Module, str | None, Output], Method]
+CAPTUM = "captum."
+_ONE_PASS = "1 forward, 1 backward"
 
 
 @dataclass(frozen=True)
@@ -24,47 +27,101 @@ class MethodCard:
     Attributes:
         name: in configurations and on the command line.
         words: what its map shows.
+        home: its class, or, of label-free ones, its function, below `medsd.saliency`.
+        cost: passes an image; a backward pass reaches down to the layer only.
+        complete: "no", or when attributions sum to the output's change from the baseline.
         signed: its map has both signs; else it is 0 or more.
         needs_label: it explains a class, so the network must give logits; the others explain features.
-        needs_gradient: it runs backward passes.
-        complete: "no", or when attributions sum to the output's change from the baseline.
-        cost: passes an image; a backward pass reaches down to the layer only.
         at_input: it can explain the input itself (no layer).
-        build: makes it for a network, a layer and an output.
+        options: what is set of it, by keyword.
     """
 
     name: str
     words: str
-    signed: bool
-    needs_label: bool
-    needs_gradient: bool
-    complete: str
+    home: str
     cost: str
-    at_input: bool
-    build: Build
+    complete: str = "no"
+    signed: bool = True
+    needs_label: bool = True
+    at_input: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """It runs backward passes."""
+        return "backward" in self.cost
 
 
-def make_method(name: str, network: nn.Module, layer: str | None = None, output: Output = "logit") -> Method:
-    """The method of that name, with its default options.
+def make_method(
+    name: str,
+    network: nn.Module,
+    layer: str | None = None,
+    output: Output = "logit",
+    options: Mapping[str, Any] | None = None,
+) -> Method:
+    """The method of that name.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS`; or "captum." and an attribution of `captum.attr`, see `captum_method`.
         network: gives logits (B, K); for label-free methods anything.
         layer: a module's name in the network; None is the input.
         output: what class methods explain; label-free ones do not look at it.
+        options: of the method's class or function by keyword, such as `{"steps": 100}` of integrated gradients.
 
     Raises:
-        ConfigError: no such method or output, or no layer where the method needs one.
+        ConfigError: no such method, option or output, or no layer where the method needs one.
         NetworkError: no such layer.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> method = make_method("smoothgrad", resnet18(), "layer4", "evidence", {"samples": 2})
+        >>> method(torch.zeros(1, 3, 64, 64), target=1).shape
+        torch.Size([1, 2, 2])
     """
+    from medsd.saliency.label_free import LabelFree
     from medsd.saliency.method import check_output
 
-    if name not in METHODS:
-        raise ConfigError(f"method '{name}': use one of {', '.join(METHODS)}{nearest(name, METHODS)}")
-    card = METHODS[name]
+    card = method_card(name)
     if layer is None and not card.at_input:
         raise ConfigError(f"layer: method '{name}' needs a hidden layer; name a module that gives a map (B, C, h, w)")
-    return card.build(network, layer, check_output(output))
+    check_output(output)
+    chosen = {**card.options, **(options or {})}
+    module, _, kind = card.home.rpartition(".")
+    made: Any = getattr(import_module(f"medsd.saliency.{module}"), kind)
+    if name.startswith(CAPTUM):
+        method: Method = made(name, network, layer, output, chosen)
+        return method
+    check_options(name, chosen, set(signature(made).parameters) - {"network", "layer", "output", "features"})
+    return (
+        made(network, layer, output, **chosen)
+        if card.needs_label
+        else LabelFree(network, layer, partial(made, **chosen))
+    )
+
+
+def method_card(name: str) -> MethodCard:
+    """The card of a method, captum's too.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if name.startswith(CAPTUM):
+        from medsd.saliency.captum_method import needs_layer
+
+        words = "as captum has it, mean of channels"
+        return MethodCard(name, words, "captum_method.captum_method", "captum's", at_input=not needs_layer(name))
+    if name not in METHODS:
+        raise ConfigError(f"method '{name}': use one of {', '.join(METHODS)}{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:
+    """Raises ConfigError: an option that a method does not have."""
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known) or f"; it has {', '.join(sorted(known)) or 'none'}"
+            raise ConfigError(f"method '{name}': no option '{key}'{hint}")
 
 
 def table() -> list[tuple[str, ...]]:
@@ -76,91 +133,43 @@ def table() -> list[tuple[str, ...]]:
     return rows
 
 
-def _class_method(module: str, name: str) -> Build:
-    def build(network: nn.Module, layer: str | None, output: Output) -> Method:
-        method: Method = getattr(import_module(f"medsd.saliency.{module}"), name)(network, layer, output)
-        return method
-
-    return build
-
-
-def _label_free(name: str, *options: str) -> Build:
-    def build(network: nn.Module, layer: str | None, output: Output) -> Method:
-        method: Method = getattr(import_module("medsd.saliency.label_free"), name)(network, layer, *options)
-        return method
-
-    return build
-
-
-def _explains_class(name: str, words: str, complete: str, cost: str, build: Build, at_input: bool = True) -> MethodCard:
-    return MethodCard(name, words, True, True, True, complete, cost, at_input, build)
-
-
-def _explains_features(name: str, words: str, signed: bool, build: Build) -> MethodCard:
-    return MethodCard(name, words, signed, False, False, "no", "1 forward", False, build)
-
+_of_features = partial(MethodCard, cost="1 forward", needs_label=False, at_input=False)
+_FREE = "label_free."
 
 METHODS: dict[str, MethodCard] = {
     card.name: card
     for card in (
-        _explains_class(
-            "gradient",
-            "slope of the output at each place",
-            "no",
-            "1 forward, 1 backward",
-            _class_method("gradient", "Gradient"),
-        ),
-        _explains_class(
-            "gradient_x_activation",
-            "slope times activation",
-            "no",
-            "1 forward, 1 backward",
-            _class_method("gradient", "GradientXActivation"),
-        ),
-        _explains_class(
+        MethodCard("gradient", "slope of the output at each place", "gradient.Gradient", _ONE_PASS),
+        MethodCard("gradient_x_activation", "slope times activation", "gradient.GradientXActivation", _ONE_PASS),
+        MethodCard(
             "deeplift",
             "what changed the output from the baseline, by DeepLift's rules",
-            "if all nonlinearities have a rule",
+            "deeplift.DeepLift",
             "2 forward, 1 backward",
-            _class_method("deeplift", "DeepLift"),
+            "if all nonlinearities have a rule",
         ),
-        _explains_class(
+        MethodCard(
             "integrated_gradients",
             "what changed the output from the baseline, by slopes along the way",
-            "to the error of 50 steps",
+            "integrated_gradients.IntegratedGradients",
             "52 forward, 50 backward",
-            _class_method("integrated_gradients", "IntegratedGradients"),
+            "to the error of 50 steps",
         ),
-        _explains_class(
-            "gradcam",
-            "channels weighted by their mean slope",
-            "no",
-            "1 forward, 1 backward",
-            _class_method("gradient", "GradCAM"),
-            at_input=False,
-        ),
-        _explains_class(
-            "smoothgrad",
-            "mean slope over noisy copies",
-            "no",
-            "21 forward, 20 backward",
-            _class_method("smoothgrad", "SmoothGrad"),
-        ),
-        _explains_features(
-            "eigencam", "first principal map of the features, its sign fixed", True, _label_free("EigenCAM")
-        ),
-        _explains_features(
+        MethodCard("gradcam", "channels weighted by their mean slope", "gradient.GradCAM", _ONE_PASS, at_input=False),
+        MethodCard("smoothgrad", "mean slope over noisy copies", "gradient.SmoothGrad", "21 forward, 20 backward"),
+        _of_features("eigencam", "first principal map of the features, its sign fixed", _FREE + "eigencam"),
+        _of_features(
             "eigencam_reference",
             "EigenCAM as pytorch-grad-cam has it, sign by chance",
-            True,
-            _label_free("EigenCAM", "reference"),
+            _FREE + "eigencam",
+            options={"variant": "reference"},
         ),
-        _explains_features(
-            "multivec_eigencam", "all principal maps, magnitudes summed", False, _label_free("MultivecEigenCAM")
+        _of_features(
+            "multivec_eigencam", "all principal maps, magnitudes summed", _FREE + "multivec_eigencam", signed=False
         ),
-        _explains_features("tsm", "magnitude of the first Tucker map", False, _label_free("TSM")),
-        _explains_features("mtsm", "all Tucker maps, magnitudes summed", False, _label_free("MTSM")),
-        _explains_features("mean_map", "mean of the channels", True, _label_free("MeanMap")),
-        _explains_features("channel_energy", "sum of the squared channels", False, _label_free("ChannelEnergy")),
+        _of_features("tsm", "magnitude of the first Tucker map", _FREE + "tsm", signed=False),
+        _of_features("mtsm", "all Tucker maps, magnitudes summed", _FREE + "mtsm", signed=False),
+        _of_features("mean_map", "mean of the channels", _FREE + "mean_map"),
+        _of_features("channel_energy", "sum of the squared channels", _FREE + "channel_energy", signed=False),
     )
 }

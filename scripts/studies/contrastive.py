@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.evaluate.scores import auc
-from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
+from medsd.networks.classifier import ImageNetInput
 from medsd.networks.modes import evaluating
 from medsd.training.augment import augment
 
 _WIDTH = 128
+_INPUT = ImageNetInput()
 
 
 def pretrain(
@@ -33,7 +34,7 @@ def pretrain(
     the head; what the encoder starts from is the caller's.
 
     Args:
-        encoder: images (B, 3, H, W) as `network_input` gives them to features (B, d, h, w); trained in place.
+        encoder: images (B, 3, H, W) as `ImageNetInput` gives them to features (B, d, h, w); trained in place.
         images: (N, 3, S, S) uint8, square.
         epochs: passes over the images; a last incomplete batch is left out.
         seed: of everything that is drawn.
@@ -82,21 +83,15 @@ def views(images: Tensor, side_px: int, generator: torch.Generator) -> Tensor:
     shift = (2 * torch.rand((batch, 2), generator=generator) - 1) * (1 - share[:, None])
     square = torch.eye(2) * share[:, None, None]
     grid = F.affine_grid(torch.cat([square, shift[..., None]], dim=2), [batch, 3, side_px, side_px], False)
-    pixels = network_input(augment(images, generator, stain=0.3))
+    pixels = _INPUT(augment(images, generator, stain=0.3))
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
-
-def network_input(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) uint8 with ImageNet's mean and deviation, as `Classifier.normalise`."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.to(torch.float32) / 255 - mean) / std
 
 
 @torch.no_grad()
 def pooled(encoder: nn.Module, images: Tensor) -> Tensor:
     """Mean features (N, d) of images (N, 3, H, W) uint8."""
     with evaluating(encoder):
-        return torch.cat([encoder(network_input(batch)).mean(dim=(2, 3)) for batch in images.split(256)])
+        return torch.cat([encoder(_INPUT(batch)).mean(dim=(2, 3)) for batch in images.split(256)])
 
 
 def probe_auc(

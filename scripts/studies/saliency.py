@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import skimage.metrics
 import torch
 import torch.nn.functional as F
 from studies import contrastive, natural, regions
@@ -35,11 +37,11 @@ from medsd.saliency import smooth
 from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.integrated_gradients import IntegratedGradients
-from medsd.saliency.label_free import MTSM, TSM, ChannelEnergy, EigenCAM, MeanMap, MultivecEigenCAM
 from medsd.saliency.method import Method, Target
-from medsd.saliency.metrics.agreement import rank_correlation, structural_similarity
-from medsd.saliency.metrics.confidence import adcc, unit_range
+from medsd.saliency.metrics.agreement import rank_correlation
+from medsd.saliency.metrics.confidence import adcc
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
+from medsd.saliency.metrics.perturb import unit_range, unit_strength
 from medsd.saliency.metrics.pointing import area_share, energy_pointing
 from medsd.saliency.metrics.randomisation import randomised_cascade
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
@@ -112,19 +114,19 @@ HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
         subject.network, layer, subject.output, steps=IG_STEPS
     ),
 }
-LABEL_FREE: dict[str, Callable[[nn.Module, str], Method]] = {
-    "EigenCAM, reference": lambda network, layer: EigenCAM(network, layer, variant="reference"),
-    "EigenCAM, sign fixed": lambda network, layer: EigenCAM(network, layer),
-    "TSM (= uncentred EigenCAM, absolute)": lambda network, layer: TSM(network, layer),
-    "TSM, ranks halved": lambda network, layer: TSM(network, layer, ranks="half"),
-    "TSM, ranks (1, 1, 1)": lambda network, layer: TSM(network, layer, ranks=(1, 1, 1)),
-    "Multivec-EigenCAM, centred": lambda network, layer: MultivecEigenCAM(network, layer),
-    "MTSM a (= Multivec-EigenCAM, uncentred)": lambda network, layer: MTSM(network, layer),
-    "MTSM b": lambda network, layer: MTSM(network, layer, weights="b"),
-    "MTSM c": lambda network, layer: MTSM(network, layer, weights="c"),
-    "MTSM a, ranks halved": lambda network, layer: MTSM(network, layer, ranks="half"),
-    "mean of channels": lambda network, layer: MeanMap(network, layer),
-    "energy of channels": lambda network, layer: ChannelEnergy(network, layer),
+LABEL_FREE: dict[str, tuple[str, dict[str, Any]]] = {
+    "EigenCAM, reference": ("eigencam_reference", {}),
+    "EigenCAM, sign fixed": ("eigencam", {}),
+    "TSM (= uncentred EigenCAM, absolute)": ("tsm", {}),
+    "TSM, ranks halved": ("tsm", {"ranks": "half"}),
+    "TSM, ranks (1, 1, 1)": ("tsm", {"ranks": (1, 1, 1)}),
+    "Multivec-EigenCAM, centred": ("multivec_eigencam", {}),
+    "MTSM a (= Multivec-EigenCAM, uncentred)": ("mtsm", {}),
+    "MTSM b": ("mtsm", {"weights": "b"}),
+    "MTSM c": ("mtsm", {"weights": "c"}),
+    "MTSM a, ranks halved": ("mtsm", {"ranks": "half"}),
+    "mean of channels": ("mean_map", {}),
+    "energy of channels": ("channel_energy", {}),
 }
 CASCADE = (
     "gradient",
@@ -429,6 +431,17 @@ def cascade(subject: Subject) -> dict[str, Any]:
             "structural_similarity": [defined(structural_similarity(stages[0].maps, stage.maps)) for stage in stages],
         }
     return found
+
+
+def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """SSIM (Wang et al. 2004) of maps (B, h, w) brought to 0 to 1, (B,); nan where either is constant."""
+    pairs = [unit_range(unit_strength(maps.double())).cpu().numpy() for maps in (first, second)]
+    return torch.tensor(
+        [
+            skimage.metrics.structural_similarity(a, b, data_range=1.0) if a.any() and b.any() else math.nan
+            for a, b in zip(*pairs, strict=True)
+        ]
+    )
 
 
 def defined(values: Tensor) -> list[float | None]:

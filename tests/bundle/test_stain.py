@@ -18,7 +18,7 @@ from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier, save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
-from medsd.slides.stain import TwoStains
+from medsd.slides.stain import TwoStains, profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser, fit_slide
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def finished(tmp_path_factory, target) -> Path:
 
 def test_the_target_goes_from_configuration_to_weights_and_records(finished, target):
     _, card, _ = load_classifier(finished / "out" / "model.safetensors")
-    assert card.stain_target == target
+    assert profile_from_dict(card.stain_target) == target
     record = read_record(next((finished / "out" / "heatmaps").glob("*/record.json")).parent)
     assert record["stain"]["method"] == "macenko" and record["stain"] != asdict(target)
 

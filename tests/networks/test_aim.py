@@ -309,8 +309,8 @@ def test_stages_of_one_size_are_no_pyramid(monkeypatch: pytest.MonkeyPatch, side
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"end_stage": 4}, NetworkError, "end_stage=4"),
-        ({"end_stage": -1}, NetworkError, "end_stage=-1"),
+        ({"end_stage": 4}, ConfigError, "end_stage=4"),
+        ({"end_stage": -1}, ConfigError, "end_stage=-1"),
         ({"temperature": 0.0}, ConfigError, "temperature=0.0"),
         ({"temperature": math.nan}, ConfigError, "temperature=nan"),
         ({"feature_width": 0}, ConfigError, "feature_width=0"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from medsd.errors import NetworkError
-from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, TileClassifier, layer_of
-from medsd.networks.modes import evaluating
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.modes import evaluating, layer_named
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def test_forward_is_head_of_mean_features(classifier: TileClassifier) -> None:
 def test_uint8_is_normalised_as_imagenet(classifier: TileClassifier) -> None:
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     normalised = classifier.normalise(images)
-    for channel in range(3):
-        expected = (images[:, channel].double() / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+    for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
+        expected = (images[:, channel].double() / 255 - mean) / std
         torch.testing.assert_close(normalised[:, channel].double(), expected, rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(classifier(images), classifier(normalised))
@@ -77,13 +77,13 @@ def test_weights_that_cannot_be_fetched_are_told_in_one_line(monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
-def test_layer_of(classifier: TileClassifier) -> None:
-    assert layer_of(classifier, "layer2") is classifier.encoder.layer2
+def test_layer_named(classifier: TileClassifier) -> None:
+    assert layer_named(classifier.encoder, "layer2") is classifier.encoder.layer2
     for name in ("layer22", "", "head"):
         with pytest.raises(NetworkError, match="has no such layer"):
-            layer_of(classifier, name)
+            layer_named(classifier.encoder, name)
     with pytest.raises(NetworkError, match="did you mean 'layer2'"):
-        layer_of(classifier, "layr2")
+        layer_named(classifier.encoder, "layr2")
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -81,7 +81,7 @@ def test_layers_without_a_map_are_refused() -> None:
         measure_effective_field(network, "lst")
     network.encoder.append(nn.Flatten(2))
     network.encoder.add_module("back", nn.Unflatten(2, (8, -1)))
-    with pytest.raises(NetworkError, match="no feature map"):
+    with pytest.raises(NetworkError, match="no map"):
         measure_effective_field(network, "10")
     torch.nn.init.zeros_(network.encoder[7].weight)
     with pytest.raises(NetworkError, match="nowhere in particular"):

@@ -13,7 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.saliency.gradient import ClassMethod, GradCAM, Gradient, GradientXActivation
+from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation
+from medsd.saliency.method import ClassMethod
 
 Lively = Callable[[nn.Module], nn.Module]
 

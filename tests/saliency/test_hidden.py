@@ -8,7 +8,8 @@ from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.networks.classifier import TileClassifier, layer_of
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.modes import layer_named
 from medsd.saliency.hidden import tapped
 
 
@@ -27,7 +28,7 @@ def classifier() -> TileClassifier:
 def test_gradient_equals_captums(classifier: TileClassifier, layer: str, multiply: bool) -> None:
     assert any(isinstance(module, nn.ReLU) and module.inplace for module in classifier.modules())
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    module = layer_of(classifier, layer)
+    module = layer_named(classifier.encoder, layer)
     reference = LayerGradientXActivation(classifier, module, multiply_by_inputs=multiply)
     expected = reference.attribute(x, target=1).detach()
     with tapped(classifier, module) as hidden:
@@ -45,10 +46,12 @@ def test_gradient_equals_captums(classifier: TileClassifier, layer: str, multipl
 def test_there_is_no_graph_below_and_no_parameter_gradient(classifier: TileClassifier) -> None:
     seen: dict[str, Tensor] = {}
     handles = [
-        layer_of(classifier, name).register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output}))
+        layer_named(classifier.encoder, name).register_forward_hook(
+            lambda _m, _i, output, name=name: seen.update({name: output})
+        )
         for name in ("conv1", "layer1", "layer2", "layer3")
     ]
-    layer = layer_of(classifier, "layer2")
+    layer = layer_named(classifier.encoder, "layer2")
     x = torch.randn(1, 3, 64, 64)
     with tapped(classifier, layer) as hidden:
         logits = classifier(x)
@@ -68,7 +71,7 @@ def test_there_is_no_graph_below_and_no_parameter_gradient(classifier: TileClass
 
 def test_an_input_that_requires_grad_gets_none(classifier: TileClassifier) -> None:
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
-    with tapped(classifier, layer_of(classifier, "layer2")) as hidden:
+    with tapped(classifier, layer_named(classifier.encoder, "layer2")) as hidden:
         classifier(x).sum().backward()
     assert x.grad is None
     assert hidden.activation.grad is not None
@@ -92,7 +95,7 @@ def test_hooks_and_flags_are_put_back(fails: bool) -> None:
 
 
 def test_the_last_pass_counts(classifier: TileClassifier) -> None:
-    with tapped(classifier, layer_of(classifier, "layer3")) as hidden:
+    with tapped(classifier, layer_named(classifier.encoder, "layer3")) as hidden:
         classifier(torch.zeros(1, 3, 64, 64))
         logits = classifier(torch.ones(2, 3, 64, 64))
         assert torch.autograd.grad(logits.sum(), hidden.activation)[0].shape[0] == 2

@@ -112,7 +112,7 @@ def test_the_batch_size_changes_memory_and_not_the_map(images: Tensor, batch_siz
 @pytest.mark.parametrize("key", ["steps", "batch_size"])
 def test_bad_options_are_named(key: str) -> None:
     options = {"steps": 5, "batch_size": 5, key: 0}
-    with pytest.raises(ConfigError, match=f"{key}=0: at least 1"):
+    with pytest.raises(ConfigError, match=f"{key}=0: must be a whole number from 1 on"):
         IntegratedGradients(Square(), steps=options["steps"], batch_size=options["batch_size"])
 
 

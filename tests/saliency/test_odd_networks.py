@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from medsd.errors import NetworkError
 from medsd.saliency.deeplift import DeepLift
-from medsd.saliency.gradient import ClassMethod, GradCAM, Gradient, GradientXActivation
+from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation, SmoothGrad
 from medsd.saliency.integrated_gradients import IntegratedGradients
-from medsd.saliency.label_free import MTSM, ChannelEnergy, EigenCAM, MeanMap, MultivecEigenCAM
-from medsd.saliency.smoothgrad import SmoothGrad
+from medsd.saliency.label_free import LabelFree, channel_energy, eigencam, mean_map, mtsm, multivec_eigencam
+from medsd.saliency.method import ClassMethod
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+EIGENCAM = partial(LabelFree, map_of=eigencam)
 CLASS_METHODS = (Gradient, DeepLift, IntegratedGradients, SmoothGrad)
 
 
@@ -84,7 +86,7 @@ class Copies(Network):
 @pytest.mark.parametrize(
     ("method", "layer"),
     [(method, layer) for method in CLASS_METHODS for layer in (None, "second")]
-    + [(EigenCAM, "second"), (MeanMap, "first")],
+    + [(EIGENCAM, "second"), (partial(LabelFree, map_of=mean_map), "first")],
 )
 def test_a_network_may_write_to_its_input(method: type[ClassMethod], layer: str | None) -> None:
     given = X.clone()
@@ -164,7 +166,9 @@ def test_a_view_is_not_overwritten() -> None:
 
     network = Views().double()
     assert GradientXActivation(network, "view")(X, 1).abs().max() > 0
-    torch.testing.assert_close(MeanMap(network, "view")(X), network.conv(X)[:, :2].mean(dim=1).float().detach())
+    torch.testing.assert_close(
+        LabelFree(network, "view", mean_map)(X), network.conv(X)[:, :2].mean(dim=1).float().detach()
+    )
 
 
 @pytest.mark.parametrize("layer", [None, "0"])
@@ -178,11 +182,11 @@ def test_a_scripted_network_is_refused_and_left_alone(layer: str | None) -> None
 def test_label_free_maps_of_a_network_made_in_inference_mode() -> None:
     with torch.inference_mode():
         network = Network(nn.Identity())
-    torch.testing.assert_close(EigenCAM(network, "second")(X), EigenCAM(Network(nn.Identity()), "second")(X))
+    torch.testing.assert_close(EIGENCAM(network, "second")(X), EIGENCAM(Network(nn.Identity()), "second")(X))
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("method", [*CLASS_METHODS, GradCAM, EigenCAM])
+@pytest.mark.parametrize("method", [*CLASS_METHODS, GradCAM, EIGENCAM])
 def test_a_compiled_network_is_explained_as_itself(method: type[ClassMethod]) -> None:
     network = Network(torch.relu).eval().requires_grad_(False)
     compiled = torch.compile(network, backend="eager")
@@ -216,11 +220,11 @@ def test_rows_that_are_places_and_not_images_are_refused(method: type[ClassMetho
         method(Places(nn.Identity()), "first")(X)
 
 
-@pytest.mark.parametrize("method", [MTSM, MultivecEigenCAM, ChannelEnergy])
-def test_a_map_beyond_float32_is_refused(method: type[MTSM]) -> None:
+@pytest.mark.parametrize("function", [mtsm, multivec_eigencam, channel_energy])
+def test_a_map_beyond_float32_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     network = nn.Sequential(nn.Identity())
     with pytest.raises(NetworkError, match="layer '0': the map is not finite"):
-        method(network, "0")(X.abs() * 1e25)
+        LabelFree(network, "0", function)(X.abs() * 1e25)
 
 
 @pytest.mark.parametrize("method", [DeepLift, IntegratedGradients])

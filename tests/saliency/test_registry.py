@@ -87,6 +87,17 @@ def test_only_what_can_explain_the_input_goes_without_a_layer(name: str) -> None
             make_method(name, network())
 
 
+def test_options_reach_the_method() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    assert make_method("smoothgrad", network(), "0", options={"samples": 3}).samples == 3
+    halved, whole = (make_method("mtsm", network(), "0", options=options)(x) for options in ({"ranks": "half"}, None))
+    assert not torch.allclose(halved, whole)
+    with pytest.raises(ConfigError, match="method 'mtsm': no option 'rank'; did you mean 'ranks'"):
+        make_method("mtsm", network(), "0", options={"rank": "half"})
+    with pytest.raises(ConfigError, match="method 'gradient': no option 'steps'; it has none"):
+        make_method("gradient", network(), options={"steps": 3})
+
+
 def test_what_is_not_known_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"method 'grad_cam': use one of .*; did you mean 'gradcam'") as error:
         make_method("grad_cam", network(), "0")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError
-from medsd.saliency.gradient import Gradient
-from medsd.saliency.smoothgrad import SmoothGrad
+from medsd.saliency.gradient import Gradient, SmoothGrad
 
 Lively = Callable[[nn.Module], nn.Module]
 

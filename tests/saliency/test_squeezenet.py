@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from medsd.errors import WeightsError
 from medsd.saliency.deeplift import DeepLift
-from medsd.saliency.gradient import ClassMethod, GradCAM, Gradient, GradientXActivation
+from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation
 from medsd.saliency.integrated_gradients import IntegratedGradients
+from medsd.saliency.method import ClassMethod
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

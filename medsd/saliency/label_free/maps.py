@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medsd.errors import ConfigError
 from medsd.saliency.label_free.decomposition import Components, Ranks, check_features, decompose, tucker
-from medsd.saliency.metrics.confidence import unit_range
+from medsd.saliency.metrics.perturb import unit_range
 
 Variant = Literal["sign_fixed", "reference"]
 """EigenCAM with a sign of ours, or as released, with the sign that LAPACK happens to give."""

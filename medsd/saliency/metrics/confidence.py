@@ -2,7 +2,7 @@
 
 An image times its map: the tensor that the network takes, where 0 is the mean colour, times the map in 0 to 1, as the
 codes of ADCC (Poppi et al. 2021, arXiv 2104.10252) and pytorch-grad-cam do it. So the maps here are "shares": bring
-one there with `unit_range`, then with `perturb.at_pixels` to the size of the images.
+one there with `perturb.unit_range`, then with `perturb.at_pixels` to the size of the images.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from medsd.errors import DatasetError
 from medsd.networks.modes import evaluating
 from medsd.saliency.method import Method, Target
-from medsd.saliency.metrics.perturb import Resize, at_pixels, check_maps
+from medsd.saliency.metrics.agreement import correlation
+from medsd.saliency.metrics.perturb import Resize, at_pixels, check_maps, unit_range
 from medsd.saliency.metrics.scoring import Score, held_target, reader, scores
-
-_LEAST_RANGE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,9 @@ class Adcc:
 
     Attributes:
         adcc: harmonic mean of coherency, 1 - complexity and 1 - average drop; 0 where one of these is 0.
-        average_drop, increase, coherency, complexity: see the functions of that name.
+        average_drop, increase: see `drop_and_increase`.
+        coherency: see the function.
+        complexity: mean of the map in 0 to 1, low is good: 1 shows everything, 0 nothing.
     """
 
     adcc: Tensor
@@ -37,32 +38,15 @@ class Adcc:
     complexity: Tensor
 
 
-def unit_range(maps: Tensor) -> Tensor:
-    """(map - min) / (max - min + 1e-7) of each map, (B, H, W); 0 everywhere where max - min is below 1e-7.
-
-    The bound is pytorch-grad-cam's, the zeros are our choice. How many maps were flat:
-    `(unit_range(maps).amax(dim=(1, 2)) == 0).sum()`. A map in a unit so small that its range is below 1e-5 comes out
-    visibly below 1; scale it first.
-
-    Args:
-        maps: (B, H, W), signed.
-
-    Raises:
-        DatasetError: the maps are not (B, H, W) or not finite.
-    """
-    check_maps(maps)
-    least, greatest = maps.aminmax(dim=2)
-    least, greatest = least.amin(dim=1)[:, None, None], greatest.amax(dim=1)[:, None, None]
-    extent = greatest - least
-    return torch.where(extent < _LEAST_RANGE, 0.0, (maps - least) / (extent + _LEAST_RANGE))
-
-
-def average_drop(
+@torch.no_grad()
+def drop_and_increase(
     network: nn.Module, x: Tensor, shares: Tensor, target: Target = None, score: Score = "probability"
-) -> Tensor:
-    """max(0, y - o) / y, (B,) in 0 to 1, low is good: y the class's probability, o that of the image times its map.
+) -> tuple[Tensor, Tensor]:
+    """What an image loses and whether it gains when it is multiplied by its map: average drop and increase, each (B,).
 
-    0 where y is 0 (nothing to lose). Grad-CAM++ (Chattopadhay et al. 2018), per image as in ADCC's code.
+    Drop: max(0, y - o) / y in 0 to 1, low is good; y the class's probability, o that of the image times its map, 0
+    where y is 0 (nothing to lose). Increase: 1 where o > y, else 0; the mean is the rate. Grad-CAM++ (Chattopadhay et
+    al. 2018), per image as in ADCC's code.
 
     Args:
         network: gives logits (B, K), for "similarity" embeddings (B, D) or (B, D, h, w); in eval mode for the length
@@ -71,27 +55,20 @@ def average_drop(
         shares: (B, H, W) in 0 to 1.
         target: class numbers; None is the class predicted for each image. Not looked at by "similarity".
         score: "similarity" for encoders without classes: o is the cosine with the image's own embedding, y is 1 (our
-            choice).
+            choice), which no cosine exceeds.
 
     Raises:
         ConfigError: a target outside the classes, or no such score.
         DatasetError: shares that are not in 0 to 1, or not of the images' size.
         NetworkError: the network's output does not fit the score.
     """
-    before, after = _confidences(network, x, shares, target, score)
-    return _drop(before, after)
-
-
-def increase(
-    network: nn.Module, x: Tensor, shares: Tensor, target: Target = None, score: Score = "probability"
-) -> Tensor:
-    """Whether the image times its map has more of the class than the image, (B,): 1 or 0; the mean is the rate.
-
-    Increase in confidence (Chattopadhay et al. 2018). No cosine exceeds 1, so by "similarity" it is always 0.
-    Arguments and errors as in `average_drop`.
-    """
-    before, after = _confidences(network, x, shares, target, score)
-    return _increase(before, after, score)
+    read, kept = reader(score), _times(x, shares)
+    with evaluating(network):
+        clean, changed = (read(network(images), len(x)).float() for images in (x, kept))
+    before, after = scores(torch.stack([clean, changed], dim=1), clean, target, score).unbind(dim=1)
+    drop = torch.where(before > 0, (before - after).clamp(min=0) / torch.where(before > 0, before, 1.0), 0.0)
+    # Rounding may leave cosines a little on either side of 1.
+    return drop, torch.zeros_like(before) if score == "similarity" else (after > before).to(before)
 
 
 def coherency(method: Method, x: Tensor, shares: Tensor, target: Target = None, resize: Resize = "bilinear") -> Tensor:
@@ -115,22 +92,7 @@ def coherency(method: Method, x: Tensor, shares: Tensor, target: Target = None, 
     again = method(kept, held_target(method.network, x, target))
     # Pearson's correlation does not see offset and scale, but resizing comes after the unit range, as for `shares`.
     again = at_pixels(unit_range(again), x, resize)
-    pair = [maps.flatten(1).double() for maps in (shares, again)]
-    centred = [values - values.mean(dim=1, keepdim=True) for values in pair]
-    norm = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    constant = torch.stack([values.amin(dim=1) == values.amax(dim=1) for values in pair]).any(dim=0)
-    correlation = (centred[0] * centred[1]).sum(dim=1) / torch.where(constant, 1.0, norm)
-    return torch.where(constant, 0.0, (1 + correlation.clamp(-1, 1)) / 2)
-
-
-def complexity(shares: Tensor) -> Tensor:
-    """Mean of the map, (B,) in 0 to 1, low is good: 1 shows everything, 0 nothing. ADCC's code.
-
-    Raises:
-        DatasetError: shares that are not (B, H, W) in 0 to 1.
-    """
-    _check_shares(shares)
-    return shares.double().mean(dim=(1, 2))
+    return ((1 + correlation(shares.flatten(1), again.flatten(1))) / 2).nan_to_num(0.0)
 
 
 def adcc(
@@ -164,43 +126,19 @@ def adcc(
     target = held_target(network if score == "probability" else method.network, x, target)
     given = method(x, target) if maps is None else maps
     shares = at_pixels(unit_range(given), x, resize)
-    before, after = _confidences(network, x, shares, target, score)
-    drop, coherent, shown = _drop(before, after), coherency(method, x, shares, target, resize), complexity(shares)
+    drop, increase = drop_and_increase(network, x, shares, target, score)
+    coherent, shown = coherency(method, x, shares, target, resize), shares.double().mean(dim=(1, 2))
     terms = torch.stack([coherent.double(), 1 - shown, 1 - drop.double()])
     nothing = (terms <= 0).any(dim=0)
     harmonic = 3 / torch.where(nothing, 1.0, terms).reciprocal().sum(dim=0)
-    return Adcc(torch.where(nothing, 0.0, harmonic), drop, _increase(before, after, score), coherent, shown)
-
-
-def _drop(before: Tensor, after: Tensor) -> Tensor:
-    return torch.where(before > 0, (before - after).clamp(min=0) / torch.where(before > 0, before, 1.0), 0.0)
-
-
-def _increase(before: Tensor, after: Tensor, score: Score) -> Tensor:
-    # Rounding may leave cosines a little on either side of 1.
-    return torch.zeros_like(before) if score == "similarity" else (after > before).to(before)
-
-
-@torch.no_grad()
-def _confidences(network: nn.Module, x: Tensor, shares: Tensor, target: Target, score: Score) -> tuple[Tensor, Tensor]:
-    """(B,) and (B,): the score of the images and of the images times their maps."""
-    read, kept = reader(score), _times(x, shares)
-    with evaluating(network):
-        clean, changed = (read(network(images), len(x)).float() for images in (x, kept))
-    before, after = scores(torch.stack([clean, changed], dim=1), clean, target, score).unbind(dim=1)
-    return before, after
+    return Adcc(torch.where(nothing, 0.0, harmonic), drop, increase, coherent, shown)
 
 
 def _times(x: Tensor, shares: Tensor) -> Tensor:
-    _check_shares(shares)
+    check_maps(shares)
+    if shares.amin() < 0 or shares.amax() > 1:
+        found = f"from {float(shares.amin()):.3g} to {float(shares.amax()):.3g}"
+        raise DatasetError(f"shares: {found}, not in 0 to 1; use `unit_range`")
     if shares.shape != (len(x), *x.shape[2:]):
         raise DatasetError(f"shares: shape {tuple(shares.shape)}, images {tuple(x.shape)}; use `perturb.at_pixels`")
     return x * shares[:, None].to(x)
-
-
-def _check_shares(shares: Tensor) -> None:
-    check_maps(shares)
-    if shares.amin() < 0 or shares.amax() > 1:
-        raise DatasetError(
-            f"shares: from {float(shares.amin()):.3g} to {float(shares.amax()):.3g}, not in 0 to 1; use `unit_range`"
-        )

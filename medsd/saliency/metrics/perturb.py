@@ -17,6 +17,7 @@ Baseline = Literal["zero", "mean", "blur"]
 Resize = Literal["nearest", "bilinear"]
 
 _KERNEL_PX, _SIGMA_PX = 11, 5.0
+_LEAST_RANGE = 1e-7
 
 
 def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
@@ -146,6 +147,26 @@ def unit_strength(maps: Tensor) -> Tensor:
     """
     greatest = maps.abs().amax(dim=(1, 2), keepdim=True)
     return maps / torch.where(greatest > 0, greatest, 1.0)
+
+
+def unit_range(maps: Tensor) -> Tensor:
+    """(map - min) / (max - min + 1e-7) of each map, (B, H, W); 0 everywhere where max - min is below 1e-7.
+
+    The bound is pytorch-grad-cam's, the zeros are our choice. How many maps were flat:
+    `(unit_range(maps).amax(dim=(1, 2)) == 0).sum()`. A map in a unit so small that its range is below 1e-5 comes out
+    visibly below 1; scale it first.
+
+    Args:
+        maps: (B, H, W), signed.
+
+    Raises:
+        DatasetError: the maps are not (B, H, W) or not finite.
+    """
+    check_maps(maps)
+    least, greatest = maps.aminmax(dim=2)
+    least, greatest = least.amin(dim=1)[:, None, None], greatest.amax(dim=1)[:, None, None]
+    extent = greatest - least
+    return torch.where(extent < _LEAST_RANGE, 0.0, (maps - least) / (extent + _LEAST_RANGE))
 
 
 def check_region(maps: Tensor, region: Tensor) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.saliency.method import Method, Target, layer_named
+from medsd.networks.modes import layer_named
+from medsd.saliency.method import Method, Target
 from medsd.saliency.metrics.scoring import held_target
 
 _NONE, _ALL = "none", "all"

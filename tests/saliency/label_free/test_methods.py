@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
@@ -11,12 +14,18 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from medsd.errors import ConfigError, DatasetError, NetworkError
-from medsd.saliency.label_free import MTSM, TSM, ChannelEnergy, EigenCAM, MeanMap, MultivecEigenCAM
-from medsd.saliency.label_free.maps import channel_energy, eigencam, mean_map, mtsm, multivec_eigencam, tsm
-from medsd.saliency.label_free.methods import activations
-from medsd.saliency.method import Method
+from medsd.saliency.label_free import (
+    LabelFree,
+    channel_energy,
+    eigencam,
+    mean_map,
+    mtsm,
+    multivec_eigencam,
+    tsm,
+)
 
-CLASSES = [EigenCAM, MultivecEigenCAM, TSM, MTSM, MeanMap, ChannelEnergy]
+FUNCTIONS = [eigencam, multivec_eigencam, tsm, mtsm, mean_map, channel_energy]
+Function = Callable[[Tensor], Tensor]
 
 
 class Encoder(nn.Module):
@@ -71,43 +80,23 @@ def state_of(network: nn.Module) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_maps_are_those_of_the_layers_activations(kind: type, encoder: Encoder, x: Tensor) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_maps_are_those_of_the_layers_activations(function: Function, encoder: Encoder, x: Tensor) -> None:
     before = state_of(encoder)
-    method: Method = kind(encoder, "layer")
+    method = LabelFree(encoder, "layer", function)
     maps = method(x, target=2)
     assert state_of(encoder) == before
     encoder.eval()
     with torch.no_grad():
         features = encoder.layer(encoder.stem(x))
-    functions = {
-        EigenCAM: eigencam,
-        MultivecEigenCAM: multivec_eigencam,
-        TSM: tsm,
-        MTSM: mtsm,
-        MeanMap: mean_map,
-        ChannelEnergy: channel_energy,
-    }
     assert maps.dtype == torch.float32 and maps.shape == (3, 5, 4) and not maps.requires_grad
-    assert torch.equal(maps, functions[kind](features).float())
+    assert torch.equal(maps, function(features).float())
     assert torch.equal(method(x), maps)
 
 
-def test_options_reach_the_maps(encoder: Encoder, x: Tensor) -> None:
-    features = activations(encoder, "layer", x)
-    for method, expected in (
-        (EigenCAM(encoder, "layer", "reference"), eigencam(features, "reference")),
-        (MultivecEigenCAM(encoder, "layer", False, "c"), multivec_eigencam(features, False, "c")),
-        (TSM(encoder, "layer", (2, 2, 2), 7, 0.1), tsm(features, (2, 2, 2), 7, 0.1)),
-        (MTSM(encoder, "layer", "half", "b", 7, 0.1), mtsm(features, "half", "b", 7, 0.1)),
-    ):
-        assert torch.equal(method(x), expected.float())
-    assert not torch.equal(MTSM(encoder, "layer", "half")(x), MTSM(encoder, "layer")(x))
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_batch_equals_one_by_one(kind: type, encoder: Encoder, x: Tensor) -> None:
-    method: Method = kind(encoder.double(), "layer")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_batch_equals_one_by_one(function: Function, encoder: Encoder, x: Tensor) -> None:
+    method = LabelFree(encoder.double(), "layer", function)
     maps = method(x.double())
     scale = float(maps.abs().max())
     alone = torch.cat([method(image[None].double()) for image in x])
@@ -119,7 +108,7 @@ def test_nothing_is_left_after_an_error(encoder: Encoder, x: Tensor) -> None:
     before = state_of(encoder)
     encoder.fails = True
     with pytest.raises(ValueError, match="it fails"):
-        TSM(encoder, "layer")(x)
+        LabelFree(encoder, "layer", tsm)(x)
     encoder.fails = False
     assert state_of(encoder) == before
 
@@ -133,7 +122,7 @@ def test_activations_that_are_no_maps_are_told(layer: str, words: str, encoder: 
     if layer == "layer":
         bad[0, 0, 5, 5] = torch.nan
     with pytest.raises(NetworkError, match=words) as caught:
-        MTSM(encoder, layer)(bad)
+        LabelFree(encoder, layer, mtsm)(bad)
     assert f"layer '{layer}'" in str(caught.value) and "\n" not in str(caught.value)
     assert state_of(encoder) == before
 
@@ -141,28 +130,28 @@ def test_activations_that_are_no_maps_are_told(layer: str, words: str, encoder: 
 def test_a_layer_that_regroups_the_batch_is_told(x: Tensor) -> None:
     network = nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Flatten(0, 1), nn.Conv2d(1, 4, 3))
     with pytest.raises(NetworkError, match="layer '2': gives 9 maps for 3 images"):
-        MeanMap(network, "2")(x)
+        LabelFree(network, "2", mean_map)(x)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_a_layer_must_be_named_and_exist(kind: type, encoder: Encoder) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_layer_must_be_named_and_exist(function: Function, encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="layer=None"):
-        kind(encoder, None)
+        LabelFree(encoder, None, function)
     with pytest.raises(NetworkError, match="did you mean 'layer'"):
-        kind(encoder, "layers")
+        LabelFree(encoder, "layers", function)
 
 
 def test_bad_images_are_told(encoder: Encoder) -> None:
     for bad in (torch.zeros(3, 15, 13), torch.zeros(0, 3, 15, 13), torch.zeros(1, 3, 15, 13, dtype=torch.uint8)):
         with pytest.raises(DatasetError, match="images"):
-            TSM(encoder, "layer")(bad)
+            LabelFree(encoder, "layer", tsm)(bad)
 
 
 def test_runs_under_the_callers_inference_mode_and_on_halves(encoder: Encoder, x: Tensor) -> None:
-    expected = MTSM(encoder, "layer")(x)
+    expected = LabelFree(encoder, "layer", mtsm)(x)
     with torch.inference_mode():
-        assert torch.equal(MTSM(encoder, "layer")(x), expected)
-    low = MTSM(encoder.bfloat16(), "layer")(x.bfloat16())
+        assert torch.equal(LabelFree(encoder, "layer", mtsm)(x), expected)
+    low = LabelFree(encoder.bfloat16(), "layer", mtsm)(x.bfloat16())
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, expected, rtol=0, atol=0.1 * float(expected.max()))
 
@@ -173,7 +162,7 @@ def test_equals_the_released_eigencam_end_to_end() -> None:
     x = torch.randn(2, 3, 160, 128, generator=torch.Generator().manual_seed(2))
     with ReleasedEigenCAM(network, [network.layer4]) as released:
         expected = released(x, targets=[])
-    projections = EigenCAM(network, "layer4", "reference")(x).numpy()
+    projections = LabelFree(network, "layer4", partial(eigencam, variant="reference"))(x).numpy()
     assert projections.shape == (2, 5, 4)
     for projection, reference in zip(projections, expected, strict=True):
         positive = np.maximum(projection, 0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.saliency.method import Target
-from medsd.saliency.metrics.confidence import adcc, average_drop, coherency, complexity, increase, unit_range
-from medsd.saliency.metrics.perturb import at_pixels
+from medsd.saliency.metrics.confidence import adcc, coherency, drop_and_increase
+from medsd.saliency.metrics.perturb import at_pixels, unit_range
 
 LABELS = torch.tensor([0, 2, 1, 1])
 
@@ -99,10 +99,8 @@ def test_drop_and_increase_are_grad_cams(network, x):
     targets = [ClassifierOutputSoftmaxTarget(label) for label in LABELS.tolist()]
     arguments = (x, shares.numpy(), targets, network)
     probability = network(x).softmax(1).gather(1, LABELS[:, None])[:, 0].detach()
-    np.testing.assert_allclose(
-        average_drop(network, x, shares, LABELS) * probability, DropInConfidence()(*arguments), atol=1e-6
-    )
-    rises = increase(network, x, shares, LABELS)
+    drop, rises = drop_and_increase(network, x, shares, LABELS)
+    np.testing.assert_allclose(drop * probability, DropInConfidence()(*arguments), atol=1e-6)
     np.testing.assert_array_equal(rises, IncreaseInConfidence()(*arguments))
     assert 0 < rises.sum() < 4  # both happen
 
@@ -122,13 +120,12 @@ def test_all_and_nothing(network, x):
     """A map of 1: no drop, complexity 1; a map of 0: drop 1 - p(c|0) / y, complexity 0. Neither explains: ADCC 0."""
     network.eval()
     ones, zeros = torch.ones(4, 13, 11), torch.zeros(4, 13, 11)
-    assert average_drop(network, x, ones, LABELS).abs().max() == 0 and complexity(ones).tolist() == [1] * 4
-    assert complexity(zeros).tolist() == [0] * 4
+    assert drop_and_increase(network, x, ones, LABELS)[0].abs().max() == 0
     before, empty = (network(images).softmax(1).gather(1, LABELS[:, None])[:, 0] for images in (x, torch.zeros_like(x)))
     expected = (1 - empty / before).clamp(min=0).detach()
-    np.testing.assert_allclose(average_drop(network, x, zeros, LABELS), expected, atol=1e-6)
+    np.testing.assert_allclose(drop_and_increase(network, x, zeros, LABELS)[0], expected, atol=1e-6)
     flat = adcc(network, Fixed(network, torch.full((4, 6, 5), 2.0)), x, LABELS)
-    assert flat.adcc.tolist() == flat.coherency.tolist() == [0] * 4
+    assert flat.adcc.tolist() == flat.coherency.tolist() == flat.complexity.tolist() == [0] * 4
 
 
 def test_the_harmonic_mean_by_hand(network, x):
@@ -157,20 +154,20 @@ def test_similarity_needs_no_classes(x):
     image = torch.ones(1, 3, 4, 4)
     shares = torch.ones(1, 4, 4)
     shares[0, :2] = 0
-    assert float(average_drop(encoder, image, shares, score="similarity")) == pytest.approx(0, abs=1e-6)
+    assert float(drop_and_increase(encoder, image, shares, score="similarity")[0]) == pytest.approx(0, abs=1e-6)
     image[:, 1, :2], image[:, 1, 2:] = 7, -1  # means (1, 3); of the lower half (0.5, -0.5): a negative cosine counts 0
-    assert float(average_drop(encoder, image, shares, score="similarity")) == 1
+    assert float(drop_and_increase(encoder, image, shares, score="similarity")[0]) == 1
     image[:, 1, 2:] = 0  # (1, 3.5) and (0.5, 0)
     expected = 1 - 1 / math.hypot(1, 3.5)
-    assert float(average_drop(encoder, image, shares, score="similarity")) == pytest.approx(expected, abs=1e-6)
-    assert float(increase(encoder, image, shares, score="similarity")) == 0
+    assert float(drop_and_increase(encoder, image, shares, score="similarity")[0]) == pytest.approx(expected, abs=1e-6)
+    assert float(drop_and_increase(encoder, image, shares, score="similarity")[1]) == 0
     found = adcc(encoder, Fixed(encoder, shares), image, score="similarity")
     assert float(found.adcc) == pytest.approx(3 / (1 + 2 + 1 / (1 - expected)), abs=1e-5)
     assert encoder.training
     with pytest.raises(NetworkError, match="the embedding of an image is 0"):
-        average_drop(encoder, image * 0, shares, score="similarity")
+        drop_and_increase(encoder, image * 0, shares, score="similarity")
     with pytest.raises(NetworkError, match="logits"):
-        average_drop(encoder, image, shares)
+        drop_and_increase(encoder, image, shares)
 
 
 def test_nothing_to_lose_is_no_drop(x):
@@ -178,25 +175,24 @@ def test_nothing_to_lose_is_no_drop(x):
         def forward(self, x: Tensor) -> Tensor:
             return torch.tensor([[0.0, -1e4]]).expand(len(x), -1)
 
-    assert average_drop(Never(), x, torch.rand(4, 13, 11), 1).tolist() == [0] * 4
+    assert drop_and_increase(Never(), x, torch.rand(4, 13, 11), 1)[0].tolist() == [0] * 4
 
 
 def test_bad_input_is_named(network, x):
     shares = torch.rand(4, 13, 11)
     for wrong, words in ((shares * 2, "use `unit_range`"), (shares - 1, "use `unit_range`"), (shares / 0, "finite")):
-        for function in (lambda wrong: average_drop(network, x, wrong), complexity):
-            with pytest.raises(DatasetError, match=words):
-                function(wrong)
+        with pytest.raises(DatasetError, match=words):
+            drop_and_increase(network, x, wrong)
     with pytest.raises(DatasetError, match="at_pixels"):
-        increase(network, x, shares[:, :6])
+        drop_and_increase(network, x, shares[:, :6])
     with pytest.raises(DatasetError, match="3 maps of 4 images"):
         adcc(network, Fixed(network, shares[:3]), x)
     with pytest.raises(ConfigError, match="did you mean 'similarity'"):
-        average_drop(network, x, shares, score="similar")
+        drop_and_increase(network, x, shares, score="similar")
     with pytest.raises(ConfigError, match="resize='cubic'"):
         adcc(network, WeightedMean(network), x, resize="cubic")
     with pytest.raises(ConfigError, match="target=3"):
-        average_drop(network, x, shares, 3)
+        drop_and_increase(network, x, shares, 3)
 
 
 def test_rounding_is_no_increase():
@@ -204,4 +200,4 @@ def test_rounding_is_no_increase():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x = torch.randn(64, 3, 16, 16)
-    assert increase(encoder, x, torch.full((64, 16, 16), 0.9999), score="similarity").sum() == 0
+    assert drop_and_increase(encoder, x, torch.full((64, 16, 16), 0.9999), score="similarity")[1].sum() == 0

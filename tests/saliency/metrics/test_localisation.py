@@ -8,11 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.functional.classification import binary_jaccard_index
 
 from medsd.errors import DatasetError
-from medsd.saliency.metrics.localisation import best_iou, best_threshold
-from medsd.saliency.metrics.pointing import area_share
+from medsd.saliency.metrics.pointing import area_share, best_iou
 
 VALUES = st.lists(st.integers(-3, 3), min_size=12, max_size=12)
 INSIDE = st.lists(st.booleans(), min_size=12, max_size=12)
@@ -29,26 +27,16 @@ def test_equals_trying_every_threshold(values, inside):
         tried[threshold] = float((cut & region).sum() / (cut | region).sum())
     best = max(tried.values())
     assert float(best_iou(maps, region)) == pytest.approx(best, abs=1e-6)
-    assert float(best_threshold(maps, region)) == max(t for t, iou in tried.items() if iou == best)
     assert best >= float(area_share(region)) - 1e-6
-
-
-def test_is_the_jaccard_index_at_its_threshold():
-    generator = torch.Generator().manual_seed(0)
-    maps, region = torch.randn(4, 9, 11, generator=generator), torch.rand(4, 9, 11, generator=generator) < 0.3
-    for item, (iou, threshold) in enumerate(zip(best_iou(maps, region), best_threshold(maps, region), strict=True)):
-        cut = (maps[item] >= threshold).int()
-        assert float(iou) == pytest.approx(float(binary_jaccard_index(cut, region[item].int())), abs=1e-6)
 
 
 def test_known_maps():
     region = torch.zeros(4, 6, 8, dtype=torch.bool)
     region[:3, 1:4, 2:6] = True
     maps = torch.stack([region[0] * 2.0 - 5, torch.ones(6, 8), -region[0].float(), torch.rand(6, 8)])
-    scores, thresholds = best_iou(maps, region), best_threshold(maps, region)
+    scores = best_iou(maps, region)
     assert scores[:3].tolist() == pytest.approx([1, 12 / 48, 12 / 48])  # the inverted map is best taken whole
-    assert thresholds[:3].tolist() == [-3, 1, -1]
-    assert math.isnan(scores[3]) and math.isnan(thresholds[3])
+    assert math.isnan(scores[3])
 
 
 def test_scale_does_not_count():
@@ -59,8 +47,7 @@ def test_scale_does_not_count():
 
 
 def test_bad_input_is_named():
-    for function in (best_iou, best_threshold):
-        with pytest.raises(DatasetError, match="give a bool region"):
-            function(torch.rand(1, 6, 7), torch.ones(1, 6, 8, dtype=torch.bool))
-        with pytest.raises(DatasetError, match="finite"):
-            function(torch.full((1, 2, 2), math.inf), torch.ones(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(DatasetError, match="give a bool region"):
+        best_iou(torch.rand(1, 6, 7), torch.ones(1, 6, 8, dtype=torch.bool))
+    with pytest.raises(DatasetError, match="finite"):
+        best_iou(torch.full((1, 2, 2), math.inf), torch.ones(1, 2, 2, dtype=torch.bool))

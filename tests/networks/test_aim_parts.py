@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsd.networks.gumbel import gumbel_mask, hard_mask
+from medsd.networks.aim_parts import gumbel_mask, hard_mask
 
 DRAWS = 400_000
 
