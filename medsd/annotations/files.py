@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from shapely import box
+
 from medsd.annotations.asap import parse_asap_xml
 from medsd.annotations.geojson import parse_json
 from medsd.annotations.mask import parse_mask
@@ -32,7 +34,8 @@ def read_annotations(
 
     Args:
         path: the file.
-        slide_size_px: width and height of the slide at level 0, which masks need.
+        slide_size_px: width and height of the slide at level 0, which masks need; with it, outlines of another slide
+            or scale, which lie off this one, are refused.
         tumour_groups, excluded_groups: names of groups (ASAP) or classes (QuPath) that are tumour or not, in any case,
             besides `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`; the empty name stands for annotations without a class.
         tumour_values: values of a mask that are tumour; without them 1, or 255.
@@ -66,7 +69,17 @@ def read_annotations(
     first = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     suffixes = {suffix.lower() for suffix in path.suffixes}
     if first == b"<" or ".xml" in suffixes:
-        return parse_asap_xml(data, path, roles)
-    if first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
-        return parse_json(data, path, roles)
-    raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
+        found = parse_asap_xml(data, path, roles)
+    elif first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
+        found = parse_json(data, path, roles)
+    else:
+        raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
+    if slide_size_px is not None and not found.tumour.is_empty:
+        on_slide = found.tumour.intersection(box(0, 0, *slide_size_px)).area
+        if on_slide < found.tumour.area / 2:
+            left, top, right, bottom = (round(bound) for bound in found.tumour.bounds)
+            raise AnnotationError(
+                f"{path}: most of the tumour, x {left} to {right} and y {top} to {bottom}, lies off the slide of "
+                f"{slide_size_px[0]} x {slide_size_px[1]}; give this slide's outlines in level-0 pixels, y downwards"
+            )
+    return found

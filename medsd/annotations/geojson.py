@@ -52,11 +52,14 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
         return _ncrf(content, path, roles)
     outlines: list[Outline] = []
     dropped = left_out = 0
+    lost = ""
     for feature, where in _features(content, path):
         properties = _typed(feature, "properties", dict, where) or {}
         geometry = _typed(feature, "geometry", dict, where) or {"type": "Point"}
         if _object_type(feature, properties) != "annotation" or geometry.get("type") in _POINTS_AND_LINES:
             left_out += 1
+            group, _ = _classification(properties, where)
+            lost = group if group and roles.find(group) is False else lost
             continue
         shape, rings_dropped = _shape(geometry, where)
         dropped += rings_dropped
@@ -67,6 +70,11 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
         kind = metadata.get(_KIND_KEY) if isinstance(metadata, dict) else None
         kind = kind if kind in OUTLINE_TYPES else "Polygon"
         outlines.append(Outline(name, group, excluded, shape, _colour(properties.get("color")), group_colour, kind))
+    if lost and not outlines:
+        raise AnnotationError(
+            f"{path}: no outline, but objects of the class {quoted(lost)} that are points, lines or computed "
+            "(detections); draw the tumour as annotations, or convert them in QuPath"
+        )
     return annotations_of(outlines, path, dropped, left_out)
 
 

@@ -93,20 +93,20 @@ class Roles:
     tumour: Sequence[str] = ()
     excluded: Sequence[str] = ()
 
-    def is_excluded(self, group: str, path: Path) -> bool:
-        """Whether `group` is not tumour.
-
-        Raises:
-            AnnotationError: it is unknown, or has both roles.
-        """
+    def find(self, group: str) -> bool | None:
+        """Whether `group` is not tumour; None where it is unknown."""
         sides = ((TUMOUR_GROUPS, False), (EXCLUDED_GROUPS, True), (self.tumour, False), (self.excluded, True))
         roles = {_folded(name): excluded for names, excluded in sides for name in names}
         twice = {_folded(name) for name in self.tumour} & {_folded(name) for name in self.excluded}
         if twice:
             raise AnnotationError(f"group {min(twice)!r} is both in tumour_groups and in excluded_groups; choose one")
-        for name in (group, group.split(":")[0]):
-            if _folded(name) in roles:
-                return roles[_folded(name)]
+        return roles.get(_folded(group), roles.get(_folded(group.split(":")[0])))
+
+    def is_excluded(self, group: str, path: Path) -> bool:
+        """Whether `group` is not tumour; AnnotationError where it is unknown, or has both roles."""
+        role = self.find(group)
+        if role is not None:
+            return role
         tumour, excluded = (*self.tumour, *TUMOUR_GROUPS), (*self.excluded, *EXCLUDED_GROUPS)
         what = f"annotation group {quoted(group)} is unknown" if group else "an annotation has no group or class"
         raise AnnotationError(

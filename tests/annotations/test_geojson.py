@@ -204,6 +204,30 @@ def test_shared_outlines_survive(shared_data: Path, tmp_path: Path) -> None:
         assert read_annotations(tmp_path / "a.geojson") == found
 
 
+def test_tumour_that_is_no_annotation_is_not_lost_without_a_word(tmp_path: Path) -> None:
+    detection = feature([SQUARE], objectType="detection", classification="Tumor")
+    with pytest.raises(AnnotationError, match=r"no outline, but objects of the class 'Tumor' .*draw the tumour"):
+        read(tmp_path, collection(detection))
+    assert read(tmp_path, collection(detection, feature([SQUARE], classification="Tumor"))).left_out == 1
+    cell = feature([SQUARE], objectType="cell", classification="Immune cells")
+    assert read(tmp_path, collection(cell)).tumour.is_empty
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda x, y: (x + 6000, y), lambda x, y: (4 * x, 4 * y), lambda x, y: (x, -y), lambda x, y: (y, x)],
+    ids=["another slide", "another scale", "y upwards", "x and y swapped"],
+)
+def test_outlines_of_another_frame_are_refused(move: Any, tmp_path: Path) -> None:
+    corners = [(600, 2400), (1100, 2400), (1100, 2900), (600, 2900)]
+    (tmp_path / "a.geojson").write_text(json.dumps(collection(feature([corners], classification="Tumor"))))
+    assert read_annotations(tmp_path / "a.geojson", (2200, 2900)).tumour.area == 500**2
+    moved = collection(feature([[move(x, y) for x, y in corners]], classification="Tumor"))
+    (tmp_path / "a.geojson").write_text(json.dumps(moved))
+    with pytest.raises(AnnotationError, match=r"lies off the slide of 2200 x 2900; give this slide's outlines"):
+        read_annotations(tmp_path / "a.geojson", (2200, 2900))
+
+
 def test_ncrf(tmp_path: Path) -> None:
     content = {
         "positive": [{"name": "Annotation 0", "vertices": SQUARE[:4]}],
