@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,15 @@ import pytest
 import medsd
 from medsd import cli, doctor
 from medsd.heatmap import cohort
-from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import fit_slide
 
 
 @pytest.fixture(scope="module")
-def slide(tmp_path_factory) -> Path:
+def slide(tmp_path_factory, phantoms) -> Path:
     path = tmp_path_factory.mktemp("cli") / "slide.tif"
-    write_phantom(PhantomSpec(seed=1, tumour=False, size_px=1024, pyramid_factor=4), path)
+    shutil.copy(phantoms / "training" / "normal" / "normal_001.tif", path)
     return path
 
 

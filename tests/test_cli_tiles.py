@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -14,17 +15,21 @@ import pytest
 from medsd import cli
 from medsd.cohort import tile_picture, tiling
 from medsd.cohort.index import TileIndex
-from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import METHODS
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     """Two slides, one with tumour outlined."""
-    path = tmp_path_factory.mktemp("slides")
-    write_phantom(PhantomSpec(seed=1, tumour=False, size_px=1024), path / "one" / "a.tif")
-    write_phantom(PhantomSpec(seed=2, tumour=True, size_px=1024), path / "b.tif", path / "outlines" / "b.xml")
+    path, training = tmp_path_factory.mktemp("slides"), phantoms / "training"
+    for source, name in (
+        ("normal/normal_001.tif", "one/a.tif"),
+        ("tumor/tumor_001.tif", "b.tif"),
+        ("lesion_annotations/tumor_001.xml", "outlines/b.xml"),
+    ):
+        (path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(training / source, path / name)
     return path
 
 

@@ -79,7 +79,14 @@ def test_shared_xml_equals_json(shared_data: Path) -> None:
         assert found.excluded.symmetric_difference(excluded).area == 0, file.name
 
 
-def test_all_26396_camelyon_points_lie_on_the_right_side(shared_data: Path) -> None:
+@pytest.fixture(scope="module")
+def slides(shared_data: Path) -> dict[str, Annotations]:
+    """The outlines of the 37 shared slides."""
+    files = sorted((shared_data / "camelyon16_annotations" / "json").glob("*.json"))
+    return {file.stem: read_annotations(file) for file in files}
+
+
+def test_all_26396_camelyon_points_lie_on_the_right_side(shared_data: Path, slides: dict[str, Annotations]) -> None:
     """Three of them lie on an outline; the rule for these is the one of the program that chose the points."""
     folder = shared_data / "camelyon16_annotations"
     points: dict[tuple[str, bool], list[tuple[int, int]]] = {}
@@ -89,21 +96,21 @@ def test_all_26396_camelyon_points_lie_on_the_right_side(shared_data: Path) -> N
     assert sum(len(places) for places in points.values()) == 26_396
     on_outline = 0
     for (slide, label), places in points.items():
-        found = read_annotations(folder / "json" / f"{slide}.json")
+        found = slides[slide]
         x, y = np.array(places, float).T
         assert (contains(found, x, y) == label).all(), (slide, label)
         on_outline += int((shapely.distance(found.tumour.boundary, shapely.points(x, y)) == 0).sum())
     assert on_outline == 3
 
 
-def test_counts_of_the_shared_slides(shared_data: Path) -> None:
+def test_counts_of_the_shared_slides(shared_data: Path, slides: dict[str, Annotations]) -> None:
     """Polygons, holes, corners and areas as the folder's index has them (which was counted without this code)."""
     folder = shared_data / "camelyon16_annotations"
     with open(folder / "index.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 37
     for row in rows:
-        found = read_annotations(folder / "json" / f"{row['slide']}.json")
+        found = slides[row["slide"]]
         tumour = [outline for outline in found.outlines if not outline.excluded]
         assert len(tumour) == int(row["positive_polygons"])
         assert len(found.outlines) - len(tumour) == int(row["negative_polygons"])
@@ -136,7 +143,7 @@ def test_pixel_centres_contained_are_the_raster(corners: list[tuple[int, int]]) 
     assert (contains(found, x.ravel(), y.ravel()).reshape(12, 12) == rasterise(found, 12, 12, 1.0)).all()
 
 
-def test_every_shared_slide_agrees_with_an_even_odd_count(shared_data: Path, tmp_path: Path) -> None:
+def test_every_shared_slide_agrees_with_an_even_odd_count(shared_data: Path, slides: dict[str, Annotations]) -> None:
     """Random points in and around each outline; single outlines are compared, since outlines may overlap."""
     rng = np.random.default_rng(0)
     tested = 0
@@ -144,9 +151,7 @@ def test_every_shared_slide_agrees_with_an_even_odd_count(shared_data: Path, tmp
         outlines = json.loads(file.read_text())
         positive = [o["vertices"] for o in outlines["positive"]]
         negative = [o["vertices"] for o in outlines["negative"]]
-        found = read(
-            tmp_path, asap(*[("_0", "Polygon", r) for r in positive], *[("Exclusion", "Polygon", r) for r in negative])
-        )
+        found = slides[file.stem]
         corners = np.concatenate([np.asarray(r, float) for r in positive])
         x, y = (corners[rng.integers(len(corners), size=100)] + rng.normal(0, 300, (100, 2)) + 0.123).T
         expected = even_odd(positive, x, y) & ~even_odd(negative, x, y)
@@ -315,14 +320,14 @@ def test_share_along_pixel_edges_equals_counts(monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(tumour_share(found, x, y, 4), expected, atol=1e-12)
 
 
-def test_share_of_100_000_tiles_is_fast() -> None:
-    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(320) * 190, np.arange(320) * 190))
+def test_share_of_25_600_tiles_is_fast() -> None:
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(160) * 380, np.arange(160) * 380))
     found = of(wavy(8000, 2))
     start = time.process_time()
-    share = tumour_share(found, x, y, 224)
-    assert time.process_time() - start < 10  # of this process: others may be busy
-    # Tiles of 190 px would add up to the area; these overlap, each place being covered (224 / 190)^2 times on average.
-    assert share.sum() * 190**2 == pytest.approx(found.tumour.area, rel=1e-3)
+    share = tumour_share(found, x, y, 448)
+    assert time.process_time() - start < 5  # of this process: others may be busy
+    # Tiles of 380 px would add up to the area; these overlap, each place being covered (448 / 380)^2 times on average.
+    assert share.sum() * 380**2 == pytest.approx(found.tumour.area, rel=1e-3)
 
 
 def test_raster_by_hand() -> None:

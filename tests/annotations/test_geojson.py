@@ -174,7 +174,7 @@ RINGS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=3, max_size=6)
 COLOURS = st.none() | st.tuples(*[st.integers(0, 255)] * 3)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drawn=st.lists(
         st.tuples(st.text(max_size=8), st.sampled_from(["Tumor", "_1", "None", "Ignore*", "Tumor: a: b"]),
@@ -349,7 +349,7 @@ def check(tmp_path: Path, content: bytes) -> None:
         write_geojson(tmp_path / "b.geojson", found)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     base=st.sampled_from([VALID, NCRF]),
     edits=st.lists(st.tuples(st.lists(st.integers(0, 6), max_size=9), st.sampled_from(JUNK)), min_size=1, max_size=3),

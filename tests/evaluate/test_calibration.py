@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from medsd.cohort.entry import SlideEntry
+from medsd.cohort.camelyon import find_slides
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
-from medsd.phantom import PhantomSpec, write_phantom
 
 LABELS = np.array([0, 0, 1, 1, 0, 1], np.int8)
 PROBABILITIES = np.array([0.1, 0.2, 0.7, 0.8, 0.3, 0.6], np.float32)
@@ -61,10 +60,9 @@ def test_one_class_alone_is_refused() -> None:
         calibrate_on_patches(engine, patches(64), np.zeros(6, np.int8), PROBABILITIES)  # type: ignore[arg-type]
 
 
-def test_thresholds_on_slides_follow_the_temperature(tmp_path: Path) -> None:
+def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
     """Tempering keeps the order of the probabilities: the threshold becomes the same logit, divided."""
-    write_phantom(PhantomSpec(seed=1, tumour=True, size_px=1024), tmp_path / "tumour_001.tif", tmp_path / "tumour.xml")
-    slide = SlideEntry("tumour_001", tmp_path / "tumour_001.tif", 1, "training", tmp_path / "tumour.xml")
+    slide = next(entry for entry in find_slides(phantoms) if entry.label == 1)
     torch.manual_seed(0)
     network = TileClassifier("test_resnet").eval()
     network.head.bias.data.zero_()
