@@ -6,13 +6,12 @@
 DATA holds CMU-1-Small-Region.svs and derived/cmu1-region-pyramid-jpeg.tif. Every round runs every reader over the
 tissue grid of every slide, each with a newly opened slide (nothing cached but the operating system's pages; opening is
 not counted), in turn, so that a busy machine hits all alike. Printed are medians of the rounds' ratios with their
-range. cuCIM joins where it is installed (pip install '.[cucim]').
+range.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import statistics
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)  # cuCIM leaves a log in the working folder
 
 import numpy as np
 import numpy.typing as npt
@@ -77,13 +75,6 @@ def monai(path: Path, x: Ints, y: Ints, side: int) -> Work:
     reader = WSIReader("openslide")
     slide = reader.read(path)
     return lambda: exhaust(reader.get_data(slide, (top, left), (side, side), level=0) for left, top in places(x, y))
-
-
-def cucim(path: Path, x: Ints, y: Ints, side: int) -> Work:
-    from cucim import CuImage
-
-    slide = CuImage(str(path))
-    return lambda: exhaust(np.asarray(slide.read_region(place, (side, side), 0)) for place in places(x, y))
 
 
 def medsd_between(path: Path, x: Ints, y: Ints, side: int, factor: float) -> Iterator[npt.NDArray[np.uint8]]:
@@ -150,8 +141,6 @@ def compare(path: Path, side: int, offset: tuple[int, int], rounds: int, targets
         "tiatoolbox": tiatoolbox,
         "monai": monai,
     }
-    if importlib.util.find_spec("cucim"):
-        readers["cucim"] = cucim
     repeats = max(1, 150 // len(x))  # a measurement takes a few hundredths of a second at least
     for reader in readers.values():
         reader(path, x, y, side)()
@@ -163,9 +152,8 @@ def compare(path: Path, side: int, offset: tuple[int, int], rounds: int, targets
     for name, taken in times.items():
         row(f"{name}, tiles/s", [len(x) / one for one in taken], None, "")
     ours = times["medsd, 1 thread"]
-    for name in ("openslide", "tiatoolbox", "monai", "cucim"):
-        if name in times:
-            row(f"against {name}", [a / b for a, b in zip(times[name], ours, strict=True)], targets.get(name))
+    for name in ("openslide", "tiatoolbox", "monai"):
+        row(f"against {name}", [a / b for a, b in zip(times[name], ours, strict=True)], targets.get(name))
     row(
         "2 threads against 1",
         [a / b for a, b in zip(ours, times["medsd, read_tiles, 2 threads"], strict=True)],
@@ -244,7 +232,7 @@ def main() -> None:
     parser.add_argument("--phantom", type=Path, help="where the phantom is kept; drawn if it is not there")
     asked = parser.parse_args()
     svs, pyramid = asked.data / "CMU-1-Small-Region.svs", asked.data / "derived" / "cmu1-region-pyramid-jpeg.tif"
-    everywhere: dict[str, float | None] = {"tiatoolbox": 3.5, "monai": 5.0, "cucim": 1.0, "threads": 1.7}
+    everywhere: dict[str, float | None] = {"tiatoolbox": 3.5, "monai": 5.0, "threads": 1.7}
     logging.getLogger("tiatoolbox").setLevel(logging.ERROR)  # it warns of every missing mpp
     with tempfile.TemporaryDirectory() as folder:
         files = [(pyramid, 4.0, 3.0), (svs, 3.0, 2.5)]

@@ -10,7 +10,10 @@ from pathlib import Path
 from medsd.errors import MissingMppError
 
 PLAUSIBLE_MPP = (0.05, 20.0)
-"""Micrometres per level-0 pixel that a microscope can have; tags outside are not believed (our choice)."""
+"""Micrometres per level-0 pixel that a microscope can have; others are not believed, whoever says so (our choice)."""
+
+WANTED_MPP = f"give micrometres per level-0 pixel, from {PLAUSIBLE_MPP[0]:g} to {PLAUSIBLE_MPP[1]:g}"
+"""The fix, for messages."""
 
 _SOURCES = {
     "openslide.mpp": "vendor property",
@@ -30,6 +33,11 @@ class Mpp:
     source: str
 
 
+def is_plausible(mpp: float) -> bool:
+    """Whether a microscope can have that scale; NaN, nanometres (250) and magnifications (40) are none."""
+    return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+
+
 def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | None = None) -> Mpp:
     """The scale of the slide at `path`, from the first of these that states a plausible one.
 
@@ -46,8 +54,8 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
         MissingMppError: no source gives a plausible scale, or the pixels are not square; the message names the fix.
     """
     if override is not None:
-        if not (math.isfinite(override) and override > 0):
-            raise MissingMppError(f"{path}: mpp={override} given; it must be a positive number of um per level-0 pixel")
+        if not is_plausible(override):
+            raise MissingMppError(f"{path}: mpp={override:g} given; {WANTED_MPP}")
         return Mpp(float(override), "given by the caller")
     candidates = [(source, _pair(properties, key)) for key, source in _SOURCES.items()]
     if properties.get("openslide.vendor") == "generic-tiff":
@@ -55,7 +63,7 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
         candidates = [*candidates[1:], (_TAGS, candidates[0][1])]
     candidates.append((_TAGS, _tiff_mpp(properties)))
     for source, pair in candidates:
-        if pair is None or not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in pair):
+        if pair is None or not all(map(is_plausible, pair)):
             continue
         if abs(pair[0] - pair[1]) > 0.02 * pair[0]:
             raise MissingMppError(

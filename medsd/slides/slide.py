@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from medsd.errors import SlideError
 from medsd.slides.mpp import resolve_mpp
-from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.readers.base import RGB, Bools, joined
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.choose import open_reader
 from medsd.slides.resample import Axis, plan_axis, resample
@@ -26,8 +26,18 @@ _LARGEST_AREA_PX = 2**37
 _STRIPE_PX, _STRIPE_GREYS = 12, (110, 190)
 
 
-class Slide(Protocol):
-    """An open slide: pixels with a place.
+class Area(NamedTuple):
+    """The arguments of `Slide.read`."""
+
+    x: float
+    y: float
+    width: int
+    height: int
+    mpp: float | None = None
+
+
+class Slide(ABC):
+    """An open slide: pixels with a place; `with` closes it.
 
     Attributes:
         path: the slide's file.
@@ -37,16 +47,11 @@ class Slide(Protocol):
         reader: name of the library that reads the file.
     """
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def dimensions(self) -> tuple[int, int]: ...
-    @property
-    def mpp(self) -> float: ...
-    @property
-    def mpp_source(self) -> str: ...
-    @property
-    def reader(self) -> str: ...
+    path: Path
+    dimensions: tuple[int, int]
+    mpp: float
+    mpp_source: str
+    reader: str
 
     def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> RGB:
         """Pixels of a rectangle, resampled from the nearest finer level.
@@ -63,7 +68,7 @@ class Slide(Protocol):
         Raises:
             SlideError: the area cannot be decoded.
         """
-        ...
+        return self._read(_checked(Area(x, y, width, height, mpp)), strict=True)[0]
 
     def read_seen(
         self, x: float, y: float, width: int, height: int, mpp: float | None = None
@@ -74,9 +79,21 @@ class Slide(Protocol):
             the pixels, and (height, width) bool that is False where a pixel needed what could not be decoded; None
             where everything was. What lies outside the slide counts as seen.
         """
-        ...
+        return self._read(_checked(Area(x, y, width, height, mpp)), strict=False)
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def _read(self, area: Area, strict: bool) -> tuple[RGB, Bools | None]:
+        """`read_seen`; with `strict`, what cannot be decoded is an error."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of every handle of this process; reading afterwards raises SlideError."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -104,11 +121,18 @@ def open_slide(
         SlideError: no such file, not a slide, damaged, or larger than any slide is.
         MissingMppError: the scale is unknown and not given.
         ConfigError: no reader of that name.
+
+    Example:
+        >>> from medsd.phantom import PhantomSpec, write_phantom
+        >>> _ = write_phantom(PhantomSpec(seed=0, tumour=True, size_px=512), "slide.tif")
+        >>> with open_slide("slide.tif") as slide:
+        ...     slide.read(100, 50, width=64, height=32, mpp=2 * slide.mpp).shape
+        (32, 64, 3)
     """
     return FileSlide(Path(path), mpp, reader, cache)
 
 
-class FileSlide:
+class FileSlide(Slide):
     """A `Slide` in a file.
 
     Safe to share between threads, to fork while no other thread reads, and to pickle: handles are opened when first
@@ -136,38 +160,14 @@ class FileSlide:
         self.mpp, self.mpp_source = resolved.value, resolved.source
         self.bounds = _bounds(self._reader.properties, self.dimensions)
 
-    def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> RGB:
-        """See `Slide.read`."""
-        return self._read(x, y, width, height, mpp, self._strict)[0]
-
-    def read_seen(
-        self, x: float, y: float, width: int, height: int, mpp: float | None = None
-    ) -> tuple[RGB, Bools | None]:
-        """See `Slide.read_seen`."""
-        return self._read(x, y, width, height, mpp, self._reader.read_seen)
-
     def close(self) -> None:
-        """Let go of every handle of this process; reading afterwards raises SlideError."""
         self._closed = True
         self._reader.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _strict(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, None]:
-        return self._reader.read(level, column, row, columns, rows), None
-
-    def _read(
-        self, x: float, y: float, width: int, height: int, mpp: float | None, decode: _Decode
-    ) -> tuple[RGB, Bools | None]:
-        check_area(x, y, width, height, mpp)
+    def _read(self, area: Area, strict: bool) -> tuple[RGB, Bools | None]:
         if self._closed:
             raise SlideError(f"{self.path}: the slide was closed; open it again")
+        x, y, width, height, mpp = area
         ratio = 1.0 if mpp is None else mpp / self.mpp
         index = self._level_for(ratio)
         level = self.levels[index]
@@ -175,8 +175,8 @@ class FileSlide:
         rows = plan_axis(y / level.downsample_y, _snap(ratio / level.downsample_y), height)
         whole = rows.weights is None and columns.weights is None
         if not whole and rows.length * columns.length > _MOST_LEVEL_PX and width * height > 1:
-            return self._read_halves(x, y, width, height, ratio, decode)
-        pixels, seen = self._read_level(index, columns, rows, decode)
+            return self._read_halves(area, ratio, strict)
+        pixels, seen = self._read_level(index, columns, rows, strict)
         return resample(pixels, rows, columns), None if seen is None else _wholly_seen(seen, rows, columns)
 
     def _level_for(self, ratio: float) -> int:
@@ -188,28 +188,23 @@ class FileSlide:
                 chosen = number
         return chosen
 
-    def _read_halves(
-        self, x: float, y: float, width: int, height: int, ratio: float, decode: _Decode
-    ) -> tuple[RGB, Bools | None]:
+    def _read_halves(self, area: Area, ratio: float, strict: bool) -> tuple[RGB, Bools | None]:
         """The same pixels by two smaller reads, so that a coarse view of a slide without a pyramid fits in memory."""
-        mpp = ratio * self.mpp
-        axis = 1 if width > height else 0
+        x, y, width, height, _ = area
+        axis, half = (1, width // 2) if width > height else (0, height // 2)
         if axis == 1:
-            left = width // 2
-            parts = [(x, y, left, height), (x + left * ratio, y, width - left, height)]
+            parts = [(x, y, half, height), (x + half * ratio, y, width - half, height)]
         else:
-            top = height // 2
-            parts = [(x, y, width, top), (x, y + top * ratio, width, height - top)]
-        read = [self._read(*part, mpp, decode) for part in parts]
-        pixels = np.concatenate([part for part, _ in read], axis=axis)
-        if all(seen is None for _, seen in read):
-            return pixels, None
-        masks = [np.ones(part.shape[:2], np.bool_) if seen is None else seen for part, seen in read]
-        return pixels, np.concatenate(masks, axis=axis)
+            parts = [(x, y, width, half), (x, y + half * ratio, width, height - half)]
+        return joined([self._read(Area(*part, ratio * self.mpp), strict) for part in parts], axis)
 
-    def _read_level(self, index: int, columns: Axis, rows: Axis, decode: _Decode) -> tuple[RGB, Bools | None]:
+    def _read_level(self, index: int, columns: Axis, rows: Axis, strict: bool) -> tuple[RGB, Bools | None]:
         """Whole pixels of one level, white outside the slide."""
         level = self.levels[index]
+
+        def decode(*rectangle: int) -> tuple[RGB, Bools | None]:
+            return (self._reader.read(*rectangle), None) if strict else self._reader.read_seen(*rectangle)
+
         left, right = max(columns.first, 0), min(columns.first + columns.length, level.width)
         top, bottom = max(rows.first, 0), min(rows.first + rows.length, level.height)
         inside = left < right and top < bottom
@@ -227,17 +222,16 @@ class FileSlide:
         return pixels, seen
 
 
-_Decode = Callable[[int, int, int, int, int], tuple[RGB, Bools | None]]
-
-
-def check_area(x: float, y: float, width: int, height: int, mpp: float | None) -> None:
-    """Raise ValueError where the arguments of `Slide.read` mean no area."""
+def _checked(area: Area) -> Area:
+    """The area; ValueError where there is none."""
+    x, y, width, height, mpp = area
     if width < 1 or height < 1:
         raise ValueError(f"width and height must be at least 1, got {width} x {height}")
     if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
         raise ValueError(f"mpp must be a positive number, got {mpp}")
     if not (math.isfinite(x) and math.isfinite(y)):
         raise ValueError(f"x and y must be numbers, got {x}, {y}")
+    return area
 
 
 def check_size(path: Path, size: tuple[int, int]) -> tuple[int, int]:

@@ -120,9 +120,10 @@ def test_the_message_quotes_the_absurd_number() -> None:
         resolve_mpp(PATH, {"openslide.mpp-x": "352.8", "openslide.mpp-y": "352.8"})
 
 
-@pytest.mark.parametrize("override", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("override", [0.0, -1.0, float("nan"), float("inf"), 250.0, 40.0, 0.01])
 def test_the_caller_cannot_give_nonsense(override: float) -> None:
-    with pytest.raises(MissingMppError, match="positive number"):
+    """Nanometres and magnifications among it: a map at 250 um a pixel would ask for all memory."""
+    with pytest.raises(MissingMppError, match=rf"case\.svs: mpp={override:g} given; give micrometres.*0\.05 to 20$"):
         resolve_mpp(PATH, VENDOR, override)
 
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from openslide import OpenSlideError
 
 from medsd.errors import MedsdError
 from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.readers.codecs import DAMAGED
+from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.slide import FileSlide, Level, open_slide
 
 if sys.platform != "win32":
@@ -32,11 +31,10 @@ LENGTH = struct.Struct(">I")
 """The length that goes before an answer's text."""
 
 IMPORT_S = 60.0
-"""Seconds for importing one of the libraries that take long: they are not the slide's fault."""
+"""Seconds for importing tiatoolbox: it takes long, which is not the slide's fault."""
 
-_SLOW_IMPORTS = ("tiatoolbox", "cucim")
 # What decoders raise becomes an answer. Anything else ends the process, and the parent reports its last words.
-_ANSWERED = (MedsdError, OpenSlideError, *DAMAGED)
+_ANSWERED = (MedsdError, *DAMAGED)
 # The parent kills a child that is late. Where the parent itself was killed, the system does so this much later.
 _GRACE_S = 1.0
 
@@ -61,18 +59,15 @@ class Description:
 
     @classmethod
     def from_json(cls, answer: dict[str, Any]) -> Description:
-        """The description that came as JSON."""
-        width, height = (int(size) for size in answer["dimensions"])
-        left, top, right, bottom = (int(side) for side in answer["bounds"])
-        levels = tuple(Level(**level) for level in answer["levels"])
-        mpp, source, reader = float(answer["mpp"]), str(answer["mpp_source"]), str(answer["reader"])
-        return cls((width, height), mpp, source, reader, levels, (left, top, right, bottom))
+        """The description that came as JSON, where tuples are lists."""
+        lists = {name: tuple(answer[name]) for name in ("dimensions", "bounds")}
+        return cls(**{**answer, **lists, "levels": tuple(Level(**level) for level in answer["levels"])})
 
 
 def main(opener: Opener = open_slide) -> None:
     """Answer until stdin closes; `opener` opens the slide that the first question names."""
     questions, answers = _take_channels()
-    _announce_imports(answers)
+    _announce_import(answers)
     slide: FileSlide | None = None
     for line in questions:
         question = json.loads(line)
@@ -84,7 +79,8 @@ def main(opener: Opener = open_slide) -> None:
                 slide = opener(Path(question["path"]), question["mpp"], question["reader"])
                 answer = asdict(Description.of(slide))
             else:
-                pixels, seen = _read(slide, question["strict"], question["area"])
+                area = question["area"]
+                pixels, seen = (slide.read(*area), None) if question["strict"] else slide.read_seen(*area)
                 arrays = [pixels] if seen is None else [pixels, seen]
                 answer = {"seen": seen is not None}
         except _ANSWERED as error:
@@ -101,9 +97,9 @@ def _send(answers: BinaryIO, answer: dict[str, Any], arrays: Iterable[RGB | Bool
     answers.flush()
 
 
-def _announce_imports(answers: BinaryIO) -> None:
-    """Tell the parent, once, when a library that takes long is imported."""
-    waiting = set(_SLOW_IMPORTS)
+def _announce_import(answers: BinaryIO) -> None:
+    """Tell the parent, once, when tiatoolbox is imported."""
+    waiting = {"tiatoolbox"}
 
     def announce(event: str, details: tuple[Any, ...]) -> None:
         if event == "import" and details[0] in waiting:
@@ -112,10 +108,6 @@ def _announce_imports(answers: BinaryIO) -> None:
             _send(answers, {"importing": details[0]})
 
     sys.addaudithook(announce)
-
-
-def _read(slide: FileSlide, strict: bool, area: list[Any]) -> tuple[RGB, Bools | None]:
-    return (slide.read(*area), None) if strict else slide.read_seen(*area)
 
 
 def _take_channels() -> tuple[BinaryIO, BinaryIO]:

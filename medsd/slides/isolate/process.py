@@ -10,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from medsd.errors import MedsdError
 from medsd.slides.isolate.child import IMPORT_S, LENGTH
 from medsd.slides.readers.base import RGB, Bools
 
@@ -171,22 +169,6 @@ class ChildProcess:
         lines = self._last_words.decode(errors="replace").split("\n")
         words = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
         return f"{how} ({words[:300]})" if words else how
-
-
-def named_error(answer: dict[str, Any]) -> MedsdError | None:
-    """The MedsdError that the child answered with, of the same class; None where it was another exception."""
-    known = {kind.__name__: kind for kind in _kinds(MedsdError)}
-    for name in answer["error"]:
-        if name in known:
-            return known[name](answer["message"])
-    return None
-
-
-def _kinds(kind: type[MedsdError]) -> Iterator[type[MedsdError]]:
-    """The class and everything derived from it."""
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from _kinds(derived)
 
 
 def _signal_name(number: int) -> str:

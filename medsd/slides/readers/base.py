@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,67 +17,101 @@ from medsd.errors import SlideError
 RGB = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 Size = tuple[int, int]
+Handle = TypeVar("Handle")
 
 # Where a reader cannot say which of its tiles is damaged, an area is halved down to about this side (level pixels).
 _SMALLEST_UNSEEN_PX = 128
 
 
-class LevelReader(Protocol):
+class Handles(Generic[Handle]):
+    """What each process, or each of its threads, has open of one file: opened when first asked for, pickled without.
+
+    Args:
+        open_one: opens the file; can be pickled.
+        by_thread: whether each thread has its own.
+        first: that of this process, where it is open already.
+    """
+
+    def __init__(self, open_one: Callable[[], Handle], by_thread: bool = False, first: Handle | None = None) -> None:
+        self._open_one, self._by_thread = open_one, by_thread
+        self._kept: dict[tuple[int, int], Handle] = {} if first is None else {self._key(): first}
+
+    def here(self) -> Handle:
+        """That of the calling process or thread."""
+        kept = self._kept.get(self._key())
+        # Of two threads that open one at once, both get the first.
+        return self._kept.setdefault(self._key(), self._open_one()) if kept is None else kept
+
+    def forget(self) -> None:
+        """Open anew next time in this thread."""
+        self._kept.pop(self._key(), None)
+
+    def close(self) -> None:
+        """Let go of this process's; those that are in use live until they are no longer."""
+        for key in list(self._kept):
+            if key[0] == os.getpid():  # a parent's are not ours to close
+                self._kept.pop(key, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def _key(self) -> tuple[int, int]:
+        return os.getpid(), threading.get_ident() if self._by_thread else 0
+
+
+class LevelReader(ABC):
     """The levels of one file, read in whole pixels. Safe for threads, for fork and for pickling.
 
     Attributes:
         name: the library that decodes the file.
+        path: the file.
         sizes: (width, height) of each level in its own pixels, level 0 first.
         properties: what the file says of itself; the scale is looked up here (see `mpp.resolve_mpp`).
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def sizes(self) -> tuple[Size, ...]: ...
-    @property
-    def properties(self) -> Mapping[str, str]: ...
+    name: ClassVar[str]
+    path: Path
+    sizes: tuple[Size, ...]
+    properties: Mapping[str, str]
+    _handles: Handles[Any]
 
+    @abstractmethod
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
         """Pixels (rows, columns, 3) of a rectangle that lies inside the level, transparency on white.
 
         Raises:
             SlideError: the rectangle cannot be decoded.
         """
-        ...
 
     def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
-        """Like `read`, with what cannot be decoded white, and (rows, columns) bool False there; None where whole."""
-        ...
+        """Like `read`, with what cannot be decoded white, and (rows, columns) bool False there; None where whole.
+
+        A reader that fails as a whole has the area halved until its damage is fenced in.
+        """
+        try:
+            return self.read(level, column, row, columns, rows), None
+        except SlideError:
+            if max(columns, rows) <= _SMALLEST_UNSEEN_PX:
+                return np.full((rows, columns, 3), 255, np.uint8), np.zeros((rows, columns), np.bool_)
+        axis, half = (1, columns // 2) if columns >= rows else (0, rows // 2)
+        if axis == 1:
+            parts = [(column, row, half, rows), (column + half, row, columns - half, rows)]
+        else:
+            parts = [(column, row, columns, half), (column, row + half, columns, rows - half)]
+        return joined([self.read_seen(level, *part) for part in parts], axis)
 
     def close(self) -> None:
-        """Let go of this process's handles."""
-        ...
+        """Let go of this process's handles; a later read opens new ones."""
+        self._handles.close()
 
 
-def read_seen_by_halves(
-    reader: LevelReader, level: int, column: int, row: int, columns: int, rows: int
-) -> tuple[RGB, Bools | None]:
-    """`LevelReader.read_seen` for readers that fail as a whole: the area is halved until its damage is fenced in."""
-    try:
-        return reader.read(level, column, row, columns, rows), None
-    except SlideError:
-        if max(columns, rows) <= _SMALLEST_UNSEEN_PX:
-            return np.full((rows, columns, 3), 255, np.uint8), np.zeros((rows, columns), np.bool_)
-    if columns >= rows:
-        half = columns // 2
-        parts = [(column, row, half, rows), (column + half, row, columns - half, rows)]
-    else:
-        half = rows // 2
-        parts = [(column, row, columns, half), (column, row + half, columns, rows - half)]
-    pixels = np.empty((rows, columns, 3), np.uint8)
-    seen = np.ones((rows, columns), np.bool_)
-    for left, top, width, height in parts:
-        place = np.s_[top - row : top - row + height, left - column : left - column + width]
-        pixels[place], part_seen = read_seen_by_halves(reader, level, left, top, width, height)
-        if part_seen is not None:
-            seen[place] = part_seen
-    return pixels, seen
+def joined(parts: list[tuple[RGB, Bools | None]], axis: int) -> tuple[RGB, Bools | None]:
+    """Neighbouring parts of an area, each with what was seen of it, as one."""
+    pixels = np.concatenate([part for part, _ in parts], axis)
+    if all(seen is None for _, seen in parts):
+        return pixels, None
+    masks = [np.ones(part.shape[:2], np.bool_) if seen is None else seen for part, seen in parts]
+    return pixels, np.concatenate(masks, axis)
 
 
 def check_file(path: Path) -> None:
@@ -86,16 +122,3 @@ def check_file(path: Path) -> None:
         raise SlideError(f"{path}: is a folder, not a slide; name a slide file in it")
     if not os.access(path, os.R_OK):
         raise SlideError(f"{path}: cannot be read (no permission); change its permissions")
-
-
-def undecodable(path: Path, level: int, column: int, row: int, error: Exception) -> SlideError:
-    """The error of an area that cannot be decoded."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    place = f"level {level}, near its pixel ({column}, {row})"
-    return SlideError(f"{path}: cannot be decoded at {place} ({reason}); copy it again from its source")
-
-
-def damaged(path: Path, error: Exception) -> SlideError:
-    """The error of a file that cannot be opened."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return SlideError(f"{path}: damaged slide ({reason}); copy it again from its source")

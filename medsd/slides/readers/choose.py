@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tifffile
+from openslide import OpenSlide
+from PIL.TiffImagePlugin import COMPRESSION_INFO
 
 from medsd.errors import ConfigError, SlideError, nearest
-from medsd.slides.readers.base import LevelReader, check_file, damaged
+from medsd.slides.readers.base import LevelReader, check_file
 from medsd.slides.readers.cache import TileCache
-from medsd.slides.readers.codecs import DAMAGED
-from medsd.slides.readers.cucim_slide import CucimSlide
+from medsd.slides.readers.codecs import what_is_unusual
+from medsd.slides.readers.damage import damage_named
 from medsd.slides.readers.picture import Picture, is_picture
-from medsd.slides.readers.tiatoolbox_slide import TiatoolboxSlide, is_jp2, is_ome_pyramid
+from medsd.slides.readers.tiatoolbox_slide import TiatoolboxSlide, is_jp2
 from medsd.slides.readers.tiff import TiledTiff
-from medsd.slides.readers.tiff_layout import is_tiff, levels_of_sizes, ome_levels
-from medsd.slides.readers.vendor import UnknownFormatError, VendorSlide
+from medsd.slides.readers.tiff_layout import (
+    is_ome_pyramid,
+    is_tiff,
+    levels_of_generic,
+    levels_of_sizes,
+    ome_levels,
+    pages_of,
+)
+from medsd.slides.readers.vendor import VendorSlide, is_unknown
 from medsd.slides.readers.zarr_levels import NgffSlide, is_zarr
 
 logger = logging.getLogger(__name__)
@@ -28,7 +38,6 @@ READERS = {
     "tiatoolbox": "JPEG 2000, and OME-TIFF with planes of colours or rarer compressions",
     "zarr": "OME-NGFF folders",
     "pillow": "PNG, JPEG and TIFF as one level; they need the scale from the caller",
-    "cucim": "tiled TIFF and Aperio with cuCIM; never chosen by itself",
 }
 """Readers by name, with what they read."""
 
@@ -59,86 +68,119 @@ def open_reader(path: Path, name: str | None = None, cache: TileCache | None = N
             raise SlideError(f"{path}: a zarr folder, which {name} does not read; leave out reader={name}")
         return NgffSlide(path)
     check_file(path)
-    reader = _choose(path, cache) if name is None else _named(path, name, cache)
-    if is_tiff(path):
-        _check_upright(path, reader)
+    with damage_named(path), open(path, "rb") as handle:
+        start = handle.read(12)
+        handle.seek(0)
+        tiff = tifffile.TiffFile(handle) if is_tiff(start) else None
+        if name == "openslide":
+            reader: LevelReader = VendorSlide(path)
+        elif name == "pillow" and is_picture(start):
+            reader = Picture(path)
+        elif name == "tiatoolbox" and (is_jp2(start) or (tiff is not None and is_ome_pyramid(tiff))):
+            reader = TiatoolboxSlide(path)
+        elif name in (None, "tifffile") and tiff is not None:
+            reader = _of_tiff(path, tiff, handle, cache)
+        elif name is None:
+            reader = _of_others(path, start)
+        else:
+            raise _unfit(path, name)
+        if name not in (None, reader.name):
+            raise _unfit(path, str(name))
+        if tiff is not None and reader.properties.get("openslide.vendor", "generic-tiff") == "generic-tiff":
+            _check_generic(path, tiff)
     return reader
 
 
-def _choose(path: Path, cache: TileCache | None) -> LevelReader:
-    """The reader that shows the most of the file: its own tiles, its vendor's library, others."""
-    if is_jp2(path):
+def _unfit(path: Path, name: str) -> SlideError:
+    return SlideError(f"{path}: no file for {name} ({READERS[name]}); leave out reader={name}")
+
+
+def _of_others(path: Path, start: bytes) -> LevelReader:
+    """The reader of a file that is no TIFF: of those who know its format, the one that shows the most of it."""
+    if is_jp2(start):
         return TiatoolboxSlide(path)
-    if is_tiff(path):
-        if _is_ome_but_not_plain(path):
-            return TiatoolboxSlide(path)
-        tiled = _tiled_tiff(path, cache)
-        if tiled is not None:
-            return tiled
     try:
         return VendorSlide(path)
-    except UnknownFormatError:
-        if is_picture(path):
+    except SlideError as error:
+        if is_unknown(error) and is_picture(start):
             return Picture(path)
         raise
 
 
-def _is_ome_but_not_plain(path: Path) -> bool:
-    """Whether a TIFF's first page, which OpenSlide takes for the slide, may be one colour of three."""
-    return is_ome_pyramid(path) and ome_levels(path) is None
-
-
-def _named(path: Path, name: str, cache: TileCache | None) -> LevelReader:
-    if name in ("tifffile", "cucim"):
-        tiled = _tiled_tiff(path, cache) if is_tiff(path) and not _is_ome_but_not_plain(path) else None
-        if tiled is None:
-            raise SlideError(f"{path}: not a plain tiled TIFF, so {name} cannot read it; leave out reader={name}")
-        return tiled if name == "tifffile" else CucimSlide(tiled)
-    if name == "openslide":
-        return VendorSlide(path)
-    if name == "pillow" and is_picture(path):
-        return Picture(path)
-    if name == "tiatoolbox" and (is_jp2(path) or (is_tiff(path) and is_ome_pyramid(path))):
-        return TiatoolboxSlide(path)
-    raise SlideError(f"{path}: no file for {name} ({READERS[name]}); leave out reader={name}")
-
-
-def _check_upright(path: Path, reader: LevelReader) -> None:
-    """Raise SlideError for a turned TIFF: half of all viewers turn it upright, OpenSlide and the others do not.
-
-    Vendors' own formats are as OpenSlide shows them, whatever the tag says.
-    """
-    if reader.properties.get("openslide.vendor", "generic-tiff") != "generic-tiff":
-        return
-    try:
-        with tifffile.TiffFile(path) as file:
-            turn = file.pages[0].aspage().tags.valueof("Orientation", 1)
-    except DAMAGED as error:
-        raise damaged(path, error) from error
-    if turn != 1:
-        raise SlideError(f"{path}: stored turned (Orientation {turn}), which viewers show differently; save it upright")
-
-
-def _tiled_tiff(path: Path, cache: TileCache | None) -> TiledTiff | None:
-    """The file's own tiles, where it is a plain tiled TIFF; then OpenSlide is only asked what it is."""
-    ome = ome_levels(path)
+def _of_tiff(path: Path, tiff: tifffile.TiffFile, handle: BinaryIO, cache: TileCache | None) -> LevelReader:
+    """The reader of a TIFF: its own tiles where they are plain; OpenSlide is then only asked what the file is."""
+    ome = ome_levels(path, tiff)
     if ome is not None:
-        return TiledTiff(path, *ome, cache)
+        return TiledTiff(path, *ome, cache, handle)
+    if is_ome_pyramid(tiff):  # OpenSlide takes its first page, which may be one colour of three, for the slide
+        return TiatoolboxSlide(path)
     try:
         vendor = VendorSlide(path)
-    except UnknownFormatError:
-        return None
+    except SlideError as error:
+        return _unknown_to_openslide(path, tiff, handle, cache, error)
     kind = vendor.properties.get("openslide.vendor", "")
     if kind not in _PLAIN_VENDORS:
-        return None
-    levels = levels_of_sizes(path, vendor.sizes, absent=_PLAIN_VENDORS[kind], reduced=kind == "generic-tiff")
+        return vendor
+    bits = tiff.pages[0].aspage().bitspersample
+    if kind == "generic-tiff" and bits > 16:  # OpenSlide opens it and reads nothing
+        raise _unread(path, f"{bits} bits a colour")
+    levels = levels_of_sizes(tiff, vendor.sizes, absent=_PLAIN_VENDORS[kind], reduced=kind == "generic-tiff")
     if levels is None:
-        return None
-    tiled = TiledTiff(path, levels, vendor.properties, cache)
+        return vendor
+    tiled = TiledTiff(path, levels, vendor.properties, cache, handle)
     if all(_agree(tiled, vendor, number) for number in range(len(levels))):
         return tiled
     logger.warning("%s: its tiles decoded directly are not what OpenSlide shows; OpenSlide reads it (slower)", path)
-    return None
+    return vendor
+
+
+def _unknown_to_openslide(
+    path: Path, tiff: tifffile.TiffFile, handle: BinaryIO, cache: TileCache | None, error: SlideError
+) -> LevelReader:
+    """A TIFF that OpenSlide does not open: whole pictures, and tiles of compressions that it lacks.
+
+    Raises:
+        SlideError: `error`, if nothing about the pixels is unusual; else what is.
+    """
+    page = tiff.pages[0].aspage()
+    unusual = what_is_unusual(page)
+    if is_unknown(error):
+        if page.compression not in COMPRESSION_INFO:
+            raise _unread(path, f"compression {tifffile.COMPRESSION(page.compression).name} in strips") from error
+        if page.bitspersample > 8:
+            raise _unread(path, unusual) from error
+        return Picture(path)
+    if page.is_tiled and unusual:
+        raise _unread(path, unusual) from error
+    if "Unsupported TIFF compression" in str(error):
+        generic = OpenSlide.detect_format(path) == "generic-tiff"
+        levels = levels_of_generic(tiff) if generic else None
+        if levels is None:
+            raise _unread(path, "a compression that OpenSlide lacks in some page") from error
+        return TiledTiff(path, *levels, cache, handle)
+    raise error
+
+
+def _unread(path: Path, what: str) -> SlideError:
+    return SlideError(f"{path}: TIFF with {what} is not read; save it as 8-bit RGB with JPEG, LZW or deflate tiles")
+
+
+def _check_generic(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError for a TIFF that viewers show differently: turned, or with the slide behind another picture.
+
+    Vendors' own formats are as OpenSlide shows them, whatever the tags say.
+    """
+    pages = pages_of(tiff)
+    turn = pages[0].tags.valueof("Orientation", 1)
+    if turn != 1:
+        raise SlideError(f"{path}: stored turned (Orientation {turn}), which viewers show differently; save it upright")
+    first, *others = [(page.imagewidth, page.imagelength) for page in pages if page is pages[0] or page.is_tiled]
+    larger = next((size for size in others if size[0] * size[1] > first[0] * first[1]), None)
+    if larger is not None:
+        raise SlideError(
+            f"{path}: its first page ({first[0]} x {first[1]} px) is smaller than a later one ({larger[0]} x "
+            f"{larger[1]} px), so an overview or label; save the slide's largest page first"
+        )
 
 
 def _agree(tiled: TiledTiff, vendor: VendorSlide, number: int) -> bool:

@@ -17,11 +17,14 @@ import tifffile
 
 RGB = npt.NDArray[np.uint8]
 
-DAMAGED = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, struct.error, MemoryError)
-"""What tifffile and the codecs raise for damaged bytes (codec errors are RuntimeErrors)."""
-
 _COMPRESSION, _PHOTOMETRIC = tifffile.COMPRESSION, tifffile.PHOTOMETRIC
 _JPEG2000 = (_COMPRESSION.APERIO_JP2000_RGB, _COMPRESSION.JPEG2000)
+# Codecs of whole pictures that refuse one of another size than the array to decode into.
+_PICTURES: dict[int, Callable[..., npt.NDArray[np.uint8]]] = {
+    _COMPRESSION.WEBP: imagecodecs.webp_decode,
+    _COMPRESSION.JPEGXL: imagecodecs.jpegxl_decode,
+    _COMPRESSION.JPEGXL_DNG: imagecodecs.jpegxl_decode,
+}
 _UNPACKERS: dict[int, Callable[..., bytes | bytearray]] = {
     _COMPRESSION.LZW: imagecodecs.lzw_decode,
     _COMPRESSION.DEFLATE: imagecodecs.zlib_decode,
@@ -64,13 +67,16 @@ class TileCodec:
             out: contiguous array of the result's shape to decode into, where the codec can.
 
         Raises:
-            one of `DAMAGED`: the bytes are not a whole tile.
+            one of `damage.DAMAGED`: the bytes are not a whole tile.
         """
         if self.compression == _COMPRESSION.JPEG:
             return self._decode_jpeg(data, out)
         if self.compression in _JPEG2000:
             self._check_jpeg2000(data)
             return self._checked(np.asarray(imagecodecs.jpeg2k_decode(data)))
+        if self.compression in _PICTURES:
+            shape = (self.height, self.width, 3) if self.samples == 3 else (self.height, self.width)
+            return self._checked(_PICTURES[self.compression](data, out=np.empty(shape, np.uint8)))
         size = self.width * self.height * self.samples
         unpack = _UNPACKERS.get(self.compression)
         raw = data if unpack is None else unpack(data, out=size)
@@ -123,31 +129,33 @@ def codec_of(page: tifffile.TiffPage, believe_jfif: bool = False) -> TileCodec |
         believe_jfif: whether JFIF tiles are YCbCr where the TIFF says RGB: writers of OME-TIFF leave it wrong.
     """
     compression, colour = page.compression, page.photometric
-    rgb = colour == _PHOTOMETRIC.RGB or (colour == _PHOTOMETRIC.YCBCR and compression == _COMPRESSION.JPEG)
-    plain = (
-        page.is_tiled
-        and page.dtype == np.uint8
-        and page.bitspersample == 8
-        and (page.samplesperpixel, rgb, colour == _PHOTOMETRIC.MINISBLACK) in ((3, True, False), (1, False, True))
-        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-        and page.fillorder == tifffile.FILLORDER.MSB2LSB
-        and page.predictor in _PREDICTORS
-        and compression in (_COMPRESSION.NONE, _COMPRESSION.JPEG, *_JPEG2000, *_UNPACKERS)
-        and 0 < page.tilewidth * page.tilelength <= _LARGEST_TILE_PX
-    )
-    if not plain:
+    if not page.is_tiled or what_is_unusual(page) or not 0 < page.tilewidth * page.tilelength <= _LARGEST_TILE_PX:
         return None
     # An Adobe marker tells decoders the colour space: 0 as it is, 1 YCbCr.
-    jfif = believe_jfif and compression == _COMPRESSION.JPEG and rgb and page.is_jfif
-    space = 1 if colour == _PHOTOMETRIC.YCBCR or jfif else 0
-    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([space])
+    jfif = believe_jfif and compression == _COMPRESSION.JPEG and colour == _PHOTOMETRIC.RGB and page.is_jfif
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([colour == _PHOTOMETRIC.YCBCR or jfif])
     tables = (page.jpegtables or b"")[:-2]
-    tables = tables[_after_applications(tables, 2) :]
     return TileCodec(
         width=page.tilewidth,
         height=page.tilelength,
         compression=int(compression),
         samples=page.samplesperpixel,
         differences=page.predictor == tifffile.PREDICTOR.HORIZONTAL,
-        jpeg_head=_SOI + adobe + tables,
+        jpeg_head=_SOI + adobe + tables[_after_applications(tables, 2) :],
     )
+
+
+def what_is_unusual(page: tifffile.TiffPage) -> str:
+    """Why a page's pixels cannot be decoded here, in words; empty where they can."""
+    compression, colour = page.compression, page.photometric
+    rgb = colour == _PHOTOMETRIC.RGB or (colour == _PHOTOMETRIC.YCBCR and compression == _COMPRESSION.JPEG)
+    if compression not in (_COMPRESSION.NONE, _COMPRESSION.JPEG, *_JPEG2000, *_PICTURES, *_UNPACKERS):
+        return f"compression {getattr(compression, 'name', compression)}"
+    if page.dtype != np.uint8 or page.bitspersample != 8:
+        return f"{page.bitspersample} bits a colour"
+    if (page.samplesperpixel, rgb, colour == _PHOTOMETRIC.MINISBLACK) not in ((3, True, False), (1, False, True)):
+        return f"{page.samplesperpixel} channels of {getattr(colour, 'name', colour)}"
+    if page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
+        return "colours in planes"
+    coded = page.fillorder == tifffile.FILLORDER.MSB2LSB and page.predictor in _PREDICTORS
+    return "" if coded else f"predictor {page.predictor} or reversed bits"

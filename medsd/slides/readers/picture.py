@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import os
-import struct
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +15,9 @@ import simplejpeg
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Bools, Size, damaged
+from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
+from medsd.slides.readers.damage import DAMAGED, damage_named
+from medsd.slides.readers.vendor import on_white
 
 # PIL has many more formats, each with a decoder of its own; bytes from anywhere reach these three alone.
 _PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -34,30 +34,14 @@ _ALPHA = {"RGBA", "RGBa", "LA", "La", "PA"}
 _MOST_PX = 178_956_970
 _BAND_ROWS = 512
 
-_DAMAGED = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    SyntaxError,  # how PIL's plugins say that a header is not theirs
-    EOFError,
-    AttributeError,
-    struct.error,
-    MemoryError,
-    Image.DecompressionBombError,
-)
-"""What PIL and simplejpeg raise for damaged bytes."""
+
+def is_picture(start: bytes) -> bool:
+    """Whether a file that starts so is a PNG, JPEG or TIFF."""
+    return start.startswith(tuple(_PLUGINS))
 
 
-def is_picture(path: Path) -> bool:
-    """Whether the file starts like a PNG, JPEG or TIFF."""
-    return _plugin(path) is not None
-
-
-class Picture:
-    """A `LevelReader` of a picture: one level, kept whole in memory from the first read on.
+class Picture(LevelReader):
+    """A picture: one level, kept whole in memory from the first read on.
 
     The orientation that a PNG or JPEG states is applied, as viewers do; transparency is on white; CMYK is converted
     without a colour profile. A file of several pages is refused, since none of them is the slide more than the others.
@@ -75,43 +59,34 @@ class Picture:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.properties: Mapping[str, str] = {}
-        self._turn = 1
         self._pixels: RGB | None = None
         self._damage: str | None = None
-        self._locks: dict[int, threading.Lock] = {}
-        self.sizes: tuple[Size, ...] = (self._inspect(),)
+        # One lock a process: a fork while another thread decodes must not leave the child waiting.
+        self._handles = Handles(threading.Lock)
+        with damage_named(path), open(path, "rb") as handle:
+            image = self._checked(handle)
+            self._turn = _orientation(image)
+        width, height = image.size
+        self.sizes: tuple[Size, ...] = ((height, width) if self._turn >= 5 else (width, height),)
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        """See `LevelReader.read`."""
         return self._whole()[row : row + rows, column : column + columns].copy()
 
-    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
-        """See `LevelReader.read_seen`; a damaged picture is not seen at all."""
-        try:
-            return self.read(level, column, row, columns, rows), None
-        except SlideError:
-            return np.full((rows, columns, 3), 255, np.uint8), np.zeros((rows, columns), np.bool_)
-
     def close(self) -> None:
-        """See `LevelReader.close`."""
         self._pixels = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None, "_locks": {}}
+        return {**self.__dict__, "_pixels": None}
 
-    def _inspect(self) -> Size:
-        """The size of the upright picture, from its header alone."""
-        try:
-            with open(self.path, "rb") as handle:
-                image = _header(self.path, handle)
-                self._check(image)
-                self._turn = _orientation(image)
-                width, height = image.size
-        except _DAMAGED as error:
-            raise damaged(self.path, error) from error
-        return (height, width) if self._turn >= 5 else (width, height)
-
-    def _check(self, image: ImageFile.ImageFile) -> None:
+    def _checked(self, handle: BinaryIO) -> ImageFile.ImageFile:
+        """The picture, of which no more than its header has been read."""
+        start = handle.read(32)
+        handle.seek(0)
+        # Not Image.open: it would try formats by itself and warn of large pictures, whose size is checked here.
+        plugin = next((plugin for magic, plugin in _PLUGINS.items() if start.startswith(magic)), None)
+        if plugin is None:
+            raise ValueError("not a PNG, JPEG or TIFF")
+        image = plugin(handle)
         width, height = image.size
         if width < 1 or height < 1:
             raise ValueError(f"{width} x {height} px")
@@ -120,69 +95,50 @@ class Picture:
                 f"{self.path}: {width} x {height} px are too many for a picture that is decoded as a whole; "
                 "convert it to a tiled pyramidal TIFF"
             )
-        if image.mode not in _MODES or _bits(image, self.path) > 8:
+        if image.mode not in _MODES or _bits(image, start) > 8:
             raise SlideError(f"{self.path}: not 8 bits a colour; save it as 8-bit RGB")
-        if _has_pages(image):
+        # A JPEG shows its first picture in every viewer.
+        if not isinstance(image, JpegImagePlugin.JpegImageFile) and getattr(image, "is_animated", False):
             raise SlideError(f"{self.path}: has several pages; save the one that is the slide as a file of its own")
+        return image
 
     def _whole(self) -> RGB:
-        # One lock a process: a fork while another thread decodes must not leave the child waiting.
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
+        with self._handles.here():
             if self._damage is not None:
                 raise SlideError(self._damage)
             pixels = self._pixels
             if pixels is None:
                 try:
-                    pixels = _turned(self._decode(), self._turn)
-                    if pixels.shape[1::-1] != self.sizes[0]:
-                        raise ValueError("its size changed")
-                except _DAMAGED as error:
-                    problem = damaged(self.path, error)
-                    self._damage = str(problem)
-                    raise problem from error
+                    with damage_named(self.path):
+                        pixels = self._decode()
+                except SlideError as error:
+                    self._damage = str(error)
+                    raise
                 self._pixels = pixels
             return pixels
 
     def _decode(self) -> RGB:
         with open(self.path, "rb") as handle:
-            image = _header(self.path, handle)
-            self._check(image)
+            image = self._checked(handle)
             if isinstance(image, JpegImagePlugin.JpegImageFile):
-                return _decode_jpeg(self.path.read_bytes(), image.mode)
-            if ImageFile.LOAD_TRUNCATED_IMAGES:
+                pixels = _decode_jpeg(self.path.read_bytes(), image.mode)
+            elif ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damage: set it to False")
-            return _to_rgb(image)  # a PNG's own checksum is checked on the way
+            else:
+                pixels = _to_rgb(image)  # a PNG's own checksum is checked on the way
+        pixels = _turned(pixels, self._turn)
+        if pixels.shape[1::-1] != self.sizes[0]:
+            raise ValueError("its size changed")
+        return pixels
 
 
-def _plugin(path: Path) -> type[ImageFile.ImageFile] | None:
-    with open(path, "rb") as handle:
-        start = handle.read(8)
-    return next((plugin for magic, plugin in _PLUGINS.items() if start.startswith(magic)), None)
-
-
-def _header(path: Path, handle: io.BufferedReader) -> ImageFile.ImageFile:
-    plugin = _plugin(path)
-    if plugin is None:
-        raise ValueError("not a PNG, JPEG or TIFF")
-    # Not Image.open: it would try formats by itself and warn of large pictures, whose size is checked here.
-    return plugin(handle)
-
-
-def _bits(image: ImageFile.ImageFile, path: Path) -> int:
+def _bits(image: ImageFile.ImageFile, start: bytes) -> int:
     """Bits a colour as stored: PIL drops the lower half of 16-bit colours without a word."""
     if isinstance(image, PngImagePlugin.PngImageFile):
-        with open(path, "rb") as handle:
-            return handle.read(25)[24]
+        return start[24]
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return int(max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))))
     return 8
-
-
-def _has_pages(image: ImageFile.ImageFile) -> bool:
-    """Whether there is more than one page; a JPEG shows its first picture in every viewer."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return bool(image.is_animated)
-    return isinstance(image, PngImagePlugin.PngImageFile) and bool(getattr(image, "is_animated", False))
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -190,12 +146,10 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     exif = image.info.get("exif")
     if exif is None or isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1
-    tags = Image.Exif()
-    try:
+    tags, turn = Image.Exif(), 1
+    with suppress(*DAMAGED):  # other programs' notes; the picture itself does not depend on them
         tags.load(exif)
-    except _DAMAGED:
-        return 1  # other programs' notes; the picture itself does not depend on them
-    turn = tags.get(0x0112, 1)
+        turn = tags.get(0x0112, 1)
     return turn if turn in range(1, 9) else 1
 
 
@@ -229,8 +183,6 @@ def _to_rgb(image: Image.Image) -> RGB:
         image.load()
         for top in range(0, height, _BAND_ROWS):
             band = image.crop((0, top, width, min(top + _BAND_ROWS, height)))
-            if band.mode in _ALPHA or "transparency" in band.info:
-                shown = band.convert("RGBA")
-                band = Image.alpha_composite(Image.new("RGBA", shown.size, (255, 255, 255, 255)), shown)
-            pixels[top : top + _BAND_ROWS] = np.asarray(band.convert("RGB"))
+            seen_through = band.mode in _ALPHA or "transparency" in band.info
+            pixels[top : top + _BAND_ROWS] = on_white(band) if seen_through else np.asarray(band.convert("RGB"))
     return pixels

@@ -8,10 +8,9 @@ sizes). Neither format has checksums: a JPEG 2000 byte that was changed is a cha
 from __future__ import annotations
 
 import math
-import os
 import re
-import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +18,10 @@ import numpy as np
 import tifffile
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Bools, Size, damaged, read_seen_by_halves, undecodable
-from medsd.slides.readers.tiff_layout import is_tiff, ome_scale
-from medsd.slides.readers.zarr_levels import ZARR_DAMAGED, ArrayLevel, as_rgb, unfit
+from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
+from medsd.slides.readers.damage import damage_named
+from medsd.slides.readers.tiff_layout import ome_scale
+from medsd.slides.readers.zarr_levels import ArrayLevel, as_rgb, unfit
 from medsd.slides.tiatoolbox_import import logging_untouched
 
 _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
@@ -33,22 +33,9 @@ _MOST_HALVINGS = 32
 _CACHE_BYTES = 2**24
 
 
-def is_jp2(path: Path) -> bool:
-    """Whether the file starts like a JP2."""
-    with open(path, "rb") as handle:
-        return handle.read(len(_JP2)) == _JP2
-
-
-def is_ome_pyramid(path: Path) -> bool:
-    """Whether a TIFF is an OME-TIFF whose image takes several pages: levels, or planes of colours."""
-    try:
-        with tifffile.TiffFile(path) as file:
-            if not file.is_ome or not file.series:
-                return False
-            levels = file.series[0].levels
-            return len(levels) > 1 or len(levels[0].pages) > 1
-    except ZARR_DAMAGED:
-        return False
+def is_jp2(start: bytes) -> bool:
+    """Whether a file that starts so is a JP2."""
+    return start.startswith(_JP2)
 
 
 class _Levels(Protocol):
@@ -59,8 +46,8 @@ class _Levels(Protocol):
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB: ...
 
 
-class TiatoolboxSlide:
-    """A `LevelReader` over tiatoolbox: one handle a thread and process, opened lazily.
+class TiatoolboxSlide(LevelReader):
+    """A reader over tiatoolbox: one handle a thread and process.
 
     Opening the first takes seconds, in which tiatoolbox is imported.
 
@@ -75,37 +62,13 @@ class TiatoolboxSlide:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: dict[tuple[int, int], _Levels] = {}
-        levels = self._handle()
+        self._handles: Handles[_Levels] = Handles(partial(_open, path), by_thread=True)
+        levels = self._handles.here()
         self.sizes, self.properties = levels.sizes, levels.properties
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        """See `LevelReader.read`."""
-        handle = self._handle()
-        try:
-            return handle.read(level, column, row, columns, rows)
-        except ZARR_DAMAGED as error:
-            raise undecodable(self.path, level, column, row, error) from error
-
-    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
-        """See `LevelReader.read_seen`."""
-        return read_seen_by_halves(self, level, column, row, columns, rows)
-
-    def close(self) -> None:
-        """See `LevelReader.close`."""
-        for key in list(self._handles):
-            if key[0] == os.getpid():
-                self._handles.pop(key, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
-
-    def _handle(self) -> _Levels:
-        key = (os.getpid(), threading.get_ident())
-        levels = self._handles.get(key)
-        if levels is None:
-            levels = self._handles[key] = _open(self.path)
-        return levels
+        with damage_named(self.path, (level, column, row)):
+            return self._handles.here().read(level, column, row, columns, rows)
 
 
 def _open(path: Path) -> _Levels:
@@ -114,21 +77,17 @@ def _open(path: Path) -> _Levels:
             from tiatoolbox.wsicore.wsireader import JP2WSIReader, TIFFWSIReader
     except ImportError as error:
         raise SlideError(f"{path}: only tiatoolbox reads it, which is missing ({error}); install tiatoolbox") from error
-    try:
-        if is_tiff(path):
-            _check_axes(path)
-            return _OmeLevels(path, TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None))
-        _check_openjpeg(path)
-        return _Jp2Levels(path, JP2WSIReader(path))
-    except ZARR_DAMAGED as error:
-        raise damaged(path, error) from error
-
-
-def _check_axes(path: Path) -> None:
-    with tifffile.TiffFile(path) as file:
-        axes = file.series[0].axes
-    if axes not in _OME_AXES:
-        raise unfit(path, f"axes {axes}")
+    with damage_named(path):
+        with open(path, "rb") as handle:
+            jp2 = is_jp2(handle.read(len(_JP2)))
+        if jp2:
+            _check_openjpeg(path)
+            return _Jp2Levels(path, JP2WSIReader(path))
+        with tifffile.TiffFile(path) as file:
+            axes, description = file.series[0].axes, file.pages[0].aspage().description
+        if axes not in _OME_AXES:
+            raise unfit(path, f"axes {axes}")
+        return _OmeLevels(path, TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None), ome_scale(description))
 
 
 def _check_openjpeg(path: Path) -> None:
@@ -143,14 +102,13 @@ def _check_openjpeg(path: Path) -> None:
 class _OmeLevels:
     """The arrays of tiatoolbox's TIFF reader, largest first."""
 
-    def __init__(self, path: Path, reader: Any) -> None:
+    def __init__(self, path: Path, reader: Any, properties: Mapping[str, str]) -> None:
         views = reader.level_arrays.values()
         self._levels = tuple(ArrayLevel(view.array, str(view.axes).lower()) for view in views)
         for level in self._levels:
             level.check(path, coded_by_store=True)
         self.sizes = tuple(level.size for level in self._levels)
-        with tifffile.TiffFile(path) as file:
-            self.properties = ome_scale(file.pages[0].aspage().description)
+        self.properties = properties
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
         return self._levels[level].read(column, row, columns, rows)

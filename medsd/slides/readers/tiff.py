@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Bools, Size, undecodable
+from medsd.slides.readers.base import RGB, Bools, Handles, LevelReader, Size
 from medsd.slides.readers.cache import TileCache
-from medsd.slides.readers.codecs import DAMAGED, TileCodec
+from medsd.slides.readers.codecs import TileCodec
+from medsd.slides.readers.damage import DAMAGED, damage
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +43,26 @@ class TiledLevel:
     codec: TileCodec
 
 
-class TiledTiff:
-    """A `LevelReader` of a tiled TIFF; one file descriptor a process, read at given offsets by any thread."""
+class TiledTiff(LevelReader):
+    """A tiled TIFF; one file descriptor a process, read at given offsets by any thread.
+
+    Args:
+        path: the file.
+        levels: where its tiles lie.
+        properties: what it says of itself.
+        cache: where decoded tiles are kept; None for one of its own.
+        handle: the open file, so that it is not opened again.
+    """
 
     name = "tifffile"
 
     def __init__(
-        self, path: Path, levels: tuple[TiledLevel, ...], properties: Mapping[str, str], cache: TileCache | None = None
+        self,
+        path: Path,
+        levels: tuple[TiledLevel, ...],
+        properties: Mapping[str, str],
+        cache: TileCache | None = None,
+        handle: BinaryIO | None = None,
     ) -> None:
         self.path = path
         self.levels = levels
@@ -56,13 +71,11 @@ class TiledTiff:
         self._cache = TileCache() if cache is None else cache
         # Of this very file: a shared cache may hold tiles of what lay here before.
         self._key = f"{path} {path.stat().st_mtime_ns}"
-        self._file = _File(path)
+        first = None if handle is None else _Descriptor(os.dup(handle.fileno()))
+        self._handles = Handles(partial(_open, path), first=first)
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        """See `LevelReader.read`."""
-        pixels, unseen = self._read(level, column, row, columns, rows, strict=True)
-        assert not unseen
-        return pixels
+        return self._read(level, column, row, columns, rows, strict=True)[0]
 
     def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
         """See `LevelReader.read_seen`; damage is fenced in by the file's own tiles."""
@@ -73,13 +86,6 @@ class TiledTiff:
         for place in unseen:
             seen[place] = False
         return pixels, seen
-
-    def close(self) -> None:
-        """See `LevelReader.close`."""
-        self._file.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": _File(self.path)}
 
     def _read(
         self, number: int, column: int, row: int, columns: int, rows: int, strict: bool
@@ -94,7 +100,7 @@ class TiledTiff:
                 self._paste(pixels, place, part, number, tile)
             except DAMAGED as error:
                 if strict:
-                    raise undecodable(self.path, number, left, top, error) from error
+                    raise damage(self.path, error, (number, left, top)) from error
                 pixels[place] = 255
                 unseen.append(place)
         return pixels, unseen
@@ -113,7 +119,10 @@ class TiledTiff:
         if decoded is not None:
             pixels[place] = decoded if part is None else decoded[part]
             return
-        data = self._file.read(int(level.offsets[tile]), count)
+        descriptor = self._handles.here()  # kept open until this read has ended, whoever closes the slide
+        data = os.pread(descriptor.number, count, int(level.offsets[tile]))
+        if len(data) != count:
+            raise ValueError("the file ends before this tile does")
         if part is None:  # whole tiles are not asked for again by the neighbours' reads, and are not kept
             target = pixels[place]
             direct = target if target.flags.c_contiguous else None
@@ -126,42 +135,21 @@ class TiledTiff:
         self._cache.put(key, decoded)
 
 
-class _File:
-    """A file read at offsets: opened when first needed, shared by threads, safe after a fork."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: _Descriptor | None = None
-
-    def read(self, offset: int, count: int) -> bytes:
-        # A local reference: another thread's close takes effect when this read has ended.
-        descriptor = self._descriptor
-        if descriptor is None:
-            descriptor = self._descriptor = _Descriptor(self._path)
-        data = os.pread(descriptor.number, count, offset)
-        if len(data) != count:
-            raise ValueError("the file ends before this tile does")
-        return data
-
-    def close(self) -> None:
-        self._descriptor = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_descriptor": None}
-
-
 class _Descriptor:
     """An open file that is closed when nobody uses it any more."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:  # no damage: nothing of it is a tile that cannot be decoded
-            raise SlideError(f"{path}: cannot be opened any more ({error.strerror}); check the path") from error
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
+
+
+def _open(path: Path) -> _Descriptor:
+    try:
+        return _Descriptor(os.open(path, os.O_RDONLY))
+    except OSError as error:  # no damage: nothing of it is a tile that cannot be decoded
+        raise SlideError(f"{path}: cannot be opened any more ({error.strerror}); check the path") from error
 
 
 def _tiles_under(level: TiledLevel, column: int, row: int, columns: int, rows: int) -> Iterator[tuple[int, int, int]]:

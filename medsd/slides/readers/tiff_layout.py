@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
 
@@ -13,74 +14,96 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import Size, damaged
-from medsd.slides.readers.codecs import DAMAGED, codec_of
+from medsd.slides.readers.base import Size
+from medsd.slides.readers.codecs import codec_of
+from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.readers.tiff import TiledLevel
 
 _UM_PER_UNIT = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0}
 _MOST_PAGES = 10_000
 
 
-def is_tiff(path: Path) -> bool:
-    """Whether the file starts like a TIFF or BigTIFF."""
-    with open(path, "rb") as handle:
-        return handle.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+def is_tiff(start: bytes) -> bool:
+    """Whether a file that starts so is a TIFF or BigTIFF."""
+    return start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
+
+
+def pages_of(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """The pages up to the first damaged one, without their SubIFDs."""
+    pages: list[tifffile.TiffPage] = []
+    with suppress(*DAMAGED):
+        pages.extend(file.pages[number].aspage() for number in range(min(len(file.pages), _MOST_PAGES)))
+    return pages
 
 
 def levels_of_sizes(
-    path: Path, sizes: Sequence[Size], absent: bool, reduced: bool = False
+    file: tifffile.TiffFile, sizes: Sequence[Size], absent: bool, reduced: bool = False
 ) -> tuple[TiledLevel, ...] | None:
     """The TIFF's levels of those sizes, or None where one is missing or not plain. No page is two levels.
 
     Args:
-        path: a TIFF.
+        file: a TIFF.
         sizes: (width, height) of the levels wanted. A page may be padded by less than a tile beyond them.
         absent: whether tiles may be absent (0 bytes; white).
         reduced: whether pages but the first must be marked as reduced, as OpenSlide asks of generic TIFF.
     """
-    try:
-        with tifffile.TiffFile(path) as file:
-            pages = [file.pages[number].aspage() for number in range(min(len(file.pages), _MOST_PAGES))]
-            free = [page for page in pages if page.is_tiled and (page is pages[0] or page.is_reduced or not reduced)]
-            levels = []
-            for size in sizes:
-                page = _page_of_size(free, size)
-                if page is None:
-                    return None
-                free.remove(page)
-                levels.append(level_of_page(page, size))
-    except DAMAGED:
-        return None
-    if any(level is None or (not absent and not level.counts.all()) for level in levels):
-        return None
-    return tuple(level for level in levels if level is not None)
+    levels = []
+    with suppress(*DAMAGED):
+        free = _tiled_pages(file, reduced)
+        for size in sizes:
+            page = _page_of_size(free, size)
+            level = None if page is None else level_of_page(page, size)
+            if page is None or level is None or not (absent or level.counts.all()):
+                return None
+            free.remove(page)
+            levels.append(level)
+        return tuple(levels)
+    return None
 
 
-def ome_levels(path: Path) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
+def levels_of_generic(file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
+    """Levels and scale of a generic TIFF without OpenSlide's help: its first page and what is marked as reduced."""
+    pages = _tiled_pages(file, reduced=True)
+    sizes = sorted(((page.imagewidth, page.imagelength) for page in pages), reverse=True)
+    levels = levels_of_sizes(file, sizes, absent=True, reduced=True) if sizes else None
+    if levels is None:
+        return None
+    tags = pages[0].tags
+    found = {"openslide.vendor": "generic-tiff"}
+    found["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(tags.valueof("ResolutionUnit", 2), "none")
+    for name in ("XResolution", "YResolution"):
+        above, below = tags.valueof(name, (0, 1))
+        found[f"tiff.{name}"] = str(above / below if below else 0)
+    return levels, found
+
+
+def is_ome_pyramid(file: tifffile.TiffFile) -> bool:
+    """Whether it is an OME-TIFF whose image takes several pages: levels, or planes of colours."""
+    if not file.is_ome or not file.series:
+        return False
+    levels = file.series[0].levels
+    return len(levels) > 1 or len(levels[0].pages) > 1
+
+
+def ome_levels(path: Path, file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
     """Levels (in SubIFDs) and scale of an OME-TIFF; None where the file is none, or not plain.
 
     Raises:
-        SlideError: the TIFF is damaged, one of several files of an image, or its first image is not the slide.
+        SlideError: one of several files of an image, or its first image is not the slide.
     """
-    try:
-        with tifffile.TiffFile(path) as file:
-            if not file.is_ome or not file.series:
-                return None
-            series = file.series[0]
-            if series.keyframe.parent is not file:
-                raise SlideError(f"{path}: its first image lies in another file of the OME-TIFF; export it as one file")
-            if series.size < max(other.size for other in file.series):
-                raise SlideError(f"{path}: its first image is not its largest, maybe a label; export the slide alone")
-            if any(len(level.pages) != 1 for level in series.levels):
-                return None
-            pages = [level.keyframe for level in series.levels]
-            levels = [level_of_page(page, (page.imagewidth, page.imagelength), believe_jfif=True) for page in pages]
-            description = file.pages[0].aspage().description
-    except DAMAGED as error:
-        raise damaged(path, error) from error
-    if any(level is None for level in levels):
+    if not file.is_ome or not file.series:
         return None
-    return tuple(level for level in levels if level is not None), ome_scale(description)
+    series = file.series[0]
+    if series.keyframe.parent is not file:
+        raise SlideError(f"{path}: its first image lies in another file of the OME-TIFF; export it as one file")
+    if series.size < max(other.size for other in file.series):
+        raise SlideError(f"{path}: its first image is not its largest, maybe a label; export the slide alone")
+    if any(len(level.pages) != 1 for level in series.levels):
+        return None
+    pages = [level.keyframe for level in series.levels]
+    found = [level_of_page(page, (page.imagewidth, page.imagelength), believe_jfif=True) for page in pages]
+    levels = tuple(level for level in found if level is not None)
+    return (levels, ome_scale(file.pages[0].aspage().description)) if len(levels) == len(found) else None
 
 
 def ome_scale(description: str) -> dict[str, str]:
@@ -89,20 +112,20 @@ def ome_scale(description: str) -> dict[str, str]:
         root = fromstring(description.encode())
     except (ParseError, DefusedXmlException, ValueError, LookupError):
         return {}
-    for pixels in root.iter():
-        if not pixels.tag.endswith("}Pixels"):
-            continue
-        scale = {}
-        for axis in "XY":
-            size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-            if size is None or unit not in _UM_PER_UNIT:
-                return {}
-            try:
-                scale[f"ome.mpp-{axis.lower()}"] = str(float(size) * _UM_PER_UNIT[unit])
-            except ValueError:
-                return {}
-        return scale
-    return {}
+    pixels = next((element for element in root.iter() if element.tag.endswith("}Pixels")), None)
+    if pixels is None:
+        return {}
+    scale = {}
+    for axis in "XY":
+        unit = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        try:
+            size = float(pixels.get(f"PhysicalSize{axis}", ""))
+        except ValueError:
+            return {}
+        if unit is None:
+            return {}
+        scale[f"ome.mpp-{axis.lower()}"] = str(size * unit)
+    return scale
 
 
 def level_of_page(page: tifffile.TiffPage, size: Size, believe_jfif: bool = False) -> TiledLevel | None:
@@ -118,16 +141,18 @@ def level_of_page(page: tifffile.TiffPage, size: Size, believe_jfif: bool = Fals
     return TiledLevel(*size, across, offsets, counts, codec)
 
 
+def _tiled_pages(file: tifffile.TiffFile, reduced: bool) -> list[tifffile.TiffPage]:
+    """The tiled ones of the pages, with `reduced` only the first and those marked so."""
+    pages = pages_of(file)
+    return [page for page in pages if page.is_tiled and (page is pages[0] or page.is_reduced or not reduced)]
+
+
 def _page_of_size(pages: Sequence[tifffile.TiffPage], size: Size) -> tifffile.TiffPage | None:
     """The first of tiled pages of that size, or of that size padded to whole tiles, as Philips pads its levels."""
-    for page in pages:
-        if (page.imagewidth, page.imagelength) == size:
-            return page
-    for page in pages:
-        padded = (
-            math.ceil(size[0] / page.tilewidth) * page.tilewidth,
-            math.ceil(size[1] / page.tilelength) * page.tilelength,
-        )
-        if (page.imagewidth, page.imagelength) == padded:
-            return page
+    for padded in (False, True):
+        for page in pages:
+            tile = (page.tilewidth, page.tilelength) if padded else (1, 1)
+            wanted = tuple(math.ceil(side / step) * step for side, step in zip(size, tile, strict=True))
+            if (page.imagewidth, page.imagelength) == wanted:
+                return page
     return None

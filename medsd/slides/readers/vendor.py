@@ -2,90 +2,70 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openslide
 from PIL import Image
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Bools, Size, damaged, read_seen_by_halves, undecodable
+from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
+from medsd.slides.readers.damage import damage_named
 
 _CACHE_BYTES = 64 * 2**20
 
 
-class VendorSlide:
-    """A `LevelReader` over OpenSlide: one handle a thread and process, opened lazily, with one cache for all."""
+class VendorSlide(LevelReader):
+    """A reader over OpenSlide: one handle a thread and process, with one cache for all of a process.
+
+    Raises:
+        SlideError: damaged, or of a format that OpenSlide does not know.
+    """
 
     name = "openslide"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: dict[tuple[int, int], openslide.OpenSlide] = {}
-        self._cache = openslide.OpenSlideCache(_CACHE_BYTES)
-        slide = self._handle()
+        cache = Handles(partial(openslide.OpenSlideCache, _CACHE_BYTES))
+        self._handles = Handles(partial(_open, path, cache), by_thread=True)
+        slide = self._handles.here()
         self.sizes: tuple[Size, ...] = slide.level_dimensions
         self.properties: Mapping[str, str] = dict(slide.properties)
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        """See `LevelReader.read`."""
-        slide = self._handle()
+        slide = self._handles.here()
         # OpenSlide divides level-0 places by its own mean downsample, so multiply by just that.
         downsample = slide.level_downsamples[level]
         place = (round(column * downsample), round(row * downsample))
         try:
-            region = np.asarray(slide.read_region(place, level, (columns, rows)))
-        except openslide.OpenSlideError as error:
-            # OpenSlide refuses everything after its first error; the next read starts with a new handle.
-            self._handles.pop((os.getpid(), threading.get_ident()), None)
-            raise undecodable(self.path, level, column, row, error) from error
+            with damage_named(self.path, (level, column, row)):
+                region = np.asarray(slide.read_region(place, level, (columns, rows)))
+        except SlideError:
+            self._handles.forget()  # OpenSlide refuses everything after its first error
+            raise
         if region[..., 3].min() == 255:
             return np.ascontiguousarray(region[..., :3])
-        white = Image.new("RGBA", (columns, rows), (255, 255, 255, 255))
-        return np.array(Image.alpha_composite(white, Image.fromarray(region)).convert("RGB"))
-
-    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
-        """See `LevelReader.read_seen`."""
-        return read_seen_by_halves(self, level, column, row, columns, rows)
-
-    def close(self) -> None:
-        """See `LevelReader.close`."""
-        for key in list(self._handles):
-            # A handle that another thread is reading with lives until that read ends; those of a parent process are
-            # not ours to close.
-            if key[0] == os.getpid():
-                self._handles.pop(key, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}, "_cache": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._cache = openslide.OpenSlideCache(_CACHE_BYTES)
-
-    def _handle(self) -> openslide.OpenSlide:
-        key = (os.getpid(), threading.get_ident())
-        slide = self._handles.get(key)
-        if slide is None:
-            slide = self._handles[key] = _open(self.path)
-            slide.set_cache(self._cache)
-        return slide
+        return on_white(Image.fromarray(region))
 
 
-def _open(path: Path) -> openslide.OpenSlide:
-    try:
-        return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        raise UnknownFormatError(
-            f"{path}: not a slide of a known format; convert it to a tiled pyramidal TIFF"
-        ) from error
-    except openslide.OpenSlideError as error:
-        raise damaged(path, error) from error
+def on_white(picture: Image.Image) -> RGB:
+    """(height, width, 3) of a picture with transparency."""
+    shown = picture.convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", shown.size, (255, 255, 255, 255)), shown).convert("RGB"))
 
 
-class UnknownFormatError(SlideError):
-    """OpenSlide does not know the file's format."""
+def is_unknown(error: SlideError) -> bool:
+    """Whether a file could not be opened because OpenSlide does not know its format."""
+    return isinstance(error.__cause__, openslide.OpenSlideUnsupportedFormatError)
+
+
+def _open(path: Path, cache: Handles[openslide.OpenSlideCache]) -> openslide.OpenSlide:
+    with damage_named(path):
+        try:
+            slide = openslide.OpenSlide(path)
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise SlideError(f"{path}: not a slide of a known format; convert it to a tiled pyramidal TIFF") from error
+    slide.set_cache(cache.here())
+    return slide

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import lzma
-import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Bools, Size, damaged, read_seen_by_halves, undecodable
-from medsd.slides.readers.codecs import DAMAGED
+from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
+from medsd.slides.readers.damage import damage_named
 
 if TYPE_CHECKING:
     import zarr
-
-ZARR_DAMAGED = (*DAMAGED, AttributeError, EOFError, zlib.error, lzma.LZMAError)
-"""What zarr and its codecs raise for damaged metadata and chunks."""
 
 # Codecs that make bytes of bytes. Among the others is one that unpickles: it runs what the file says.
 _CODECS = {
@@ -104,8 +99,8 @@ def is_zarr(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in (".zgroup", ".zattrs", "zarr.json"))
 
 
-class NgffSlide:
-    """A `LevelReader` of an OME-NGFF folder (0.4 or 0.5), one handle a process.
+class NgffSlide(LevelReader):
+    """An OME-NGFF folder (0.4 or 0.5), one handle a process.
 
     Read with zarr itself: tiatoolbox 2.1 shows the first level of such a folder alone and wants display settings
     (omero) that the format leaves optional. A chunk that is not there has the fill value, as the format says; nothing
@@ -122,44 +117,22 @@ class NgffSlide:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: dict[int, tuple[ArrayLevel, ...]] = {}
-        self.sizes: tuple[Size, ...] = tuple(level.size for level in self._levels())
-        try:
-            self.properties: Mapping[str, str] = _scale(_multiscale(path))
-        except ZARR_DAMAGED as error:
-            raise damaged(path, error) from error
+        self._handles: Handles[tuple[tuple[ArrayLevel, ...], Mapping[str, str]]] = Handles(partial(_open, path))
+        levels, self.properties = self._handles.here()
+        self.sizes: tuple[Size, ...] = tuple(level.size for level in levels)
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        """See `LevelReader.read`."""
-        try:
-            return self._levels()[level].read(column, row, columns, rows)
-        except ZARR_DAMAGED as error:
-            raise undecodable(self.path, level, column, row, error) from error
-
-    def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
-        """See `LevelReader.read_seen`."""
-        return read_seen_by_halves(self, level, column, row, columns, rows)
-
-    def close(self) -> None:
-        """See `LevelReader.close`."""
-        self._handles.pop(os.getpid(), None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
-
-    def _levels(self) -> tuple[ArrayLevel, ...]:
-        levels = self._handles.get(os.getpid())
-        if levels is None:
-            levels = self._handles[os.getpid()] = _open(self.path)
-        return levels
+        with damage_named(self.path, (level, column, row)):
+            return self._handles.here()[0][level].read(column, row, columns, rows)
 
 
-def _open(path: Path) -> tuple[ArrayLevel, ...]:
+def _open(path: Path) -> tuple[tuple[ArrayLevel, ...], Mapping[str, str]]:
+    """The levels, and the scale."""
     import zarr
 
-    multiscale = _multiscale(path)
-    try:
+    with damage_named(path):
         group = zarr.open_group(path, mode="r")
+        multiscale = _multiscale(path, dict(group.attrs))
         axes = "".join(axis["name"].lower() for axis in multiscale["axes"])
         levels = []
         for dataset in multiscale["datasets"]:
@@ -168,26 +141,18 @@ def _open(path: Path) -> tuple[ArrayLevel, ...]:
                 raise ValueError(f"level {dataset['path']!r} is no array")
             levels.append(ArrayLevel(array, axes))
             levels[-1].check(path)
-    except ZARR_DAMAGED as error:
-        raise damaged(path, error) from error
-    if not levels:
-        raise SlideError(f"{path}: has no levels; write it again")
-    return tuple(levels)
+        if not levels:
+            raise SlideError(f"{path}: has no levels; write it again")
+        return tuple(levels), _scale(multiscale)
 
 
-def _multiscale(path: Path) -> dict[str, Any]:
+def _multiscale(path: Path, attributes: Any) -> Mapping[str, Any]:
     """The first multiscale image of the folder."""
-    import zarr
-
-    try:
-        attributes: Any = dict(zarr.open_group(path, mode="r").attrs)
-        attributes = attributes.get("ome", attributes)
-        scales = attributes.get("multiscales") or [{}]
-        if all(isinstance(axis, dict) for axis in scales[0].get("axes") or [None]):
-            _check_colours(path, attributes.get("omero"))
-            return dict(scales[0])
-    except ZARR_DAMAGED as error:
-        raise damaged(path, error) from error
+    attributes = attributes.get("ome", attributes)
+    scales = attributes.get("multiscales") or [{}]
+    if all(isinstance(axis, dict) for axis in scales[0].get("axes") or [None]):
+        _check_colours(path, attributes.get("omero"))
+        return dict(scales[0])
     inner = f"name an image in it, such as {path / '0'}" if is_zarr(path / "0") else "write it as OME-NGFF 0.4"
     raise SlideError(f"{path}: a zarr folder, but no image of OME-NGFF 0.4 or 0.5; {inner}")
 

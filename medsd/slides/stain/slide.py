@@ -7,15 +7,14 @@ import logging
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from medsd.errors import ConfigError, NoTissueError, SlideError
 from medsd.files import write_json
 from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.slide import Slide
+from medsd.slides.slide import Area, Slide
 from medsd.slides.stain.profile import Method, StainProfile, fit_picture, profile_from_dict, transform_between
 from medsd.slides.stain.transform import GLASS, distance_from_white
 from medsd.slides.tissue import TissueMask, find_tissue
@@ -70,7 +69,7 @@ def _sample(slide: Slide, tissue: TissueMask) -> RGB:
     return np.concatenate(parts)
 
 
-class NormalisedSlide:
+class NormalisedSlide(Slide):
     """A `Slide` that gives every pixel of another one the stain of a target.
 
     Args:
@@ -89,28 +88,12 @@ class NormalisedSlide:
         self._slide = slide
         self._transform = transform_between(source, target)
 
-    def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> RGB:
-        """See `Slide.read`."""
-        return self._transform(self._slide.read(x, y, width, height, mpp))
-
-    def read_seen(
-        self, x: float, y: float, width: int, height: int, mpp: float | None = None
-    ) -> tuple[RGB, Bools | None]:
-        """See `Slide.read_seen`."""
-        pixels, seen = self._slide.read_seen(x, y, width, height, mpp)
-        return self._transform(pixels), seen
-
     def close(self) -> None:
-        """Close the slide that is read from."""
         self._slide.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _read(self, area: Area, strict: bool) -> tuple[RGB, Bools | None]:
+        pixels, seen = (self._slide.read(*area), None) if strict else self._slide.read_seen(*area)
+        return self._transform(pixels), seen
 
 
 class StainNormaliser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from medsd.errors import ConfigError, SlideError
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.readers.choose import READERS, open_reader
 from medsd.slides.slide import open_slide
 
-HEAVY = ("tiatoolbox", "zarr", "glymur", "torch", "cucim", "matplotlib")
+HEAVY = ("tiatoolbox", "zarr", "glymur", "torch", "matplotlib")
 
 
 def test_opening_slides_imports_nothing_heavy(coded_slides: dict[str, Any]) -> None:
@@ -90,8 +92,8 @@ def test_a_named_reader_reads_it_or_says_so(tmp_path: Path, coding: Any, formats
 
 
 def test_a_misspelt_reader() -> None:
-    with pytest.raises(ConfigError, match="reader 'cuzim' is unknown; did you mean 'cucim'"):
-        open_reader(Path("any.svs"), "cuzim")
+    with pytest.raises(ConfigError, match="reader 'openslid' is unknown; did you mean 'openslide'"):
+        open_reader(Path("any.svs"), "openslid")
 
 
 @pytest.mark.parametrize("name", [None, "tifffile", "openslide"])
@@ -120,6 +122,87 @@ def test_a_tag_that_says_upright_is_fine(tmp_path: Path, coding: Any) -> None:
     tag = [(274, "H", 1, 1, True)]
     tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", extratags=tag, metadata=None)
     assert np.array_equal(open_reader(path).read(0, 0, 0, 128, 96), pixels)
+
+
+@pytest.mark.parametrize("kind", ["tiled", "ome", "TIFF"])
+def test_a_tiff_is_opened_once(tmp_path: Path, coding: Any, formats: Any, kind: str) -> None:
+    """By this package; OpenSlide, whose opinion is asked, opens it in C. A picture is opened again to be decoded."""
+    path = make(kind, tmp_path, coding, formats)
+    opened = []
+    watching = True
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(details[0]) == str(path):
+            opened.append(details)
+
+    sys.addaudithook(watch)
+    with open_slide(path, mpp=0.5) as slide:
+        slide.read(3, 4, 50, 40)
+    watching = False
+    assert len(opened) == (3 if kind == "TIFF" else 1)
+
+
+CODED: dict[str, dict[str, Any]] = {
+    "jpeg2000": {"compressionargs": {"level": 0}},
+    "webp": {"compressionargs": {"lossless": True, "level": 100}},
+    "jpegxl": {"compressionargs": {"lossless": True}},
+}
+
+
+@pytest.mark.parametrize("compression", CODED)
+def test_tiles_that_openslide_cannot_decode_are_read(tmp_path: Path, coding: Any, compression: str) -> None:
+    path = tmp_path / "slide.tif"
+    levels = [coding.coded_pixels(300, 201)]
+    levels.append(coding.halved(levels[0], 2))
+    coding.write_levels(path, levels, 0.5, 2, compression=compression, **CODED[compression])
+    with open_slide(path) as slide:
+        assert (slide.reader, slide.mpp, slide.mpp_source) == ("tifffile", 0.5, "TIFF resolution tags")
+        for number, level in enumerate(levels):
+            assert np.array_equal(slide.read(0, 0, *level.shape[1::-1], mpp=0.5 * 2**number), level)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"compression": "lerc"}, "compression LERC"),
+        ({"compression": "png"}, "compression PNG"),
+        ({"tile": None, "compression": "jpegxl"}, "compression JPEGXL in strips"),
+        ({"dtype": np.float32}, "32 bits a colour"),
+        ({"dtype": np.uint16, "tile": None}, "16 bits a colour"),
+    ],
+)
+def test_what_is_only_unusual_is_not_called_damaged(
+    tmp_path: Path, coding: Any, options: dict[str, Any], words: str
+) -> None:
+    options = {"tile": (64, 64), "photometric": "rgb", "metadata": None, **options}
+    pixels = coding.coded_pixels(128, 96).astype(options.pop("dtype", np.uint8))
+    tifffile.imwrite(tmp_path / "odd.tif", pixels, **options)
+    with pytest.raises(SlideError, match=rf"odd\.tif: TIFF with {words} is not read; save it as 8-bit RGB") as caught:
+        open_reader(tmp_path / "odd.tif")
+    assert "copy it again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kinds", [(1, 0, 1), (0, 0, 1), (0, 0)])
+def test_an_overview_or_label_before_the_slide_is_refused(tmp_path: Path, coding: Any, kinds: tuple[int, ...]) -> None:
+    """OpenSlide would take the first page's scale, or the label itself, for the slide's."""
+    path, base = tmp_path / "slide.tif", coding.coded_pixels(512, 384)
+    pages = [coding.halved(base, 8), base, coding.halved(base, 2)]
+    with tifffile.TiffWriter(path) as writer:
+        for kind, page in zip(kinds, pages, strict=False):
+            writer.write(page, tile=(64, 64), photometric="rgb", subfiletype=kind, metadata=None)
+    for name in (None, "openslide"):
+        with pytest.raises(SlideError, match=r"slide\.tif: its first page \(64 x 48 px\) is smaller .*512 x 384 px"):
+            open_reader(path, name)
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path, coding: Any) -> None:
+    """As old archives and network disks have them."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9vrier.tif"))
+    pixels = coding.coded_pixels(128, 96)
+    coding.write_levels(path, [pixels], 0.5, 2)
+    for opener in (open_slide, IsolatedSlide):
+        with opener(path) as slide:
+            assert np.array_equal(slide.read(0, 0, 128, 96), pixels)
 
 
 REFUSED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -84,12 +83,6 @@ def _strips(folder: Path, coding: Any, formats: Any) -> Known:
     return Known(folder / "strips.tif", "pillow", [pixels])
 
 
-def _cucim(folder: Path, coding: Any, formats: Any) -> Known:
-    levels = _pyramid(coding, 437, 301)
-    coding.write_levels(folder / "lzw.tif", levels, 0.5, 2, compression="lzw")
-    return Known(folder / "lzw.tif", "cucim", levels)
-
-
 KINDS: dict[str, Callable[[Path, Any, Any], Known]] = {
     "tifffile": _tifffile,
     "openslide": _openslide,
@@ -100,7 +93,6 @@ KINDS: dict[str, Callable[[Path, Any, Any], Known]] = {
     "png": _png,
     "jpeg": _jpeg,
     "striped-tiff": _strips,
-    "cucim": _cucim,
 }
 
 
@@ -118,8 +110,6 @@ def known(
     coding: SimpleNamespace,
     formats: SimpleNamespace,
 ) -> Known:
-    if request.param == "cucim" and importlib.util.find_spec("cucim") is None:
-        pytest.skip("cuCIM is not installed (cucim-cu12)")
     return KINDS[request.param](tmp_path_factory.mktemp("known"), coding, formats)
 
 
