@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -133,11 +134,14 @@ def fitted(text: str, size: float, width: float | None, bold: bool = False) -> s
     """`text` as `Picture.text` writes it."""
     known = get_font(_font_file(bold)).get_char_index
     text = "".join(character if known(ord(character)) else "?" for character in printable(text))
-    kept, line = len(text), text
-    while width is not None and kept and text_width(line, size, bold) > width:
-        kept -= 1
-        line = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-    return line
+    if width is None or text_width(text, size, bold) <= width:
+        return text
+
+    def without_middle(kept: int) -> str:
+        return f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+
+    longer = bisect_right(range(len(text)), width, key=lambda kept: text_width(without_middle(kept), size, bold))
+    return without_middle(max(0, longer - 1))
 
 
 def wrapped(text: str, size: float, width: float) -> list[str]:

@@ -39,11 +39,9 @@ def halve(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     height, width = values.shape
     padded = np.pad(values, ((0, height % 2), (0, width % 2)), constant_values=np.nan)
     blocks = padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2)
-    seen = ~np.isnan(blocks)
-    count = seen.sum(axis=(1, 3))
-    total = np.where(seen, blocks, 0.0).sum(axis=(1, 3), dtype=np.float64)
-    mean = np.full(count.shape, np.nan)
-    np.divide(total, count, out=mean, where=count > 0)
+    total = np.nansum(blocks, axis=(1, 3), dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # 0 of 0 is the NaN that is wanted
+        mean: npt.NDArray[np.float64] = total / (~np.isnan(blocks)).sum(axis=(1, 3))
     return mean.astype(np.float32)
 
 
