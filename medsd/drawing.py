@@ -31,7 +31,7 @@ _FONT = "DejaVu Sans"  # comes with matplotlib
 _SHIFT = 4
 
 
-class Picture:
+class Canvas:
     """A white picture in pixels, y down; what is drawn later lies on top. Safe in threads, one picture each."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -96,7 +96,7 @@ class Picture:
 
 
 def save_figure(path: str | Path, figure: Figure, title: str) -> None:
-    """Write a matplotlib figure as `Picture.save` writes a picture. No pyplot: no global state, safe in threads."""
+    """Write a matplotlib figure as `Canvas.save` writes a picture. No pyplot: no global state, safe in threads."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata=_about(title))
@@ -131,7 +131,7 @@ def printable(text: str) -> str:
 
 
 def fitted(text: str, size: float, width: float | None, bold: bool = False) -> str:
-    """`text` as `Picture.text` writes it."""
+    """`text` as `Canvas.text` writes it."""
     known = get_font(_font_file(bold)).get_char_index
     text = "".join(character if known(ord(character)) else "?" for character in printable(text))
     if width is None or text_width(text, size, bold) <= width:

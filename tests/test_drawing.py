@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsd.drawing import Picture, fitted, outline, text_width, wrapped
+from medsd.drawing import Canvas, fitted, outline, text_width, wrapped
 
 
 @pytest.mark.parametrize("name", [200 * "y", 200 * "W", "a b.png", "x"])
@@ -34,7 +34,7 @@ def test_lines_are_broken_between_words():
 def test_text_is_no_markup(tmp_path):
     """A formula would be set smaller and in another place."""
     for text in ("$x^{2}$", "<b>x</b>"):
-        picture = Picture(200, 40)
+        picture = Canvas(200, 40)
         picture.text(10, 30, text, 20)
         columns = np.flatnonzero((np.asarray(picture.image) < 128).any(axis=(0, 2)))
         assert columns[-1] - columns[0] == pytest.approx(text_width(text, 20), abs=6)
@@ -52,7 +52,7 @@ def test_outlines_are_dark_on_light_where_the_ring_is():
 
 
 def test_a_bar_has_its_colours_in_order():
-    picture = Picture(120, 60)
+    picture = Canvas(120, 60)
     colours = np.stack([np.arange(100, dtype=np.uint8)] * 3, axis=1)
     picture.colour_bar(10, 10, 100, 12, colours, ["-1", "0", "1"], 11)
     np.testing.assert_array_equal(np.asarray(picture.image)[15, 10:110, 0], np.arange(100))

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex
-from medsd.drawing import WHITE, Colour, Picture, fitted, text_width
+from medsd.drawing import WHITE, Canvas, Colour, fitted, text_width
 from medsd.slides.slide import Slide, thumbnail
 from medsd.slides.tissue import TissueMask
 
@@ -62,7 +62,7 @@ def draw_tiles(
         for lost, label in zip(unseen.tolist(), tiles.label.tolist(), strict=True)
     ]
     layer = _layer((width, height), tiles.x / level0_px, tiles.y / level0_px, side, colours)
-    picture = Picture(max(width, _NARROWEST_PX), height + _FOOTER_PX)
+    picture = Canvas(max(width, _NARROWEST_PX), height + _FOOTER_PX)
     picture.image.paste(Image.alpha_composite(Image.fromarray(pixels).convert("RGBA"), layer).convert("RGB"))
     size_mm = " x ".join(f"{length * slide.mpp / 1000:.1f}" for length in slide.dimensions)
     about = f"{size_mm} mm, tiles of {tiles.tile_px} px at {tiles.mpp:g} µm per px"

@@ -24,7 +24,7 @@ from medsd.explain.images import find_images, image_names, read_image, read_png_
 from medsd.explain.model import Model, load_model
 from medsd.explain.outputs import Summary, write_outputs
 from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
-from medsd.explain.sheet import thumbnail
+from medsd.explain.sheet import small_picture
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import make_folder
 from medsd.networks.modes import evaluating
@@ -116,7 +116,7 @@ class _Explainer:
             maps = {name: method(x, target) for name, method in self.methods.items()}
         measured = self._measure(x, target, maps, batch)
         alike = agreement(maps).cpu().numpy()
-        shown = [thumbnail(image.pixels) for image in batch]
+        shown = [small_picture(image.pixels) for image in batch]
         return [
             ExplainedImage(
                 name=image.name,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from medsd.drawing import BLACK, FAINT, INK, WHITE, Picture, resized, wrapped
+from medsd.drawing import BLACK, FAINT, INK, WHITE, Canvas, resized, wrapped
 from medsd.errors import DatasetError
 from medsd.heatmap.scale import ColourScale
 from medsd.slides.readers.base import RGB, Bools
@@ -32,7 +32,7 @@ class SheetRow:
     """An image of the sheet.
 
     Attributes:
-        picture: as `thumbnail` makes it.
+        picture: as `small_picture` makes it.
         region: of the picture's size, outlined on it; None for none.
         captions: lines below the picture: its name, what is predicted.
         explained: the class that its maps explain; "" for none.
@@ -63,7 +63,7 @@ class SheetColumn:
     of_class: bool
 
 
-def thumbnail(pixels: RGB) -> RGB:
+def small_picture(pixels: RGB) -> RGB:
     """The picture with its longer side at `CELL_PX`."""
     height, width = pixels.shape[:2]
     factor = CELL_PX / max(height, width)
@@ -110,7 +110,7 @@ def _draw_page(
     foot = wrapped(" ".join(notes), 12, room)
     top = _TITLE_PX + _HEAD_PX
     bottom = top + len(rows) * (CELL_PX + _CAPTION_PX)
-    picture = Picture(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
+    picture = Canvas(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
     picture.text(_MARGIN_PX, 30, title, 18, bold=True, width=room)
     picture.text(_MARGIN_PX, _TITLE_PX + 18, "image", 14, bold=True)
     places = [(_MARGIN_PX + number * step, column) for number, column in enumerate(columns, start=1)]

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.drawing import BLACK, FAINT, WHITE, Picture, outline, resized, text_width, wrapped
+from medsd.drawing import BLACK, FAINT, WHITE, Canvas, outline, resized, text_width, wrapped
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale
 from medsd.heatmap.tiff import shrink
@@ -83,9 +84,8 @@ class MappedSlide:
         return (self.probability, probability_scale()), (saliency, explanation_scale(saliency, self.saliency_limit))
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a picture: left, top, width and height in picture pixels, origin at the top left."""
+class Panel(NamedTuple):
+    """A panel's place in the picture: left, top, width and height in picture pixels, origin at the top left."""
 
     left: int
     top: int
@@ -93,7 +93,7 @@ class Box:
     height: int
 
 
-def layout(panel_count: int, slide_aspect: float) -> tuple[list[Box], int]:
+def layout(panel_count: int, slide_aspect: float) -> tuple[list[Panel], int]:
     """Panels side by side, or below each other when the slide is wide; and the height of all with their bars.
 
     Args:
@@ -108,7 +108,7 @@ def layout(panel_count: int, slide_aspect: float) -> tuple[list[Box], int]:
     for index in range(panel_count):
         row, column = divmod(index, columns)
         left = _MARGIN_PX + column * (cell + _MARGIN_PX) + (cell - width) // 2
-        boxes.append(Box(left, _TITLE_PX + row * (height + _BAR_PX), width, height))
+        boxes.append(Panel(left, _TITLE_PX + row * (height + _BAR_PX), width, height))
     return boxes, boxes[-1].top + height + _BAR_PX
 
 
@@ -141,21 +141,21 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = 0.45) ->
     footer = _footer(slide, opacity)
     height, width = slide.thumbnail.shape[:2]
     boxes, bottom = layout(3, width / height)
-    picture = Picture(_WIDTH_PX, bottom + _LINE_PX * len(footer) + _MARGIN_PX)
+    picture = Canvas(_WIDTH_PX, bottom + _LINE_PX * len(footer) + _MARGIN_PX)
     level0_px = width * slide.thumbnail_level0_px / boxes[0].width, height * slide.thumbnail_level0_px / boxes[0].height
     plain = resized(slide.thumbnail, boxes[0].width, boxes[0].height)
     for box, shown in zip(boxes, (None, *slide.maps), strict=True):
-        panel, heading = plain.copy(), "Slide"
+        pixels, heading = plain.copy(), "Slide"
         if shown is not None:
             value_map, scale = shown
             heading = f"{scale.label}: {value_map.target}"
-            _blend(panel, value_map, scale, level0_px, opacity)
+            _blend(pixels, value_map, scale, level0_px, opacity)
             ticks = [f"{tick:.3g}" for tick in np.linspace(scale.vmin, scale.vmax, 5)]
             picture.colour_bar(box.left, box.top + box.height + 14, box.width, 14, scale.colours(), ticks, _SMALL_PX)
             middle, below = box.left + box.width / 2, box.top + box.height + 66
             picture.text(middle, below, scale.title, _SMALL_PX, align="m", width=box.width)
-        outline(panel, [ring / level0_px for ring in _rings(slide.regions)])
-        picture.paste(panel, box.left, box.top)
+        outline(pixels, [ring / level0_px for ring in _rings(slide.regions)])
+        picture.paste(pixels, box.left, box.top)
         picture.box(box.left - 1, box.top - 1, box.width + 2, box.height + 2, outline=_FRAME)
         _scale_bar(picture, box, level0_px[0] * slide.mpp)
         picture.text(box.left, box.top - 10, heading, 15, bold=True, width=box.width)
@@ -197,7 +197,7 @@ def _rings(regions: Sequence[Region]) -> list[npt.NDArray[np.float64]]:
     return [shapely.get_coordinates(ring) for polygon in polygons for ring in (polygon.exterior, *polygon.interiors)]
 
 
-def _scale_bar(picture: Picture, box: Box, mpp: float) -> None:
+def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
     length_um = round_length_um(box.width * mpp)
     length, thick = length_um / mpp, max(1, round(0.010 * box.width))
     left, bottom = box.left + round(0.03 * box.width), box.top + box.height - round(0.03 * box.width)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from medsd.errors import DatasetError
 from medsd.explain import sheet
-from medsd.explain.sheet import CELL_PX, OPACITY, SheetColumn, SheetRow, draw_sheets, thumbnail
+from medsd.explain.sheet import CELL_PX, OPACITY, SheetColumn, SheetRow, draw_sheets, small_picture
 from medsd.heatmap.scale import ColourScale, saliency_scale
 
 COLUMNS = (
@@ -82,5 +82,5 @@ def test_a_region_is_outlined_outside_itself(tmp_path):
 
 
 def test_thumbnails_keep_the_aspect():
-    assert thumbnail(np.zeros((30, 60, 3), np.uint8)).shape == (CELL_PX // 2, CELL_PX, 3)
-    assert thumbnail(np.zeros((4000, 10, 3), np.uint8)).shape == (CELL_PX, 1, 3)
+    assert small_picture(np.zeros((30, 60, 3), np.uint8)).shape == (CELL_PX // 2, CELL_PX, 3)
+    assert small_picture(np.zeros((4000, 10, 3), np.uint8)).shape == (CELL_PX, 1, 3)

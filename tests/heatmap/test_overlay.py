@@ -14,8 +14,8 @@ from PIL import Image
 
 from medsd.errors import OutputError
 from medsd.heatmap.overlay import (
-    Box,
     MappedSlide,
+    Panel,
     draw_overlay,
     explanation_warning,
     layout,
@@ -69,7 +69,7 @@ def draw(
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def panel(picture: npt.NDArray[np.uint8], box: Box) -> npt.NDArray[np.int64]:
+def panel(picture: npt.NDArray[np.uint8], box: Panel) -> npt.NDArray[np.int64]:
     return picture[box.top : box.top + box.height, box.left : box.left + box.width].astype(int)
 
 
