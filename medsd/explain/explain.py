@@ -110,7 +110,7 @@ class _Explainer:
     def explain(self, batch: Sequence[_Loaded]) -> list[ExplainedImage]:
         """Maps and measures of images of one size."""
         pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
-        x = self.model.normalise(pixels.permute(0, 3, 1, 2))
+        x = self.model.normalise(pixels.permute(0, 3, 1, 2).to(self.model.device))
         predicted, probability, target = self._predict(x)
         with self.smoothing():
             maps = {name: method(x, target) for name, method in self.methods.items()}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.classifier import ImageNetInput, create_encoder
@@ -33,7 +32,8 @@ class Model:
         classes: names in the order of the logits; none for an encoder.
         card: of a classifier; None for an encoder.
         sha256: of its tensors and card.
-        device: where its weights are.
+        normalise: images (B, 3, H, W) uint8 as the network's input, float32.
+        device: where both are.
     """
 
     path: Path
@@ -43,8 +43,8 @@ class Model:
     classes: tuple[str, ...]
     card: ModelCard | None
     sha256: str
+    normalise: nn.Module
     device: torch.device
-    _normalise: Callable[[Tensor], Tensor]
 
     @property
     def temperature(self) -> float:
@@ -57,10 +57,6 @@ class Model:
         """The least side of an image that is known to pass through the network."""
         return min(_TRIED_PX, self.card.tile_px) if self.card else _TRIED_PX
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 as the network's input, float32, on its device."""
-        return self._normalise(images.to(self.device))
-
     def layer(self, name: str | None) -> str | None:
         """The full name of a layer, such as "encoder.layer3" for "layer3"; None for "input".
 
@@ -72,9 +68,16 @@ class Model:
         """
         if name == INPUT:
             return None
-        known = [layer for layer, _ in self.network.named_modules() if layer]
-        inside = [layer for layer, _ in self.encoder.named_modules() if layer]
-        wanted = name or self._default_layer()
+        stages = getattr(self.encoder, "feature_info", None)
+        if name:
+            wanted = name
+        elif self.card and self.card.calibration:
+            wanted = self.card.calibration.layer
+        elif stages:
+            wanted = str(stages[-1]["module"])
+        else:
+            raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
+        known, inside = ([layer for layer, _ in part.named_modules() if layer] for part in (self.network, self.encoder))
         if wanted in known:
             return wanted
         if wanted not in inside:
@@ -90,22 +93,13 @@ class Model:
         """
         if name == "predicted":
             return None
-        if name in self.classes:
-            return self.classes.index(name)
         numbers = [str(number) for number in range(len(self.classes))]
-        if name in numbers:
-            return numbers.index(name)
+        for names in (list(self.classes), numbers):
+            if name in names:
+                return names.index(name)
         known = ["predicted", *self.classes]
         hint = nearest(name, known) or f"; use one of {', '.join(known)}"
         raise ConfigError(f"target '{name}': {self.path} has no such class{hint}")
-
-    def _default_layer(self) -> str:
-        if self.card and self.card.calibration:
-            return self.card.calibration.layer
-        stages = getattr(self.encoder, "feature_info", None)
-        if not stages:
-            raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
-        return str(stages[-1]["module"])
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -119,8 +113,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
     file = read_tensors(path)
     if file.kind != ENCODER_FORMAT:
         classifier, card, digest = load_classifier(path, place)
-        encoder, name, classes = classifier.encoder, classifier.encoder_name, classifier.classes
-        return Model(path, classifier, encoder, name, classes, card, digest, place, classifier.normalise)
+        name, classes = classifier.encoder_name, classifier.classes
+        return Model(path, classifier, classifier.encoder, name, classes, card, digest, classifier.normalise, place)
     try:
         name = str(file.card["encoder"])
     except KeyError as error:
@@ -128,4 +122,4 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
     encoder = create_encoder(name, pretrained=False)
     load_encoder(encoder, path)
     encoder = encoder.to(place).eval()
-    return Model(path, encoder, encoder, name, (), None, file.sha256, place, ImageNetInput().to(place))
+    return Model(path, encoder, encoder, name, (), None, file.sha256, ImageNetInput().to(place), place)
