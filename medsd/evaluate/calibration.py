@@ -23,6 +23,7 @@ from medsd.slides.tissue import find_tissue
 
 SCALE_PERCENTILE = 99.5
 _HIGHEST_THRESHOLD = 0.99
+_SCALE_FROM = 256  # patches
 
 
 def calibrate_on_slides(
@@ -35,12 +36,7 @@ def calibrate_on_slides(
 
     The threshold is Youden's on map pixels against the annotation (normal slides count as all normal); the scale
     ends at the 99.5th percentile of |saliency| in their tissue (both our choice), that of masks at 1.
-
-    Args:
-        engine: makes the maps; its temperature is kept with the threshold, which holds for tempered probabilities.
-        slides: the validation slides.
-        progress: shows the slides, and the blocks or tiles of each.
-        normaliser: of the stain, or None.
+    The engine's temperature is kept with the threshold, which holds for tempered probabilities.
 
     Raises:
         DatasetError: the slides show one class only.
@@ -76,28 +72,25 @@ def calibrate_on_patches(
     dataset: Dataset[Sample],
     labels: npt.NDArray[np.int8],
     probabilities: npt.NDArray[np.float32],
-    scale_from: int = 256,
 ) -> Calibration:
-    """Threshold from the probabilities of validation patches, scale from the saliency of up to `scale_from` of them.
+    """Threshold from the probabilities of validation patches, scale from the saliency of up to 256 of them.
 
     Args:
         engine: makes the saliency; its temperature is kept with the threshold.
         dataset: the patches, of the engine's `tile_px`.
-        labels: (n,) 0 or 1.
-        probabilities: (n,) of the patches, made with the engine's temperature.
-        scale_from: patches that the scale is taken from.
+        labels, probabilities: (n,) 0 or 1, and made with the engine's temperature.
 
     Raises:
         DatasetError: the patches show one class only.
     """
-    chosen = np.linspace(0, len(labels) - 1, min(scale_from, len(labels))).astype(int)
+    chosen = np.linspace(0, len(labels) - 1, min(_SCALE_FROM, len(labels))).astype(int)
     saliencies = [np.abs(engine.patch_saliency(dataset[i]["image"][None])).ravel() for i in chosen.tolist()]
     return _calibration(engine, labels, probabilities, np.concatenate(saliencies), f"{len(labels)} validation patches")
 
 
 def _calibration(
     engine: Engine,
-    labels: npt.NDArray[np.bool_] | npt.NDArray[np.int8],
+    labels: npt.NDArray[np.bool_ | np.int8],
     probabilities: npt.NDArray[np.float32],
     saliencies: npt.NDArray[np.float32],
     source: str,

@@ -30,8 +30,8 @@ MapScores = dict[str, Interval | tuple[Interval, ...]]
 
 _MAP_BATCH = 32
 _MEASURES = ("masking_area", "gap", "deletion", "insertion", "magnitude", "total_variation", "gini", "entropy")
+# Measures by their names in `scores.json`.
 _MEASURED = {name: name for name in _MEASURES} | {"pointing": "energy_pointing", "pointing_game": "pointing_game"}
-"""Measures by their names in `scores.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from medsd.errors import DatasetError
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+LEVEL = 0.95
 _DRAWN_AT_ONCE = 2**18
 
 
@@ -53,17 +54,18 @@ class PointingShare:
 def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """The area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
-    The rank statistic of Mann and Whitney (1947).
+    The rank statistic of Mann and Whitney (1947), 0 to 1; nan where only one class (or nothing) is given.
 
     Args:
         labels: 0 or 1, shape (n,).
         scores: higher means more likely positive, shape (n,).
 
-    Returns:
-        0 to 1, or nan where only one class (or nothing) is given.
-
     Raises:
         DatasetError: labels other than 0 and 1, scores that are not finite, or unequal lengths.
+
+    Example:
+        >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+        0.75
     """
     positive, values = check_scores(labels, scores)
     _, tie = np.unique(values, return_inverse=True)
@@ -76,32 +78,26 @@ def bootstrap_auc(
     groups: npt.ArrayLike | None = None,
     resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """AUC with a percentile bootstrap interval (Efron 1979).
+    """AUC with a 95 % percentile bootstrap interval (Efron 1979); nan where only one class is given.
 
     Tiles of a slide are not independent: give the slide of each item as `groups`, and whole slides are resampled.
 
     Args:
-        labels: 0 or 1, shape (n,).
-        scores: shape (n,).
+        labels, scores: as in `auc`.
         groups: numbers or names that items of one slide (or patient) share, shape (n,); without it items are resampled.
         resamples: number of resamples.
         seed: of the random numbers; the same seed gives the same interval.
-        level: coverage of the interval, between 0 and 1.
-
-    Returns:
-        value and bounds; nan where only one class is given.
 
     Raises:
         DatasetError: as `auc`, or `groups` of another length.
-        ConfigError: `resamples` below 1 or `level` not between 0 and 1.
+        ConfigError: `resamples` below 1.
     """
-    _check_bootstrap(resamples, level)
+    check_number("resamples", resamples, "[1, inf)", whole=True)
     positive, values = check_scores(labels, scores)
     value = auc(positive, values)
     if math.isnan(value):
-        return _interval(math.nan, np.empty(0), level)
+        return _interval(math.nan, np.empty(0))
     group = np.arange(len(values))
     if groups is not None:
         names = np.asarray(groups)
@@ -118,57 +114,43 @@ def bootstrap_auc(
     for index in range(resamples):
         times = np.bincount(random.integers(count, size=count), minlength=count)
         drawn[index] = _weighted_auc(positive, tie, times[group].astype(np.float64))
-    return _interval(value, drawn[~np.isnan(drawn)], level)
+    return _interval(value, drawn[~np.isnan(drawn)])
 
 
-def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean with a percentile bootstrap interval (Efron 1979) over the values' items, such as images.
+def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of values (n,) with a 95 % percentile bootstrap interval (Efron 1979) over items; nan of nothing.
 
     Two runs on the same items, given in the same order and with the same seed, are resampled alike.
-
-    Args:
-        values: one number an item, shape (n,).
-        resamples: number of resamples.
-        seed: of the random numbers.
-        level: coverage of the interval, between 0 and 1.
-
-    Returns:
-        value and bounds; nan where there is no item.
+    Other arguments as in `bootstrap_auc`.
 
     Raises:
         DatasetError: values that are not finite, or not of shape (n,).
-        ConfigError: `resamples` below 1 or `level` not between 0 and 1.
+        ConfigError: `resamples` below 1.
     """
-    _check_bootstrap(resamples, level)
+    check_number("resamples", resamples, "[1, inf)", whole=True)
     items = np.asarray(values, np.float64)
     if items.ndim != 1 or not np.isfinite(items).all():
         raise DatasetError(f"mean of {items.shape} values: give (n,) finite ones, leave undefined items out")
     if not len(items):
-        return _interval(math.nan, np.empty(0), level)
+        return _interval(math.nan, np.empty(0))
     random = np.random.default_rng(seed)
     rows = max(1, _DRAWN_AT_ONCE // len(items))
     drawn = [
         items[random.integers(len(items), size=(min(rows, resamples - start), len(items)))].mean(axis=1)
         for start in range(0, resamples, rows)
     ]
-    return _interval(float(items.mean()), np.concatenate(drawn), level)
+    return _interval(float(items.mean()), np.concatenate(drawn))
 
 
 def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """The ROC curve: one point a distinct score, from (0, 0), the highest score first, to (1, 1).
+    """The ROC curve: false-positive rate and sensitivity, each of shape (distinct scores + 1,).
 
-    Args:
-        labels: 0 or 1, shape (n,), both classes.
-        scores: shape (n,).
-
-    Returns:
-        false-positive rate and sensitivity, each of shape (distinct scores + 1,).
+    One point a distinct score, from (0, 0), the highest score first, to (1, 1). Arguments as in `auc`.
 
     Raises:
         DatasetError: as `auc`, or only one class.
     """
-    false_positive_rate, sensitivity, _ = _curve(labels, scores)
-    return false_positive_rate, sensitivity
+    return _curve(labels, scores)[:2]
 
 
 def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
@@ -176,13 +158,14 @@ def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
 
     It lies midway between neighbouring scores. Of equal ones the lowest is taken, since a missed tumour costs more than
     a false alarm (our choice). Where none beats chance it is the lowest score: everything is called positive.
-
-    Args:
-        labels: 0 or 1, shape (n,), both classes.
-        scores: shape (n,).
+    Arguments as in `auc`.
 
     Raises:
         DatasetError: as `auc`, or only one class.
+
+    Example:
+        >>> youden_threshold([0, 0, 1, 1], [0.0, 0.2, 0.6, 0.9])
+        0.4
     """
     false_positive_rate, sensitivity, falling = _curve(labels, scores)
     youden = (sensitivity - false_positive_rate)[1:]
@@ -202,8 +185,7 @@ def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bool
 
     Args:
         saliency: signed map, shape (h, w); NaN is not seen.
-        tumour: shape (h, w).
-        tissue: shape (h, w).
+        tumour, tissue: shape (h, w).
 
     Raises:
         DatasetError: shapes differ, or the saliency is infinite somewhere.
@@ -223,15 +205,10 @@ def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bool
     return PointingShare(positive_inside, area_share, _ratio(positive_inside, area_share))
 
 
-def _check_bootstrap(resamples: int, level: float) -> None:
-    check_number("resamples", resamples, "[1, inf)", whole=True)
-    check_number("level", level, "(0, 1)")
-
-
-def _interval(value: float, drawn: Floats, level: float) -> Interval:
+def _interval(value: float, drawn: Floats) -> Interval:
     """From the scores of resamples; nan where there are none."""
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (math.nan, math.nan)
-    return Interval(value, float(low), float(high), level, len(drawn))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) else (math.nan, math.nan)
+    return Interval(value, float(low), float(high), LEVEL, len(drawn))
 
 
 def _ratio(part: float, whole: float) -> float:

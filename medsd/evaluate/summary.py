@@ -62,18 +62,9 @@ class SlideScores:
 def score_tiles(
     labels: npt.NDArray[np.int8], scores: npt.NDArray[np.float32], groups: npt.NDArray[np.str_]
 ) -> TileScores:
-    """Scores of tiles with labels 0 or 1.
-
-    Args:
-        labels, scores, groups: (n,) each; a score rises with the probability of tumour.
-    """
-    return TileScores(
-        patch_auc=bootstrap_auc(labels, scores),
-        patch_auc_by_group=bootstrap_auc(labels, scores, groups),
-        items=len(labels),
-        tumour_items=int(labels.sum()),
-        groups=len(np.unique(groups)),
-    )
+    """Scores of tiles, (n,) each: labels 0 or 1, and a score that rises with the probability of tumour."""
+    by_tile, by_group = bootstrap_auc(labels, scores), bootstrap_auc(labels, scores, groups)
+    return TileScores(by_tile, by_group, len(labels), int(labels.sum()), len(np.unique(groups)))
 
 
 def score_slides(

@@ -39,16 +39,14 @@ class CalibrationScores:
 
 
 def score_calibration(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float, threshold: float, target: int = 1
+    logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float, threshold: float
 ) -> CalibrationScores:
     """Calibration on test data, before and after the temperature.
 
     Args:
         logits: (n, K).
-        labels: (n,) class numbers.
-        temperature: from `fit_temperature` on validation data.
-        threshold: kept beside it.
-        target: the tumour's class.
+        labels: (n,) class numbers, 1 tumour.
+        temperature, threshold: from validation data.
 
     Raises:
         DatasetError: as `fit_temperature`.
@@ -56,15 +54,10 @@ def score_calibration(
     """
     check_number("temperature", temperature, "(0, inf)")
     truth, values = _checked(logits, labels)
-    tumour = truth == target
-    before, after = (softmax(values / divisor)[:, target] for divisor in (1.0, temperature))
-    return CalibrationScores(
-        calibration_error(tumour, after),
-        calibration_error(tumour, before),
-        brier_score(tumour, after),
-        temperature,
-        threshold,
-    )
+    tumour = truth == 1
+    before, after = (softmax(values / divisor)[:, 1] for divisor in (1.0, temperature))
+    errors = calibration_error(tumour, after), calibration_error(tumour, before), brier_score(tumour, after)
+    return CalibrationScores(*errors, temperature, threshold)
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -76,8 +69,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     The predicted class never changes.
 
     Args:
-        logits: (n, K) of validation items.
-        labels: (n,) class numbers.
+        logits, labels: (n, K) of validation items, and (n,) class numbers.
 
     Raises:
         DatasetError: unequal lengths, labels that are no class, no items, or logits that are not finite.
@@ -112,8 +104,7 @@ def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
     predicted class, as often printed, would fold the bins below 0.5 onto those above.
 
     Args:
-        labels: (n,) 0 or 1.
-        probabilities: (n,) in 0 to 1.
+        labels, probabilities: (n,) 0 or 1, and in 0 to 1.
         bins: how many.
 
     Raises:
@@ -140,8 +131,7 @@ def softmax(logits: npt.NDArray[np.floating]) -> Floats:
     """Probabilities (n, K) of logits (n, K), in float64."""
     from scipy import special
 
-    shares: Floats = special.softmax(logits.astype(np.float64), axis=1)
-    return shares
+    return special.softmax(logits.astype(np.float64), axis=1)  # type: ignore[no-any-return]
 
 
 def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Floats]:

@@ -19,10 +19,9 @@ from torch import Tensor
 from medsd.drawing import resized
 from medsd.errors import ConfigError, DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
-from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 from medsd.explain.model import Model, load_model
-from medsd.explain.outputs import Summary, write_outputs
+from medsd.explain.outputs import ExplainedImage, ExplainedImages, Summary, write_outputs
 from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
 from medsd.explain.sheet import small_picture
 from medsd.explain.surrogates import load_surrogate

@@ -9,26 +9,88 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
 from medsd import RESEARCH_USE_ONLY
+from medsd.evaluate.calibration import SCALE_PERCENTILE
 from medsd.evaluate.measures import MEASURES, mean_of_known
 from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
-from medsd.explain.columns import sheet_column
-from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.model import INPUT, Model
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
+from medsd.heatmap.scale import ColourScale, saliency_scale
 from medsd.networks.weights import save_tensors
+from medsd.saliency.registry import CAPTUM, method_card
+from medsd.slides.readers.base import RGB, Bools
 from medsd.tables import write_table
 
 MAPS_FORMAT = "medsd-maps-1"
 # An image this many times larger or smaller than the tiles of the training shows other things than they did.
 _FAR = 2.0
+_LABEL_FREE_COLORMAP = "cividis"
+_UNITS = {
+    "gradient": "{output} per unit of {layer}",
+    "smoothgrad": "{output} per unit of {layer}",
+    "gradient_x_activation": "{output}, mean of channels",
+    "deeplift": "{output}, mean of channels",
+    "integrated_gradients": "{output}, mean of channels",
+    "gradcam": "{output}, sum of channels",
+    "multivec_eigencam": "activation squared",
+    "mtsm": "activation squared",
+    "channel_energy": "activation squared",
+}
 _SIGNS = {"higher": " +", "lower": " -", "": ""}
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """One image with what became of it.
+
+    Attributes:
+        name: in tables.
+        size_px: height and width.
+        picture: a small one.
+        region: its mask at that small size, or None.
+        predicted, explained: class numbers; None for an encoder.
+        probability: of the predicted class.
+        maps: (h, w) float32 by method, signed, not normalised, at the size of the layer.
+        measures: by method and name; nan where undefined.
+        agreement: (M, M) Spearman's correlations of the methods' maps.
+    """
+
+    name: str
+    size_px: tuple[int, int]
+    picture: RGB
+    region: Bools | None
+    predicted: int | None
+    explained: int | None
+    probability: float
+    maps: dict[str, npt.NDArray[np.float32]]
+    measures: dict[str, dict[str, float]]
+    agreement: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExplainedImages:
+    """What a call made.
+
+    Attributes:
+        model: that was explained.
+        settings: with the methods that were chosen.
+        images: in the order they were given.
+        failed: reasons by name of the image.
+        masked: whether masks were given.
+    """
+
+    model: Model
+    settings: ExplainSettings
+    images: tuple[ExplainedImage, ...]
+    failed: dict[str, str]
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +150,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         OutputError: `folder` cannot be written to.
     """
     model, settings, images = explained.model, explained.settings, explained.images
-    columns = [sheet_column(name, explained) for name in settings.methods]
+    columns = [_column(name, explained) for name in settings.methods]
     notes = list(_notes(explained, columns))
     layer = model.layer(settings.layer) or INPUT
     summary = Summary(
@@ -122,6 +184,43 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     save_tensors(folder / "maps.safetensors", tensors, MAPS_FORMAT, card)
     write_json(folder / "metrics.json", as_json(summary))
     return summary
+
+
+def _column(name: str, explained: ExplainedImages) -> SheetColumn:
+    """A method's scale, from the maps of all images: the weights' own limit where it holds for them.
+
+    That limit holds for two classes, the calibrated layer, attribution and smoothing, and images of the tile's size:
+    a gradient of pooled features is smaller where more is pooled. Otherwise the scale ends at the 99.5th percentile of
+    |map|. Maps for and against a class diverge from 0; of label-free ones the signed are centred there, the others
+    start.
+    """
+    settings, classes = explained.settings, explained.model.classes
+    output = "log-odds" if settings.output == "evidence" and len(classes) == 2 else settings.output
+    unit = _UNITS.get(name, "as captum gives it" if name.startswith(CAPTUM) else "activation").format(
+        output=output, layer="input" if settings.layer == "input" else "activation"
+    )
+    strengths = np.abs(np.concatenate([image.maps[name].ravel() for image in explained.images]))
+    limit, source = _calibrated_limit(name, explained), "limit: kept with the weights"
+    if limit is None:
+        limit = float(np.percentile(strengths, SCALE_PERCENTILE))
+        source = f"limit: {SCALE_PERCENTILE:g}th percentile of all images"
+    if not limit > 0:
+        limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
+    if method_card(name).needs_label:
+        return SheetColumn(name, saliency_scale(limit, unit), source, True)
+    # Other colours than for and against a class, signed or not.
+    least = -limit if method_card(name).signed else 0.0
+    return SheetColumn(name, ColourScale(least, limit, _LABEL_FREE_COLORMAP, "Strength", unit), source, False)
+
+
+def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
+    settings, model, card = explained.settings, explained.model, explained.model.card
+    if card is None or card.calibration is None or len(model.classes) != 2 or settings.output != "evidence":
+        return None
+    known = card.calibration
+    asked = name, model.layer(settings.layer), settings.smoothing, {image.size_px for image in explained.images}
+    holds = known.attribution, model.layer(known.layer), known.smoothing, {(card.tile_px, card.tile_px)}
+    return known.saliency_limit if asked == holds else None
 
 
 def _row(image: ExplainedImage, model: Model, settings: ExplainSettings) -> SheetRow:
@@ -190,12 +289,10 @@ def _means(images: Sequence[ExplainedImage], method: str, seed: int) -> dict[str
 
 def _agreement(explained: ExplainedImages) -> dict[str, dict[str, float]]:
     """Means over the images whose maps are not constant; nan without any."""
-    stacked = np.stack([image.agreement for image in explained.images])
-    known = ~np.isnan(stacked)
-    count = known.sum(axis=0)
-    means = np.where(count > 0, np.where(known, stacked, 0.0).sum(axis=0) / np.maximum(count, 1), math.nan)
+    stacked = np.ma.masked_invalid([image.agreement for image in explained.images])
+    means = stacked.mean(axis=0).filled(math.nan).tolist()
     names = explained.settings.methods
-    return {first: dict(zip(names, map(float, row), strict=True)) for first, row in zip(names, means, strict=True)}
+    return {first: dict(zip(names, row, strict=True)) for first, row in zip(names, means, strict=True)}
 
 
 def _classes(image: ExplainedImage, model: Model) -> dict[str, Any]:
