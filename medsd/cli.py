@@ -145,8 +145,7 @@ def tiles(
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
     from medsd.cohort.index import TileGrid
     from medsd.cohort.manifest import find_cohort
-    from medsd.cohort.tile_store import Tiling
-    from medsd.cohort.tiling import tile_slides
+    from medsd.cohort.tiling import Tiling, tile_slides
     from medsd.progress import progress_bar
 
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
@@ -193,17 +192,18 @@ def heatmap(
     device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
+    from dataclasses import replace
+
+    from medsd.cohort.entry import SlideEntry
     from medsd.cohort.manifest import read_manifest
-    from medsd.heatmap.cohort import SlideJob, map_slides
+    from medsd.heatmap.cohort import map_slides
     from medsd.progress import progress_bar
 
-    jobs: list[SlideJob] = []
-    for slide in slides:
-        if slide.suffix.lower() == ".csv":
-            jobs += [SlideJob(entry.path, entry.mpp or mpp) for entry in read_manifest(slide)]
-        else:
-            jobs.append(SlideJob(slide, mpp))
-    results = map_slides(jobs, weights, out, block_px, device, progress_bar("heatmap"))
+    entries: list[SlideEntry] = []
+    for path in slides:
+        listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
+        entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
+    results = map_slides(entries, weights, out, block_px, device, progress_bar("heatmap"))
     counts = {status: sum(result.status == status for result in results) for status in ("ok", "empty", "failed")}
     for result in results:
         if result.score is None:

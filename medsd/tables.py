@@ -65,8 +65,9 @@ def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Se
     Raises:
         OutputError: the file cannot be written.
     """
-    frame = pd.DataFrame(list(rows), columns=columns, dtype=object)
-    write_text(path, frame.map(_as_text).to_csv(index=False, lineterminator="\n"))
+    cells = [{name: _as_text(value) for name, value in row.items()} for row in rows]
+    frame = pd.DataFrame(cells, columns=columns, dtype=object)  # or pandas makes 3 beside None 3.0
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _as_text(value: Any) -> Any:

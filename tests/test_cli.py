@@ -12,6 +12,7 @@ import pytest
 
 import medsd
 from medsd import cli, doctor
+from medsd.cohort.entry import SlideEntry
 from medsd.heatmap import cohort
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
@@ -124,4 +125,4 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
     )
     (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
     assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
-    assert asked == [cohort.SlideJob(slide, 0.25), cohort.SlideJob(slide)]
+    assert asked == [SlideEntry(slide.stem, slide, mpp=0.25), SlideEntry(slide.stem, slide)]

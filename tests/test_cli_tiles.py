@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from medsd import cli
-from medsd.cohort import tile_picture, tiling
+from medsd.cohort import runner, tile_picture
 from medsd.cohort.index import TileIndex
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import METHODS
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(tiling, "IsolatedSlide", open_slide)
+    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
@@ -89,7 +89,7 @@ def test_a_manifest_chooses_in_a_folder_and_an_output_in_it_is_not_searched(monk
     [
         (["none"], "none: no such folder; name one with slides, or a manifest"),
         (["none.csv"], "none.csv: cannot be read"),
-        (["{folder}", "--tile-px", "0"], "tile_px=0: allowed is 1 or more"),
+        (["{folder}", "--tile-px", "0"], "tile_px=0: must be a whole number from 1 on"),
         (["{folder}", "--tissue", "otsu"], "tissue method 'otsu' is unknown (saturation, tiatoolbox-otsu"),
         (["{folder}", "--workers", "0"], "workers=0"),
         (["{folder}", "--max-unseen", "2"], "max_unseen=2.0"),

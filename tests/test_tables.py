@@ -13,12 +13,12 @@ from medsd.tables import read_table, write_table
 
 
 def test_what_is_written_is_read_as_text(tmp_path: Path) -> None:
-    rows = [{"slide": "ä, 1", "score": 0.1, "regions": 3}, {"slide": 'b"', "score": None, "regions": 0}]
+    rows = [{"slide": "ä, 1", "score": 0.1, "regions": 3}, {"slide": 'b"', "score": None, "regions": None}]
     write_table(tmp_path / "t.csv", rows)
-    assert (tmp_path / "t.csv").read_bytes() == 'slide,score,regions\n"ä, 1",0.1,3\n"b""",,0\n'.encode()
+    assert (tmp_path / "t.csv").read_bytes() == 'slide,score,regions\n"ä, 1",0.1,3\n"b""",,\n'.encode()
     assert read_table(tmp_path / "t.csv", ["slide"]).to_dict("index") == {
         2: {"slide": "ä, 1", "score": "0.1", "regions": "3"},
-        3: {"slide": 'b"', "score": "", "regions": "0"},
+        3: {"slide": 'b"', "score": "", "regions": ""},
     }
     write_table(tmp_path / "t.csv", [], ["slide"])
     assert (tmp_path / "t.csv").read_text() == "slide\n" and len(read_table(tmp_path / "t.csv", ["slide"])) == 0

@@ -22,7 +22,6 @@ from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, spl
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.errors import ConfigError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
-from medsd.heatmap.cohort import SlideJob
 from medsd.heatmap.engine import Engine
 from medsd.networks.weights import Calibration
 from medsd.phantom import write_phantom_dataset
@@ -64,7 +63,7 @@ class Data(Protocol):
     def prepare(self) -> None: ...
     def part(self, name: str) -> Items: ...
     def calibrate(self, engine: Engine) -> Calibration: ...
-    def jobs(self) -> list[SlideJob]: ...
+    def jobs(self) -> list[SlideEntry]: ...
     def test_slides(self) -> Sequence[SlideEntry]: ...
 
 
@@ -142,9 +141,9 @@ class SlideData:
         slides = [prepared.entry(name) for name in prepared.validation]
         return calibrate_on_slides(engine, slides, progress_bar("calibrate"), self._normaliser)
 
-    def jobs(self) -> list[SlideJob]:
+    def jobs(self) -> list[SlideEntry]:
         """The test slides, to be mapped."""
-        return [SlideJob(slide.path, slide.mpp) for slide in self.test_slides()]
+        return list(self.test_slides())
 
     def test_slides(self) -> Sequence[SlideEntry]:
         """The test slides, those without tissue too."""
@@ -169,7 +168,7 @@ class PatchData:
 
     dataset_dir: Path
     group_column: str
-    slides: tuple[SlideJob, ...]
+    slides: tuple[SlideEntry, ...]
     tile_px: int
     mpp: float
     validation_share: float
@@ -205,7 +204,7 @@ class PatchData:
         probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
         return calibrate_on_patches(engine, validation, validation.labels, probabilities)
 
-    def jobs(self) -> list[SlideJob]:
+    def jobs(self) -> list[SlideEntry]:
         """The slides given to be mapped."""
         return list(self.slides)
 
@@ -296,7 +295,7 @@ def patch_data(
         raise ConfigError("stain_target: patches are too small to fit a stain to; normalise their slides, or leave it")
     if dataset_dir is None:
         raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
-    jobs = tuple(SlideJob(Path(slide)) for slide in slides)
+    jobs = tuple(SlideEntry(Path(slide).stem, Path(slide)) for slide in slides)
     return PatchData(Path(dataset_dir), group_column, jobs, tile_px, mpp, validation_share, test_share, seed)
 
 

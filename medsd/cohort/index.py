@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.annotations import Annotations, tumour_share
-from medsd.errors import ConfigError, DatasetError
+from medsd.checks import check_number
+from medsd.errors import DatasetError
 from medsd.files import atomic_path
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -46,16 +47,11 @@ class TileGrid:
     tumour_from: float = 0.5
 
     def __post_init__(self) -> None:
-        checks = [
-            ("tile_px", self.tile_px >= 1, "1 or more"),
-            ("stride_px", self.stride_px >= 1, "1 or more"),
-            ("mpp", 0 < self.mpp < float("inf"), "a positive number"),
-            ("min_tissue", 0 <= self.min_tissue <= 1, "0 to 1"),
-            ("tumour_from", 0 < self.tumour_from <= 1, "above 0, to 1"),
-        ]
-        for name, good, allowed in checks:
-            if not good:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
+        check_number("tile_px", self.tile_px, "[1, inf)", whole=True)
+        check_number("stride_px", self.stride_px, "[1, inf)", whole=True)
+        check_number("mpp", self.mpp, "(0, inf)")
+        check_number("min_tissue", self.min_tissue, "[0, 1]")
+        check_number("tumour_from", self.tumour_from, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,30 @@ class TileIndex:
         """The labelled tiles (tumour or normal) of the named slides."""
         numbers = [self.names.index(name) for name in names]
         return self.rows(np.isin(self.slide, numbers) & (self.label != MIXED))
+
+    def named(self, names: Sequence[str]) -> TileIndex:
+        """The index of these slides alone, in this order.
+
+        Raises:
+            DatasetError: it lacks one of them.
+        """
+        place = {name: number for number, name in enumerate(self.names)}
+        lacking = [name for name in names if name not in place]
+        if lacking:
+            raise DatasetError(f"no tiles of slide '{lacking[0]}'; {_FIX} again")
+        numbers = [place[name] for name in names]
+        new = np.full(len(self.names), len(names), np.int32)
+        new[numbers] = np.arange(len(names))
+        slide = new[self.slide]
+        rows = np.argsort(slide, kind="stable")[: int((slide < len(names)).sum())]
+        columns = {column: getattr(self, column)[rows] for column in COLUMNS} | {"slide": slide[rows]}
+        return replace(
+            self,
+            names=tuple(names),
+            paths=tuple(self.paths[number] for number in numbers),
+            slide_mpp=tuple(self.slide_mpp[number] for number in numbers),
+            **columns,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the index as a NumPy archive (no pickle)."""

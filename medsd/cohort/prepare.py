@@ -1,28 +1,21 @@
-"""From a data set's slides to tiles with labels: tissue, grid, annotation, and the split for validation."""
+"""From a data set's slides to tiles with labels, and the split for validation."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medsd.cohort.camelyon import split_validation
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
-from medsd.cohort.tile_store import INDEX, TABLE, THUMBNAILS, Tiling
-from medsd.cohort.tiling import tile_slides
+from medsd.cohort.runner import TABLE
+from medsd.cohort.tiling import INDEX, THUMBNAILS, Tiling, find_tiles, tile_slides
 from medsd.errors import DatasetError, NoTissueError
-from medsd.files import make_folder, write_json
 from medsd.progress import Progress, no_progress
-
-_RECORD = "prepared.json"
-# Raised whenever the same slides and settings give other tiles.
-_FORMAT = 2
+from medsd.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -55,22 +48,18 @@ def prepare_slides(
     progress: Progress = no_progress,
     workers: int | None = None,
 ) -> PreparedSlides:
-    """Find tissue and tiles of every slide; leave index, split, thumbnails and `slides.csv` in `folder`.
+    """Find tissue and tiles of every slide, see `tile_slides`, and split them.
 
-    A run with the same slides and settings is not repeated, and one that was killed goes on, see `tile_slides`. A slide
-    without tissue has the status `empty`, one that cannot be read (or its annotation) `failed` with the reason; neither
-    plays a part, and failed ones are tried again by the next run.
+    A slide without tissue has the status `empty`, one that cannot be read (or its annotation) `failed` with the reason;
+    neither plays a part, and failed ones are tried again by the next run.
 
     Raises:
         DatasetError: no slides, or two of one name.
         NoTissueError: no tile at all on the training or testing side.
     """
-    folder = make_folder(folder)
-    record = _record(slides, grid, validation_share, seed)
-    if not _is_current(folder, record):
-        (folder / _RECORD).unlink(missing_ok=True)  # or a run killed below would pass for a whole one
-        tile_slides(slides, folder, Tiling(grid), workers, progress=progress)
-        write_json(folder / _RECORD, record)
+    if not slides:
+        raise DatasetError("no slides to prepare; check dataset_dir")
+    tile_slides(slides, folder, Tiling(grid), workers, progress=progress)
     return load_prepared(slides, folder, grid, validation_share, seed)
 
 
@@ -84,11 +73,11 @@ def load_prepared(
         NoTissueError: no tile at all on the training or testing side.
     """
     folder = Path(folder)
-    if not (folder / _RECORD).is_file():
+    index = find_tiles(slides, folder, Tiling(grid))
+    if index is None and not (folder / INDEX).is_file():
         raise DatasetError(f"{folder}: slides are not prepared; run the stage 'prepare' first")
-    if not _matches(folder, _record(slides, grid, validation_share, seed)):
+    if index is None:
         raise DatasetError(f"{folder}: other slides or settings were prepared; run the stage 'prepare' again")
-    index = TileIndex.load(folder / INDEX)
     with_tiles = {index.names[number] for number in np.unique(index.slide)}
     kept = [slide for slide in slides if slide.name in with_tiles]
     for part in ("training", "testing"):
@@ -99,36 +88,10 @@ def load_prepared(
     return PreparedSlides(index, tuple(slides), tuple(training), tuple(validation), tuple(testing))
 
 
-def _record(slides: Sequence[SlideEntry], grid: TileGrid, validation_share: float, seed: int) -> dict[str, Any]:
-    if not slides:
-        raise DatasetError("no slides to prepare; check dataset_dir")
-    files = [path for slide in slides for path in (slide.path, slide.annotation) if path is not None]
-    return {
-        "format": _FORMAT,
-        "grid": asdict(grid),
-        "validation_share": validation_share,
-        "seed": seed,
-        "partly_annotated": [slide.name for slide in slides if not slide.exhaustive],
-        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-    }
-
-
 def failed_slides(folder: str | Path) -> dict[str, str]:
     """The slides that could not be prepared, with the reason of each, from the `slides.csv` in `folder`."""
     path = Path(folder) / TABLE
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as handle:
-        return {row["slide"]: row["reason"] for row in csv.DictReader(handle) if row["status"] == "failed"}
-
-
-def _is_current(folder: Path, record: dict[str, Any]) -> bool:
-    files = (folder / name for name in (_RECORD, INDEX, TABLE))
-    return all(file.is_file() for file in files) and _matches(folder, record) and not failed_slides(folder)
-
-
-def _matches(folder: Path, record: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads((folder / _RECORD).read_text("utf-8")) == record)
-    except ValueError:
-        return False  # damaged: prepared again
+    table = read_table(path)
+    return dict(table.loc[table["status"] == "failed", ["slide", "reason"]].to_numpy().tolist())

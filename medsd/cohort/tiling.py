@@ -1,38 +1,96 @@
-"""A cohort of slides becomes tiles: in parallel, one bad slide costing only itself, a killed run going on."""
+"""A cohort of slides becomes tiles with labels."""
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medsd.annotations import Annotations, read_annotations
-from medsd.cohort.entry import SlideEntry, check_names
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.checks import check_number
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.cohort.runner import Made, SlideRow, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
-from medsd.cohort.tile_store import INDEX, TiledSlide, TileStore, Tiling
-from medsd.errors import ConfigError, DatasetError, MedsdError, MissingMppError
-from medsd.files import make_folder
+from medsd.errors import ConfigError, nearest
 from medsd.progress import Progress, no_progress
-from medsd.slides.isolate.slide import IsolatedSlide
+from medsd.record import identity
 from medsd.slides.reading import read_tiles
-from medsd.slides.slide import Slide, open_slide
-from medsd.slides.tissue import TissueMask, find_tissue
-from medsd.slides.unforeseen import UNFORESEEN, in_one_line
+from medsd.slides.slide import Slide
+from medsd.slides.tissue import METHODS, TissueMask, find_tissue
 
 logger = logging.getLogger(__name__)
 
+INDEX = "tiles.npz"
+THUMBNAILS = "thumbnails"
 _LABELS = {1: "tumor", 0: "normal", None: ""}
-# Writing the table of thousands of slides takes a while, too.
-_TABLE_SECONDS = 1.0
+# Raised whenever the same settings give other tiles or another record.
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How slides become tiles.
+
+    Attributes:
+        grid: size, step and scale of the tiles, and how much tissue they need.
+        tissue: how tissue is found, one of `tissue.METHODS`.
+        force_tissue: look for tissue also where a slide is no stained tissue on bright glass.
+        verify: decode every tile once, and leave out those that cannot be decoded.
+        max_unseen: the share of a slide's tiles (or of its area, when tissue is looked for) that may be undecodable;
+            beyond it the slide is failed (our choice).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    grid: TileGrid
+    tissue: str = METHODS[0]
+    force_tissue: bool = False
+    verify: bool = True
+    max_unseen: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.tissue not in METHODS:
+            known = ", ".join(METHODS)
+            raise ConfigError(f"tissue method '{self.tissue}' is unknown{nearest(self.tissue, METHODS)} ({known})")
+        check_number("max_unseen", self.max_unseen, "[0, 1]")
+
+
+@dataclass(frozen=True)
+class TiledSlide(SlideRow):
+    """What became of a slide: a row of `slides.csv`.
+
+    Attributes:
+        part: the slide's part in its data set.
+        label: "tumor", "normal", or empty where nobody says.
+        mpp, mpp_source: micrometres per level-0 pixel, and where the number comes from; None where it never opened.
+        reader: the library that reads the file.
+        width, height: size at level 0 in pixels.
+        tissue_mm2: area of the tissue.
+        tiles: number of tiles.
+        tumour_tiles, normal_tiles, mixed_tiles: of these, by label; mixed are also tiles whose label nobody knows.
+        unseen_tiles: tiles that could not be decoded and were left out.
+    """
+
+    part: str = ""
+    label: str = ""
+    mpp: float | None = None
+    mpp_source: str = ""
+    reader: str = ""
+    width: int | None = None
+    height: int | None = None
+    tissue_mm2: float | None = None
+    tiles: int = 0
+    tumour_tiles: int = 0
+    normal_tiles: int = 0
+    mixed_tiles: int = 0
+    unseen_tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,95 +112,66 @@ def tile_slides(
     """Find tissue and tiles of every slide; leave `tiles.npz`, `slides.csv` and a picture of each slide in `folder`.
 
     Slides that are done, by their record, are not done again; failed ones are tried again by the next run. A slide
-    whose file, annotation or settings changed is redone. A run that is killed loses only the slides at work.
+    whose file, annotation or settings changed is redone. Slides of earlier runs into the folder stay, and are listed.
 
     Args:
         entries: the slides.
         folder: where to write.
         tiling: how slides become tiles.
-        workers: slides at work at once; None for as many as there are processors.
-        isolate: read each slide in a process of its own, so that a file that crashes or hangs a decoder costs only
-            its slide.
-        progress: shows the slides that are done.
+        workers, isolate, progress: see `run_cohort`.
 
     Raises:
-        DatasetError: no slides, or two of one name.
+        DatasetError: no slides, two of one name, or tiles of another slide of that name in `folder`.
         ConfigError: fewer than one worker.
         OutputError: `folder` cannot be written to.
     """
-    if not entries:
-        raise DatasetError("no slides to tile; name a folder or a manifest with slides")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers}: allowed is 1 or more")
-    check_names(entries)
-    store = TileStore(make_folder(folder), tiling)
-    store.clean()
-    kept = {entry.name: store.load(entry) for entry in entries}
-    done = {name: result for name, result in kept.items() if result is not None}
-    todo = [entry for entry in entries if entry.name not in done]
-
-    def write_table() -> float:
-        store.write_table(done[entry.name][1] for entry in entries if entry.name in done)
-        return time.monotonic()
-
-    if todo:
-        (store.folder / INDEX).unlink(missing_ok=True)  # or a run killed below would leave one of other slides
-    written = write_table()
-    pool = ThreadPoolExecutor(min(workers or os.cpu_count() or 1, max(len(todo), 1)))
-    work = _Work(store, isolate)
-    try:
-        jobs = {pool.submit(work.finish, entry): entry.name for entry in todo}
-        for job in progress(as_completed(jobs), len(jobs), "slide") if jobs else ():
-            done[jobs[job]] = job.result()
-            if time.monotonic() - written > _TABLE_SECONDS:
-                written = write_table()
-    finally:
-        work.stop.set()
-        pool.shutdown(cancel_futures=True)
-    index = join([done[entry.name][0] for entry in entries])
-    index.save(store.folder / INDEX)
-    write_table()
-    return TiledCohort(index, tuple(done[entry.name][1] for entry in entries))
+    rows = run_cohort(_TilingWork(Path(folder), tiling), entries, workers, isolate, progress)
+    index = TileIndex.load(Path(folder) / INDEX).named([entry.name for entry in entries])
+    return TiledCohort(index, tuple(rows))
 
 
-class _StoppedError(Exception):
-    """The run ends before its slides are done."""
+def find_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling) -> TileIndex | None:
+    """The tiles of `entries` that `tile_slides` left in `folder`, in the order of the slides.
+
+    None where a slide was not tiled, has changed since, was tiled with other settings, or a run ended half way.
+    """
+    folder = Path(folder)
+    work = _TilingWork(folder, tiling)
+    records = [folder / work.record.format(entry.name) for entry in entries]
+    if not is_made(work, entries) or not (folder / INDEX).is_file():
+        return None
+    # The index comes last: one that is older than a slide's record may hold the slide as it was before.
+    if max(path.stat().st_mtime_ns for path in records) > (folder / INDEX).stat().st_mtime_ns:
+        return None
+    return TileIndex.load(folder / INDEX).named([entry.name for entry in entries])
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a thread does with a slide."""
+class _TilingWork:
+    """A slide becomes `slides/<name>.npz` and `thumbnails/<name>.png`; see `Work`."""
 
-    store: TileStore
-    isolate: bool
-    stop: threading.Event = field(default_factory=threading.Event)
+    folder: Path
+    tiling: Tiling
+    row_type: type[TiledSlide] = TiledSlide
+    record: str = "slides/{}.json"
+    outputs: Sequence[str] = ("{}.npz", f"../{THUMBNAILS}/{{}}.png")
+    summaries: Sequence[str] = (INDEX,)
 
-    def finish(self, entry: SlideEntry) -> tuple[TileIndex, TiledSlide]:
-        """The slide's files, and its row; a failure is a row too, and keeps no record."""
-        started = time.perf_counter()
-        try:
-            self.store.drop(entry)
-            with IsolatedSlide(entry.path, entry.mpp) if self.isolate else open_slide(entry.path, entry.mpp) as slide:
-                tiles, row, unseen = self._tile(slide, entry)
-            row = replace(row, seconds=round(time.perf_counter() - started, 2))
-            if row.status != "failed":
-                self.store.save(entry, tiles, row, unseen)
-                return tiles, row
-            logger.error("%s", row.reason)
-        except MedsdError as error:
-            reason = _reason(error)
-            logger.error("%s", reason)
-            row = _row(entry, "failed", reason)
-        except UNFORESEEN as error:
-            # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
-            logger.exception("%s", entry.path)
-            row = _row(entry, "failed", in_one_line(entry.path, error))
-        row = replace(row, seconds=round(time.perf_counter() - started, 2))
-        return no_tiles(entry.name, str(entry.path), row.mpp, self.store.tiling.grid), row
+    def recipe(self, entry: SlideEntry) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "annotation": None if entry.annotation is None else identity(entry.annotation),
+            "label": entry.label,
+            "part": entry.part,
+            "exhaustive": entry.exhaustive,
+            "tiling": asdict(self.tiling),
+        }
 
-    def _tile(self, slide: Slide, entry: SlideEntry) -> tuple[TileIndex, TiledSlide, list[tuple[int, int]]]:
-        """The tiles that can be decoded, the row without its time, and where the other tiles are."""
-        tiling = self.store.tiling
+    def row(self, entry: SlideEntry, status: str, reason: str = "") -> TiledSlide:
+        return TiledSlide(entry.name, status, reason, entry.part, _LABELS[entry.label], path=str(entry.path))
+
+    def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[TiledSlide]:
+        tiling = self.tiling
         annotations = None if entry.annotation is None else read_annotations(entry.annotation, slide.dimensions)
         tissue = find_tissue(slide, method=tiling.tissue, force=tiling.force_tissue)
         found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, annotations)
@@ -151,11 +180,15 @@ class _Work:
             found.label[:] = MIXED  # nobody says what a tile is: no honest label
         elif not entry.exhaustive:
             found.label[found.label == NORMAL] = MIXED  # there may be tumour that nobody outlined
-        seen = self._seen(slide, found) if tiling.verify else np.ones(len(found), np.bool_)
-        draw_tiles(self.store.thumbnail(entry.name), slide, found, tissue, ~seen, labelled)
+        seen = np.ones(len(found), np.bool_)
+        if tiling.verify:
+            places = read_tiles(slide, found.x, found.y, found.tile_px, found.mpp)
+            for tile in progress(places, len(found), "tile"):
+                seen[tile.row] = tile.seen is None or tile.seen.all()
+        draw_tiles(self.folder / THUMBNAILS / f"{entry.name}.png", slide, found, tissue, ~seen, labelled)
         tiles, unseen = found.rows(seen), found.rows(~seen)
         row = replace(
-            _row(entry, *_verdict(slide.path, tissue, len(found), len(unseen), tiling)),
+            self.row(entry, *_verdict(slide.path, tissue, len(found), len(unseen), tiling)),
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
             reader=slide.reader,
@@ -164,35 +197,30 @@ class _Work:
             tissue_mm2=round(float(tissue.mask.sum()) * (tissue.level0_px * slide.mpp) ** 2 / 1e6, 4),
             unseen_tiles=len(unseen),
         )
-        if row.status == "ok":
-            row = replace(
-                row,
-                tiles=len(tiles),
-                tumour_tiles=int((tiles.label == TUMOUR).sum()),
-                normal_tiles=int((tiles.label == NORMAL).sum()),
-                mixed_tiles=int((tiles.label == MIXED).sum()),
-            )
-        return tiles, row, list(zip(unseen.x.tolist(), unseen.y.tolist(), strict=True))
+        if row.status == "failed":
+            return Made(row)
+        tiles.save(self._tiles(entry.name))
+        tumour, normal, mixed = (int((tiles.label == label).sum()) for label in (TUMOUR, NORMAL, MIXED))
+        row = replace(row, tiles=len(tiles), tumour_tiles=tumour, normal_tiles=normal, mixed_tiles=mixed)
+        corners = list(zip(unseen.x.tolist(), unseen.y.tolist(), strict=True))
+        return Made(row, [name.format(entry.name) for name in self.outputs], {"unseen_level0": corners})
 
-    def _seen(self, slide: Slide, tiles: TileIndex) -> npt.NDArray[np.bool_]:
-        """(n,) whether each tile can be decoded, wholly."""
-        seen = np.zeros(len(tiles), np.bool_)
-        for tile in read_tiles(slide, tiles.x, tiles.y, tiles.tile_px, tiles.mpp):
-            seen[tile.row] = tile.seen is None or tile.seen.all()
-            if self.stop.is_set():
-                raise _StoppedError
-        return seen
+    def publish(self, rows: Sequence[TiledSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        settings = json.loads(json.dumps(asdict(self.tiling)))
+        parts, others = [], 0
+        for row in rows:
+            if row.status == "failed":
+                parts.append(no_tiles(row.slide, row.path, row.mpp, self.tiling.grid))
+            elif recipes[row.slide]["tiling"] == settings:
+                parts.append(replace(TileIndex.load(self._tiles(row.slide)), paths=(row.path,)))
+            else:
+                others += 1
+        if others:
+            logger.warning("%s: lacks %d slides tiled with other settings", self.folder / INDEX, others)
+        join(parts).save(self.folder / INDEX)
 
-
-def _row(entry: SlideEntry, status: str, reason: str) -> TiledSlide:
-    return TiledSlide(entry.name, str(entry.path), entry.part, _LABELS[entry.label], status, reason)
-
-
-def _reason(error: MedsdError) -> str:
-    """The error in one line, its fix as it is for a cohort."""
-    if isinstance(error, MissingMppError):
-        return f"{str(error).partition('; give')[0]}; give it in the column 'mpp' of a manifest"
-    return str(error)
+    def _tiles(self, name: str) -> Path:
+        return self.folder / "slides" / f"{name}.npz"
 
 
 def _has_labels(entry: SlideEntry, annotations: Annotations | None) -> bool:

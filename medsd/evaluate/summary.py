@@ -15,8 +15,7 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import tumour_on
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
-from medsd.heatmap.cohort import SlideResult
-from medsd.heatmap.record import read_record
+from medsd.heatmap.cohort import SlideResult, read_slide_record
 from medsd.heatmap.tiff import read_ome_tiff
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def score_slides(
     for entry in entries:
         if entry.name not in scored:
             continue
-        record = read_record(Path(folder) / entry.name)
+        record = read_slide_record(Path(folder) / entry.name)
         if record["recipe"]["weights_sha256"] != weights_sha256:
             raise DatasetError(f"{Path(folder) / entry.name}: maps of other weights; run the stage 'heatmap' again")
         if entry.label is not None:

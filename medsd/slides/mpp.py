@@ -71,7 +71,9 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
             )
         return Mpp((pair[0] + pair[1]) / 2, source)
     stated = next((pair for _, pair in candidates[:-1] if pair is not None), None)
-    raise MissingMppError(f"{path}: scale unknown{_hint(properties, stated)}; give it with mpp=... (--mpp)")
+    raise MissingMppError(
+        f"{path}: scale unknown{_hint(properties, stated)}; give it with mpp=... (--mpp), or in a manifest"
+    )
 
 
 def _tiff_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:

@@ -11,9 +11,9 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from medsd.cohort.dataset import TileDataset
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.prepare import load_prepared
-from medsd.heatmap.cohort import SlideJob, map_slides
-from medsd.heatmap.record import read_record
+from medsd.heatmap.cohort import map_slides, read_slide_record
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier, save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
@@ -69,7 +69,7 @@ def finished(tmp_path_factory, target) -> Path:
 def test_the_target_goes_from_configuration_to_weights_and_records(finished, target):
     _, card, _ = load_classifier(finished / "out" / "model.safetensors")
     assert profile_from_dict(card.stain_target) == target
-    record = read_record(next((finished / "out" / "heatmaps").glob("*/record.json")).parent)
+    record = read_slide_record(next((finished / "out" / "heatmaps").glob("*/record.json")).parent)
     assert record["stain"]["method"] == "macenko" and record["stain"] != asdict(target)
 
 
@@ -105,7 +105,7 @@ def test_maps_hardly_depend_on_the_stain_any_more(finished, tmp_path):
     for shortcut in ("none", "tint"):
         spec = PhantomSpec(seed=5, tumour=True, size_px=1024, shortcut=shortcut)
         write_phantom(spec, tmp_path / f"{shortcut}.tif")
-    jobs = [SlideJob(tmp_path / "none.tif"), SlideJob(tmp_path / "tint.tif")]
+    jobs = [SlideEntry(name, tmp_path / f"{name}.tif") for name in ("none", "tint")]
     apart = {}
     for kind, file in (("normalised", weights), ("raw", tmp_path / "raw.safetensors")):
         assert all(result.status == "ok" for result in map_slides(jobs, file, tmp_path / kind, 512, isolate=False))

@@ -143,7 +143,7 @@ def test_a_slide_smaller_than_a_tile_has_none() -> None:
 )
 def test_grids_that_mean_nothing(name: str, value: float) -> None:
     values: dict[str, Any] = {"tile_px": 8, "stride_px": 8, "mpp": 1.0, name: value}
-    with pytest.raises(ConfigError, match=rf"{name}=.*allowed is"):
+    with pytest.raises(ConfigError, match=rf"{name}=.*must be"):
         TileGrid(**values)
 
 

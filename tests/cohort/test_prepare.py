@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 
 from medsd.annotations import read_annotations, tumour_share
-from medsd.cohort import prepare as prepare_module
-from medsd.cohort import tile_picture, tiling
+from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
@@ -24,7 +24,7 @@ from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
 
 GRID = TileGrid(tile_px=64, stride_px=64, mpp=1.0)
-FILES = ["prepared.json", "slides", "slides.csv", "thumbnails", "tiles.npz"]
+FILES = ["slides", "slides.csv", "thumbnails", "tiles.npz"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def copy(done: tuple[Path, PreparedSlides], tmp_path: Path) -> Path:
 def quick(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures and no child processes for what is prepared in a test; `done` is prepared before, with both."""
     monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(tiling, "IsolatedSlide", open_slide)
+    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -98,49 +98,42 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
     assert (prepared.index.label == TUMOUR).any() and (prepared.index.label == NORMAL).any()
 
 
-def test_a_second_call_does_nothing(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tree(copy)
-    monkeypatch.setattr(prepare_module, "tile_slides", None)
+def test_a_second_call_opens_no_slide(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(runner, "IsolatedSlide", None)
     again = prepare_slides(entries, copy, GRID, 0.5, 0)
-    assert tree(copy) == before and len(again.index) > 0
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before and len(again.index) > 0
 
 
-@pytest.mark.parametrize("spoil", ["grid", "seed", "json", "json_gone", "table_gone", "index_gone", "slide_changed"])
+@pytest.mark.parametrize("spoil", ["grid", "table_gone", "index_gone", "slide_changed"])
 def test_what_changed_is_redone(copy: Path, phantoms: Path, tmp_path: Path, spoil: str) -> None:
-    entries, grid, seed = find_slides(phantoms), GRID, 0
+    entries, grid = find_slides(phantoms), GRID
     before = tree(copy)
     if spoil == "grid":
         grid = TileGrid(128, 128, 1.0)
-    elif spoil == "seed":
-        seed = 1
-    elif spoil == "json":
-        (copy / "prepared.json").write_text('{"grid": ')
     elif spoil.endswith("gone"):
-        (copy / {"json": "prepared.json", "table": "slides.csv", "index": "tiles.npz"}[spoil[:-5]]).unlink()
+        (copy / {"table": "slides.csv", "index": "tiles.npz"}[spoil[:-5]]).unlink()
     else:
-        data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+        data = Path(shutil.copytree(phantoms, tmp_path / "data", copy_function=shutil.copy2))
         entries = find_slides(data)
-        prepare_slides(entries, copy, grid, 0.5, seed)
-        before = tree(copy)
         (data / "training" / "lesion_annotations" / f"{entries[2].name}.xml").touch()
-    prepared = prepare_slides(entries, copy, grid, 0.5, seed)
+    prepared = prepare_slides(entries, copy, grid, 0.5, 0)
     after = tree(copy)
-    whole = {"prepared.json", "slides.csv", "tiles.npz"}
+    whole = {"slides.csv", "tiles.npz"}
     of_slides = {name for name in before if "/" in name}
     redone = {"grid": of_slides, "slide_changed": {n for n in of_slides if Path(n).stem == entries[2].name}}
     assert {name for name in after if after[name] > before.get(name, 0)} == whole | redone.get(spoil, set())
     assert set(after) == whole | of_slides and len(of_slides) == 3 * len(entries)
     assert prepared.index.tile_px == grid.tile_px
-    assert json.loads((copy / "prepared.json").read_text())["grid"]["tile_px"] == grid.tile_px
 
 
 def test_what_an_earlier_version_prepared_is_prepared_again(copy: Path, entries: list[SlideEntry]) -> None:
-    record = json.loads((copy / "prepared.json").read_text())
-    del record["format"]
-    (copy / "prepared.json").write_text(json.dumps(record))
+    path = copy / "slides" / f"{entries[1].name}.json"
+    record = json.loads(path.read_text())
+    record["recipe"]["format"] = 0
+    path.write_text(json.dumps(record))
     with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
         load_prepared(entries, copy, GRID, 0.5, 0)
-    shutil.rmtree(copy / "slides")
     assert len(prepare_slides(entries, copy, GRID, 0.5, 0).index) > 0
 
 
@@ -151,22 +144,23 @@ class Killed(BaseException):
 def test_killed_half_way_is_not_taken_for_whole(
     copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = TileGrid(128, 128, 1.0)
     with monkeypatch.context() as patch:
 
         def killed(*_: Any) -> None:
             raise Killed
 
-        # After the new tiles are written, before the record: the old record must not vouch for them.
-        patch.setattr(prepare_module, "write_json", killed)
+        # After the new tiles of every slide are written, before their index: the old one must not vouch for them.
+        patch.setattr(tiling, "join", killed)
         with pytest.raises(Killed):
-            prepare_slides(entries, copy, other, 0.5, 0)
-    assert not (copy / "prepared.json").exists()
-    assert TileIndex.load(copy / "tiles.npz").tile_px == 128
+            prepare_slides(entries, copy, TileGrid(128, 128, 1.0), 0.5, 0)
+    assert not (copy / "tiles.npz").exists()
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare'"):
         load_prepared(entries, copy, GRID, 0.5, 0)
     assert prepare_slides(entries, copy, GRID, 0.5, 0).index.tile_px == 64
     assert not list(copy.rglob(".*"))
+    os.utime(copy / "tiles.npz", (1, 1))  # as another process left it, before a slide was done anew
+    with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
+        load_prepared(entries, copy, GRID, 0.5, 0)
 
 
 def test_loading_what_is_not_there_or_of_other_slides(
@@ -175,7 +169,7 @@ def test_loading_what_is_not_there_or_of_other_slides(
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare' first"):
         load_prepared(entries, tmp_path, GRID, 0.5, 0)
     with pytest.raises(DatasetError, match="other slides or settings were prepared"):
-        load_prepared(entries[:-1], done[0], GRID, 0.5, 0)
+        load_prepared([*entries, replace(entries[0], name="new")], done[0], GRID, 0.5, 0)
     with pytest.raises(DatasetError, match="other slides or settings were prepared"):
         load_prepared(entries, done[0], replace(GRID, stride_px=GRID.stride_px + 1), 0.5, 0)
     loaded = load_prepared(entries, done[0], GRID, 0.5, 0)
@@ -184,6 +178,9 @@ def test_loading_what_is_not_there_or_of_other_slides(
         done[1].validation,
         done[1].testing,
     )
+    fewer = load_prepared(entries[::-1][1:], done[0], GRID, 0.5, 0)  # slides of other runs play no part
+    assert fewer.index.names == tuple(entry.name for entry in entries[::-1][1:])
+    assert np.array_equal(of(fewer.index, entries[4].name).x, of(loaded.index, entries[4].name).x)
 
 
 @pytest.fixture

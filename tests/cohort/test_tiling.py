@@ -21,12 +21,11 @@ from PIL import Image
 
 import medsd
 from medsd.annotations import read_annotations, tumour_share
-from medsd.cohort import tile_picture, tiling
+from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
-from medsd.cohort.tile_store import Tiling
-from medsd.cohort.tiling import TiledCohort, tile_slides
+from medsd.cohort.tiling import TiledCohort, Tiling, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.slides.slide import open_slide, thumbnail
@@ -93,7 +92,7 @@ def copy(done: tuple[Path, TiledCohort], tmp_path: Path) -> Path:
 def quick(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures and no child processes for what is tiled in a test; `done` is made before, with both."""
     monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(tiling, "IsolatedSlide", open_slide)
+    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
 
 
 def table(folder: Path) -> dict[str, dict[str, str]]:
@@ -123,7 +122,7 @@ def test_one_row_a_slide_and_bad_ones_cost_only_themselves(
         "ruined": "failed",
     }
     assert all(row["status"] == "ok" for row in list(rows.values())[:6])
-    assert rows["bare"]["reason"].endswith("which no microscope has); give it in the column 'mpp' of a manifest")
+    assert rows["bare"]["reason"].endswith("which no microscope has); give it with mpp=... (--mpp), or in a manifest")
     assert "broken.tif" in rows["broken"]["reason"] and "ruined.tif" in rows["ruined"]["reason"]
     assert rows["blank"]["reason"] == "no tissue found; see the thumbnail"
     for entry, row in zip(cohort, rows.values(), strict=True):
@@ -141,11 +140,11 @@ def test_one_row_a_slide_and_bad_ones_cost_only_themselves(
 
 def test_what_is_left_behind(done: tuple[Path, TiledCohort], cohort: list[SlideEntry]) -> None:
     folder, _ = done
-    finished = [row["slide"] for row in table(folder).values() if row["status"] != "failed"]
     files = {"slides.csv", "tiles.npz", "thumbnails/ruined.png"}  # seen before it was given up, and worth a look
-    for name in finished:
-        files |= {f"slides/{name}.json", f"slides/{name}.npz", f"thumbnails/{name}.png"}
-    assert set(times(folder)) == files and "blank" in finished
+    for name, row in table(folder).items():
+        files |= {f"slides/{name}.json"}
+        files |= {f"slides/{name}.npz", f"thumbnails/{name}.png"} if row["status"] != "failed" else set()
+    assert set(times(folder)) == files and "slides/blank.npz" in files
 
 
 def test_tiles_have_their_tissue_share_and_label(done: tuple[Path, TiledCohort], entries: list[SlideEntry]) -> None:
@@ -229,7 +228,7 @@ def test_a_second_run_redoes_failures_only(
 ) -> None:
     before, whole = times(copy), (copy / "tiles.npz").read_bytes()
     opened: list[str] = []
-    monkeypatch.setattr(tiling, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
+    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
     again = tile_slides(cohort, copy, TILING)
     assert sorted(opened) == ["bare", "broken", "ruined"]
     assert (copy / "tiles.npz").read_bytes() == whole
@@ -237,6 +236,9 @@ def test_a_second_run_redoes_failures_only(
         "slides.csv",
         "tiles.npz",
         "thumbnails/ruined.png",
+        "slides/bare.json",
+        "slides/broken.json",
+        "slides/ruined.json",
     }
     # Mended and moved: tried again, and the folder's name is no part of a slide.
     moved = Path(shutil.copytree(odd, tmp_path / "moved", copy_function=shutil.copy2))
@@ -282,7 +284,7 @@ def test_what_changed_is_redone(
         path = {"record": f"slides/{name}.json", "tiles": f"slides/{name}.npz", "picture": f"thumbnails/{name}.png"}
         (copy / path[what]).unlink() if what == "picture" else (copy / path[what]).write_bytes(b"{")
     opened = []
-    monkeypatch.setattr(tiling, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
+    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
     tiled = tile_slides(entries, copy, settings, workers=1)
     assert set(opened) == redone and all(row.status == "ok" for row in tiled.slides)
     assert not list(copy.rglob(".*"))
@@ -303,8 +305,7 @@ RUN = """
 import sys
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.index import TileGrid
-from medsd.cohort.tile_store import Tiling
-from medsd.cohort.tiling import tile_slides
+from medsd.cohort.tiling import Tiling, tile_slides
 tile_slides(find_slides(sys.argv[1]), sys.argv[2], Tiling(TileGrid(64, 64, 1.0)), 1)
 """
 
@@ -328,11 +329,11 @@ def test_a_killed_run_goes_on(
     assert 2 <= len(kept) < 6 and not (tmp_path / "tiles.npz").exists()
     rows = table(tmp_path)
     assert set(rows) <= kept and all(row["status"] == "ok" for row in rows.values())
-    for name in (".123-tiles.npz", "slides/.123-a.json", "thumbnails/.9-a.png"):
+    for name in (".4194305-tiles.npz", "slides/.4194305-a.json", "thumbnails/.4194305-a.png"):
         (tmp_path / name).touch()
     (tmp_path / ".hidden").touch()
     opened: list[str] = []
-    monkeypatch.setattr(tiling, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
+    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
     tile_slides(entries, tmp_path, TILING)
     assert sorted(opened) == sorted({entry.name for entry in entries} - kept)
     tile_slides(entries, tmp_path / "whole", TILING)
@@ -343,13 +344,13 @@ def test_a_killed_run_goes_on(
 def test_an_interrupted_run_stops_at_once_and_keeps_its_table(
     entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiling, "_TABLE_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_TABLE_SECONDS", 0.0)
     seen = []
 
     def progress(items: Any, total: int, unit: str) -> Any:
         for item in items:
             yield item
-            seen.append(item)
+            seen.extend([item] if unit == "slide" else [])
             if len(seen) == 2:
                 raise KeyboardInterrupt
 
@@ -387,17 +388,88 @@ def test_what_nobody_foresaw_costs_one_slide_and_a_full_disk_the_run(
 
 
 def test_cohorts_and_settings_that_mean_nothing(entries: list[SlideEntry], tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no slides to tile"):
+    with pytest.raises(DatasetError, match="no slides; name"):
         tile_slides([], tmp_path / "out", TILING)
     with pytest.raises(DatasetError, match="a slide of this name is also at"):
         tile_slides([entries[0], entries[0]], tmp_path / "out", TILING)
-    with pytest.raises(ConfigError, match="workers=0: allowed is 1 or more"):
+    with pytest.raises(ConfigError, match="workers=0: must be a whole number from 1 on"):
         tile_slides(entries, tmp_path / "out", TILING, workers=0)
     with pytest.raises(ConfigError, match=rf"tissue method 'saturatin' is unknown; did you mean '{METHODS[0]}'\?"):
         Tiling(GRID, tissue="saturatin")
-    with pytest.raises(ConfigError, match=r"max_unseen=1\.5: allowed is 0 to 1"):
+    with pytest.raises(ConfigError, match=r"max_unseen=1\.5: must be a number from 0 to 1"):
         Tiling(GRID, max_unseen=1.5)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="choose another output folder"):
         tile_slides(entries, tmp_path / "file", TILING)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_into_one_folder_add_up(entries: list[SlideEntry], tmp_path: Path) -> None:
+    one, two = (tile_slides([entry], tmp_path, TILING) for entry in (entries[2], entries[0]))
+    assert list(table(tmp_path)) == [entries[0].name, entries[2].name]
+    whole = TileIndex.load(tmp_path / "tiles.npz")
+    assert whole.names == (entries[0].name, entries[2].name) and len(whole) == len(one.index) + len(two.index)
+    assert one.index.names == (entries[2].name,) and np.array_equal(of(whole, entries[2].name).x, one.index.x)
+    assert tile_slides([entries[2]], tmp_path, TILING).slides == one.slides
+
+
+def test_slides_tiled_with_other_settings_stay_listed_and_out_of_the_index(
+    entries: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tile_slides(entries[:1], tmp_path, TILING)
+    other = tile_slides(entries[1:2], tmp_path, Tiling(replace(GRID, tile_px=128)))
+    assert len(table(tmp_path)) == 2 and TileIndex.load(tmp_path / "tiles.npz").names == other.index.names
+    assert "tiles.npz: lacks 1 slides tiled with other settings" in caplog.text
+
+
+def test_another_slide_of_the_same_name_is_refused(entries: list[SlideEntry], tmp_path: Path) -> None:
+    folder, name = tmp_path / "out", entries[0].name
+    tile_slides(entries[:1], folder, TILING)
+    before = times(folder)
+    for number, other in enumerate((entries[1].path, entries[0].path)):
+        path = tmp_path / str(number) / entries[0].path.name
+        path.parent.mkdir()
+        data = bytearray(other.read_bytes())
+        data[-1] ^= number  # of the same size, and yet another file
+        path.write_bytes(data)
+        with pytest.raises(DatasetError, match=rf"outputs of another slide of this name, {entries[0].path}; rename"):
+            tile_slides([SlideEntry(name, path)], folder, TILING)
+    assert times(folder) == before
+    copied = tmp_path / "copied" / entries[0].path.name
+    copied.parent.mkdir()
+    shutil.copyfile(entries[0].path, copied)
+    assert tile_slides([replace(entries[0], path=copied)], folder, TILING).index.paths == (str(copied),)
+
+
+def test_a_failed_slide_is_listed_until_it_is_taken_away(entries: list[SlideEntry], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(b"II*\0 nonsense")
+    folder = tmp_path / "out"
+    tile_slides([SlideEntry("broken", broken)], folder, TILING)
+    tile_slides(entries[:1], folder, TILING)
+    assert [row["status"] for row in table(folder).values()] == ["ok", "failed"]
+    broken.unlink()
+    tile_slides(entries[:1], folder, TILING)
+    assert list(table(folder)) == [entries[0].name]
+    assert (folder / "slides" / "broken.json").is_file()
+
+
+def test_a_slide_out_of_reach_keeps_what_it_has(entries: list[SlideEntry], tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    shutil.copyfile(entries[0].path, path)
+    tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING)
+    path.rename(tmp_path / "away.tif")
+    before = times(tmp_path / "out" / "slides")
+    assert tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING).slides[0].status == "failed"
+    assert table(tmp_path / "out")["a"]["status"] == "failed" and times(tmp_path / "out" / "slides") == before
+    (tmp_path / "away.tif").rename(path)
+    assert tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING).slides[0].status == "ok"
+    assert times(tmp_path / "out" / "slides") == before
+
+
+def test_a_name_that_is_no_utf8_costs_at_most_its_own_slide(entries: list[SlideEntry], tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"f\xe9vrier.tif")
+    shutil.copyfile(entries[0].path, path)
+    tiled = tile_slides([SlideEntry(path.stem, path), *entries[:1]], tmp_path / "out", TILING)
+    assert [row.status for row in tiled.slides] == ["ok", "ok"]
+    assert list(table(tmp_path / "out")) == ["f?vrier", entries[0].name]
