@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -38,6 +39,8 @@ def main() -> None:
     # What these say of damaged files, tag by tag, is said in one line by the error that follows.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8
     try:
         app()
     except MedsdError as error:
@@ -113,7 +116,7 @@ def phantom(
 
 @app.command()
 def tiles(
-    source: Annotated[Path, typer.Argument(help="A folder searched for slides, or a manifest (.csv) that lists them.")],
+    source: Annotated[Path, typer.Argument(help="A folder searched for slides, a slide, or a manifest (.csv).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a run into it goes on where another one ended.")],
     manifest: Annotated[
         Optional[Path],  # noqa: UP045

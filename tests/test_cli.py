@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -126,3 +128,16 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
     (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
     assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
     assert asked == [SlideEntry(slide.stem, slide, mpp=0.25), SlideEntry(slide.stem, slide)]
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):
+    name = os.fsdecode(b"f\xe9vrier")
+    monkeypatch.setattr(cohort, "map_slides", lambda *_: [cohort.SlideResult(name, "ok", "", 1.0)])
+    written = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr(sys, "argv", ["medsd", "heatmap", name, "--weights", "w", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    written.flush()
+    assert rb"f\udce9vrier: score 1.000" in written.buffer.getvalue()

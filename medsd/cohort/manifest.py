@@ -7,18 +7,18 @@ case_02.tif,0.25,normal,
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from medsd.cohort.camelyon import LABELS
 from medsd.cohort.entry import SlideEntry, check_names
-from medsd.errors import DatasetError, nearest
+from medsd.errors import DatasetError
 from medsd.slides.mpp import PLAUSIBLE_MPP
+from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ def find_cohort(
     annotations: str | Path | None = None,
     leave_out: str | Path | None = None,
 ) -> list[SlideEntry]:
-    """The slides of a folder, of a manifest, or those of a folder that a manifest lists.
+    """The slides of a folder, of a manifest, those of a folder that a manifest lists, or a slide itself.
 
     Args:
-        source: a folder, see `search_folder`, or a manifest (`.csv`).
+        source: a folder, see `search_folder`, a slide, or a manifest (`.csv`).
         manifest: a table of the slides in `source`; other slides there are left out.
         annotations: folder of files `<slide's name>.xml` and the like, for slides whose manifest names none.
         leave_out: a folder in `source` that is not searched (that of the outputs).
@@ -67,6 +67,8 @@ def find_cohort(
         unlisted = len(set(_slide_files(source, leave_out)) - {entry.path for entry in entries})
         if unlisted:
             logger.warning("%s: %d slides that %s does not list are left out", source, unlisted, manifest)
+    elif source.name.lower().endswith(SLIDE_SUFFIXES) and source.exists():
+        entries = [SlideEntry(source.stem, Path(os.path.abspath(source)))]
     else:
         entries = search_folder(source, leave_out)
     return entries if annotations is None else _with_annotations(entries, Path(annotations))
@@ -88,7 +90,7 @@ def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> li
     files = _slide_files(folder, leave_out)
     if not files:
         raise DatasetError(f"{folder}: no slides; their names end in {' '.join(SLIDE_SUFFIXES)}")
-    entries = [SlideEntry(path.stem, path, None, "", None) for path in files]
+    entries = [SlideEntry(path.stem, path) for path in files]
     check_names(entries)
     return sorted(entries, key=lambda entry: entry.name)
 
@@ -151,8 +153,7 @@ def _with_annotations(entries: Sequence[SlideEntry], folder: Path) -> list[Slide
         if len(files) > 1 and entry.annotation is None:
             names = ", ".join(path.name for path in files)
             raise DatasetError(f"{folder}: slide '{entry.name}' has several annotations ({names}); keep one")
-        annotation = entry.annotation or (files[0] if files else None)
-        annotated.append(SlideEntry(entry.name, entry.path, entry.label, entry.part, annotation, entry.mpp))
+        annotated.append(replace(entry, annotation=entry.annotation or (files[0] if files else None)))
     if not any(entry.annotation for entry in annotated):
         raise DatasetError(
             f"{folder}: no annotation of any slide; they are named as the slides, '{entries[0].name}.xml'"
@@ -179,20 +180,11 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> list[Slid
     """
     path = Path(path)
     root = Path(os.path.abspath(path.parent if root is None else root))
-    rows = list(enumerate(_rows(path), start=1))
-    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    _check_header(path, header)
     entries: list[SlideEntry] = []
     places: dict[str, int] = {}
-    for number, cells in rows[1:]:
-        if not any(cell.strip() for cell in cells):
-            continue
+    for number, cells in read_table(path, ["slide"], known=COLUMNS).iterrows():
         where = f"{path}: row {number}"
-        if len(cells) != len(header):
-            raise DatasetError(
-                f"{where}: {len(cells)} cells where the first row has {len(header)}; quote cells that hold a comma"
-            )
-        entry = _entry(dict(zip(header, (cell.strip() for cell in cells), strict=True)), root, where)
+        entry = _entry(cells, root, where)
         other = places.setdefault(entry.name.casefold(), number)
         if other != number:
             raise DatasetError(f"{where}, column 'slide': row {other} has a slide of this name; rename or drop one")
@@ -200,39 +192,6 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> list[Slid
     if not entries:
         raise DatasetError(f"{path}: lists no slide; give one a row below the column names")
     return entries
-
-
-def _rows(path: Path) -> list[list[str]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}); name a manifest (.csv)") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise DatasetError(f"{path}: row {number}: not UTF-8; save the table as CSV in UTF-8") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not all(character.isprintable() or character == "\t" for character in line):
-            raise DatasetError(f"{path}: row {number}: characters that are no text; save the table as CSV in UTF-8")
-    try:
-        return list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise DatasetError(f"{path}: not a table ({error}); close every quote") from error
-
-
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    where = f"{path}: row 1"
-    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
-        if len(header) == 1 and separator in header[0]:
-            raise DatasetError(f"{where}: cells are separated by {word}; save the table with commas")
-    for name in header:
-        if name not in COLUMNS:
-            raise DatasetError(f"{where}: column '{name}' is unknown{nearest(name, COLUMNS)} ({', '.join(COLUMNS)})")
-        if header.count(name) > 1:
-            raise DatasetError(f"{where}: column '{name}' is there twice; drop one")
-    if "slide" not in header:
-        raise DatasetError(f"{where}: no column 'slide'; the first row names the columns, {','.join(COLUMNS)}")
 
 
 def _entry(cells: Mapping[str, str], root: Path, where: str) -> SlideEntry:

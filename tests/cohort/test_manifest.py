@@ -252,3 +252,8 @@ def test_every_suffix_is_searched_for(tmp_path: Path) -> None:
         path = tmp_path / f"s{number:02}{suffix}"
         path.mkdir() if suffix == ".zarr" else path.touch()
     assert len(search_folder(tmp_path)) == len(SLIDE_SUFFIXES) == len(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.svs", "deep/c.zarr"])
+def test_a_slide_itself_is_a_cohort_of_one(folder: Path, name: str) -> None:
+    assert find_cohort(folder / name) == [SlideEntry(Path(name).stem, folder / name)]
