@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -74,6 +74,7 @@ class Work(Protocol[Row]):
     Attributes:
         folder: where outputs are kept.
         row_type: class of the rows.
+        columns: of `slides.csv`, names of fields of the rows.
         record: place of a slide's record in the folder, such as "{}/record.json", with the slide's name for `{}`.
         outputs: all files that a slide may leave, likewise, from the record's folder; those of an earlier recipe go
             before new ones are made.
@@ -84,6 +85,8 @@ class Work(Protocol[Row]):
     def folder(self) -> Path: ...
     @property
     def row_type(self) -> type[Row]: ...
+    @property
+    def columns(self) -> Sequence[str]: ...
     @property
     def record(self) -> str: ...
     @property
@@ -281,8 +284,7 @@ class _Run(Generic[Row]):
             rows.setdefault(row.slide, row)
         order = {name: number for number, name in enumerate(self.entries)}
         ordered = sorted(rows.values(), key=lambda row: (order.get(row.slide, len(order)), row.slide))
-        columns = [column.name for column in fields(self.work.row_type)]
-        write_table(self.work.folder / TABLE, map(asdict, ordered), columns)
+        write_table(self.work.folder / TABLE, map(asdict, ordered), self.work.columns)
         return ordered, recipes
 
     def _is_gone(self, row: Row) -> bool:

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 INDEX = "tiles.npz"
 THUMBNAILS = "thumbnails"
 _LABELS = {1: "tumor", 0: "normal", None: ""}
+_COLUMNS = (
+    *("slide", "path", "part", "label", "status", "reason", "mpp", "mpp_source", "reader", "width", "height"),
+    *("tissue_mm2", "tiles", "tumour_tiles", "normal_tiles", "mixed_tiles", "unseen_tiles", "seconds"),
+)
 # Raised whenever the same settings give other tiles or another record.
 _FORMAT = 2
 
@@ -153,6 +157,7 @@ class _TilingWork:
     folder: Path
     tiling: Tiling
     row_type: type[TiledSlide] = TiledSlide
+    columns: Sequence[str] = _COLUMNS
     record: str = "slides/{}.json"
     outputs: Sequence[str] = ("{}.npz", f"../{THUMBNAILS}/{{}}.png")
     summaries: Sequence[str] = (INDEX,)

@@ -103,6 +103,7 @@ class _MapWork:
     normaliser: StainNormaliser | None
     max_unseen: float
     row_type: type[SlideResult] = SlideResult
+    columns: Sequence[str] = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
     record: str = f"{{}}/{RECORD}"
     outputs: Sequence[str] = (_THUMBNAIL, *MAP_FILES)
     summaries: Sequence[str] = ()
@@ -177,7 +178,7 @@ def _index_row(result: SlideResult) -> IndexRow:
 
 
 def read_results(output: str | Path) -> list[SlideResult]:
-    """The rows of `slides.csv` that `map_slides` left in `output`.
+    """The rows of `slides.csv` that `map_slides` left in `output`; of all slides in there, without their paths.
 
     Raises:
         DatasetError: there is none.

@@ -106,7 +106,7 @@ def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights
     assert (tmp_path / "out" / "blank" / "thumbnail.png").is_file()
     assert not (tmp_path / "out" / "blank" / "overlay.png").exists()
     assert [path.name for path in (tmp_path / "out" / "truncated").iterdir()] == ["record.json"]
-    assert read_results(tmp_path / "out") == results
+    assert read_results(tmp_path / "out") == [replace(result, path="") for result in results]
     page = (tmp_path / "out" / "index.html").read_text()
     assert "no tissue" in page and "no such file" in page
     assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
@@ -253,3 +253,15 @@ def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, fiducial_slide, gr
     seen = masks.values[masks.seen]
     assert masks.quantity == "mask" and seen.min() >= 0 and seen.max() <= 1
     assert "blended tiles of 256 px" in read_slide_record(tmp_path / "fiducials")["methods"][0]
+
+
+def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_path, fiducial_slide, green_weights):
+    out, other = tmp_path / "out", blank_slide(tmp_path / fiducial_slide.name)
+    map_slides([job_of(fiducial_slide)], green_weights, out)
+    assert map_slides([job_of(blank_slide(tmp_path / "blank.tif"))], green_weights, out)[0].status == "empty"
+    assert [result.slide for result in read_results(out)] == ["blank", "fiducials"]
+    assert "fiducials/report.html" in (out / "index.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(DatasetError, match=r"out holds outputs of another slide of this name, .*; rename"):
+        map_slides([job_of(other)], green_weights, out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medsd.errors import ConfigError, NoTissueError, SlideError
-from medsd.files import write_json
+from medsd.record import identity, read_record, write_record
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.slide import Area, Slide
 from medsd.slides.stain.profile import Method, StainProfile, fit_picture, profile_from_dict, transform_between
@@ -123,15 +123,15 @@ class StainNormaliser:
 
     def fit(self, slide: Slide, tissue: TissueMask | None = None) -> StainProfile:
         """The stain of `slide`, fitted by the target's method or remembered; raises as `slide` does."""
-        key = _key(slide, self.target.method)
-        name = sha256(json.dumps(key).encode()).hexdigest()
+        recipe = _recipe(slide, self.target.method)
+        name = sha256(json.dumps(recipe).encode()).hexdigest()
         if name not in self._fits:
             path = None if self.folder is None else self.folder / f"{slide.path.stem}-{name[:16]}.json"
-            profile = None if path is None else _kept(path, key)
+            profile = None if path is None else _kept(path, recipe)
             if profile is None:
                 profile = fit_slide(slide, self.target.method, tissue)
                 if path is not None:
-                    write_json(path, {"key": key, "stain": asdict(profile)})
+                    write_record(path, recipe, [], stain=asdict(profile))
             self._fits[name] = profile
         return self._fits[name]
 
@@ -148,30 +148,20 @@ class StainNormaliser:
         return transform_between(source, self.target)(picture)
 
 
-def _key(slide: Slide, method: Method) -> dict[str, Any]:
+def _recipe(slide: Slide, method: Method) -> dict[str, Any]:
     """What a fit follows from: the same file at the same scale, sampled the same way."""
     try:
-        status = slide.path.stat()
+        file = [str(slide.path.resolve()), identity(slide.path)]
     except OSError as error:
         raise SlideError(f"{slide.path}: cannot be read ({error.strerror}); check the path") from error
-    return {
-        "path": str(slide.path.resolve()),
-        "size_bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "mpp": slide.mpp,
-        "method": method,
-        "version": _VERSION,
-    }
+    return {"slide": file, "mpp": slide.mpp, "method": method, "version": _VERSION}
 
 
-def _kept(path: Path, key: dict[str, Any]) -> StainProfile | None:
+def _kept(path: Path, recipe: dict[str, Any]) -> StainProfile | None:
     """The fit in `path`; None where there is none for this slide, or it is damaged."""
-    if not path.is_file():
-        return None
+    record = read_record(path, recipe)
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["key"] == key:
-            return profile_from_dict(content["stain"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        return None if record is None else profile_from_dict(record["stain"])
+    except (LookupError, TypeError, AttributeError, ConfigError) as error:
         logger.warning("%s: damaged (%s); fitted again", path, error)
-    return None
+        return None
