@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.checks import check_number
-from medsd.errors import ConfigError, NetworkError
+from medsd.checks import check_choice, check_number
+from medsd.errors import NetworkError
 from medsd.networks.aim_parts import FeatureBranch, MaskEstimator, gumbel_mask, hard_mask
 from medsd.networks.classifier import Classifier, create_encoder
 from medsd.networks.modes import evaluating, layer_named
@@ -103,8 +103,7 @@ class AimClassifier(Classifier):
         check_number("temperature", temperature, "(0, inf)")
         for name, width in (("feature_width", feature_width), ("mask_width", mask_width)):
             check_number(name, width, "[1, inf)", whole=True)
-        if direction not in ("top_down", "bottom_up"):
-            raise ConfigError(f"direction='{direction}': use 'top_down' or 'bottom_up'")
+        check_choice("direction", direction, get_args(Direction))
         self.options = {
             "end_stage": end_stage,
             "feature_width": feature_width,

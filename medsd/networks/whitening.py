@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from medsd.errors import ConfigError, TrainingError
+from medsd.checks import check_choice, check_number
+from medsd.errors import TrainingError
 from medsd.networks.moments import feature_moments, group_channels
 
 Method = Literal["eigh", "newton"]
@@ -30,7 +31,7 @@ def inverse_root(covariance: Tensor, eps: float) -> Tensor:
         ConfigError: `eps` is not above 0.
         TrainingError: the covariance has no eigendecomposition, mostly because it is not finite.
     """
-    _check_eps(eps)
+    check_number("eps", eps, "(0, inf)")
     with torch.autocast(covariance.device.type, enabled=False):
         root: Tensor = _InverseRoot.apply(covariance, eps)  # type: ignore[no-untyped-call]
     return root
@@ -52,8 +53,8 @@ def newton_inverse_root(covariance: Tensor, iterations: int, eps: float) -> Tens
     Raises:
         ConfigError: `iterations` or `eps` is too low.
     """
-    _check_eps(eps)
-    _check_iterations(iterations)
+    check_number("eps", eps, "(0, inf)")
+    check_number("iterations", iterations, "[1, inf)", whole=True)
     identity = torch.eye(covariance.shape[-1], device=covariance.device, dtype=covariance.dtype)
     with torch.autocast(covariance.device.type, enabled=False):
         regular = covariance + eps * identity
@@ -107,12 +108,10 @@ class WhitenedHead(nn.Module):
         iterations: int = 15,
     ) -> None:
         super().__init__()
-        _check_eps(eps)
-        _check_iterations(iterations)
-        if not 0 < momentum <= 1:
-            raise ConfigError(f"momentum={momentum}: must lie in 0 to 1, 0 excluded")
-        if method not in ("eigh", "newton"):
-            raise ConfigError(f"method='{method}': use 'eigh' or 'newton'")
+        check_number("eps", eps, "(0, inf)")
+        check_number("iterations", iterations, "[1, inf)", whole=True)
+        check_number("momentum", momentum, "(0, 1]")
+        check_choice("method", method, get_args(Method))
         groups = group_channels(torch.arange(feature_dim), group_size)
         self._groups = tuple(slice(int(group[0]), int(group[-1]) + 1) for group in groups)
         self.eps, self.momentum, self.method, self.iterations = eps, momentum, method, iterations
@@ -196,13 +195,3 @@ class _InverseRoot(torch.autograd.Function):
             inner = vectors.mT @ ((gradient + gradient.mT) / 2) @ vectors
             result: Tensor = vectors @ (-inner / (rows * columns * (rows + columns))) @ vectors.mT
         return result, None
-
-
-def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ConfigError(f"eps={eps}: must be above 0")
-
-
-def _check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ConfigError(f"iterations={iterations}: must be 1 or more")

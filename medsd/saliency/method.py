@@ -12,7 +12,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError, NetworkError, nearest
+from medsd.checks import check_choice
+from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.networks.modes import evaluating, layer_named
 
 Target = Tensor | int | None
@@ -224,9 +225,7 @@ def evidence(logits: Tensor) -> Tensor:
 
 def check_output(output: Output) -> Output:
     """Raises ConfigError: neither "logit" nor "evidence"."""
-    known = get_args(Output)
-    if output not in known:
-        raise ConfigError(f"output='{output}': use 'logit' or 'evidence'{nearest(output, known)}")
+    check_choice("output", output, get_args(Output))
     return output
 
 

@@ -151,11 +151,11 @@ def test_newton_converges_where_the_uncoupled_form_does_not() -> None:
 def test_bad_arguments_in_words() -> None:
     identity = torch.eye(3)
     for eps in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match=r"eps=.*: must be above 0"):
+        with pytest.raises(ConfigError, match=r"eps=.*: must be a number above 0"):
             inverse_root(identity, eps)
-        with pytest.raises(ConfigError, match=r"eps=.*: must be above 0"):
+        with pytest.raises(ConfigError, match=r"eps=.*: must be a number above 0"):
             newton_inverse_root(identity, 5, eps)
-    with pytest.raises(ConfigError, match="iterations=0: must be 1 or more"):
+    with pytest.raises(ConfigError, match="iterations=0: must be a whole number from 1 on"):
         newton_inverse_root(identity, 0, 1e-5)
     with pytest.raises(TrainingError, match=r"features: .* not finite; lower the learning rate") as caught:
         inverse_root(torch.full((3, 3), torch.nan), 1e-5)
@@ -296,12 +296,12 @@ def test_head_refuses_in_words() -> None:
         assert head.eval()(features(batch, 7)).shape == (batch, 2)
     with pytest.raises(ConfigError, match="group_size=8: must lie in 2 to 7"):
         WhitenedHead(7, 2, 8)
-    with pytest.raises(ConfigError, match="eps=0: must be above 0"):
+    with pytest.raises(ConfigError, match="eps=0: must be a number above 0"):
         WhitenedHead(7, 2, 3, eps=0)
     for momentum in (0.0, 1.5):
-        with pytest.raises(ConfigError, match=f"momentum={momentum}: must lie in 0 to 1, 0 excluded"):
+        with pytest.raises(ConfigError, match=f"momentum={momentum}: must be a number from 0 to 1, 0 excluded"):
             WhitenedHead(7, 2, 3, momentum=momentum)
-    with pytest.raises(ConfigError, match="method='svd': use 'eigh' or 'newton'"):
+    with pytest.raises(ConfigError, match="method='svd': use one of eigh, newton"):
         WhitenedHead(7, 2, 3, method="svd")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="iterations=0"):
         WhitenedHead(7, 2, 3, iterations=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, DatasetError
 
 Ranks = tuple[int, int, int] | Literal["half"] | None
@@ -103,8 +104,8 @@ def tucker(features: Tensor, ranks: Ranks = None, n_iter_max: int = 100, tol: fl
         DatasetError: see `check_features`.
         ConfigError: ranks that no Tucker decomposition of these features has, or options out of their range.
     """
-    if n_iter_max < 1 or not tol > 0:
-        raise ConfigError(f"n_iter_max={n_iter_max}, tol={tol}: use at least one iteration and a tolerance above 0")
+    check_number("n_iter_max", n_iter_max, "[1, inf)", whole=True)
+    check_number("tol", tol, "(0, inf)")
     full = decompose(features)
     _, _, height, width = full.maps.shape
     first, rows, columns = checked_ranks(ranks, features.shape)

@@ -7,13 +7,13 @@ map has the layer's height and width, x right, y down.
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError
+from medsd.checks import check_choice
 from medsd.saliency.label_free.decomposition import Components, Ranks, check_features, decompose, tucker
 from medsd.saliency.metrics.perturb import unit_range
 
@@ -54,10 +54,9 @@ def eigencam(features: Tensor, variant: Variant = "sign_fixed") -> Tensor:
         DatasetError: not (B, C, H, W) float, empty, or not finite.
         ConfigError: another variant.
     """
+    check_choice("variant", variant, get_args(Variant))
     if variant == "reference":
         return _eigencam_reference(features)
-    if variant != "sign_fixed":
-        raise ConfigError(f"variant='{variant}': use 'sign_fixed' or 'reference'")
     maps = _first(decompose(features, centred=True))
     energy = channel_energy(features)
     return torch.where((maps * energy).sum(dim=(1, 2), keepdim=True) < 0, -maps, maps)
@@ -162,14 +161,13 @@ def _first(components: Components) -> Tensor:
 
 def _weighted(components: Components, channels: int, weights: Weights) -> Tensor:
     """The magnitudes of all components summed, (B, H, W)."""
+    check_choice("weights", weights, get_args(Weights))
     magnitudes = components.maps.abs()
     values = components.values[:, :, None, None]
     if weights == "a":
         return (values * magnitudes).sum(dim=1) / channels
     if weights == "b":
         return magnitudes.sum(dim=1) / channels
-    if weights != "c":
-        raise ConfigError(f"weights='{weights}': use 'a', 'b' or 'c'")
     # Each in units of its root mean square, so that the small constant in norm does not see the features' unit.
     strength = magnitudes.square().mean(dim=(2, 3), keepdim=True).sqrt()
     shapes = unit_range((magnitudes / torch.where(strength > 0, strength, 1.0)).flatten(0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError
+from medsd.checks import check_number
 from medsd.saliency.method import Target
 from medsd.saliency.metrics.perturb import Baseline, baseline_image, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.scoring import Score, reader, scores
@@ -85,7 +85,6 @@ def _rows(
     """The network's outputs (B, steps + 1, K) from `start`, no pixel replaced, to `end`, all of them."""
     pixels = start.shape[2] * start.shape[3]
     step = max(pixels // 100, 1) if step_px is None else step_px
-    if step < 1:
-        raise ConfigError(f"step_px={step_px}: must be 1 or more")
+    check_number("step_px", step, "[1, inf)", whole=True)
     counts = [*range(0, pixels, step), pixels]
     return perturbed_logits(network, start, end, ranks, counts, batch_size, reader(score))

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError
 from medsd.saliency.method import targets_of
 from medsd.saliency.metrics.perturb import Baseline, baseline_image, perturbed_logits, pixel_ranks
@@ -104,8 +105,7 @@ def random_masking_curve(
     Raises:
         ConfigError: `draws` below 1, or as `masking_curve`.
     """
-    if draws < 1:
-        raise ConfigError(f"draws={draws}: must be 1 or more")
+    check_number("draws", draws, "[1, inf)", whole=True)
     # A map of equal pixels is ranked at random.
     nothing = x.new_zeros(x.shape[0], *x.shape[2:])
     curves = [masking_curve(network, x, labels, nothing, fill, shares, generator, batch_size) for _ in range(draws)]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError, nearest
+from medsd.checks import check_choice, check_number
+from medsd.errors import DatasetError
 from medsd.networks.modes import evaluating
 from medsd.saliency.method import check_logits
 
@@ -32,12 +33,11 @@ def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
     Raises:
         ConfigError: no such baseline.
     """
+    check_choice("baseline", kind, get_args(Baseline))
     if kind == "zero":
         return torch.zeros_like(x)
     if kind == "mean":
         return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
-    if kind != "blur":
-        raise ConfigError(f"baseline='{kind}': use 'zero', 'mean' or 'blur'")
     channels = x.shape[1]
     kernel = _rise_kernel(x)
     return F.conv2d(x, kernel.expand(channels, 1, -1, -1), padding=_KERNEL_PX // 2, groups=channels)
@@ -89,8 +89,7 @@ def perturbed_logits(
         DatasetError: image and map differ in size.
         NetworkError: the output is not what `read` takes, or not finite.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be 1 or more")
+    check_number("batch_size", batch_size, "[1, inf)", whole=True)
     batch, _, height, width = x.shape
     if ranks.shape != (batch, height, width):
         raise DatasetError(f"saliency: shape {tuple(ranks.shape)}, images {tuple(x.shape)}; give a (H, W) map an image")
@@ -120,8 +119,7 @@ def at_pixels(maps: Tensor, like: Tensor, resize: Resize = "nearest") -> Tensor:
         raise DatasetError(f"saliency: {len(maps)} maps of {len(like)} images; give one an image")
     if maps.shape[1:] == like.shape[2:]:
         return maps
-    if resize not in ("nearest", "bilinear"):
-        raise ConfigError(f"resize='{resize}': use 'nearest' or 'bilinear'{nearest(resize, get_args(Resize))}")
+    check_choice("resize", resize, get_args(Resize))
     return F.interpolate(maps[:, None], like.shape[2:], mode=resize)[:, 0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError
+from medsd.checks import check_number
 from medsd.networks.modes import evaluating
 from medsd.saliency.method import (
     Method,
@@ -64,7 +64,8 @@ def infidelity(
     """
     from captum.metrics import infidelity as captum_infidelity
 
-    _check(x, "deviation", deviation, samples)
+    check_images(x)
+    check_number("deviation", deviation, "(0, inf)")
     check_output(output)
     with torch.no_grad(), evaluating(method.network):
         classes = targets_of(check_logits(method.network(x), len(x)), target)
@@ -126,7 +127,8 @@ def sensitivity(
     """
     from captum.metrics import sensitivity_max
 
-    _check(x, "radius", radius, samples)
+    check_images(x)
+    check_number("radius", radius, "(0, inf)")
     held = held_target(method.network, x, target)
     noise = _Noise(x, samples, seed, normal=False)
 
@@ -142,13 +144,8 @@ def sensitivity(
         with torch.enable_grad():
             return (at_pixels(method(batch, classes), batch, resize),)
 
-    scores: Tensor = sensitivity_max(
-        explain,
-        x,
-        change,
-        n_perturb_samples=samples,
-        max_examples_per_batch=_together(x, samples, batch_size),
-    )
+    together = _together(x, samples, batch_size)
+    scores: Tensor = sensitivity_max(explain, x, change, n_perturb_samples=samples, max_examples_per_batch=together)
     return scores
 
 
@@ -156,6 +153,7 @@ class _Noise:
     """Samples (C, H, W), each drawn alone, so that they do not depend on how many are asked for at a time."""
 
     def __init__(self, x: Tensor, samples: int, seed: int, normal: bool) -> None:
+        check_number("samples", samples, "[1, inf)", whole=True)
         generator = torch.Generator().manual_seed(seed)
         draws = [torch.empty(x.shape[1:]) for _ in range(samples)]
         for draw in draws:
@@ -173,9 +171,3 @@ class _Noise:
 def _together(x: Tensor, samples: int, batch_size: int) -> int:
     """Images in one pass as captum counts them: a whole number of samples of the batch."""
     return len(x) * min(max(batch_size // len(x), 1), samples)
-
-
-def _check(x: Tensor, name: str, size: float, samples: int) -> None:
-    check_images(x)
-    if not size > 0 or samples < 1:
-        raise ConfigError(f"{name}={size}, samples={samples}: {name} must be above 0 and samples 1 or more")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.checks import check_choice
+from medsd.errors import NetworkError
 from medsd.networks.modes import evaluating
 from medsd.saliency.method import Target, check_logits, targets_of
 
@@ -24,8 +25,7 @@ def reader(score: Score) -> Callable[[object, int], Tensor]:
     Raises:
         ConfigError: no such score.
     """
-    if score not in ("probability", "similarity"):
-        raise ConfigError(f"score='{score}': use 'probability' or 'similarity'{nearest(score, get_args(Score))}")
+    check_choice("score", score, get_args(Score))
     return check_logits if score == "probability" else embedding
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice
 
 Boundary = Literal["circular", "symmetric"]
 
@@ -35,9 +35,7 @@ class Box:
     boundary: Boundary
 
     def __post_init__(self) -> None:
-        known = get_args(Boundary)
-        if self.boundary not in known:
-            raise ConfigError(f"boundary='{self.boundary}': use {' or '.join(known)}{nearest(self.boundary, known)}")
+        check_choice("boundary", self.boundary, get_args(Boundary))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The smoothed x, of the same shape."""

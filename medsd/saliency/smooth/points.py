@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.checks import check_choice
+from medsd.errors import NetworkError
 
 Also = Literal["max_pool", "average_pool", "patchify"]
 
@@ -46,10 +47,8 @@ def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point
         ConfigError: no such kind.
         NetworkError: the network has no such module, or one is a max pool that returns indices.
     """
-    kinds = get_args(Also)
     for kind in also:
-        if kind not in kinds:
-            raise ConfigError(f"also='{kind}': use some of {', '.join(kinds)}{nearest(kind, kinds)}")
+        check_choice("also", kind, get_args(Also))
     points: list[Point] = []
     stem: nn.Module | None = None
     for name, module in network.named_modules():

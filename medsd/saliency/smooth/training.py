@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError, NetworkError, TrainingError
+from medsd.checks import check_number
+from medsd.errors import DatasetError, NetworkError, TrainingError
 from medsd.networks.modes import evaluating, uncompiled
 from medsd.progress import Progress, no_progress
 from medsd.saliency.method import check_images
@@ -86,8 +87,8 @@ def train_surrogate(
         DatasetError: there are no batches, they are no images, or come from a generator.
         TrainingError: a loss is not finite.
     """
-    if epochs < 0 or not lr > 0:
-        raise ConfigError(f"epochs={epochs}, lr={lr}: epochs must be 0 or more, lr positive")
+    check_number("epochs", epochs, "[0, inf)", whole=True)
+    check_number("lr", lr, "(0, inf)")
     if isinstance(batches, Iterator):
         raise DatasetError("batches: a generator is used up after one epoch; give a list or a loader")
     surrogate = _untrained(network, batches, also, seed)

@@ -190,7 +190,7 @@ def test_ranks_that_cannot_be_are_told(ranks: object) -> None:
 
 @pytest.mark.parametrize("options", [{"n_iter_max": 0}, {"tol": 0.0}, {"tol": float("nan")}])
 def test_options_that_cannot_be_are_told(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="n_iter_max"):
+    with pytest.raises(ConfigError, match=next(iter(options))):
         tucker(features_of((1, 8, 3, 3)), "half", **options)
 
 

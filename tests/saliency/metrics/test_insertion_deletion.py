@@ -245,5 +245,5 @@ def test_one_logit_has_no_probability():
 
 def test_a_batch_of_none_is_refused():
     two = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ConfigError, match="batch_size=0: must be 1 or more"):
+    with pytest.raises(ConfigError, match="batch_size=0: must be a whole number from 1 on"):
         deletion_curve(two, torch.rand(2, 3, 8, 8), 0, torch.rand(2, 8, 8), batch_size=0)

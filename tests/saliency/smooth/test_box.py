@@ -82,7 +82,8 @@ def test_the_copies_add_up_to_the_smoothed(stride: tuple[int, int], boundary: Bo
 
 
 def test_an_unknown_boundary_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"boundary='symetric': use circular or symmetric; did you mean 'symmetric'"):
+    words = r"boundary='symetric': use one of circular, symmetric; did you mean 'symmetric'"
+    with pytest.raises(ConfigError, match=words):
         Box((2, 2), "symetric")  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ def test_a_module_used_twice_is_one_point() -> None:
 
 
 def test_what_cannot_be_is_named(small_resnet: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"also='maxpool': use some of .*; did you mean 'max_pool'\?"):
+    with pytest.raises(ConfigError, match=r"also='maxpool': use one of .*; did you mean 'max_pool'\?"):
         strided_points(small_resnet, ("maxpool",))  # type: ignore[arg-type]
     with pytest.raises(NetworkError, match="no convolution of stride 2, so there is nothing to smooth"):
         strided_points(nn.MaxPool2d(2))
