@@ -58,11 +58,7 @@ def uncompiled() -> AbstractContextManager[object]:
 
 
 def layer_named(network: nn.Module, name: str) -> nn.Module:
-    """The module of that name, as in `named_modules`.
-
-    Raises:
-        NetworkError: there is none; the message names the nearest.
-    """
+    """The module of that name, as in `named_modules`."""
     modules: dict[str, nn.Module] = dict(network.named_modules())
     if not name or name not in modules:
         raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{nearest(name, modules)}")
@@ -70,11 +66,7 @@ def layer_named(network: nn.Module, name: str) -> nn.Module:
 
 
 def map_of_layer(layer: str, output: object) -> Tensor:
-    """A layer's output, if it is a map (B, C, h, w) of a floating type.
-
-    Raises:
-        NetworkError: it is something else.
-    """
+    """A layer's output, if it is a map (B, C, h, w) of a floating type."""
     if isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
         return output
     given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -83,11 +75,7 @@ def map_of_layer(layer: str, output: object) -> Tensor:
 
 @contextmanager
 def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
-    """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran.
-
-    Raises:
-        NetworkError: there is no such layer, it gives no map, or the block ends without its having run.
-    """
+    """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran."""
     outputs: list[Tensor] = []
 
     def record(_module: nn.Module, _inputs: object, output: object) -> None:

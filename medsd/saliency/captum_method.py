@@ -68,11 +68,7 @@ def captum_method(
 
 
 def needs_layer(name: str) -> bool:
-    """Whether it is made for a layer.
-
-    Raises:
-        ConfigError: captum has no such attribution of an input or a layer.
-    """
+    """Whether it is made for a layer."""
     return "layer" in _parameters(_attribution(name), "__init__")
 
 

@@ -107,11 +107,7 @@ class SmoothGrad(Gradient):
 
 
 def gradient_at(hidden: HiddenLayer, explained: Tensor) -> Tensor:
-    """The gradient (B, C, h, w) of the sum of what is explained (B,) with respect to a tapped layer.
-
-    Raises:
-        NetworkError: the layer was not reached, or the output does not depend on it.
-    """
+    """The gradient (B, C, h, w) of the sum of what is explained (B,) with respect to a tapped layer."""
     activation, gradient = hidden.activation, None
     if explained.requires_grad:
         (gradient,) = torch.autograd.grad(explained.sum(), activation, allow_unused=True)

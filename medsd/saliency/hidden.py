@@ -34,9 +34,6 @@ class HiddenLayer:
         """The activation of the last forward pass, (B, C, h, w), a leaf that requires grad.
 
         A layer that runs several times in one pass is taken as it ran last.
-
-        Raises:
-            NetworkError: the layer did not run.
         """
         if not self._activations:
             raise NetworkError(f"layer '{self.name}': not reached by the forward pass; choose another layer")
@@ -53,9 +50,6 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
     Args:
         network: any module.
         layer: a module of it, cut at its output; None cuts at the network's input.
-
-    Raises:
-        NetworkError: the network is scripted; or, while it runs, the layer gives no map (B, C, h, w).
     """
     names = {module: name for name, module in network.named_modules()}
     tap = HiddenLayer("input" if layer is None else names.get(layer, type(layer).__name__))

@@ -162,9 +162,6 @@ def baseline_images(x: Tensor, baseline: Tensor | None) -> Tensor:
         x: (B, C, H, W) images.
         baseline: (C, H, W) or (B, C, H, W) in the network's input space; None is zeros, the mean colour where inputs
             are normalised (arXiv 2404.02282's code).
-
-    Raises:
-        DatasetError: another shape.
     """
     if baseline is None:
         return torch.zeros_like(x)
@@ -174,11 +171,7 @@ def baseline_images(x: Tensor, baseline: Tensor | None) -> Tensor:
 
 
 def check_logits(output: object, batch: int) -> Tensor:
-    """Logits (B, K) of a network's output for a batch of B, which may have sides of 1 behind them.
-
-    Raises:
-        NetworkError: it is something else, or not finite.
-    """
+    """Logits (B, K) of a network's output for a batch of B, which may have sides of 1 behind them."""
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[2:].numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NetworkError(f"the network's output is {shape}; class methods need logits (B, K), label-free ones do not")
@@ -190,11 +183,7 @@ def check_logits(output: object, batch: int) -> Tensor:
 
 
 def targets_of(logits: Tensor, target: Target) -> Tensor:
-    """Class numbers (B,) on the device of logits (B, K), a tensor that autograd may keep.
-
-    Raises:
-        ConfigError: outside the classes, or not one an image.
-    """
+    """Class numbers (B,) on the device of logits (B, K), a tensor that autograd may keep."""
     batch, classes = logits.shape
     if target is None:
         return logits.detach().argmax(dim=1).clone()
@@ -230,11 +219,7 @@ def check_output(output: Output) -> Output:
 
 
 def finite(maps: Tensor, layer: str | None) -> Tensor:
-    """The maps as detached float32.
-
-    Raises:
-        NetworkError: they are not finite.
-    """
+    """The maps as detached float32."""
     maps = maps.detach().float()
     if not torch.isfinite(maps).all():
         raise NetworkError(

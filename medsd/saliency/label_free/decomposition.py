@@ -57,9 +57,6 @@ def decompose(features: Tensor, centred: bool = False) -> Components:
     Args:
         features: (B, C, H, W) activations.
         centred: the mean over the places is taken from every channel first.
-
-    Raises:
-        DatasetError: see `check_features`.
     """
     check_features(features)
     matrix = features.detach().double().flatten(2)
@@ -79,9 +76,6 @@ def spectrum(features: Tensor, centred: bool = False) -> Tensor:
     """Singular values (B, min(C, H W)) float64 of each image's features, falling; see `decompose`.
 
     Their first gap s_1 / s_2 says how firmly the first vector, and with it EigenCAM and TSM, is determined.
-
-    Raises:
-        DatasetError: see `check_features`.
     """
     return decompose(features, centred).values
 
@@ -99,10 +93,6 @@ def tucker(features: Tensor, ranks: Ranks = None, n_iter_max: int = 100, tol: fl
         ranks: see `Ranks`.
         n_iter_max: iterations at most.
         tol: the iteration stops when the relative reconstruction error changes by less.
-
-    Raises:
-        DatasetError: see `check_features`.
-        ConfigError: ranks that no Tucker decomposition of these features has, or options out of their range.
     """
     check_number("n_iter_max", n_iter_max, "[1, inf)", whole=True)
     check_number("tol", tol, "(0, inf)")

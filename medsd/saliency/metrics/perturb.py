@@ -29,9 +29,6 @@ def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
         kind: "zero": 0, which is the mean colour where inputs are normalised; "mean": the mean of that image and
             channel; "blur": the image under RISE's kernel (released code of Petsiuk et al. 2018): 11 px a side, sigma
             5 px, reflected into its square, zeros outside the image.
-
-    Raises:
-        ConfigError: no such baseline.
     """
     check_choice("baseline", kind, get_args(Baseline))
     if kind == "zero":
@@ -52,9 +49,6 @@ def pixel_ranks(saliency: Tensor, generator: torch.Generator | None = None) -> T
     Args:
         saliency: (B, H, W).
         generator: orders equal pixels, on the device of `saliency`; None is torch's own.
-
-    Raises:
-        DatasetError: the map is not (B, H, W), or not finite everywhere.
     """
     check_maps(saliency)
     flat = saliency.flatten(1)
@@ -83,11 +77,6 @@ def perturbed_logits(
         counts: how many pixels are replaced, in all channels, one number a step.
         batch_size: images in one pass of the network; steps of several images share one. More pays on a GPU only.
         read: the network's output as (B, K), see `scoring.reader`.
-
-    Raises:
-        ConfigError: `batch_size` below 1.
-        DatasetError: image and map differ in size.
-        NetworkError: the output is not what `read` takes, or not finite.
     """
     check_number("batch_size", batch_size, "[1, inf)", whole=True)
     batch, _, height, width = x.shape
@@ -108,12 +97,7 @@ def perturbed_logits(
 
 
 def at_pixels(maps: Tensor, like: Tensor, resize: Resize = "nearest") -> Tensor:
-    """Maps (B, h, w) of a layer at the size of images (B, C, H, W), (B, H, W); those of that size are left alone.
-
-    Raises:
-        ConfigError: no such way to resize.
-        DatasetError: the maps are not (B, h, w), not finite, or not one an image.
-    """
+    """Maps (B, h, w) of a layer at the size of images (B, C, H, W), (B, H, W); those of that size are left alone."""
     check_maps(maps)
     if len(maps) != len(like):
         raise DatasetError(f"saliency: {len(maps)} maps of {len(like)} images; give one an image")
@@ -156,9 +140,6 @@ def unit_range(maps: Tensor) -> Tensor:
 
     Args:
         maps: (B, H, W), signed.
-
-    Raises:
-        DatasetError: the maps are not (B, H, W) or not finite.
     """
     check_maps(maps)
     least, greatest = maps.aminmax(dim=2)

@@ -20,21 +20,13 @@ like the image's own its embedding is: their cosine, 0 where it is negative."""
 
 
 def reader(score: Score) -> Callable[[object, int], Tensor]:
-    """What turns a network's output for B images into rows (B, K) for `scores`: `check_logits`, or `embedding`.
-
-    Raises:
-        ConfigError: no such score.
-    """
+    """What turns a network's output for B images into rows (B, K) for `scores`: `check_logits`, or `embedding`."""
     check_choice("score", score, get_args(Score))
     return check_logits if score == "probability" else embedding
 
 
 def embedding(output: object, batch: int) -> Tensor:
-    """Embeddings (B, D) of a network's output for a batch of B, (B, D) or a map (B, D, h, w), which is averaged.
-
-    Raises:
-        NetworkError: it is something else, or not finite.
-    """
+    """Embeddings (B, D) of a network's output for a batch of B, (B, D) or a map (B, D, h, w), which is averaged."""
     if not isinstance(output, Tensor) or output.ndim not in (2, 4) or len(output) != batch:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise NetworkError(
@@ -53,10 +45,6 @@ def scores(rows: Tensor, clean: Tensor, target: Target, score: Score) -> Tensor:
         rows: (B, S, K), what `reader(score)` gives of the changed images.
         clean: (B, K), of the images as they are.
         target: classes; None is the one predicted for the image as it is. Unused by "similarity".
-
-    Raises:
-        ConfigError: a target outside the classes.
-        NetworkError: a single logit; an embedding of the image as it is that is 0, which nothing can be like.
     """
     if score == "probability":
         check_several(clean)

@@ -44,11 +44,7 @@ class Surrogate(nn.Module):
         self.points = nn.ModuleDict({_key(name): PointSurrogate(*pair) for name, pair in channels.items()})
 
     def forward(self, name: str, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """What stands in for the output, of `size` (h, w), of the module `name` for its input x.
-
-        Raises:
-            NetworkError: x has other channels than the module's input had in training.
-        """
+        """What stands in for the output, of `size` (h, w), of the module `name` for its input x."""
         if x.shape[1] != self.channels[name][0]:
             raise NetworkError(
                 f"surrogate of '{name}': made for {self.channels[name][0]} channels, here are {x.shape[1]}; "
@@ -58,12 +54,7 @@ class Surrogate(nn.Module):
         return output
 
     def points_of(self, network: nn.Module) -> tuple[Point, ...]:
-        """The modules of a network that these surrogates stand in for, the stem too.
-
-        Raises:
-            NetworkError: they are another network's: it has other strided modules, or other channels. A network of
-                the same shape with other weights passes; a surrogate's file says whose it is.
-        """
+        """The modules of a network that these surrogates stand in for, the stem too."""
         points = strided_points(network, self.also)
         for name in self.channels.keys() ^ {point.name for point in points}:
             side = "the network has no such strided module" if name in self.channels else "the surrogate lacks it"

@@ -42,10 +42,6 @@ def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point
         network: any module.
         also: more kinds (our choice): "max_pool" and "average_pool", of stride 2 or more; "patchify", convolutions of
             larger stride, such as ConvNeXt's stem.
-
-    Raises:
-        ConfigError: no such kind.
-        NetworkError: the network has no such module, or one is a max pool that returns indices.
     """
     for kind in also:
         check_choice("also", kind, get_args(Also))
