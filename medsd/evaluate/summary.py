@@ -15,7 +15,8 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import tumour_on
 from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, inside_share
-from medsd.heatmap.cohort import SlideResult, read_slide_record
+from medsd.heatmap.cohort import read_slide_record
+from medsd.heatmap.report import SlideResult
 from medsd.heatmap.tiff import read_ome_tiff
 
 if TYPE_CHECKING:

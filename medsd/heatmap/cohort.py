@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.runner import TABLE, Made, SlideRow, run_cohort
+from medsd.cohort.runner import TABLE, Made, run_cohort
 from medsd.errors import DatasetError, SlideError, WeightsError
 from medsd.files import atomic_path, sha256_of
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.outputs import MAP_FILES, OutputWriter
-from medsd.heatmap.report import IndexRow, write_index
+from medsd.heatmap.report import SlideResult, write_index
 from medsd.networks.modes import usable_device
 from medsd.networks.weights import load_classifier
 from medsd.progress import Progress, no_progress
@@ -32,21 +32,6 @@ from medsd.tables import read_table
 RECORD = "record.json"
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
-
-
-@dataclass(frozen=True)
-class SlideResult(SlideRow):
-    """What became of a slide: a row of `slides.csv`.
-
-    Attributes:
-        score: mean of the highest 1 % of the probability map's tissue; None unless ok.
-        regions: number of regions at the threshold.
-        region_area_mm2: their area.
-    """
-
-    score: float | None = None
-    regions: int = 0
-    region_area_mm2: float = 0.0
 
 
 def map_slides(
@@ -160,21 +145,7 @@ class _MapWork:
         return Made(row, files, content)
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
-        write_index(self.folder / "index.html", [_index_row(row) for row in rows], "Slide heatmaps")
-
-
-def _index_row(result: SlideResult) -> IndexRow:
-    done = result.status == "ok"
-    return IndexRow(
-        slide=result.slide,
-        status=result.status,
-        reason=result.reason,
-        score=result.score,
-        region_count=result.regions,
-        region_area_mm2=result.region_area_mm2,
-        report=f"{result.slide}/report.html" if done else None,
-        overlay=f"{result.slide}/overlay.png" if done else None,
-    )
+        write_index(self.folder / "index.html", rows, "Slide heatmaps")
 
 
 def read_results(output: str | Path) -> list[SlideResult]:

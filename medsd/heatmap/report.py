@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medsd import RESEARCH_USE_ONLY
+from medsd.cohort.runner import SlideRow
 from medsd.files import write_text
 from medsd.heatmap.overlay import MappedSlide, explanation_warning
 from medsd.heatmap.scale import ColourScale
@@ -32,28 +33,18 @@ _LAST_CODE = 65535
 
 
 @dataclass(frozen=True)
-class IndexRow:
-    """A slide of a cohort's index.
+class SlideResult(SlideRow):
+    """What became of a slide: a row of `slides.csv`.
 
     Attributes:
-        slide: name of the slide; untrusted text.
-        status: "ok", "empty" or "failed".
-        reason: why it is empty or failed, else empty.
-        score: the slide's score, None without one.
-        region_count: number of regions.
-        region_area_mm2: their area together, square millimetres.
-        report: path of the slide's report relative to the index, None without one.
-        overlay: path of the slide's overlay picture relative to the index, None without one.
+        score: mean of the highest 1 % of the probability map's tissue; None unless ok.
+        regions: number of regions at the threshold.
+        region_area_mm2: their area.
     """
 
-    slide: str
-    status: str
-    reason: str = ""
     score: float | None = None
-    region_count: int = 0
+    regions: int = 0
     region_area_mm2: float = 0.0
-    report: str | None = None
-    overlay: str | None = None
 
 
 def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -116,7 +107,7 @@ def write_report(path: str | Path, slide: MappedSlide) -> None:
     )
 
 
-def write_index(path: str | Path, rows: Sequence[IndexRow], title: str) -> None:
+def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> None:
     """Write `index.html`, atomically: the cohort's slides, those that failed with the reason, links to the reports.
 
     Raises:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from medsd.heatmap.overlay import MappedSlide
 from medsd.heatmap.regions import find_regions
-from medsd.heatmap.report import IndexRow, area_text, pack_values, write_index, write_report
+from medsd.heatmap.report import SlideResult, area_text, pack_values, write_index, write_report
 from medsd.heatmap.value_map import ValueMap
 
 NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
@@ -233,24 +233,22 @@ def test_areas_have_a_fitting_unit(area: float, text: str) -> None:
 
 def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     rows = [
-        IndexRow(
-            "slide 1",
-            "ok",
-            score=0.91,
-            region_count=2,
-            region_area_mm2=1.5,
-            report="slide 1/report.html",
-            overlay="slide 1/overlay #1.png",
-        ),
-        IndexRow(NASTY, "failed", reason=NASTY),
-        IndexRow("blank", "empty", reason="no tissue found"),
-        IndexRow("odd", "ok", report="javascript:alert(1)"),
+        SlideResult("slide #1", "ok", score=0.91, regions=2, region_area_mm2=1.5),
+        SlideResult(NASTY, "failed", reason=NASTY),
+        SlideResult("blank", "empty", reason="no tissue found"),
+        SlideResult("javascript:alert(1)", "ok"),
     ]
     write_index(tmp_path / "index.html", rows, "Cohort & co")
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     parsed = Page(text)
-    assert [link["href"] for link in parsed.all("a")] == ["slide%201/report.html", "javascript%3Aalert%281%29"]
-    assert [image["src"] for image in parsed.all("img")] == ["slide%201/overlay%20%231.png"]
+    assert [link["href"] for link in parsed.all("a")] == [
+        "slide%20%231/report.html",
+        "javascript%3Aalert%281%29/report.html",
+    ]
+    assert [image["src"] for image in parsed.all("img")] == [
+        "slide%20%231/overlay.png",
+        "javascript%3Aalert%281%29/overlay.png",
+    ]
     assert not parsed.all("script")
     assert "2 done, 1 without tissue, 1 failed." in parsed.words
     for words in ("no tissue found", "0.910", "1.5", "Cohort & co", "Research use only."):
@@ -259,7 +257,7 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
 
 def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
     write(tmp_path, replace(content(), name="caf\udce9"))
-    write_index(tmp_path / "index.html", [IndexRow("caf\udce9", "failed", reason="x")], "t")
+    write_index(tmp_path / "index.html", [SlideResult("caf\udce9", "failed", reason="x")], "t")
     assert "caf?" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
