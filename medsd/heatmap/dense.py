@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.heatmap.maps import Engine, Floats, MapGrid, MapSettings, SlideMaps, as_array, finish_maps
+from medsd.heatmap.maps import Engine, Floats, MapGrid, SlideMaps, as_array, finish_maps
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
 from medsd.networks.modes import recorded
@@ -52,6 +52,7 @@ class _Read:
     seen: Bools | None
 
 
+@dataclass(eq=False, repr=False)
 class DenseEngine(Engine):
     """Maps slides without tiles; arguments and errors as `Engine`.
 
@@ -59,24 +60,18 @@ class DenseEngine(Engine):
         NetworkError: the network has global operations, too.
     """
 
-    def __init__(
-        self,
-        classifier: TileClassifier,
-        tile_px: int,
-        mpp: float,
-        target: int = 1,
-        settings: MapSettings | None = None,
-        temperature: float = 1.0,
-    ) -> None:
-        super().__init__(classifier, tile_px, mpp, target, settings, temperature)
+    classifier: TileClassifier
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.settings.attribution == "mask":
             raise NetworkError("attribution 'mask': needs a classifier with masks, mapped tile by tile (way 'auto')")
-        self.geometry = measure_geometry(classifier, self.settings.layer)
+        self.geometry = measure_geometry(self.classifier, self.settings.layer)
         stride = self.geometry.features.stride
-        if tile_px % stride:
-            raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {stride}")
-        self.window = tile_px // stride
-        self._windows = _Windows(classifier, self.window)
+        if self.tile_px % stride:
+            raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {stride}")
+        self.window = self.tile_px // stride
+        self._windows = _Windows(self.classifier, self.window)
         self._method = self.method(self._windows, "cells.classifier.")
         # In cells: the saliency's halo, or what the tile window around a cell sees, whichever reaches further.
         windowed = self.geometry.features.size / 2 / stride + self.window / 2

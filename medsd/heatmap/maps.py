@@ -169,6 +169,7 @@ def _legend(settings: MapSettings, target: str, tiles: str) -> tuple[str, str, s
     return "saliency", target, method, unit
 
 
+@dataclass(eq=False, repr=False)
 class Engine(ABC):
     """Maps slides with one classifier.
 
@@ -185,18 +186,15 @@ class Engine(ABC):
         ConfigError: a temperature that is not positive.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        tile_px: int,
-        mpp: float,
-        target: int = 1,
-        settings: MapSettings | None = None,
-        temperature: float = 1.0,
-    ) -> None:
-        check_number("temperature", temperature, "(0, inf)", hint="1 leaves probabilities as they are")
-        self.classifier, self.tile_px, self.mpp, self.target = classifier, tile_px, mpp, target
-        self.settings, self.temperature = settings or MapSettings(), temperature
+    classifier: Classifier
+    tile_px: int
+    mpp: float
+    target: int = 1
+    settings: MapSettings = MapSettings()
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, "(0, inf)", hint="1 leaves probabilities as they are")
 
     @abstractmethod
     def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:

@@ -7,6 +7,7 @@ makes a block exact. The raised-cosine window along each axis is the usual one o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.heatmap.maps import Engine, Floats, MapGrid, MapSettings, SlideMaps, as_array, finish_maps
+from medsd.heatmap.maps import Engine, Floats, MapGrid, SlideMaps, as_array, finish_maps
 from medsd.networks.aim import AimClassifier, stage_layer
 from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
@@ -28,6 +29,7 @@ from medsd.slides.tissue import TissueMask
 _PROBE_PX = 256
 
 
+@dataclass(eq=False, repr=False)
 class TiledEngine(Engine):
     """Maps slides with one classifier, tile by tile.
 
@@ -41,23 +43,17 @@ class TiledEngine(Engine):
     Arguments and errors as `Engine`.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        tile_px: int,
-        mpp: float,
-        target: int = 1,
-        settings: MapSettings | None = None,
-        temperature: float = 1.0,
-    ) -> None:
-        super().__init__(classifier, tile_px, mpp, target, settings, temperature)
-        self.stride = _total_stride(classifier)
-        if tile_px % self.stride:
-            raise NetworkError(f"tile_px={tile_px}: must be a multiple of the network's stride, {self.stride}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stride = _total_stride(self.classifier)
+        if self.tile_px % self.stride:
+            raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {self.stride}")
         masked = self.settings.attribution == "mask"
-        self.hidden = measure_effective_field(classifier, _finest_stage(classifier) if masked else self.settings.layer)
-        self._method = None if masked else self.method(classifier)
-        cells = tile_px // self.hidden.stride
+        self.hidden = measure_effective_field(
+            self.classifier, _finest_stage(self.classifier) if masked else self.settings.layer
+        )
+        self._method = None if masked else self.method(self.classifier)
+        cells = self.tile_px // self.hidden.stride
         self.step_px = math.ceil(cells / 2) * self.hidden.stride
         # Where a tile starts whose first cell looks at the middle of the first map pixel; whole pixels, or every tile
         # would be read between pixels.
