@@ -17,7 +17,7 @@ from pathlib import Path
 from medsd.cohort.camelyon import LABELS
 from medsd.cohort.entry import SlideEntry, check_names
 from medsd.errors import DatasetError
-from medsd.slides.mpp import PLAUSIBLE_MPP
+from medsd.slides.mpp import WANTED_MPP, is_plausible
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,6 @@ def _mpp(text: str, where: str) -> float | None:
     if not _NUMBER.fullmatch(text):
         raise DatasetError(f"{where}: '{text}' is no number; give micrometres per level-0 pixel, as 0.25, or nothing")
     value = float(text)
-    low, high = PLAUSIBLE_MPP
-    if not low <= value <= high:
-        raise DatasetError(f"{where}: {text} is outside {low:g} to {high:g}; give micrometres per level-0 pixel")
+    if not is_plausible(value):
+        raise DatasetError(f"{where}: no microscope has {text} um per pixel; {WANTED_MPP}")
     return value

@@ -16,10 +16,10 @@ WANTED_MPP = f"give micrometres per level-0 pixel, from {PLAUSIBLE_MPP[0]:g} to 
 """The fix, for messages."""
 
 _SOURCES = {
-    "openslide.mpp": "vendor property",
-    "ome.mpp": "OME-XML",
-    "ngff.mpp": "NGFF scale",
-    "jp2.mpp": "JPEG 2000 capture resolution",
+    "openslide.mpp-{}": "vendor property",
+    "ome.mpp-{}": "OME-XML",
+    "ngff.mpp-{}": "NGFF scale",
+    "jp2.mpp-{}": "JPEG 2000 capture resolution",
 }
 _TAGS = "TIFF resolution tags"
 _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
@@ -78,23 +78,24 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
 
 def _tiff_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
     unit = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
-    resolution = _numbers(properties.get("tiff.XResolution"), properties.get("tiff.YResolution"))
+    resolution = _pair(properties, "tiff.{}Resolution", "XY")
     if unit is None or resolution is None or min(resolution) <= 0:
         return None
-    return _numbers(str(unit / resolution[0]), str(unit / resolution[1]))
+    return _rounded(unit / resolution[0]), _rounded(unit / resolution[1])
 
 
-def _pair(properties: Mapping[str, str], key: str) -> tuple[float, float] | None:
-    return _numbers(properties.get(f"{key}-x"), properties.get(f"{key}-y"))
-
-
-def _numbers(x: str | None, y: str | None) -> tuple[float, float] | None:
+def _pair(properties: Mapping[str, str], key: str, axes: str = "xy") -> tuple[float, float] | None:
+    """The numbers under a key for both axes; None unless both are finite."""
     try:
-        # Tags are single precision (0.4990000128): beyond seven digits there is only noise.
-        pair = float(f"{float(x or 'nan'):.7g}"), float(f"{float(y or 'nan'):.7g}")
+        x, y = (_rounded(float(properties.get(key.format(axis), "nan"))) for axis in axes)
     except ValueError:
         return None
-    return pair if all(math.isfinite(value) for value in pair) else None
+    return (x, y) if math.isfinite(x) and math.isfinite(y) else None
+
+
+def _rounded(value: float) -> float:
+    """Tags are single precision (0.4990000128): beyond seven digits there is only noise."""
+    return float(f"{value:.7g}")
 
 
 def _hint(properties: Mapping[str, str], stated: tuple[float, float] | None) -> str:

@@ -123,9 +123,10 @@ def open_slide(
         ConfigError: no reader of that name.
 
     Example:
-        >>> from medsd.phantom import PhantomSpec, write_phantom
-        >>> _ = write_phantom(PhantomSpec(seed=0, tumour=True, size_px=512), "slide.tif")
-        >>> with open_slide("slide.tif") as slide:
+        >>> import tifffile
+        >>> path = getfixture("tmp_path") / "slide.tif"
+        >>> tifffile.imwrite(path, np.zeros((512, 512, 3), np.uint8), tile=(256, 256), photometric="rgb")
+        >>> with open_slide(path, mpp=0.5) as slide:
         ...     slide.read(100, 50, width=64, height=32, mpp=2 * slide.mpp).shape
         (32, 64, 3)
     """

@@ -442,32 +442,3 @@ def test_tiles_of_dicom_are_in_order(shared_data: Path) -> None:
         for number in range(25)
     )
     assert len({tile.tobytes() for tile in tiles}) > 20  # the last tiles are blank
-
-
-READABLE = {
-    "1bit.tif",
-    "grey10kx5k.tif",
-    "hopper_bigtiff.tif",
-    "multipage_single_frame_loop.tiff",
-    "ojpeg-tile.tif",
-    "small_la.tiff",
-    "test_orient1.tif",
-    "tiff_tiled_cmyk_jpeg.tif",
-    "tiff_tiled_planar_lzw.tiff",
-}
-
-
-def test_odd_files_give_pixels_or_one_line(shared_data: Path) -> None:
-    paths = [path for path in sorted((shared_data / "wsi_odd").iterdir()) if path.suffix != ".md"]
-    assert len(paths) == 23
-    read = set()
-    for path in paths:
-        try:
-            with open_slide(path, mpp=0.5) as slide:
-                width, height = slide.dimensions
-                assert slide.read(0, 0, width, height).shape == (height, width, 3)
-                assert slide.read(-3, -3, 20, 20, mpp=0.8).shape == (20, 20, 3)
-            read.add(path.name)
-        except SlideError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-    assert read == READABLE

@@ -165,14 +165,8 @@ class ChildProcess:
             return "stopped to answer"
         while any(number == self._errors for number, _ in self._poll.poll(0)) and self._keep_last_words():
             pass
-        how = f"died of {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
+        signals = {known.value: known.name for known in signal.Signals}
+        how = f"died of {signals.get(-code, f'signal {-code}')}" if code < 0 else f"ended with status {code}"
         lines = self._last_words.decode(errors="replace").split("\n")
         words = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "")
         return f"{how} ({words[:300]})" if words else how
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError
+from medsd.checks import check_number
 
 RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
 """Haematoxylin and eosin of Ruifrok and Johnston (2001): optical densities of red, green and blue."""
@@ -38,10 +38,8 @@ class StainAugment:
     shift: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength < 1:
-            raise ConfigError(f"strength={self.strength}: must lie in 0 to 1, 1 excluded")
-        if not 0 <= self.shift <= 1:
-            raise ConfigError(f"shift={self.shift}: must lie in 0 to 1")
+        check_number("strength", self.strength, "[0, 1)")
+        check_number("shift", self.shift, "[0, 1]")
 
     def __call__(self, images: Tensor, generator: torch.Generator, stains: Tensor | None = None) -> Tensor:
         """Other stains for each image.

@@ -119,11 +119,11 @@ def check_method(method: object) -> Method:
     Raises:
         ConfigError: it is not.
     """
-    for known in METHODS:
-        if method == known:
-            return known
-    hint = nearest(str(method), METHODS) or f"; use one of {', '.join(METHODS)}"
-    raise ConfigError(f"stain method '{method}' unknown{hint}")
+    known = next((known for known in METHODS if method == known), None)
+    if known is None:
+        hint = nearest(str(method), METHODS) or f"; use one of {', '.join(METHODS)}"
+        raise ConfigError(f"stain method '{method}' unknown{hint}")
+    return known
 
 
 def fit_picture(picture: RGB, method: Method) -> StainProfile:
@@ -208,8 +208,4 @@ def _numbers(name: str, values: Any, size: int) -> tuple[float, ...]:
 
 def _angle_degrees(first: Triple, second: Triple) -> float:
     lengths = math.hypot(*first) * math.hypot(*second)
-    if lengths == 0:
-        return 0.0
-    return math.degrees(
-        math.acos(min(1.0, abs(math.fsum(a * b for a, b in zip(first, second, strict=True))) / lengths))
-    )
+    return math.degrees(math.acos(min(1.0, abs(np.dot(first, second)) / lengths))) if lengths else 0.0

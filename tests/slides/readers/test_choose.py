@@ -230,6 +230,7 @@ def test_odd_files_are_right_or_refused(shared_data: Path) -> None:
         try:
             with open_slide(path, mpp=0.5) as slide:
                 pixels = slide.read(0, 0, *slide.dimensions)
+                assert slide.read(-3, -3, 20, 20, mpp=0.8).shape == (20, 20, 3)
         except SlideError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused.add(path.name)
