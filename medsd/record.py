@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -81,6 +81,14 @@ def _size(path: Path) -> int | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of what two recipes have different, sorted; for the message where they must be equal."""
-    now = json.loads(json.dumps(now))
-    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    """Names of what two recipes have different, sorted, nested ones as "optimizer::lr"; for the message about it."""
+    one, other = (dict(_flat(json.loads(json.dumps(recipe)))) for recipe in (before, now))
+    return [key for key in sorted({*one, *other}) if (key in one, one.get(key)) != (key in other, other.get(key))]
+
+
+def _flat(recipe: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in recipe.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{within}{key}::")
+        else:
+            yield f"{within}{key}", value

@@ -1,109 +1,145 @@
-"""Mistakes in a configuration, found before anything runs and told in one line."""
+"""Mistakes in a configuration, found before anything runs, and mistakes of any kind told in one line."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import json
 import pydoc
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from types import TracebackType
+from typing import Any
 
-from monai.bundle import ConfigParser, ConfigWorkflow
+import fire
+import monai.bundle
+from monai.bundle import ConfigParser
 
 from medsd.errors import ConfigError, MedsdError, nearest
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:::\w+)*)")
 # Keys that MONAI itself looks up or adds (metadata, experiment tracking).
-_SEPARATOR = "::"
-_MONAI_KEYS = {
-    "_meta_",
-    "imports",
-    "bundle_root",
-    "initialize",
-    "run",
-    "finalize",
-    "tracking_uri",
-    "experiment_name",
-    "run_name",
-    "save_execute_config",
-    "is_not_rank0",
-}
+_MONAI_KEYS = {"_meta_", "imports", "bundle_root", "initialize", "run", "finalize", "tracking_uri", "experiment_name"}
+_MONAI_KEYS |= {"run_name", "save_execute_config", "is_not_rank0", "_desc_"}
 
 
-def boundary(function: Callable[P, T]) -> Callable[P, T]:
-    """End the program with one line and exit code 1 when `function` raises a `MedsdError`.
+def check() -> None:
+    """First of a bundle's `initialize`: check the command line's configuration, then tell any mistake in one line.
 
-    MONAI wraps every exception in others of its own; only `SystemExit` passes through it untouched.
+    MONAI hands its expressions no reference to the running workflow. `python -m monai.bundle run` leaves its arguments
+    in `sys.argv`, so they are read once more, by the parser and the merging that MONAI uses. In a process that runs a
+    workflow by itself there is no such command line: it calls `check_config` with what it gives the workflow, and finds
+    a mistake in a chain of MONAI's exceptions with `mistake`.
     """
+    sys.excepthook = _tell
+    command = sys.argv[1:]
+    if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or command[:1] != ["run"]:
+        return
+    given: dict[str, Any] = {}
 
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except MedsdError as error:
-            # A DataLoader worker's error comes with its traceback; the last line is the message.
-            line = (
-                str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-            )
-            raise SystemExit(f"medsd: {line}") from error
+    def run(*words: Any, **named: Any) -> None:
+        given.update(inspect.signature(monai.bundle.run).bind(*words, **named).arguments)
 
-    return guarded
+    fire.Fire({"run": run}, command=command)
+    overrides = given.pop("override", {})
+    given = monai.bundle.update_kwargs(given.pop("args_file", None), **given, **overrides)
+    for name in inspect.signature(monai.bundle.run).parameters.keys() - {"config_file", "run_id", "override"}:
+        given.pop(name, None)
+    check_config(given.pop("config_file"), given.pop("run_id", "run"), **given)
 
 
-@boundary
-def check_config(base_file: str) -> None:
-    """Refuse keys that nothing uses and arguments that a factory does not take; name the nearest known one.
+def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -> None:
+    """Refuse keys that nothing uses, arguments that a component does not take, and values of the wrong kind.
 
-    MONAI adds a misspelt key silently. Called from a bundle's `initialize`, it looks at the merged configuration of
-    the running workflow.
+    MONAI adds a misspelt key silently.
 
     Args:
-        base_file: the bundle's own file, whose keys are known.
+        files: the bundle's file and what is laid on it.
+        stage: the run list.
+        overrides: values by key, as on the command line.
 
     Raises:
-        SystemExit: a key or argument is unknown (the message is a `ConfigError`'s).
+        ConfigError: a key, argument or stage is unknown (the nearest is named), or a value is of another kind than the
+            one it replaces.
+
+    Example:
+        >>> check_config("bundles/camelyon.json", max_epoch=3)
+        Traceback (most recent call last):
+        medsd.errors.ConfigError: config key 'max_epoch': nothing uses it; did you mean 'max_epochs'?
     """
-    workflow = _running_workflow()
-    config = workflow.parser.get()
+    parser = ConfigParser()
+    parser.read_config(files)
+    written = deepcopy(parser.get())
+    overrides = {key.replace("#", "::"): value for key, value in overrides.items()}
+    parser.update(overrides)
+    config = parser.get()
+    stages = [key for key, value in config.items() if isinstance(value, list)]
+    if stage not in config:
+        raise ConfigError(f"stage '{stage}': this bundle has none of that name{nearest(stage, stages)}")
     used = {reference for text in _strings(config) for reference in _REFERENCE.findall(text)}
-    known = (
-        _MONAI_KEYS | set(_keys(_load(base_file), "")) | used | {reference.split(_SEPARATOR)[0] for reference in used}
-    )
-    if workflow.run_id not in config:
-        stages = [key for key, value in config.items() if isinstance(value, list)]
-        raise ConfigError(
-            f"stage '{workflow.run_id}': this bundle has none of that name{nearest(workflow.run_id, stages)}"
-        )
-    for key in _keys(config, ""):
+    used |= {reference.split("::")[0] for reference in used} | _MONAI_KEYS
+    base = ConfigParser.load_config_file(files if isinstance(files, str) else files[0])
+    known = used | set(_keys(base))
+    for key in _keys(config):
         if key not in known:
             raise ConfigError(f"config key '{key}': nothing uses it{nearest(key, known)}")
-    for key, component in _components(config, ""):
-        _check_arguments(key, component, workflow.parser)
+    for key, value in overrides.items():
+        if "::" not in key and key not in used and key not in stages:
+            raise ConfigError(f"config key '{key}': what used it was replaced by another file; leave it out")
+        _check_kind(key, ConfigParser(written).get(key), value)
+    for key, component in _components(config):
+        _check_arguments(key, component, parser)
 
 
-def _running_workflow() -> ConfigWorkflow:
-    """The workflow that is evaluating us; MONAI hands its expressions no reference to it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        workflow = frame.f_locals.get("self")
-        if isinstance(workflow, ConfigWorkflow):
-            return workflow
-        frame = frame.f_back
-    raise ConfigError("check_config was called outside a MONAI workflow; call it from 'initialize'")
+def mistake(error: BaseException | None) -> str | None:
+    """The line that tells a user's mistake, wherever it is in the chain of exceptions; None where there is none.
+
+    Also what torch, MONAI or ignite say of a value that a component of the configuration was given.
+    """
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for found in chain:
+        if isinstance(found, MedsdError):
+            # A DataLoader worker's error comes with its traceback; the last line is the message.
+            last = str(found).strip().splitlines()[-1]
+            return last.removeprefix(f"{type(found).__module__}.{type(found).__name__}: ")
+    built = re.match(r"Failed to instantiate component '([\w.]+)'", str(chain[-2])) if len(chain) > 1 else None
+    if built and isinstance(chain[-1], ValueError | TypeError):
+        return f"{built[1]}: {' '.join(str(chain[-1]).split())}"
+    return None
 
 
-def _load(path: str) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: not found; run from the repository or set bundle_root to it") from error
-    return content
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    line = mistake(error)
+    if line is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        sys.stderr.write(f"medsd: {line}\n")
+
+
+def _check_kind(key: str, before: Any, value: Any) -> None:
+    """Fire reads 2024_05 as a number and 0,5 as a pair; `false` stays a text, which is true."""
+    if isinstance(value, str) and value[:1] in ("@", "$", "%"):
+        return
+    folder = key.endswith(("_dir", "_root")) and value is not None
+    if folder or (isinstance(before, str) and before[:1] not in ("@", "$", "%")):
+        kinds: tuple[type, ...] = (str,)
+        words = f"text; a name like a number is put in quotes twice, --{key} \"'2024'\""
+    elif isinstance(before, bool):
+        kinds, words = (bool,), "True or False"
+    elif isinstance(before, int):
+        kinds, words = (int,), "a whole number"
+    elif isinstance(before, float):
+        kinds, words = (int, float), "a number, with a point before decimals"
+    elif isinstance(before, list):
+        kinds, words = (list, tuple), "a list, such as \"['a','b']\""
+    else:
+        return
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ConfigError(f"{key}={value!r}: must be {words}")
 
 
 def _strings(config: Any) -> Iterator[str]:
@@ -114,29 +150,25 @@ def _strings(config: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _keys(config: Any, key: str) -> Iterator[str]:
+def _keys(config: Any, within: str = "") -> Iterator[str]:
     """Keys of plain dictionaries at any depth, full ids; a component's arguments are judged by its signature."""
     if isinstance(config, dict) and "_target_" not in config:
         for name, value in config.items():
-            full = f"{key}{_SEPARATOR}{name}" if key else name
-            yield full
-            if name not in ("_meta_", "settings", "stain_target"):
-                yield from _keys(value, full)
+            yield f"{within}{name}"
+            if name not in ("_meta_", "stain_target"):
+                yield from _keys(value, f"{within}{name}::")
 
 
-def _components(config: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _components(config: Any, within: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every `{"_target_": ...}` with its key."""
-    if isinstance(config, dict):
-        if "_target_" in config:
-            yield key, config
-        for name, value in config.items():
-            yield from _components(value, f"{key}::{name}" if key else name)
-    elif isinstance(config, list):
-        for number, value in enumerate(config):
-            yield from _components(value, f"{key}::{number}")
+    if isinstance(config, dict) and "_target_" in config:
+        yield within.removesuffix("::"), config
+    if isinstance(config, dict | list):
+        for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from _components(value, f"{within}{name}::")
 
 
-def _check_arguments(key: str, component: dict[str, Any], parser: ConfigParser) -> None:
+def _check_arguments(key: str, component: Mapping[str, Any], parser: ConfigParser) -> None:
     target = str(component["_target_"])
     found = target if "." in target else f"{parser.locator.get_component_module_name(target)}.{target}"
     factory = pydoc.locate(found)

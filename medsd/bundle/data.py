@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from medsd.bundle.config import boundary
+from medsd.checks import check_number
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import Sample, TileDataset
 from medsd.cohort.entry import SlideEntry
@@ -68,20 +67,60 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
-class SlideData:
-    """A CAMELYON16-like folder; phantom slides are made when none is given. See `slide_data`."""
+class Phantoms:
+    """The drawn slides that stand in where there are no real ones; see `write_phantom_dataset`.
 
-    dataset_dir: Path | None
-    phantom_dir: Path
-    phantom_slides: int
-    phantom_size_px: int
-    phantom_difficulty: float
-    work_dir: Path
+    Attributes:
+        folder: where they are made, once, and kept.
+        slides, size_px, difficulty, seed: how many, of what side, how alike their nuclei, and which.
+    """
+
+    folder: str
+    slides: int = 10
+    size_px: int = 4096
+    difficulty: float = 0.3
+    seed: int = 0
+
+    def write(self) -> None:
+        """Draw those that are not there yet."""
+        write_phantom_dataset(
+            self.folder, self.slides, self.seed, self.size_px, difficulty=self.difficulty, progress=True
+        )
+
+
+@dataclass(frozen=True)
+class SlideData:
+    """Whole slides with annotations.
+
+    Attributes:
+        dataset_dir: CAMELYON16-like folder, or None for phantom slides.
+        phantoms: the phantom slides.
+        work_dir: where tile index and thumbnails are kept.
+        grid: how tiles are cut.
+        validation_share: share of the training slides held out, of each class.
+        seed: chooses the split.
+        cache: keep decoded tiles in memory.
+        stain_target: the stain that slides are normalised to, or its numbers as `medsd stain` writes them; None for
+            none.
+
+    Raises:
+        ConfigError: a number out of its range, or the target is none.
+    """
+
+    dataset_dir: str | None
+    phantoms: Phantoms
+    work_dir: str
     grid: TileGrid
-    validation_share: float
-    seed: int
-    cache: bool
+    validation_share: float = 0.25
+    seed: int = 0
+    cache: bool = False
     stain_target: StainProfile | None = None
+
+    def __post_init__(self) -> None:
+        check_number("validation_share", self.validation_share, "(0, 1)")
+        given: object = self.stain_target
+        if given is not None and not is_dataclass(given):
+            object.__setattr__(self, "stain_target", profile_from_dict(cast(Mapping[str, Any], given)))
 
     @property
     def tile_px(self) -> int:
@@ -98,7 +137,7 @@ class SlideData:
         """The data in words."""
         if self.dataset_dir is None:
             return f"{len(self._prepared.training)} phantom slides (drawn, not tissue)"
-        return f"{len(self._prepared.training)} slides of {self.dataset_dir.name}"
+        return f"{len(self._prepared.training)} slides of {Path(self.dataset_dir).name}"
 
     def fingerprint(self) -> str:
         """A SHA-256 of which tiles with which labels play which part."""
@@ -113,14 +152,7 @@ class SlideData:
     def prepare(self) -> None:
         """Phantoms if no folder is given; then tissue, tiles and labels of every slide."""
         if self.dataset_dir is None:
-            write_phantom_dataset(
-                self.phantom_dir,
-                self.phantom_slides,
-                self.seed,
-                self.phantom_size_px,
-                difficulty=self.phantom_difficulty,
-                progress=True,
-            )
+            self.phantoms.write()
         prepare_slides(
             self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
         )
@@ -151,11 +183,11 @@ class SlideData:
 
     @cached_property
     def _normaliser(self) -> StainNormaliser | None:
-        return None if self.stain_target is None else StainNormaliser(self.stain_target, self.work_dir / "stains")
+        return None if self.stain_target is None else StainNormaliser(self.stain_target, Path(self.work_dir) / "stains")
 
     @cached_property
     def _slides(self) -> list[SlideEntry]:
-        return find_slides(self.dataset_dir or self.phantom_dir)
+        return find_slides(self.dataset_dir or self.phantoms.folder)
 
     @cached_property
     def _prepared(self) -> PreparedSlides:
@@ -164,23 +196,49 @@ class SlideData:
 
 @dataclass(frozen=True)
 class PatchData:
-    """A folder of patches with `labels.csv`, split by group. See `patch_data`."""
+    """Patches on disk, as PatchCamelyon's, split by group.
 
-    dataset_dir: Path
-    group_column: str
-    slides: tuple[SlideEntry, ...]
+    Attributes:
+        dataset_dir: folder with `labels.csv` and the patches.
+        tile_px: side that patches are cropped to around their centre, a multiple of the network's stride.
+        mpp: micrometres per pixel of the patches.
+        group_column: column of `labels.csv` whose groups are not split.
+        slides: slide files that the heatmap stage maps.
+        validation_share, test_share: shares of patches.
+        seed: deals the groups.
+        stain_target: must be None: a stain cannot be fitted well to a patch.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    dataset_dir: str | None
     tile_px: int
     mpp: float
-    validation_share: float
-    test_share: float
-    seed: int
+    group_column: str = "stain_cluster"
+    slides: Sequence[str] = ()
+    validation_share: float = 0.15
+    test_share: float = 0.25
+    seed: int = 0
     stain_target: None = None
+
+    def __post_init__(self) -> None:
+        if self.stain_target is not None:
+            raise ConfigError(
+                "stain_target: patches are too small to fit a stain to; normalise their slides, or leave it"
+            )
+        if self.dataset_dir is None:
+            raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
+        check_number("tile_px", self.tile_px, "[1, inf)", whole=True)
+        check_number("mpp", self.mpp, "(0, inf)")
+        check_number("validation_share", self.validation_share, "(0, 1)")
+        check_number("test_share", self.test_share, "(0, 1)")
 
     @property
     def description(self) -> str:
         """The data in words."""
         rows = self._parts["training"]
-        return f"{len(rows.paths)} patches of {self.dataset_dir.name}, {len(np.unique(rows.group))} groups"
+        return f"{len(rows.paths)} patches of {Path(str(self.dataset_dir)).name}, {len(np.unique(rows.group))} groups"
 
     def fingerprint(self) -> str:
         """A SHA-256 of which patches with which labels play which part."""
@@ -206,7 +264,7 @@ class PatchData:
 
     def jobs(self) -> list[SlideEntry]:
         """The slides given to be mapped."""
-        return list(self.slides)
+        return [SlideEntry(Path(slide).stem, Path(slide)) for slide in self.slides]
 
     def test_slides(self) -> Sequence[SlideEntry]:
         """None: patches have no slide labels."""
@@ -214,96 +272,6 @@ class PatchData:
 
     @cached_property
     def _parts(self) -> dict[str, PatchTable]:
-        table = read_patch_table(self.dataset_dir, self.group_column)
+        table = read_patch_table(str(self.dataset_dir), self.group_column)
         sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
         return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
-
-
-@boundary
-def slide_data(
-    dataset_dir: str | None,
-    phantom_dir: str,
-    work_dir: str,
-    tile_px: int,
-    stride_px: int,
-    mpp: float,
-    phantom_slides: int = 10,
-    phantom_size_px: int = 4096,
-    phantom_difficulty: float = 0.3,
-    min_tissue: float = 0.5,
-    tumour_from: float = 0.5,
-    validation_share: float = 0.25,
-    seed: int = 0,
-    cache: bool = False,
-    stain_target: dict[str, Any] | None = None,
-) -> SlideData:
-    """Whole slides with annotations.
-
-    Args:
-        dataset_dir: CAMELYON16-like folder, or None for phantom slides.
-        phantom_dir: where phantom slides are made, once, and kept.
-        work_dir: where tile index and thumbnails are kept.
-        tile_px, stride_px, mpp, min_tissue, tumour_from: the `TileGrid`.
-        phantom_slides, phantom_size_px, phantom_difficulty: how many phantoms, of what side, how alike their nuclei.
-        validation_share: share of the training slides held out, of each class.
-        seed: chooses phantoms and split.
-        cache: keep decoded tiles in memory.
-        stain_target: numbers of the stain that slides are normalised to, as `medsd stain` writes them; None for none.
-    """
-    _check_grid(tile_px, mpp)
-    return SlideData(
-        dataset_dir=None if dataset_dir is None else Path(dataset_dir),
-        phantom_dir=Path(phantom_dir),
-        phantom_slides=phantom_slides,
-        phantom_size_px=phantom_size_px,
-        phantom_difficulty=phantom_difficulty,
-        work_dir=Path(work_dir),
-        grid=TileGrid(tile_px, stride_px, mpp, min_tissue, tumour_from),
-        validation_share=validation_share,
-        seed=seed,
-        cache=cache,
-        stain_target=None if stain_target is None else profile_from_dict(stain_target),
-    )
-
-
-@boundary
-def patch_data(
-    dataset_dir: str | None,
-    tile_px: int,
-    mpp: float,
-    group_column: str = "stain_cluster",
-    slides: Sequence[str] = (),
-    validation_share: float = 0.15,
-    test_share: float = 0.25,
-    seed: int = 0,
-    stain_target: dict[str, Any] | None = None,
-) -> PatchData:
-    """Patches on disk, as PatchCamelyon's.
-
-    Args:
-        dataset_dir: folder with `labels.csv` and the patches.
-        tile_px: side that patches are cropped to around their centre, a multiple of the network's stride.
-        mpp: micrometres per pixel of the patches.
-        group_column: column of `labels.csv` whose groups are not split.
-        slides: slide files that the heatmap stage maps.
-        validation_share, test_share: shares of patches.
-        seed: deals the groups.
-        stain_target: must be None: a stain cannot be fitted well to a patch.
-    """
-    _check_grid(tile_px, mpp)
-    if stain_target is not None:
-        raise ConfigError("stain_target: patches are too small to fit a stain to; normalise their slides, or leave it")
-    if dataset_dir is None:
-        raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
-    jobs = tuple(SlideEntry(Path(slide).stem, Path(slide)) for slide in slides)
-    return PatchData(Path(dataset_dir), group_column, jobs, tile_px, mpp, validation_share, test_share, seed)
-
-
-def _check_grid(tile_px: int, mpp: float) -> None:
-    if tile_px < 1 or not mpp > 0:
-        raise ConfigError(f"tile_px={tile_px}, mpp={mpp}: both must be positive")
-
-
-def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -1,131 +1,122 @@
-"""The stages of a bundle."""
+"""The stages of the bundles."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
+import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 
-from medsd.bundle.config import boundary
 from medsd.bundle.data import Data
-from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.cohort.prepare import failed_slides
-from medsd.errors import DatasetError, NoTissueError, SlideError, WeightsError
+from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.plots import draw_summary
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
-from medsd.files import atomic_path, make_folder, write_json
+from medsd.explain.explain import explain_images
+from medsd.explain.settings import ExplainSettings
+from medsd.files import atomic_path, make_folder, sha256_of, write_json
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
-from medsd.networks.weights import (
-    ModelCard,
-    load_classifier,
-    save_classifier,
-    written_state,
-)
+from medsd.networks.weights import ModelCard, load_classifier, save_classifier
 from medsd.progress import progress_bar
+from medsd.record import read_record, write_record
+from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import collect, predict_logits
-from medsd.training.ranks import RankSampler, rank
-from medsd.training.step import ObjectiveStep
-from medsd.training.training import run_training
+from medsd.training.training import run_training, settings_of
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
 
 
-@boundary
 def prepare(data: Data, output_dir: str) -> None:
     """Stage prepare: phantoms if wanted, tissue, tiles, labels."""
     make_folder(output_dir)
     data.prepare()
 
 
-@boundary
 def finetune(
     data: Data,
     trainer: SupervisedTrainer,
     evaluator: SupervisedEvaluator,
-    sampler: SlideGroupedSampler | RankSampler,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    step: ObjectiveStep,
-    output_dir: str,
+    checkpoint: Checkpoint,
     map_settings: MapSettings,
-    settings: dict[str, Any],
-    patience: int | None = None,
+    early_stop: EarlyStopping | None = None,
     hard_negatives: HardNegativeRound | None = None,
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
-    Temperature, threshold and colour scale are the validation data's. Of several ranks the first does what follows
-    the training.
+    The weights go beside the checkpoint's folder. Temperature, threshold and colour scale are the validation data's. Of
+    several processes the first does what follows the training.
     """
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
-    # Training patches of one split are test patches of another: a training belongs to its split.
-    objective = {"name": type(step.objective).__name__, **vars(step.objective)}
-    settings = {**settings, "objective": objective, "options": network.options, "split": data.fingerprint()}
-    folder = Path(output_dir) / "training"
-    run_training(trainer, evaluator, sampler, scheduler, folder, settings, step, patience, hard_negatives)
-    if rank() > 0:
+    settings = settings_of(
+        trainer,
+        network={"encoder": network.encoder_name, "architecture": network.architecture, "options": network.options},
+        start={"pretrained": network.pretrained, "encoder_weights": network.encoder_weights},
+        head=network.head,
+        # Training patches of one split are test patches of another: a training belongs to its split.
+        data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
+        hard_negatives=hard_negatives,
+        patience=early_stop and early_stop.patience,
+        **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
+    )
+    state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives)
+    if idist.get_rank() > 0:
+        return
+    path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
+    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
+    written = read_record(record, recipe)
+    if written is not None and sha256_of(path) == written["sha256"]:
         return
     network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
+    logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
+    temperature = fit_temperature(logits, labels)
+    engine = make_engine(network, data.tile_px, data.mpp, settings=map_settings, temperature=temperature)
     card = ModelCard(
         encoder=network.encoder_name,
         classes=network.classes,
         tile_px=data.tile_px,
         mpp=data.mpp,
         trained_on=data.description,
-        data_sha256=settings["split"],
+        calibration=data.calibrate(engine),
+        data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         # Through JSON, as the card goes: tuples are lists there.
         stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
         architecture=network.architecture,
         options=network.options,
     )
-    path = Path(output_dir) / WEIGHTS
-    if not _is_written(path, network, card, map_settings):
-        logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
-        engine = make_engine(
-            network,
-            data.tile_px,
-            data.mpp,
-            settings=map_settings,
-            temperature=fit_temperature(logits, labels),
-        )
-        save_classifier(path, network, replace(card, calibration=data.calibrate(engine)))
+    save_classifier(path, network, card)
+    write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 
 
-def _is_written(path: Path, network: Classifier, card: ModelCard, settings: MapSettings) -> bool:
-    """Whether `path` holds this network, calibrated with these settings: calibrating again would change nothing."""
-    if not path.is_file():
-        return False
-    try:
-        written, written_card, _ = load_classifier(path)
-    except WeightsError:
-        return False  # of an earlier version or damaged: written anew
-    calibration = written_card.calibration
-    state = written_state(network)
-    return (
-        calibration is not None
-        and replace(written_card, calibration=None) == card
-        and (calibration.layer, calibration.attribution, calibration.smoothing)
-        == (settings.layer, settings.attribution, settings.smoothing)
-        and all(torch.equal(tensor, state[name].cpu()) for name, tensor in written.state_dict().items())
-    )
+def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, ModelCard, str]:
+    """The classifier of the stage finetune, if it was trained on this very split of the data.
+
+    Raises:
+        WeightsError: there is none, or it was trained on another split.
+    """
+    network, card, digest = load_classifier(path, device)
+    if card.data_sha256 != data.fingerprint():
+        raise WeightsError(f"{path}: trained on another split of the data; run the stage 'finetune' for this one")
+    return network, card, digest
 
 
-@boundary
 def evaluate(
     data: Data, output_dir: str, device: torch.device, explained_tiles: int = 64, workers: int = 0, seed: int = 0
 ) -> None:
@@ -137,9 +128,7 @@ def evaluate(
         seed: draws the tiles that are judged.
     """
     path = Path(output_dir) / WEIGHTS
-    network, card, digest = load_classifier(path, device)
-    if card.data_sha256 != data.fingerprint():
-        raise WeightsError(f"{path}: trained on another split of the data; run the stage 'finetune' for this one")
+    network, card, digest = load_own(data, path, device)
     if card.calibration is None:
         raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
     calibration, items = card.calibration, data.part("testing")
@@ -164,7 +153,6 @@ def evaluate(
     write_json(Path(output_dir) / SCORES, content)
 
 
-@boundary
 def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int) -> None:
     """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`."""
     jobs = data.jobs()
@@ -173,7 +161,6 @@ def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int) ->
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, block_px, device, progress_bar("heatmap"))
 
 
-@boundary
 def check_slides(output_dir: str) -> None:
     """End with exit code 1 when slides failed, in any stage, or none had tissue; comes last, so the rest is done."""
     folder = Path(output_dir)
@@ -189,7 +176,6 @@ def check_slides(output_dir: str) -> None:
         )
 
 
-@boundary
 def report(data: Data, output_dir: str) -> None:
     """Stage report: slide scores and pointing shares beside the tile scores, and `summary.png`."""
     folder = Path(output_dir)
@@ -203,7 +189,6 @@ def report(data: Data, output_dir: str) -> None:
     draw_summary(folder / "summary.png", folder)
 
 
-@boundary
 def summary(output_dir: str) -> str:
     """What a run leaves, in a few lines: scores and where the files are."""
     folder = Path(output_dir)
@@ -240,3 +225,33 @@ def _read_scores(folder: Path) -> dict[str, Any]:
         raise DatasetError(f"{path}: no scores; run the stage 'evaluate' first")
     scores: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return scores
+
+
+def explain(
+    images: str | Sequence[str] | None,
+    weights: str,
+    output_dir: str,
+    settings: ExplainSettings,
+    masks: str | None = None,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Stage explain: contact sheets, tables and maps of images, see `explain_images`; what was made, in words.
+
+    Args:
+        images: a folder or file, or several.
+        weights, output_dir, settings, masks, device: as in `explain_images`.
+
+    Raises:
+        ConfigError: no images are named.
+        DatasetError: an image could not be read; the others are done.
+    """
+    if not images:
+        raise ConfigError("images: not set; name a folder of images, --images FOLDER")
+    places = [images] if isinstance(images, str) else list(images)
+    explained = explain_images(places, weights, output_dir, settings, masks, device, progress_bar("explain"))
+    if explained.failed:
+        raise DatasetError(
+            f"{len(explained.failed)} image(s) failed, the others are done; the first: "
+            f"{next(iter(explained.failed.values()))}"
+        )
+    return f"{explained.in_words()}\n{explained.images} image(s); see {output_dir}"

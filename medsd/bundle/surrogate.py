@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,24 +13,52 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from medsd.bundle.config import boundary
 from medsd.bundle.data import Data
+from medsd.bundle.stages import WEIGHTS, load_own
+from medsd.checks import check_number
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
-from medsd.errors import ConfigError, WeightsError
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import softmax
-from medsd.explain.surrogates import SurrogateCard, load_surrogate, save_surrogate
-from medsd.files import write_json
+from medsd.explain.surrogates import SurrogateCard, save_surrogate
+from medsd.files import sha256_of
 from medsd.networks.classifier import Classifier
-from medsd.networks.weights import load_classifier
 from medsd.progress import progress_bar
+from medsd.record import read_record, write_record
 from medsd.saliency import smooth
 from medsd.training.predict import collect
 
 logger = logging.getLogger(__name__)
 
 SURROGATE, SURROGATE_SCORES = "surrogate.safetensors", "surrogate.json"
+
+
+@dataclass(frozen=True)
+class SurrogateTraining:
+    """How surrogates are trained.
+
+    Attributes:
+        epochs, lr, also, channels_last: see `smooth.train_surrogate`.
+        batch_size: tiles at once.
+        samples: tiles of an epoch, half of them tumour and as many of each slide; no more validation tiles than that
+            are scored.
+        seed: draws starting weights and tiles.
+
+    Raises:
+        ConfigError: a batch larger than an epoch.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 1e-3
+    samples: int = 4096
+    seed: int = 0
+    also: Sequence[smooth.Also] = ()
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        hint = f"an epoch has surrogate_samples={self.samples}"
+        check_number("surrogate_batch_size", self.batch_size, f"[1, {self.samples}]", whole=True, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -57,70 +84,45 @@ class SurrogateScores:
     loss: tuple[float, ...]
 
 
-@boundary
-def surrogate(
-    data: Data,
-    output_dir: str,
-    device: torch.device,
-    epochs: int = 10,
-    batch_size: int = 64,
-    lr: float = 1e-3,
-    samples: int = 4096,
-    seed: int = 0,
-    also: Sequence[smooth.Also] = (),
-    channels_last: bool = False,
-    workers: int = 0,
-) -> None:
+def surrogate(data: Data, output_dir: str, device: torch.device, settings: SurrogateTraining, workers: int = 0) -> None:
     """Stage surrogate: train on training tiles, score on validation tiles, write both beside the weights.
 
     `surrogate.safetensors` is kept as it is where it belongs to the same weights and settings.
 
     Args:
-        epochs, lr, also, channels_last: see `smooth.train_surrogate`.
-        batch_size: tiles at once.
-        samples: tiles of an epoch, half of them tumour and as many of each slide; no more validation tiles than that
-            are scored.
-        seed: draws starting weights and tiles.
         workers: processes that read tiles.
     """
-    if not 1 <= batch_size <= samples:
-        raise ConfigError(f"batch_size={batch_size}: must lie in 1 to samples={samples}")
     folder = Path(output_dir)
-    network, card, digest = load_classifier(folder / "model.safetensors", device)
-    if card.data_sha256 != data.fingerprint():
-        raise WeightsError(
-            f"{folder / 'model.safetensors'}: trained on another split of the data; run the stage 'finetune' for it"
-        )
-    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "samples": samples}
-    settings |= {"seed": seed, "also": list(also)}
-    if _is_written(folder, digest, settings):
+    network, card, digest = load_own(data, folder / WEIGHTS, device)
+    recipe: dict[str, Any] = {"weights_sha256": digest, "settings": asdict(settings)}
+    done = read_record(folder / SURROGATE_SCORES, recipe)
+    if done is not None and done["sha256"] == sha256_of(folder / SURROGATE):
         return
     training, validation = data.part("training"), data.part("validation")
-    drawn = SlideGroupedSampler(training.labels, training.groups, samples, seed=seed)
-    kept = np.sort(np.random.default_rng(seed).permutation(len(validation))[:samples])
+    drawn = SlideGroupedSampler(training.labels, training.groups, settings.samples, seed=settings.seed)
+    kept = np.sort(np.random.default_rng(settings.seed).permutation(len(validation))[: settings.samples])
     subset = Subset(cast(Dataset[Sample], validation), kept.tolist())
-    held_out = Batches(network, subset, batch_size, workers=workers)
+    held_out = Batches(network, subset, settings.batch_size, workers=workers)
     trained, report = smooth.train_surrogate(
         network,
-        Batches(network, cast(Dataset[Sample], training), batch_size, drawn, workers),
-        epochs,
-        lr,
+        Batches(network, cast(Dataset[Sample], training), settings.batch_size, drawn, workers),
+        settings.epochs,
+        settings.lr,
         held_out,
-        also,
-        seed,
-        channels_last,
+        settings.also,
+        settings.seed,
+        settings.channels_last,
         progress_bar("surrogate"),
     )
-    scores = score_surrogate(network, trained, held_out.loader, report)
-    content = as_json(scores)
-    relative = {name: error["relative_l1"] for name, error in content["points"].items()}
-    written = SurrogateCard(card.encoder, digest, trained.channels, trained.also, relative, settings)
+    scores = as_json(score_surrogate(network, trained, held_out.loader, report))
+    relative = {name: error["relative_l1"] for name, error in scores["points"].items()}
+    written = SurrogateCard(card.encoder, digest, trained.channels, trained.also, relative, recipe["settings"])
     save_surrogate(folder / SURROGATE, trained, written)
-    write_json(folder / SURROGATE_SCORES, {"weights_sha256": digest, "settings": settings, **content})
+    write_record(folder / SURROGATE_SCORES, recipe, [SURROGATE], sha256=sha256_of(folder / SURROGATE), **scores)
     logger.info(
         "surrogates: accuracy %.3f with them, %.3f without; relative L1 %s",
-        scores.surrogate_accuracy,
-        scores.accuracy,
+        scores["surrogate_accuracy"],
+        scores["accuracy"],
         ", ".join(f"{error.relative_l1:.2f}" for error in report.points.values()),
     )
 
@@ -174,17 +176,3 @@ def score_surrogate(
         points=report.points,
         loss=report.loss,
     )
-
-
-def _is_written(folder: Path, weights_sha256: str, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds surrogates of these weights, trained with these settings, and their scores."""
-    if not ((folder / SURROGATE).is_file() and (folder / SURROGATE_SCORES).is_file()):
-        return False
-    try:
-        _, card = load_surrogate(folder / SURROGATE, weights_sha256)
-        scores = json.loads((folder / SURROGATE_SCORES).read_text("utf-8"))
-    except (WeightsError, ValueError):
-        return False  # of other weights, an earlier version or damaged: written anew
-    # The scores are written last, and may be those of another training that ended between the two.
-    kept = (scores.get("weights_sha256"), scores.get("settings")) if isinstance(scores, dict) else None
-    return card.settings == settings and kept == (weights_sha256, settings)

@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         normalise: images (B, 3, H, W) uint8 as the network's float input.
         feature_dim: channels of the features.
         head: linear, features to logits.
+        pretrained, encoder_weights: whether it was made with timm's weights, and the file it started from.
     """
 
     architecture: ClassVar[Literal["tile", "aim"]]
@@ -49,6 +50,8 @@ class Classifier(nn.Module):
     encoder: nn.Module
     feature_dim: int
     head: nn.Linear | WhitenedHead
+    pretrained: bool = False
+    encoder_weights: str | None = None
 
     def __init__(self, encoder: str, classes: Sequence[str]) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class TileClassifier(Classifier):
 
     def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
         super().__init__(encoder, classes)
-        self.options = {}
+        self.options, self.pretrained = {}, pretrained
         self.encoder = create_encoder(encoder, pretrained)
         self.feature_dim = int(getattr(self.encoder, "num_features", 0))
         self.head = nn.Linear(self.feature_dim, len(self.classes))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError
+from medsd.checks import check_number
+from medsd.errors import NetworkError
 from medsd.networks.aim import AimClassifier
 from medsd.training.terms import Terms
 
@@ -48,15 +49,11 @@ class AimObjective:
     noise_off_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.max_epochs >= 1:
-            raise ConfigError(f"max_epochs={self.max_epochs}: must be 1 or more")
-        if not 0 < self.mask_target <= 1:
-            raise ConfigError(f"mask_target={self.mask_target}: must lie in 0 to 1, 0 excluded")
-        if not self.mask_weight >= 0:
-            raise ConfigError(f"mask_weight={self.mask_weight}: must be 0 or more")
-        for name in ("anneal_share", "noise_off_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must lie in 0 to 1")
+        check_number("max_epochs", self.max_epochs, "[1, inf)")
+        check_number("mask_target", self.mask_target, "(0, 1]")
+        check_number("mask_weight", self.mask_weight, "[0, inf)")
+        check_number("anneal_share", self.anneal_share, "[0, 1]")
+        check_number("noise_off_share", self.noise_off_share, "[0, 1]")
 
     def target_at(self, epoch: float) -> float:
         """tau after `epoch` epochs: 1 at the start, falling linearly to the target, then flat."""

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice
 from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import inverse_root
 
@@ -52,8 +52,7 @@ def decorrelation_loss(
         ConfigError: `mode`, `group_size` or `eps` is not as described.
         TrainingError: fewer than two samples in all, or "zca" of features that are not finite.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode='{mode}': use 'cov', 'zca' or 'corr'{nearest(mode, get_args(Mode))}")
+    check_choice("mode", mode, get_args(Mode))
     groups = _draw_groups(features, group_size, generator)
     return torch.stack([_group_loss(features[:, group], mode, eps) for group in groups]).mean()
 

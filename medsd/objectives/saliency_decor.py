@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice, check_number
+from medsd.errors import ConfigError
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss, default_group_size
 from medsd.objectives.masking import Fill, Ranking, SaliencyPass, mask_lowest, pixel_scores, scores_of
-from medsd.training.ranks import world_size
 from medsd.training.terms import Terms
 
 Mode = Literal["cov", "zca", "corr", "layer"]
@@ -59,23 +60,16 @@ class SaliencyDecor:
 
     def __post_init__(self) -> None:
         for name in ("consistency", "decorrelation", "ramp_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if not 0 <= self.masked_share < 1:
-            raise ConfigError(f"masked_share={self.masked_share}: must lie in 0 to 1, 1 excluded")
-        if self.group_size is not None and self.group_size < 2:
-            raise ConfigError(f"group_size={self.group_size}: must be 2 or more, or null for all channels at once")
-        choices = {
-            "ranking": Ranking,
-            "fill": Fill,
-            "mode": Mode,
-            "decorrelated": Decorrelated,
-            "saliency_pass": SaliencyPass,
-        }
-        for name, known in choices.items():
-            value, words = getattr(self, name), get_args(known)
-            if value not in words:
-                raise ConfigError(f"{name}='{value}': use one of {', '.join(words)}{nearest(str(value), words)}")
+            check_number(name, getattr(self, name), "[0, inf)")
+        check_number("masked_share", self.masked_share, "[0, 1)")
+        if self.group_size is not None:
+            hint = "null for all channels at once"
+            check_number("group_size", self.group_size, "[2, inf)", whole=True, hint=hint)
+        check_choice("ranking", self.ranking, get_args(Ranking))
+        check_choice("fill", self.fill, get_args(Fill))
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("decorrelated", self.decorrelated, get_args(Decorrelated))
+        check_choice("saliency_pass", self.saliency_pass, get_args(SaliencyPass))
 
     def __call__(
         self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
@@ -128,7 +122,7 @@ class SaliencyDecor:
         assert self.mode != "layer"
         size = self.group_size
         if size is None and self.mode == "zca":
-            size = default_group_size(len(features) * world_size(), features.shape[1])
+            size = default_group_size(len(features) * idist.get_world_size(), features.shape[1])
         return decorrelation_loss(features, self.mode, size, generator)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from medsd.errors import OutputError, TrainingError
 from medsd.files import atomic_path, write_json
 from medsd.networks.start import UNREADABLE
+from medsd.record import differences
 
 
 @dataclass
@@ -19,8 +21,7 @@ class TrainingState:
     """Where a training stands.
 
     Attributes:
-        epoch: epochs done.
-        steps: steps done.
+        epoch, steps: epochs and steps done.
         best_metric: the best validation metric, -1 before the first.
         best_epoch: the epoch that gave it.
         best_network: state of the network at that epoch.
@@ -38,29 +39,40 @@ class TrainingState:
 class Checkpoint:
     """Reads and writes the checkpoint of one training.
 
+    Not ignite's: that one names a file by epoch and removes the last before the next is written, and it neither knows
+    the settings nor what cannot be resumed from.
+
     Args:
         folder: holds `checkpoint.pt`, and `settings.json` for people to read.
-        settings: what must be equal for a training to be resumed (plain JSON values).
-        parts: named objects with `state_dict` and `load_state_dict`.
+        parts: objects with `state_dict` and `load_state_dict` by name, as for ignite's `to_save`; None is left out.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], parts: dict[str, Any]) -> None:
-        self.folder, self.parts = folder, parts
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.path = folder / "checkpoint.pt"
+    def __init__(self, folder: str | Path, parts: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.path = self.folder / "checkpoint.pt"
 
-    def load(self) -> TrainingState:
+    def load(self, settings: Mapping[str, Any]) -> TrainingState:
         """Put the parts back to where the training stopped; the state of a new training when there is none.
+
+        Args:
+            settings: what must be equal for a training to be resumed (plain JSON values, nested by key).
 
         Raises:
             TrainingError: the folder holds a training with other settings, or the checkpoint is damaged.
         """
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         if not self.path.is_file():
             write_json(self.folder / "settings.json", self.settings)
             return TrainingState()
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-            self._compare(content["settings"])
+            changed = differences(content["settings"], self.settings)
+            if changed:
+                raise TrainingError(
+                    f"{self.folder}: holds a training with another {', '.join(changed)}; choose another output_dir or "
+                    "delete this folder"
+                )
             for name, part in self.parts.items():
                 part.load_state_dict(content[name])
             return TrainingState(**content["state"])
@@ -83,12 +95,3 @@ class Checkpoint:
             except RuntimeError as error:  # what a full disk gives here, instead of an OSError
                 reason = str(error).partition("\n")[0]
                 raise OutputError(f"{self.path}: cannot be written ({reason}); free some disk space") from error
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        keys = sorted({*before, *self.settings})
-        changed = [key for key in keys if before.get(key) != self.settings.get(key)]
-        if changed:
-            raise TrainingError(
-                f"{self.folder}: holds a training with another {', '.join(changed)}; choose another output_dir or "
-                "delete this folder"
-            )

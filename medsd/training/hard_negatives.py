@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from medsd.checks import check_number
 from medsd.cohort.dataset import Sample
-from medsd.errors import ConfigError
 from medsd.progress import Progress, no_progress, progress_bar
 from medsd.training.predict import predict
 
@@ -46,8 +46,7 @@ def find_hard_negatives(
     Raises:
         ConfigError: `threshold` is out of its range.
     """
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"hard negatives: threshold={threshold!r}: allowed is 0 to 1")
+    check_number("threshold", threshold, "[0, 1]")
     normal = np.flatnonzero(labels == 0).astype(np.int64)
     items = Subset(dataset, cast(Sequence[int], normal))  # a list of millions of Python integers takes gigabytes
     probability = predict(classifier, items, batch_size=batch_size, workers=workers, progress=progress)
@@ -61,7 +60,7 @@ class HardNegativeRound:
     Attributes:
         epoch: epochs before the round (0 starts with it).
         share: share of the normal draws from then on that come from the hard negatives, 0 to 1.
-        dataset, labels: the training items and their classes.
+        dataset: the training items, with their classes as `labels`.
         threshold, batch_size, workers: as in `find_hard_negatives`.
 
     Raises:
@@ -70,20 +69,18 @@ class HardNegativeRound:
 
     epoch: int
     share: float
-    dataset: Dataset[Sample]
-    labels: npt.NDArray[np.int8]
+    dataset: Any
     threshold: float = 0.5
     batch_size: int = 64
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.epoch < 0:
-            raise ConfigError(f"hard_negative_epoch={self.epoch}: must be 0 or more, or null for no such round")
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"hard_negative_share={self.share}: must lie in 0 to 1")
+        check_number("hard_negative_epoch", self.epoch, "[0, inf)", whole=True, hint="null for no such round")
+        check_number("hard_negative_share", self.share, "[0, 1]")
 
     def find(self, classifier: nn.Module) -> npt.NDArray[np.int64]:
         """The hard negatives of the classifier as it is."""
+        labels: npt.NDArray[np.int8] = self.dataset.labels
         return find_hard_negatives(
-            classifier, self.dataset, self.labels, self.threshold, self.batch_size, self.workers, progress_bar("mine")
+            classifier, self.dataset, labels, self.threshold, self.batch_size, self.workers, progress_bar("mine")
         )

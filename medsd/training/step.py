@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from monai.engines.trainer import SupervisedTrainer
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from medsd.errors import ConfigError, TrainingError, nearest
+from medsd.checks import check_choice, check_number
+from medsd.errors import TrainingError
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import training
 from medsd.slides.stain.augment import StainAugment
 from medsd.training.augment import augment
-from medsd.training.ranks import rank
 from medsd.training.terms import Objective, Terms
 
 Precision = Literal["none", "bfloat16", "float16"]
@@ -28,17 +29,17 @@ _SEED_STEP = 1_000_003
 _RANK_STEP = 7_919
 
 
+@dataclass
 class ObjectiveStep:
-    """One optimiser step of an objective on a batch {"image": uint8 (B, 3, S, S), "label": (B,)}.
+    """One optimiser step on a batch {"image": uint8 (B, 3, S, S), "label": (B,)}.
 
-    The step owns zeroing, autocast, gradient scaling, accumulation, backward and the optimiser; the trainer's own are
-    not used. Its draws depend on the seed, the iteration and the rank alone, so a resumed training equals the
-    whole one (for networks without dropout, which draws from torch's global generator). Frozen stages (parameters that
-    require no gradient) keep their BatchNorm statistics. Where torch.distributed is initialised the objective runs
-    inside `DistributedDataParallel`: gradients are averaged over the ranks, each of which sees its own batch.
+    The trainer's `loss_function` is the objective. The step owns zeroing, autocast, gradient scaling, accumulation,
+    backward and the optimiser; the trainer's own are not used, nor is its inferer. Its draws depend on the seed, the
+    iteration and the rank alone, so a resumed training equals the whole one (for networks without dropout, which draws
+    from torch's global generator). Frozen stages (parameters that require no gradient) keep their BatchNorm
+    statistics. Of several processes each sees its own batch, and gradients are averaged over them.
 
-    Args:
-        objective: the loss.
+    Attributes:
         seed: start of the random draws.
         stain: strength of the stain augmentation, 0 for none (see `augment`).
         stain_apart: strength of the one that changes haematoxylin and eosin on their own, 0 for none (see
@@ -51,29 +52,21 @@ class ObjectiveStep:
         ConfigError: a strength outside 0 to 1, an unknown precision, or fewer than one piece.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        seed: int = 0,
-        stain: float = 0.1,
-        stain_apart: float = 0.0,
-        amp: Precision = "none",
-        accumulation: int = 1,
-    ) -> None:
-        known = get_args(Precision)
-        if not 0 <= stain < 1:
-            raise ConfigError(f"stain={stain}: must lie in 0 to 1, 1 excluded")
-        if amp not in known:
-            raise ConfigError(f"amp='{amp}': use one of {', '.join(known)}{nearest(str(amp), known)}")
-        if accumulation < 1:
-            raise ConfigError(f"accumulation={accumulation}: must be 1 or more")
-        self.objective, self.seed, self.stain = objective, seed, stain
-        self.amp, self.accumulation = amp, accumulation
-        self._restain = StainAugment(stain_apart, stain_apart / 4) if stain_apart else None
-        self._network: nn.Module | None = None
-        self._loss: nn.Module | None = None
-        self._scaler: GradScaler | None = None
-        self._scale: dict[str, Any] = {}
+    seed: int = 0
+    stain: float = 0.1
+    stain_apart: float = 0.0
+    amp: Precision = "none"
+    accumulation: int = 1
+    _restain: StainAugment | None = field(init=False, repr=False)
+    _wrapped: tuple[nn.Module, Objective, nn.Module] | None = field(init=False, repr=False, default=None)
+    _scaler: GradScaler | None = field(init=False, repr=False, default=None)
+    _scale: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_number("stain", self.stain, "[0, 1)")
+        check_choice("amp", self.amp, get_args(Precision))
+        check_number("accumulation", self.accumulation, "[1, inf)", whole=True)
+        self._restain = StainAugment(self.stain_apart, self.stain_apart / 4) if self.stain_apart else None
 
     def __call__(self, engine: SupervisedTrainer, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Run the step; returns the loss and its parts as floats, with `pred` (logits) and `label`.
@@ -88,14 +81,14 @@ class ObjectiveStep:
             raise TrainingError(
                 f"batch_size={len(batch['label'])}: less than accumulation={self.accumulation}; raise batch_size"
             )
-        seed = self.seed + _SEED_STEP * iteration + _RANK_STEP * rank()
+        seed = self.seed + _SEED_STEP * iteration + _RANK_STEP * idist.get_rank()
         images = self._augmented(batch["image"], seed).to(device, non_blocking=True)
         labels = batch["label"].to(device, torch.int64, non_blocking=True)
         draws = torch.Generator(device).manual_seed(seed + 1)
         epochs_done = (iteration - 1) / (engine.state.epoch_length or 1)
         training(network)
         engine.optimizer.zero_grad()
-        loss, scaler = self._wrapped(network), self._scaling(device)
+        loss, scaler = self._loss(network, cast(Objective, engine.loss_function)), self._scaling(device)
         pieces = list(zip(images.tensor_split(self.accumulation), labels.tensor_split(self.accumulation), strict=True))
         shares = [len(of_piece) / len(labels) for _, of_piece in pieces]
         terms: list[Terms] = []
@@ -133,18 +126,19 @@ class ObjectiveStep:
                 self._scaler.load_state_dict(self._scale)
         return self._scaler
 
-    def _wrapped(self, network: Classifier) -> nn.Module:
-        """The objective as a module, inside `DistributedDataParallel` where there are ranks.
+    def _loss(self, network: Classifier, objective: Objective) -> nn.Module:
+        """The objective as a module, inside `DistributedDataParallel` where there are several processes.
 
         The loss is wrapped and not the network: an objective runs the network several times a step, while the wrapper
         wants one forward pass a backward pass.
         """
-        if self._loss is None or network is not self._network:
-            loss, self._network = _Loss(network, self.objective), network
-            distributed = dist.is_available() and dist.is_initialized()
-            # An encoder may hold parameters that the loss does not reach, such as a norm after AIM's last stage.
-            self._loss = DistributedDataParallel(loss, find_unused_parameters=True) if distributed else loss
-        return self._loss
+        if self._wrapped is None or self._wrapped[0] is not network or self._wrapped[1] is not objective:
+            loss: nn.Module = _Loss(network, objective)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                # An encoder may hold parameters that the loss does not reach, such as a norm after AIM's last stage.
+                loss = DistributedDataParallel(loss, find_unused_parameters=True)
+            self._wrapped = network, objective, loss
+        return self._wrapped[2]
 
 
 class _Loss(nn.Module):
@@ -157,7 +151,7 @@ class _Loss(nn.Module):
 
 
 def _synchronised(loss: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Ranks exchange gradients after the last piece alone."""
+    """Processes exchange gradients after the last piece alone."""
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else nullcontext()
 
 

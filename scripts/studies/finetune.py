@@ -35,7 +35,7 @@ from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.saliency.metrics.masking import SHARES
 from medsd.training.augment import augment
-from medsd.training.parameters import parameter_groups
+from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
 
 PARTS = ("clusters", "phantoms", "patches")

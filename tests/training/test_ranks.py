@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from medsd.training.ranks import RankSampler, of_first_rank, rank, start_ranks, world_size
 from torch import Tensor, nn
 
 import medsd.training.step as step_module
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.training.ranks import RankSampler, of_first_rank, rank, start_ranks, world_size
 from medsd.training.step import ObjectiveStep
 
 BATCH = 8

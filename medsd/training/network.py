@@ -1,17 +1,74 @@
-"""What of a network is trained, and how fast: frozen stages and layer-wise learning rates."""
+"""A network made ready to train: where it starts and runs, what of it is trained, and how fast."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import ignite.distributed as idist
+import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from torch import nn
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier
+from medsd.networks.start import load_encoder
+from medsd.networks.whitening import WhitenedHead
+
+logger = logging.getLogger(__name__)
 
 _STEM = "stem"
+# More would let a usual batch be whitened into anything.
+_WHITENED_TOGETHER = 32
+
+
+def ready_to_train(
+    network: Classifier,
+    device: torch.device,
+    encoder_weights: str | None = None,
+    whitening: bool = False,
+    group_size: int | None = None,
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> Classifier:
+    """The network with the weights that it starts from, on its device.
+
+    Args:
+        network: as it was made; changed in place.
+        device: where it runs.
+        encoder_weights: file of a pre-trained encoder, see `load_encoder`; None leaves the encoder as it is.
+        whitening: whiten the features before the head in training (SaliencyDecor's mode "layer"); folded into the head
+            when the weights are written.
+        group_size: channels whitened together, best at most half the batch; None takes 32.
+        channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
+        compiled: compile the encoder at its first run (torch.compile; not AIM's); names of the weights stay.
+
+    Raises:
+        WeightsError: the file holds no weights of this encoder.
+        ConfigError: `whitening` of an AIM network.
+    """
+    if encoder_weights is not None:
+        load_encoder(network.encoder, encoder_weights)
+        network.encoder_weights = encoder_weights
+    if whitening:
+        if isinstance(network, AimClassifier):
+            raise ConfigError("whitening: AIM's head sees masked features and is not whitened; leave it false")
+        network.head = WhitenedHead(network.feature_dim, len(network.classes), group_size or _WHITENED_TOGETHER)
+    if idist.get_world_size() > 1 and device.type == "cuda":
+        # timm's: torch's own would replace timm's BatchNorms that hold an activation, and lose it.
+        network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    network = network.to(device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled and isinstance(network, AimClassifier):
+        logger.warning("compiled: torch.compile does not reach the stages that AIM takes from its encoder")
+    elif compiled:
+        network.encoder.compile()
+    return network
 
 
 def parameter_groups(
@@ -52,10 +109,8 @@ def parameter_groups(
         NetworkError: the encoder has no such stage, timm does not know its layers, or nothing is left to train.
     """
     for key, value in (("lr", lr), ("weight_decay", weight_decay), ("head_lr", 0.0 if head_lr is None else head_lr)):
-        if not value >= 0:
-            raise ConfigError(f"{key}={value}: must be 0 or more")
-    if not 0 < layer_decay <= 1:
-        raise ConfigError(f"layer_decay={layer_decay}: must lie in 0 to 1, 0 excluded; 1 is one rate for all layers")
+        check_number(key, value, "[0, inf)")
+    check_number("layer_decay", layer_decay, "(0, 1]", hint="1 is one rate for all layers")
     for name in frozen:
         for parameter in _stage(network, name):
             parameter.requires_grad = False

@@ -19,7 +19,7 @@ from medsd.errors import ConfigError, NetworkError
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import training
-from medsd.training.parameters import parameter_groups
+from medsd.training.network import parameter_groups
 
 LR, DECAY = 0.01, 0.05
 
