@@ -95,7 +95,7 @@ def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -
 def mistake(error: BaseException | None) -> str | None:
     """The line that tells a user's mistake, wherever it is in the chain of exceptions; None where there is none.
 
-    Also what torch, MONAI or ignite say of a value that a component of the configuration was given.
+    Also what torch, MONAI or ignite say of a value that a component was given, or of a package that it lacks.
     """
     chain = []
     while error is not None and error not in chain:
@@ -107,7 +107,7 @@ def mistake(error: BaseException | None) -> str | None:
             last = str(found).strip().splitlines()[-1]
             return last.removeprefix(f"{type(found).__module__}.{type(found).__name__}: ")
     built = re.match(r"Failed to instantiate component '([\w.]+)'", str(chain[-2])) if len(chain) > 1 else None
-    if built and isinstance(chain[-1], ValueError | TypeError):
+    if built and isinstance(chain[-1], ValueError | TypeError | ImportError):
         return f"{built[1]}: {' '.join(str(chain[-1]).split())}"
     return None
 

@@ -7,20 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shapely
 import torch
-from monai.bundle import ConfigWorkflow
 
 from medsd.bundle import summary
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier
 
 ROOT = Path(__file__).parents[2]
-BUNDLE = str(ROOT / "bundles" / "camelyon.json")
+BUNDLE = "bundles/camelyon.json"
 SMALL = {
     "phantom_slides": 6,
     "phantom_size_px": 1024,
@@ -33,38 +33,29 @@ SMALL = {
 }
 
 
-def run_stage(stage: str, folder: Path, **overrides: object) -> ConfigWorkflow:
-    flow = ConfigWorkflow(
-        config_file=BUNDLE,
-        workflow_type="train",
-        logging_file=False,
-        run_id=stage,
-        bundle_root=str(ROOT),
-        **{"phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "out"), **SMALL, **overrides},
-    )
-    flow.initialize()
-    flow.run()
-    return flow
+WITHOUT_TENSORBOARD = pytest.mark.skipif(find_spec("tensorboard") is not None, reason="TensorBoard is installed")
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "out")}
+
+
+def command(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "monai.bundle", "run", *map(str, words)]
+    # As many threads as here: sums are rounded by how they are parted, and weights are compared.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A whole run by the command line, from a folder that is not the repository's."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = [f"--{key}={value}" for key, value in SMALL.items()]
-    arguments += [f"--bundle_root={ROOT}", f"--phantom_dir={folder / 'phantom'}", f"--output_dir={folder / 'out'}"]
-    command = [sys.executable, "-m", "monai.bundle", "run", f"--config_file={BUNDLE}", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # As many threads as here: sums are rounded by how they are parted, and weights are compared.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    overrides = {**SMALL, **places(folder), "bundle_root": ROOT, "config_file": ROOT / BUNDLE, "statistics": True}
+    done = command(*(f"--{key}={value}" for key, value in overrides.items()), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "patch AUC" in done.stdout and "heatmaps" in done.stdout
-    assert "ERROR" not in done.stderr
+    assert "ERROR" not in done.stderr and "Epoch: 2/2, Iter: 8/8 -- Loss" in done.stdout + done.stderr
     return folder
 
 
@@ -72,15 +63,13 @@ def test_every_promised_file_is_there(finished):
     out = finished / "out"
     for name in ("model.safetensors", "scores.json", "summary.png", "training/history.csv", "prepared/tiles.npz"):
         assert (out / name).is_file(), name
-    slides = ["test_001", "test_002"]
-    for slide in slides:
+    for slide in ("test_001", "test_002"):
         for name in ("saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"):
             assert (out / "heatmaps" / slide / name).is_file(), name
         record = json.loads((out / "heatmaps" / slide / "record.json").read_text())
         assert record["status"] == "ok" and record["scale"]["mpp"] == 0.5
         assert record["scale"]["mpp_source"] == "TIFF resolution tags"
-    leftovers = [path for path in finished.rglob("*") if path.is_file() and path.name.startswith(".")]
-    assert leftovers == []
+    assert [path for path in finished.rglob("*") if path.is_file() and path.name.startswith(".")] == []
 
 
 def test_scores_are_of_the_held_out_slides(finished):
@@ -108,28 +97,36 @@ def test_maps_and_regions_agree_with_the_weights(finished):
     assert above > 0 or not regions
 
 
-def test_running_again_keeps_what_is_done(finished):
+def test_settings_are_those_that_the_training_followed(finished):
+    settings = json.loads((finished / "out" / "training" / "settings.json").read_text())
+    assert settings["max_epochs"] == 2 and settings["batch_size"] == 16
+    assert settings["loss_function"]["name"] == "SaliencyDecor" and settings["loss_function"]["ramp_epochs"] == 2
+    assert settings["optimizer"]["name"] == "AdamW" and settings["optimizer"]["lr"] == [0.001]
+    assert settings["step"] == {
+        "name": "ObjectiveStep", "seed": 0, "stain": 0.1, "stain_apart": 0.0, "amp": "none", "accumulation": 1
+    }  # fmt: skip
+    assert settings["sampler"]["samples"] == 128 and settings["network"]["encoder"] == "test_resnet"
+    assert settings["start"] == {"pretrained": False, "encoder_weights": None}
+
+
+def test_running_again_keeps_what_is_done_in_another_process_too(finished, run_bundle):
+    """What a process starts from does not matter either: the same settings find their training, and go on from it."""
     files = [path for path in (finished / "phantom").rglob("*") if path.is_file()]
     files += [*(finished / "out" / "heatmaps").glob("*/*"), finished / "out" / "training" / "checkpoint.pt"]
+    files += [finished / "out" / "model.safetensors"]
     before = {path: path.stat().st_mtime_ns for path in files}
-    for stage in ("prepare", "finetune", "heatmap"):
-        run_stage(stage, finished)
+    flow = run_bundle(BUNDLE, "prepare", "finetune", "heatmap", **SMALL, **places(finished))
     assert {path: path.stat().st_mtime_ns for path in files} == before
-
-
-def test_monai_finds_what_it_requires_of_a_training_bundle(finished):
-    flow = run_stage("prepare", finished)
     assert flow.check_properties() == []
 
 
-def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
-    (tmp_path / "phantom").symlink_to(finished / "phantom")
-    for stage in ("prepare", "finetune"):
-        run_stage(stage, tmp_path)
-    assert (
-        load_classifier(tmp_path / "out" / "model.safetensors")[2]
-        == load_classifier(finished / "out" / "model.safetensors")[2]
-    )
+def test_damaged_weights_are_written_anew_and_equal(finished, tmp_path, run_bundle):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    run_bundle(BUNDLE, "finetune", **SMALL, phantom_dir=str(finished / "phantom"), output_dir=str(tmp_path / "out"))
+    assert path.read_bytes() == good
 
 
 @pytest.mark.parametrize(
@@ -143,13 +140,11 @@ def test_the_same_seed_gives_the_same_weights(finished, tmp_path):
         ("prepare", {"output_dir": "/dev/null/out"}, ["/dev/null/out", "another output folder"]),
     ],
 )
-def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, words):
+def test_a_stage_that_cannot_run_says_why(finished, tmp_path, run_bundle, stage, overrides, words):
     (tmp_path / "phantom").symlink_to(finished / "phantom")
     with pytest.raises(SystemExit) as stop:
-        run_stage(stage, tmp_path, **overrides)
-    message = str(stop.value)
-    assert message.startswith("medsd: ") and "\n" not in message
-    assert all(word in message for word in words), message
+        run_bundle(BUNDLE, stage, **{**SMALL, **places(tmp_path), **overrides})
+    assert all(word in str(stop.value) for word in words), stop.value
 
 
 @pytest.mark.parametrize(
@@ -160,44 +155,56 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, stage, overrides, 
         ({"amp": "half"}, ["amp='half'"]),
         ({"mode": "covv"}, ["mode='covv'", "cov"]),
         ({"hard_negative_epoch": -1}, ["hard_negative_epoch=-1"]),
-        ({"patience": 0}, ["patience=0"]),
+        ({"patience": 0}, ["EarlyStopping: Argument patience should be positive"]),
+        pytest.param({"tensorboard": True}, ["TensorBoardStatsHandler: ", "tensorboard"], marks=WITHOUT_TENSORBOARD),
+        ({"weight_decay": -1.0}, ["weight_decay=-1.0"]),
+        ({"max_epochs": 0}, ["total_steps"]),
         ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors"]),
         ({"layer": "layr1"}, ["layr1", "layer1"]),
         ({"tile_px": 32}, ["other slides or settings", "prepare"]),
         ({"validation_share": 0.6}, ["other slides or settings", "prepare"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),
-        ({"lr": 0.5}, ["another lr", "output_dir"]),
-        ({"objective::ranking": "signed"}, ["another objective", "output_dir"]),
-        ({"hard_negative_epoch": 2}, ["hard_negative_epoch=2", "max_epochs=2"]),
-        ({"batch_size": 4096}, ["batch_size=4096"]),
+        ({"lr": 0.5}, ["another optimizer::lr", "output_dir"]),
+        ({"objective::ranking": "signed"}, ["another loss_function::ranking;", "output_dir"]),
+        ({"hard_negative_epoch": 2}, ["hard_negative_epoch=2", "max_epochs"]),
+        ({"batch_size": 4096}, ["batch_size=4096", "samples_per_epoch=128"]),
     ],
 )
-def test_a_wrong_choice_is_told_before_training(finished, overrides, words):
+def test_a_wrong_choice_is_told_before_training(finished, run_bundle, overrides, words):
     with pytest.raises(SystemExit) as stop:
-        run_stage("finetune", finished, **overrides)
-    message = str(stop.value)
-    assert "\n" not in message and all(word in message for word in words), message
+        run_bundle(BUNDLE, "finetune", **{**SMALL, **places(finished), **overrides})
+    assert all(word in str(stop.value) for word in words), stop.value
 
 
-def test_maps_of_other_weights_are_not_scored(finished, tmp_path):
+def test_maps_of_other_weights_are_not_scored(finished, tmp_path, run_bundle):
     shutil.copytree(finished / "out", tmp_path / "out")
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     scores["weights_sha256"] = "0" * 64
     (tmp_path / "out" / "scores.json").write_text(json.dumps(scores))
     with pytest.raises(SystemExit, match="maps of other weights; run the stage 'heatmap'"):
-        run_stage("report", tmp_path, phantom_dir=str(finished / "phantom"))
+        overrides = {**places(tmp_path), "phantom_dir": str(finished / "phantom")}
+        run_bundle(BUNDLE, "report", **SMALL, **overrides)
 
 
-def test_without_annotations_or_with_one_class_there_is_a_summary_all_the_same(finished, tmp_path):
-    """Slide AUC and pointing have no value then; nothing crashes on it."""
+@pytest.fixture
+def mapped(finished, tmp_path, run_bundle, write_weights):
+    """Runs the stages after the training on a changed data set, with weights that have learnt nothing."""
+
+    def run() -> None:
+        overrides = {**SMALL, **places(tmp_path), "dataset_dir": str(tmp_path / "data")}
+        flow = run_bundle(BUNDLE, "prepare", **overrides)
+        write_weights(tmp_path / "out" / "model.safetensors", flow.parser.get_parsed_content("data"))
+        run_bundle(BUNDLE, "run", **overrides, run=["@evaluate", "@maps", "@report", "@check"])
+
     shutil.copytree(finished / "phantom", tmp_path / "data")
+    return run
+
+
+def test_without_annotations_or_with_one_class_there_is_a_summary_all_the_same(mapped, tmp_path):
+    """Slide AUC and pointing have no value then; nothing crashes on it."""
     shutil.rmtree(tmp_path / "data" / "testing" / "lesion_annotations")
-    for slide, word in (("test_001", "tumor"), ("test_002", "normal")):
-        if word == "tumor":
-            (tmp_path / "data" / "testing" / "images" / f"{slide}.tif").unlink()
-    overrides = {"dataset_dir": str(tmp_path / "data")}
-    for stage in ("prepare", "finetune", "evaluate", "heatmap", "report"):
-        run_stage(stage, tmp_path, **{**overrides, "max_epochs": 1, "samples_per_epoch": 32})
+    (tmp_path / "data" / "testing" / "images" / "test_001.tif").unlink()
+    mapped()
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["tiles"]["patch_auc"]["value"] is None and scores["slides"]["slide_auc"] is None
     assert scores["slides"]["mean_pointing_ratio"] is None
@@ -205,18 +212,10 @@ def test_without_annotations_or_with_one_class_there_is_a_summary_all_the_same(f
     assert (tmp_path / "out" / "summary.png").is_file()
 
 
-def test_a_bad_test_slide_fails_the_run_after_the_rest_is_done(finished, tmp_path):
-    shutil.copytree(finished / "phantom", tmp_path / "data")
+def test_a_bad_test_slide_fails_the_run_after_the_rest_is_done(mapped, tmp_path):
     bad = tmp_path / "data" / "testing" / "images" / "test_001.tif"
     bad.write_bytes(bad.read_bytes()[:5000])
-    overrides = {"dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "samples_per_epoch": 32}
     with pytest.raises(SystemExit, match=r"1 slide\(s\) failed, the others are done; .*test_001\.tif"):
-        run_stage("run", tmp_path, **overrides)
+        mapped()
     assert (tmp_path / "out" / "heatmaps" / "test_002" / "report.html").is_file()
     assert (tmp_path / "out" / "summary.png").is_file()
-
-
-def test_an_empty_folder_is_named(tmp_path):
-    (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit, match=r"no \*\.tif slides"):
-        run_stage("prepare", tmp_path, dataset_dir=str(tmp_path / "data"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from medsd.bundle.config import boundary, check_config
+from medsd.bundle import check_config, mistake
 from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
@@ -16,111 +18,145 @@ BUNDLE = str(ROOT / "bundles" / "camelyon.json")
 CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.json"))
 
 
-def workflow(*overlays: str, **overrides: object) -> ConfigWorkflow:
-    return ConfigWorkflow(
-        config_file=[BUNDLE, *overlays], workflow_type="train", logging_file=False, bundle_root=str(ROOT), **overrides
-    )
+def refusal(*overlays: str, stage: str = "run", **overrides: object) -> str:
+    with pytest.raises(ConfigError) as stop:
+        check_config([BUNDLE, *overlays], stage, **overrides)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
 
 
-def refusal(flow: ConfigWorkflow) -> str:
-    with pytest.raises(SystemExit) as stop:
-        flow.initialize()
-    message = str(stop.value)
-    assert "\n" not in message and message.startswith("medsd: ")
-    return message
-
-
-def test_the_default_is_accepted():
-    workflow().initialize()
-
-
-@pytest.mark.parametrize("overlay", CONFIGS)
-def test_every_overlay_is_accepted(overlay):
-    if overlay.endswith("multi_gpu.json"):
-        assert "run torchrun" in refusal(workflow(overlay))
-    else:
-        workflow(overlay).initialize()
+@pytest.mark.parametrize("overlays", [[], *([path] for path in CONFIGS)])
+def test_the_default_and_every_overlay_are_accepted(overlays):
+    check_config([BUNDLE, *overlays], bundle_root=str(ROOT))
 
 
 def test_overlays_are_accepted_together():
-    aim, camelyon16, gpu = (str(ROOT / "configs" / f"{name}.json") for name in ("aim", "camelyon16", "gpu"))
-    workflow(aim, camelyon16, gpu).initialize()
+    check_config([BUNDLE, *(str(ROOT / "configs" / f"{name}.json") for name in ("aim", "camelyon16", "gpu"))])
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"), [("max_epoch", "max_epochs"), ("encodr", "encoder"), ("output_dirr", "output_dir")]
 )
 def test_a_misspelt_key_is_refused_and_the_nearest_named(wrong, right):
-    message = refusal(workflow(**{wrong: 1}))
+    message = refusal(**{wrong: 1})
     assert f"'{wrong}'" in message and f"'{right}'" in message
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("data::tile_pxx", "tile_px"),
+        ("grid::tile_pxx", "tile_px"),
         ("train::samplr", "train::sampler"),
+        ("train#samplr", "train::sampler"),
         ("train::dataloader::num_worker", "num_workers"),
         ("optimizer::weigth_decay", "weight_decay"),
         ("validate::evaluator::val_data_loadr", "val_data_loader"),
     ],
 )
 def test_a_misspelt_nested_key_is_refused_and_the_nearest_named(wrong, right):
-    message = refusal(workflow(**{wrong: 3}))
-    assert f"'{wrong}'" in message and f"'{right}'" in message
+    message = refusal(**{wrong: 3})
+    assert f"'{wrong.replace('#', '::')}'" in message and f"'{right}'" in message
 
 
 def test_a_misspelt_stage_is_refused_and_the_nearest_named():
-    message = refusal(workflow(run_id="heatmp"))
+    message = refusal(stage="heatmp")
     assert "'heatmp'" in message and "'heatmap'" in message
 
 
-def test_an_error_of_a_loader_worker_is_still_one_line():
-    @boundary
-    def fail():
-        raise DatasetError("Caught DatasetError in worker 0.\nTraceback:\nmedsd.errors.DatasetError: a.png: damaged")
-
-    with pytest.raises(SystemExit, match=r"^medsd: a\.png: damaged$"):
-        fail()
+def test_a_key_that_an_overlay_left_without_use_is_refused():
+    message = refusal(str(ROOT / "configs" / "aim.json"), consistency=0.5)
+    assert message == "config key 'consistency': what used it was replaced by another file; leave it out"
+    check_config([BUNDLE], consistency=0.5)
 
 
 def test_a_component_that_does_not_exist_is_refused():
-    assert "medsd.bundle.slide_dat" in refusal(workflow(**{"data::_target_": "medsd.bundle.slide_dat"}))
+    assert "medsd.bundle.data.SlideDat" in refusal(**{"data::_target_": "medsd.bundle.data.SlideDat"})
 
 
 def test_an_overlay_may_bring_keys_that_it_uses(tmp_path):
     overlay = tmp_path / "overlay.json"
     overlay.write_text(json.dumps({"grid_px": 96, "tile_px": "@grid_px"}))
-    flow = workflow(str(overlay))
-    flow.initialize()
-    assert flow.parser.get_parsed_content("tile_px") == 96
+    check_config([BUNDLE, str(overlay)], grid_px=128)
+    overlay.write_text(json.dumps({"grid_px": 96}))
+    assert "'grid_px': nothing uses it" in refusal(str(overlay))
 
 
-def test_the_check_needs_a_workflow():
-    with pytest.raises(SystemExit, match="outside a MONAI workflow"):
-        check_config(BUNDLE)
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tile_px", 64.5, "tile_px=64.5: must be a whole number"),
+        ("tile_px", True, "tile_px=True"),
+        ("mpp", (0, 5), "mpp=(0, 5): must be a number, with a point before decimals"),
+        ("output_dir", 202405, "output_dir=202405: must be text"),
+        ("dataset_dir", 2024, "dataset_dir=2024: must be text"),
+        ("bundle_root", 1, "bundle_root=1"),
+        ("encoder", 5, "encoder=5"),
+        ("cache", "false", "cache='false': must be True or False"),
+        ("frozen", "layer1", "frozen='layer1': must be a list"),
+        ("data::seed", "a", None),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_key(key, value, words):
+    if words is None:  # what it replaces is a reference, and says nothing of its kind
+        check_config([BUNDLE], **{key: value})
+    else:
+        assert words in refusal(**{key: value})
 
 
-def test_a_bundle_root_elsewhere_is_named(tmp_path):
-    message = refusal(ConfigWorkflow(config_file=BUNDLE, logging_file=False, bundle_root=str(tmp_path)))
-    assert "bundle_root" in message and str(tmp_path) in message
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mpp", 1), ("frozen", ("layer1", "layer2")), ("max_epochs", "@seed"), ("dataset_dir", "2024"), ("patience", 3)],
+)
+def test_values_of_the_same_kind_pass(key, value):
+    check_config([BUNDLE], **{key: value})
+
+
+def test_the_command_line_is_read_as_monai_reads_it(tmp_path):
+    """And the mistake is the last line, with exit code 1, wherever it is found."""
+    run = [sys.executable, "-m", "monai.bundle", "run", "prepare", "--config_file", f"['{BUNDLE}']"]
+    arguments = tmp_path / "arguments.json"
+    for words, told in (
+        (["--bundle_root", str(tmp_path), "--max_epoch", "3"], "did you mean 'max_epochs'?"),
+        (["--output_dir", "2024_05"], "output_dir=202405: must be text"),
+        (["--args_file", str(arguments)], "config key 'stidePx'"),
+        (["--output_dir", str(tmp_path), "--validation_share", "30"], "validation_share=30: must be a number from 0"),
+    ):
+        arguments.write_text(json.dumps({"stidePx": 1}))
+        done = subprocess.run([*run, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("medsd: ") and told in last
+
+
+def test_in_a_process_of_its_own_a_workflow_is_not_checked_twice():
+    ConfigWorkflow(config_file=BUNDLE, logging_file=False, bundle_root=str(ROOT)).initialize()
+
+
+def test_a_mistake_is_found_in_a_chain_of_exceptions():
+    def chain(first: Exception, *others: Exception) -> Exception:
+        for other in others:
+            other.__cause__, first = first, other
+        return first
+
+    worker = DatasetError("Caught DatasetError in worker 0.\nTraceback:\nmedsd.errors.DatasetError: a.png: damaged")
+    assert mistake(chain(worker, RuntimeError("Failed to evaluate"), RuntimeError("x"))) == "a.png: damaged"
+    built = RuntimeError("Failed to instantiate component 'torch.optim.adamw.AdamW' with keywords: lr")
+    assert mistake(chain(ValueError("Invalid\nlr: -1"), built)) == "torch.optim.adamw.AdamW: Invalid lr: -1"
+    assert mistake(chain(KeyError("a bug"), built)) is None and mistake(ValueError("a bug")) is None
+    assert mistake(None) is None
 
 
 @pytest.mark.parametrize("bundle", [BUNDLE, str(ROOT / "bundles" / "explain.json")])
 def test_json_keeps_choices(bundle):
-    """Bundle files stay short and speak of medsd's own functions, MONAI's and torch's only."""
-    assert len(Path(bundle).read_text().splitlines()) <= 150
+    """Bundle files stay short; their targets are classes and functions of libraries, with no wrapper between."""
+    assert len(Path(bundle).read_text().splitlines()) <= 190
     parser = ConfigParser(ConfigParser.load_config_files(bundle))
-    targets = [value["_target_"] for _, value in _dicts(parser.get()) if "_target_" in value]
-    assert targets and all(target.startswith(("medsd.", "torch.")) or "." not in target for target in targets)
+    targets = [value["_target_"] for value in _dicts(parser.get()) if "_target_" in value]
+    assert targets and not any(target.startswith("medsd.bundle.") and target.count(".") < 3 for target in targets)
 
 
-def _dicts(config, key=""):
+def _dicts(config):
     if isinstance(config, dict):
-        yield key, config
-        for name, value in config.items():
-            yield from _dicts(value, name)
-
-
-def test_errors_keep_their_class_for_callers_of_the_library():
-    assert issubclass(ConfigError, Exception) and not issubclass(DatasetError, SystemExit)
+        yield config
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _dicts(value)

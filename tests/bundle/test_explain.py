@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from medsd.networks.classifier import TileClassifier
@@ -33,34 +33,33 @@ def data(tmp_path) -> Path:
     return tmp_path
 
 
-def workflow(data: Path, **overrides: object) -> ConfigWorkflow:
-    settings = {
-        "images": str(data / "images"),
-        "weights": str(data / "model.safetensors"),
-        "output_dir": str(data / "out"),
-        "measured": False,
-        "device": "cpu",
-        "bundle_root": str(ROOT),
-        **overrides,
-    }
-    return ConfigWorkflow(config_file=str(BUNDLE), workflow_type="inference", logging_file=False, **settings)
+@pytest.fixture
+def run(data, run_bundle) -> Callable[..., object]:
+    def stage(**overrides: object) -> object:
+        settings = {
+            "images": str(data / "images"),
+            "weights": str(data / "model.safetensors"),
+            "output_dir": str(data / "out"),
+            "measured": False,
+            "device": "cpu",
+        }
+        return run_bundle("bundles/explain.json", "run", **{**settings, **overrides})
+
+    return stage
 
 
-def run(flow: ConfigWorkflow) -> None:
-    flow.initialize()
-    flow.run()
+@pytest.fixture
+def refusal(run) -> Callable[..., str]:
+    def refused(**overrides: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(**overrides)
+        return str(stop.value)
+
+    return refused
 
 
-def refusal(flow: ConfigWorkflow) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(flow)
-    message = str(stop.value)
-    assert message.startswith("medsd: ") and "\n" not in message
-    return message
-
-
-def test_images_are_explained(data, capsys):
-    run(workflow(data, methods=["gradient", "tsm"], target=1, layer="layer3", smoothing="backward_hook"))
+def test_images_are_explained(data, run, capsys):
+    run(methods=["gradient", "tsm"], target=1, layer="layer3", smoothing="backward_hook")
     assert f"2 image(s); see {data / 'out'}" in capsys.readouterr().out
     assert sorted(path.name for path in (data / "out").iterdir()) == [
         "maps.safetensors",
@@ -72,17 +71,18 @@ def test_images_are_explained(data, capsys):
     assert settings["methods"] == ["gradient", "tsm"] and settings["smoothing"] == "backward_hook"
 
 
-def test_mistakes_are_one_line(data):
-    assert "'targt'" in refusal(workflow(data, targt="tumour")) and "'target'" in refusal(workflow(data, targt=1))
-    assert "--images FOLDER" in refusal(workflow(data, images=None))
-    assert "did you mean 'gradcam'" in refusal(workflow(data, methods="gradcamm"))
+def test_mistakes_are_one_line(data, refusal):
+    assert "'targt'" in refusal(targt="tumour") and "'target'" in refusal(targt=1)
+    assert "--images FOLDER" in refusal(images=None)
+    assert "did you mean 'gradcam'" in refusal(methods="gradcamm")
     assert not (data / "out").exists()
     (data / "images" / "a.png").write_text("hello")
-    assert "1 image(s) failed, the others are done; the first: " in refusal(workflow(data, methods="tsm"))
+    assert "1 image(s) failed, the others are done; the first: " in refusal(methods="tsm")
     assert (data / "out" / "sheet.png").is_file()
 
 
-def test_every_key_reaches_the_function():
+def test_every_key_is_used():
     config = json.loads(BUNDLE.read_text())
-    stage = config["explain"]
-    assert all(stage[key] == f"@{key}" and key in config for key in stage if key != "_target_")
+    texts = json.dumps([config["settings"], config["run"]])
+    lists = {"_desc_", "imports", "bundle_root", "settings", "initialize", "run"}
+    assert all(f"@{key}" in texts for key in config if key not in lists)

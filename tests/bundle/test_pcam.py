@@ -5,42 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from medsd.networks.weights import load_classifier
 
-ROOT = Path(__file__).parents[2]
-FILES = [str(ROOT / "bundles" / "camelyon.json"), str(ROOT / "configs" / "pcam.json")]
+FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {"encoder": "test_resnet", "max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
 
 
-def run_stages(*stages: str, **overrides: object) -> None:
-    for stage in stages:
-        flow = ConfigWorkflow(
-            config_file=FILES,
-            workflow_type="train",
-            logging_file=False,
-            run_id=stage,
-            bundle_root=str(ROOT),
-            **{**SMALL, **overrides},
-        )
-        flow.initialize()
-        flow.run()
-
-
-def test_real_patches_train_and_a_real_slide_is_mapped(shared_data, tmp_path):
+def test_real_patches_train_and_a_real_slide_is_mapped(shared_data, tmp_path, run_bundle):
     slide = shared_data / "wsi" / "CMU-1-Small-Region.svs"
     overrides = {
         "dataset_dir": str(shared_data / "pcam_patches"),
         "slides": [str(slide)],
         "output_dir": str(tmp_path),
     }
-    run_stages("prepare", "finetune", "evaluate", "heatmap", "report", **overrides)
+    run_bundle(FILES, "run", **SMALL, **overrides)
     scores = json.loads((tmp_path / "scores.json").read_text())["tiles"]
     assert 0.15 <= scores["items"] / 1600 <= 0.45 and scores["groups"] >= 2
     low, value, high = (scores["patch_auc"][key] for key in ("low", "value", "high"))
@@ -68,25 +53,30 @@ def patch_folder(tmp_path) -> Path:
     return folder
 
 
-def refusal(folder: Path | None, tmp_path: Path) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_stages("prepare", dataset_dir=None if folder is None else str(folder), output_dir=str(tmp_path / "out"))
-    message = str(stop.value)
-    assert message.startswith("medsd: ") and "\n" not in message
-    return message
+@pytest.fixture
+def refusal(tmp_path, run_bundle) -> Callable[..., str]:
+    def refused(folder: Path | None, **overrides: object) -> str:
+        places = {"dataset_dir": None if folder is None else str(folder), "output_dir": str(tmp_path / "out")}
+        with pytest.raises(SystemExit) as stop:
+            run_bundle(FILES, "prepare", **places, **overrides)
+        return str(stop.value)
+
+    return refused
 
 
-def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path):
-    assert "dataset_dir" in refusal(None, tmp_path)
-    assert "no such folder" in refusal(tmp_path / "nowhere", tmp_path)
+def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):
+    assert "dataset_dir" in refusal(None)
+    assert "validation_share=15: must be a number" in refusal(patch_folder, validation_share=15.0).replace("15.0", "15")
+    assert "stain_target: patches are too small" in refusal(patch_folder, stain_target={"method": "macenko"})
+    assert "no such folder" in refusal(tmp_path / "nowhere")
     table = patch_folder / "labels.csv"
     good = table.read_text()
     table.write_text(good.replace("stain_cluster", "stain_clust"))
-    assert "column 'stain_cluster' missing" in refusal(patch_folder, tmp_path)
+    assert "column 'stain_cluster' missing" in refusal(patch_folder)
     table.write_text(good.replace("p3,1", "p3,tumour"))
-    assert "row 5" in refusal(patch_folder, tmp_path) and "tumour" in refusal(patch_folder, tmp_path)
+    assert "row 5" in refusal(patch_folder) and "tumour" in refusal(patch_folder)
     table.write_text(good.replace("p3,", "p333,"))
-    assert "p333" in refusal(patch_folder, tmp_path)
+    assert "p333" in refusal(patch_folder)
     table.write_text(good)
     shutil.rmtree(patch_folder / "images")
-    assert "no patch named" in refusal(patch_folder, tmp_path)
+    assert "no patch named" in refusal(patch_folder)

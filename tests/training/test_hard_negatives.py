@@ -82,7 +82,7 @@ def test_without_normal_items_nothing_is_found() -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_is_a_probability(threshold: float) -> None:
-    with pytest.raises(ConfigError, match=r"threshold=.*: allowed is 0 to 1"):
+    with pytest.raises(ConfigError, match=r"threshold=.*: must be a number from 0 to 1"):
         find_hard_negatives(RedMeter(), Reds(), LABELS, threshold)
 
 

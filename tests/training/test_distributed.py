@@ -12,17 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from medsd.training.ranks import RankSampler, of_first_rank, rank, start_ranks, world_size
 from torch import Tensor, nn
 
 import medsd.training.step as step_module
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.distributed import BalancedSampler, start_processes
 from medsd.training.step import ObjectiveStep
 
 BATCH = 8
@@ -55,11 +56,11 @@ def train(rows: slice, accumulation: int) -> dict[str, Tensor]:
     labels = torch.arange(BATCH) % 2
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
     objective = SaliencyDecor(decorrelation=0.5, ramp_epochs=0, fill="mean")
-    step = ObjectiveStep(objective, stain=0.0, accumulation=accumulation)
+    step = ObjectiveStep(stain=0.0, accumulation=accumulation)
     outputs = []
     for iteration in (1, 2, 3):
         state = SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=iteration, epoch_length=3)
-        engine: Any = SimpleNamespace(network=network, optimizer=optimizer, state=state)
+        engine: Any = SimpleNamespace(network=network, optimizer=optimizer, state=state, loss_function=objective)
         outputs.append(step(engine, {"image": images[rows], "label": labels[rows]})["loss"])
     return {"losses": torch.tensor(outputs), **network.state_dict()}
 
@@ -69,19 +70,22 @@ def run_process(number: int, meeting: Path, out: Path) -> None:
         "gloo", init_method=f"file://{meeting}", rank=number, world_size=2, timeout=timedelta(seconds=120)
     )
     step_module.augment = lambda images, _generator, _stain: images  # type: ignore[assignment]
-    assert (rank(), world_size()) == (number, 2)
+    assert (idist.get_rank(), idist.get_world_size()) == (number, 2)
     half = BATCH // 2
     result = train(slice(number * half, (number + 1) * half), 1)
-    draw = list(RankSampler(sampler()))
-    # What each finds differs; the second must go by the first's.
-    found = of_first_rank(torch.tensor([20, 30]) if number == 0 else torch.tensor([20]), torch.device("cpu"))
+    draw = list(sampler())
+    # As the hard negatives: the first finds, all go by it.
+    found = idist.broadcast(torch.tensor([20, 30]) if number == 0 else None, src=0, safe_mode=True)
     torch.save({**result, "draw": torch.tensor(draw), "found": found}, out / f"{number}.pt")
-    dist.destroy_process_group()
+    idist.finalize()
 
 
-def sampler() -> SlideGroupedSampler:
-    labels = np.arange(30, dtype=np.int8) % 2
-    return SlideGroupedSampler(labels, np.array(["a", "b", "c"]).repeat(10), samples=21, seed=3)
+def items() -> Any:
+    return SimpleNamespace(labels=np.arange(30, dtype=np.int8) % 2, groups=np.array(["a", "b", "c"]).repeat(10))
+
+
+def sampler() -> BalancedSampler:
+    return BalancedSampler(items(), samples=21, batch_size=2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +120,26 @@ def test_all_go_by_what_the_first_found(processes: list[dict[str, Tensor]]) -> N
 
 
 def test_alone_there_is_one_rank() -> None:
-    assert (rank(), world_size()) == (0, 1)
-    assert list(RankSampler(sampler())) == list(sampler())
+    assert (idist.get_rank(), idist.get_world_size()) == (0, 1)
+    assert list(sampler()) == list(SlideGroupedSampler(items().labels, items().groups, 21, seed=3))
 
 
 def test_not_started_by_torchrun() -> None:
     with pytest.raises(ConfigError, match="run torchrun"):
-        start_ranks()
+        start_processes()
+
+
+def test_draws_may_follow_the_items_and_not_their_groups() -> None:
+    uneven = items()
+    uneven.groups = np.array(["a"] * 28 + ["b"] * 2)
+    by_group, plain = (list(BalancedSampler(uneven, 200, 2, by_group=by_group)) for by_group in (True, False))
+    assert sum(item >= 28 for item in by_group) == 100 and sum(item >= 28 for item in plain) < 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 22, 2.0])
+def test_a_batch_fits_into_an_epoch(batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"batch_size={batch_size}: .* from 2 to 21; an epoch has"):
+        BalancedSampler(items(), samples=21, batch_size=batch_size)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Running a bundle's stages in this process, as the command line does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from medsd.bundle import check_config, mistake
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.weights import Calibration, ModelCard, save_classifier
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., ConfigWorkflow]
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> Run:
+    """`run_bundle(files, *stages, **overrides)`; a user's mistake ends it as it ends the command: with its line."""
+
+    def run(files: str, *stages: str, **overrides: Any) -> ConfigWorkflow:
+        paths = [str(ROOT / file) for file in files.split(",")]
+        settings = {"bundle_root": str(ROOT), **overrides}
+        try:
+            for stage in stages:
+                check_config(paths, stage, **settings)
+                flow = ConfigWorkflow(config_file=paths, run_id=stage, logging_file=False, **settings)
+                flow.initialize()
+                flow.run()
+        except Exception as error:
+            line = mistake(error)
+            if line is None:
+                raise
+            assert "\n" not in line
+            raise SystemExit(f"medsd: {line}") from error
+        return flow
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_weights() -> Callable[..., str]:
+    """`write_weights(path, data, seed=0)`: a calibrated classifier of the split of `data` that has learnt nothing."""
+
+    def write(path: Path, data: Any, seed: int = 0) -> str:
+        torch.manual_seed(seed)
+        classifier = TileClassifier("test_resnet")
+        for parameter in classifier.encoder.parameters():
+            if parameter.ndim == 1:  # timm starts residual branches at 0; every branch shall count
+                torch.nn.init.uniform_(parameter, 0.2, 0.8)
+        card = ModelCard(
+            encoder="test_resnet",
+            classes=classifier.classes,
+            tile_px=data.tile_px,
+            mpp=data.mpp,
+            trained_on=data.description,
+            calibration=Calibration(0.5, 1.0, "layer3", "gradient_x_activation", "backward_hook", "a test"),
+            data_sha256=data.fingerprint(),
+            stain_target=data.stain_target and json.loads(json.dumps(asdict(data.stain_target))),
+        )
+        return save_classifier(path, classifier, card)
+
+    return write
