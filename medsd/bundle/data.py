@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from medsd.checks import check_number
 from medsd.cohort.camelyon import find_slides
-from medsd.cohort.dataset import Sample, TileDataset
+from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
@@ -31,39 +30,6 @@ from medsd.slides.stain.slide import StainNormaliser
 from medsd.training.predict import predict
 
 _PARTS = ("training", "validation", "testing")
-
-
-class Items(Protocol):
-    """A torch data set of samples with its columns: labels (n,) int8 and groups (n,) str."""
-
-    labels: npt.NDArray[np.int8]
-    groups: npt.NDArray[np.str_]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, item: int, /) -> Sample: ...
-
-
-class Data(Protocol):
-    """What the stages ask of a data set.
-
-    Attributes:
-        tile_px, mpp: size and scale of its tiles.
-        stain_target: what the stain of its slides is normalised to, or None.
-        description: the data in words, kept with the weights.
-    """
-
-    tile_px: int
-    mpp: float
-    stain_target: StainProfile | None
-
-    @property
-    def description(self) -> str: ...
-    def fingerprint(self) -> str: ...
-    def prepare(self) -> None: ...
-    def part(self, name: str) -> Items: ...
-    def calibrate(self, engine: Engine) -> Calibration: ...
-    def jobs(self) -> list[SlideEntry]: ...
-    def test_slides(self) -> Sequence[SlideEntry]: ...
 
 
 @dataclass(frozen=True)
@@ -275,3 +241,7 @@ class PatchData:
         table = read_patch_table(str(self.dataset_dir), self.group_column)
         sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
         return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
+
+
+# What the stages ask of a data set is what both offer.
+Data = SlideData | PatchData

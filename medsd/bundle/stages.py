@@ -132,7 +132,7 @@ def evaluate(
     if card.calibration is None:
         raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
     calibration, items = card.calibration, data.part("testing")
-    logits = predict_logits(network, items, workers=workers, progress=progress_bar("evaluate"))  # type: ignore[arg-type]
+    logits = predict_logits(network, items, workers=workers, progress=progress_bar("evaluate"))
     probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
     log_odds = (logits[:, 1] - logits[:, 0]) / np.float32(calibration.temperature)
     content = {
@@ -144,7 +144,7 @@ def evaluate(
     }
     if explained_tiles:
         settings = ExplanationSettings(items=explained_tiles, seed=seed)
-        explained = score_explanations(network, items, settings, progress=progress_bar("explain"))  # type: ignore[arg-type]
+        explained = score_explanations(network, items, settings, progress=progress_bar("explain"))
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
         np.savez_compressed(

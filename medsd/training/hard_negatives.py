@@ -15,42 +15,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from medsd.checks import check_number
 from medsd.cohort.dataset import Sample
-from medsd.progress import Progress, no_progress, progress_bar
+from medsd.progress import progress_bar
 from medsd.training.predict import predict
-
-
-def find_hard_negatives(
-    classifier: nn.Module,
-    dataset: Dataset[Sample],
-    labels: npt.NDArray[np.int8],
-    threshold: float = 0.5,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Progress = no_progress,
-) -> npt.NDArray[np.int64]:
-    """The normal items whose tumour probability is `threshold` or more, ascending; perhaps none.
-
-    Every normal item is read once. Tiles that the annotation cuts, or whose label nobody knows, are never among them.
-
-    Args:
-        classifier: see `medsd.training.predict.predict`.
-        dataset: the training items.
-        labels: (n,) their classes: 0 normal, 1 tumour, others are left out.
-        threshold: tumour probability from which on an item is hard, 0 to 1.
-        batch_size, workers, progress: as in `predict`.
-
-    Raises:
-        ConfigError: `threshold` is out of its range.
-    """
-    check_number("threshold", threshold, "[0, 1]")
-    normal = np.flatnonzero(labels == 0).astype(np.int64)
-    items = Subset(dataset, cast(Sequence[int], normal))  # a list of millions of Python integers takes gigabytes
-    probability = predict(classifier, items, batch_size=batch_size, workers=workers, progress=progress)
-    return normal[probability >= threshold]
 
 
 @dataclass(frozen=True)
@@ -60,11 +30,12 @@ class HardNegativeRound:
     Attributes:
         epoch: epochs before the round (0 starts with it).
         share: share of the normal draws from then on that come from the hard negatives, 0 to 1.
-        dataset: the training items, with their classes as `labels`.
-        threshold, batch_size, workers: as in `find_hard_negatives`.
+        dataset: the training items, with their classes as `labels` (n,): 0 normal, 1 tumour, others are left out.
+        threshold: tumour probability from which on an item is hard, 0 to 1.
+        batch_size, workers: as in `predict`.
 
     Raises:
-        ConfigError: `epoch` is negative or `share` outside 0 to 1.
+        ConfigError: a number out of its range.
     """
 
     epoch: int
@@ -77,10 +48,19 @@ class HardNegativeRound:
     def __post_init__(self) -> None:
         check_number("hard_negative_epoch", self.epoch, "[0, inf)", whole=True, hint="null for no such round")
         check_number("hard_negative_share", self.share, "[0, 1]")
+        check_number("threshold", self.threshold, "[0, 1]")
 
     def find(self, classifier: nn.Module) -> npt.NDArray[np.int64]:
-        """The hard negatives of the classifier as it is."""
-        labels: npt.NDArray[np.int8] = self.dataset.labels
-        return find_hard_negatives(
-            classifier, self.dataset, labels, self.threshold, self.batch_size, self.workers, progress_bar("mine")
+        """The normal items whose tumour probability is `threshold` or more, ascending; perhaps none.
+
+        Every normal item is read once. Tiles that the annotation cuts, or whose label nobody knows, are never among
+        them.
+        """
+        normal = np.flatnonzero(self.dataset.labels == 0).astype(np.int64)
+        items: Subset[Sample] = Subset(
+            self.dataset, cast(Sequence[int], normal)
+        )  # no list of millions of integers
+        probability = predict(
+            classifier, items, batch_size=self.batch_size, workers=self.workers, progress=progress_bar("mine")
         )
+        return normal[probability >= self.threshold]

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.errors import ConfigError
-from medsd.training.hard_negatives import find_hard_negatives
+from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import predict
 
 LABELS = np.array([0, 1, 0, 0, -1, 0, 1, 0], np.int8)
@@ -19,6 +19,8 @@ REDS = [10, 250, 200, 128, 255, 127, 0, 90]
 
 class Reds(Dataset[Sample]):
     """Plain tiles whose red says how tumour-like they are; counts what is read."""
+
+    labels = LABELS
 
     def __init__(self) -> None:
         self.read: list[int] = []
@@ -57,7 +59,7 @@ def probability(red: int, temperature: float = 1.0) -> float:
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_normal_items_above_the_threshold_are_found(threshold: float, expected: list[int], batch_size: int) -> None:
     data, network = Reds(), RedMeter()
-    found = find_hard_negatives(network, data, LABELS, threshold, batch_size)
+    found = HardNegativeRound(0, 0.5, data, threshold, batch_size).find(network)
     assert found.dtype == np.int64 and found.tolist() == expected
     assert data.read == [0, 2, 3, 5, 7]  # tumour and mixed tiles are not read
     assert network.training
@@ -65,11 +67,11 @@ def test_normal_items_above_the_threshold_are_found(threshold: float, expected: 
 
 def test_an_item_at_the_threshold_is_hard() -> None:
     threshold = float(predict(RedMeter(), Reds())[3])
-    assert find_hard_negatives(RedMeter(), Reds(), LABELS, threshold).tolist() == [2, 3]
+    assert HardNegativeRound(0, 0.5, Reds(), threshold).find(RedMeter()).tolist() == [2, 3]
 
 
 def test_the_sampler_takes_them() -> None:
-    found = find_hard_negatives(RedMeter(), Reds(), LABELS, 0.5)
+    found = HardNegativeRound(0, 0.5, Reds()).find(RedMeter())
     sampler = SlideGroupedSampler(LABELS, np.array(["a", "b"] * 4), samples=40)
     sampler.set_hard(found, 0.5)
     drawn = list(sampler)
@@ -77,13 +79,15 @@ def test_the_sampler_takes_them() -> None:
 
 
 def test_without_normal_items_nothing_is_found() -> None:
-    assert find_hard_negatives(RedMeter(), Reds(), np.ones(8, np.int8)).tolist() == []
+    data = Reds()
+    data.labels = np.ones(8, np.int8)
+    assert HardNegativeRound(0, 0.5, data).find(RedMeter()).tolist() == []
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_is_a_probability(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"threshold=.*: must be a number from 0 to 1"):
-        find_hard_negatives(RedMeter(), Reds(), LABELS, threshold)
+        HardNegativeRound(0, 0.5, Reds(), threshold).find(RedMeter())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
-from medsd.errors import ConfigError, NetworkError
+from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import training
-from medsd.training.network import parameter_groups
+from medsd.networks.start import save_encoder
+from medsd.networks.whitening import WhitenedHead
+from medsd.training.network import parameter_groups, ready_to_train
 
 LR, DECAY = 0.01, 0.05
 
@@ -207,7 +210,7 @@ def test_stages_that_are_none(resnet18: TileClassifier, name: str, words: str) -
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         ({"layer_decay": 1.01}, "layer_decay=1.01"),
         ({"layer_decay": math.nan}, "layer_decay=nan"),
-        ({"lr": -1e-9}, "lr=-1e-09: must be 0 or more"),
+        ({"lr": -1e-9}, "lr=-1e-09: must be a number from 0 on"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"head_lr": -1.0}, "head_lr=-1.0"),
         ({"head_lr": math.nan}, "head_lr=nan"),
@@ -232,6 +235,23 @@ def test_an_encoder_whose_layers_timm_does_not_know(small: TileClassifier) -> No
         parameter_groups(small, LR, DECAY, layer_decay=0.5)
     with pytest.raises(NetworkError, match="frozen 'stem': timm does not know"):
         parameter_groups(small, LR, DECAY, ("stem",))
+
+
+def test_a_network_starts_from_a_file_and_may_whiten_its_features(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained, network = TileClassifier("test_resnet"), TileClassifier("test_resnet")
+    path = str(tmp_path / "encoder.safetensors")
+    save_encoder(path, trained.encoder, "test_resnet", "a test")
+    ready = ready_to_train(network, torch.device("cpu"), path, whitening=True, channels_last=True)
+    assert ready is network and network.encoder_weights == path
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, trained.encoder.state_dict()[name]), name
+    assert isinstance(network.head, WhitenedHead)
+    assert network.encoder.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(WeightsError, match="no such encoder weights"):
+        ready_to_train(network, torch.device("cpu"), "nowhere.pt")
+    with pytest.raises(ConfigError, match="whitening: AIM's head"):
+        ready_to_train(AimClassifier("test_resnet"), torch.device("cpu"), whitening=True)
 
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer1.0.conv1")
