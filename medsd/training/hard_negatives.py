@@ -57,9 +57,7 @@ class HardNegativeRound:
         them.
         """
         normal = np.flatnonzero(self.dataset.labels == 0).astype(np.int64)
-        items: Subset[Sample] = Subset(
-            self.dataset, cast(Sequence[int], normal)
-        )  # no list of millions of integers
+        items: Subset[Sample] = Subset(self.dataset, cast(Sequence[int], normal))  # no list of millions of integers
         probability = predict(
             classifier, items, batch_size=self.batch_size, workers=self.workers, progress=progress_bar("mine")
         )
