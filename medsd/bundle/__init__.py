@@ -2,7 +2,7 @@
 
 from medsd.bundle.config import check, check_config, mistake
 from medsd.bundle.stages import check_slides, evaluate, explain, finetune, heatmap, prepare, report, summary
-from medsd.bundle.surrogate import surrogate
+from medsd.bundle.surrogates import surrogate
 
 __all__ = [
     "check",

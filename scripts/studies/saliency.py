@@ -26,7 +26,7 @@ from studies.regions import Images
 from studies.saliency_tables import draw, tables
 from torch import Tensor, nn
 
-from medsd.bundle.surrogate import SURROGATE, SURROGATE_SCORES
+from medsd.bundle.surrogates import SURROGATE, SURROGATE_SCORES
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import sha256_of
 from medsd.networks.classifier import Classifier, TileClassifier
