@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from medsd.evaluate.plots import draw_comparison
-from medsd.evaluate.runs import Estimate, Run, number_text, read_runs, setting_text, settings_that_differ
+from medsd.evaluate.runs import Run, number_text, read_runs, setting_text, settings_that_differ
+from medsd.evaluate.scores import Interval
 from medsd.files import make_folder, write_text
 from medsd.tables import write_table
 
@@ -122,10 +124,10 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def _cell(found: Estimate | None) -> str:
+def _cell(found: Interval | None) -> str:
     if found is None:
         return _DASH
-    if found.low is None or found.high is None:
+    if math.isnan(found.low + found.high):
         return number_text(found.value)
     numbers = found.value, found.low, found.high
     return "{} ({} to {})".format(*(number_text(number, max(numbers, key=abs)) for number in numbers))

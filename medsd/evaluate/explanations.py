@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -24,6 +25,7 @@ from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency.metrics.masking import SHARES, MaskingCurve
 from medsd.saliency.registry import make_method
+from medsd.training.predict import collect
 
 Region = Callable[[int], npt.NDArray[np.bool_]]
 MapScores = dict[str, Interval | tuple[Interval, ...]]
@@ -115,9 +117,16 @@ def score_explanations(
         >>> sorted(found.maps), found.judged
         (['gradient'], 4)
     """
+    if len(cast(Sized, dataset)) < 2:
+        raise DatasetError(f"explanations: {len(cast(Sized, dataset))} tile(s); at least 2 are needed")
     device = next(classifier.parameters()).device
     with evaluating(classifier):
-        features, labels = _features(classifier, dataset, settings.batch_size, progress)
+        loader = DataLoader(cast(Dataset[Sample], dataset), settings.batch_size)
+        features, labels = collect(classifier, loader, progress, classifier.features)
+        unknown = labels[(labels < 0) | (labels >= len(classifier.classes))]
+        if len(unknown):
+            known = ", ".join(classifier.classes)
+            raise DatasetError(f"explanations: label {unknown[0]}; give tiles of the classes {known}")
         health = feature_health(features)
         chosen = _even_draw(labels, settings)
         generator = torch.Generator(device).manual_seed(settings.seed)
@@ -150,39 +159,13 @@ def explanation_maps(classifier: Classifier, x: Tensor, labels: Tensor) -> dict[
     return maps
 
 
-def _features(
-    classifier: Classifier, dataset: Dataset[Sample] | Sequence[Sample], batch_size: int, progress: Progress
-) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """Pooled features (N, d) and labels (N,) of all tiles."""
-    count = len(cast(Sized, dataset))
-    if count < 2:
-        raise DatasetError(f"explanations: {count} tile(s); at least 2 are needed")
-    loader = DataLoader(cast(Dataset[Sample], dataset), batch_size=batch_size)
-    device = next(classifier.parameters()).device
-    features, labels = [], []
-    with torch.inference_mode():
-        for batch in progress(loader, len(loader), "batch"):
-            features.append(classifier.features(batch["image"].to(device)).float().cpu())
-            labels.append(batch["label"])
-    truth = torch.cat(labels).numpy().astype(np.int64)
-    unknown = truth[(truth < 0) | (truth >= len(classifier.classes))]
-    if len(unknown):
-        raise DatasetError(
-            f"explanations: label {unknown[0]}; give tiles of the classes {', '.join(classifier.classes)}"
-        )
-    return torch.cat(features), truth
-
-
 def _even_draw(labels: npt.NDArray[np.int64], settings: ExplanationSettings) -> list[int]:
     """Numbers of up to `items` tiles, as many of each class as there are, rising."""
     order = np.random.default_rng(settings.seed).permutation(len(labels))
     # The place of a tile within its class: the first ones of every class are dealt before any second.
-    turn = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        turn[of_class] = np.arange(len(of_class))
-    dealt = order[np.argsort(turn[order], kind="stable")]
-    return [int(number) for number in np.sort(dealt[: settings.items])]
+    turn = pd.Series(order).groupby(labels[order]).cumcount()
+    dealt = order[np.argsort(turn, kind="stable")]
+    return sorted(dealt[: settings.items].tolist())
 
 
 def _regions(region: Region | None, numbers: Sequence[int], batch: Sample, target: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
 
 def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
     with np.load(folder / "test_tiles.npz", allow_pickle=False) as tiles:
-        false_positives, sensitivity = roc_curve(tiles["label"], tiles["log_odds"])
+        false_positives, sensitivity, _ = roc_curve(tiles["label"], tiles["log_odds"])
     area = scores["tiles"]["patch_auc_by_group"]
     text = f"AUC {area['value']:.3f}"
     if area["low"] is not None and area["high"] is not None:
@@ -211,7 +212,7 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) ->
         if estimate is None:
             axes.text(0, row, " – not measured", va="center", color="#777777", fontsize="small")
             continue
-        low, high = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
+        low, high = (estimate.value if math.isnan(end) else end for end in (estimate.low, estimate.high))
         ends += [low, high]
         axes.barh(row, estimate.value, 0.6, color=_RUNS[row % len(_RUNS)][0], alpha=0.75)
         axes.plot([low, high], [row, row], color="black", lw=1.5)

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from medsd.errors import DatasetError
-from medsd.evaluate.scores import bootstrap_mean
+from medsd.evaluate.scores import Interval, bootstrap_mean
 from medsd.tables import read_table
 
 _LONGEST_LABEL = 64
@@ -19,15 +19,6 @@ _LONGEST_LABEL = 64
 _SAME = {"data_sha256": "another split of the data", "tiles.items": "another number of test tiles"}
 # Settings of `ExplanationSettings` that change what is measured; the seed only changes which tiles are.
 _JUDGED_BY = ("items", "draws", "fill", "steps", "target")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with the bounds of its 95 % interval, None where it has none."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +37,8 @@ class Run:
     content: dict[str, Any]
     settings: dict[str, Any]
 
-    def estimate(self, path: str) -> Estimate | None:
-        """The number at that path, or None where the run lacks it.
+    def estimate(self, path: str) -> Interval | None:
+        """The number at that path with the bounds that it has, or None where the run lacks it.
 
         Args:
             path: keys joined by dots, of a number or of a dict with "value", "low" and "high".
@@ -55,7 +46,8 @@ class Run:
         node = self.node(path)
         numbers = [node] if not isinstance(node, dict) else [node.get(key) for key in ("value", "low", "high")]
         value, *bounds = map(_as_number, numbers)
-        return None if value is None else Estimate(value, *bounds)
+        low, high = (math.nan if bound is None else bound for bound in bounds or (None, None))
+        return None if value is None else Interval(value, low, high)
 
     def node(self, path: str) -> Any:
         """What lies at that path, or None."""

@@ -24,16 +24,17 @@ class Interval:
 
     Attributes:
         value: the score of all items.
-        low, high: bounds of the interval.
+        low, high: bounds of the interval; nan where there is none.
         level: its coverage, 0 to 1.
-        resamples: resamples that the bounds rest on (those without both classes have no AUC and are left out).
+        resamples: resamples that the bounds rest on (those without both classes have no AUC and are left out); 0 where
+            that is not known.
     """
 
     value: float
-    low: float
-    high: float
-    level: float
-    resamples: int
+    low: float = math.nan
+    high: float = math.nan
+    level: float = LEVEL
+    resamples: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,26 @@ def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0) 
     return _interval(float(items.mean()), np.concatenate(drawn))
 
 
-def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """The ROC curve: false-positive rate and sensitivity, each of shape (distinct scores + 1,).
+def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """The ROC curve: false-positive rate, sensitivity and falling thresholds, each of shape (distinct scores + 1,).
 
-    One point a distinct score, from (0, 0), the highest score first, to (1, 1). Arguments as in `auc`.
+    One point a distinct score, from (0, 0), whose threshold is infinite, to (1, 1). Arguments as in `auc`.
 
     Raises:
         DatasetError: as `auc`, or only one class.
+
+    Example:
+        >>> false_positive_rate, sensitivity, thresholds = roc_curve([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+        >>> sensitivity.tolist(), thresholds.tolist()
+        ([0.0, 0.5, 0.5, 1.0, 1.0], [inf, 0.8, 0.4, 0.35, 0.1])
     """
-    return _curve(labels, scores)[:2]
+    positive, values = check_scores(labels, scores)
+    if positive.all() or not positive.any():
+        raise DatasetError(f"scores: all {len(values)} items have one class; a ROC curve needs tumour and normal items")
+    distinct, tie = np.unique(values, return_inverse=True)
+    counts = (np.bincount(tie[chosen], minlength=len(distinct))[::-1] for chosen in (~positive, positive))
+    rates = (np.concatenate([[0.0], np.cumsum(count) / count.sum()]) for count in counts)
+    return *rates, np.concatenate([[math.inf], distinct[::-1]])  # type: ignore[return-value]
 
 
 def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
@@ -167,10 +179,10 @@ def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
         >>> youden_threshold([0, 0, 1, 1], [0.0, 0.2, 0.6, 0.9])
         0.4
     """
-    false_positive_rate, sensitivity, falling = _curve(labels, scores)
+    false_positive_rate, sensitivity, falling = roc_curve(labels, scores)
     youden = (sensitivity - false_positive_rate)[1:]
     # Equal values differ by rounding of the rates, hence the tolerance.
-    best = int(np.flatnonzero(youden >= youden.max() - 1e-12)[-1])
+    best = 1 + int(np.flatnonzero(youden >= youden.max() - 1e-12)[-1])
     if best == len(falling) - 1:
         return float(falling[-1])
     upper, lower = float(falling[best]), float(falling[best + 1])
@@ -248,16 +260,3 @@ def _weighted_auc(positive: Bools, tie: npt.NDArray[np.intp], weight: Floats) ->
         return math.nan
     below = np.cumsum(negatives) - negatives / 2
     return float(positives @ below / pairs)
-
-
-def _curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """False-positive rate and sensitivity, shape (k + 1,), and the k distinct scores, falling."""
-    positive, values = check_scores(labels, scores)
-    if positive.all() or not positive.any():
-        raise DatasetError(f"scores: all {len(values)} items have one class; a ROC curve needs tumour and normal items")
-    distinct, tie = np.unique(values, return_inverse=True)
-    rates = []
-    for chosen in (~positive, positive):
-        counts = np.bincount(tie[chosen], minlength=len(distinct))[::-1]
-        rates.append(np.concatenate([[0.0], np.cumsum(counts) / counts.sum()]))
-    return rates[0], rates[1], distinct[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -106,14 +107,6 @@ def score_slides(
 
 
 def as_json(scores: DataclassInstance) -> dict[str, Any]:
-    """The scores (any data class of numbers) as JSON values; nan becomes null."""
-    plain: dict[str, Any] = _plain(asdict(scores))
+    """The scores (any data class of numbers) as JSON values; what is not finite becomes null."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(scores)), parse_constant=lambda _name: None)
     return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

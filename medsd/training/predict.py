@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from medsd.cohort.dataset import Sample
@@ -56,14 +56,20 @@ def predict_logits(
 
 
 def collect(
-    classifier: nn.Module, loader: Iterable[Any], progress: Progress = no_progress
+    classifier: nn.Module,
+    loader: Iterable[Any],
+    progress: Progress = no_progress,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits (n, classes) float32 and labels (n,) int64 of the samples of all batches of a loader, in its order."""
+    """Logits (n, classes) float32 and labels (n,) int64 of the samples of all batches of a loader, in its order.
+
+    `forward` gives something else of a batch of images in the logits' place, such as `classifier.features`.
+    """
     device = next(classifier.parameters()).device
     logits, labels = [], []
     with evaluating(classifier), torch.inference_mode():
         for batch in progress(loader, len(cast(Sized, loader)), "batch"):
-            logits.append(classifier(batch["image"].to(device)).float().cpu().numpy())
+            logits.append((forward or classifier)(batch["image"].to(device)).float().cpu().numpy())
             labels.append(batch["label"].numpy())
     if not logits:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)

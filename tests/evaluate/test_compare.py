@@ -14,7 +14,8 @@ from matplotlib.image import imread
 from medsd.errors import DatasetError
 from medsd.evaluate import compare, plots
 from medsd.evaluate.compare import METRICS, compare_runs
-from medsd.evaluate.runs import Estimate, number_text, read_runs
+from medsd.evaluate.runs import number_text, read_runs
+from medsd.evaluate.scores import Interval
 
 MAP_MEASURES = ("gap", "masking_area", "deletion", "insertion", "magnitude", "total_variation", "gini", "entropy")
 
@@ -120,7 +121,7 @@ def test_what_a_run_lacks_is_a_dash_and_never_a_zero(full, bare, tmp_path):
     assert all(cells[2] == "–" for title, cells in table.items() if title in {m.title for m in METRICS[1:]})
     assert len(table) > 15 and "mask: deletion" not in table  # no run has masks
     assert runs[1].estimate("explanations.maps.gradient.gap") is None
-    assert runs[0].estimate("tiles.patch_auc") == Estimate(0.8, pytest.approx(0.75), pytest.approx(0.85))
+    assert runs[0].estimate("tiles.patch_auc") == Interval(0.8, pytest.approx(0.75), pytest.approx(0.85))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -75,7 +75,7 @@ def test_auc_and_roc_equal_scikit_learn() -> None:
     scores = np.round(rng.normal(labels, 1.5), 1)
     assert auc(labels, scores) == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
     expected = metrics.roc_curve(labels, scores, drop_intermediate=False)
-    for found, known in zip(roc_curve(labels, scores), expected, strict=False):
+    for found, known in zip(roc_curve(labels, scores), expected, strict=True):
         np.testing.assert_allclose(found, known, atol=1e-12)
 
 
@@ -92,7 +92,7 @@ def test_auc_of_one_class_is_nan(labels: list[int]) -> None:
 @given(ITEMS)
 def test_roc_rises_from_corner_to_corner_and_encloses_the_auc(items: list[tuple[int, int]]) -> None:
     labels, scores = split(items)
-    false_positive_rate, sensitivity = roc_curve(labels, scores)
+    false_positive_rate, sensitivity, _ = roc_curve(labels, scores)
     assert (false_positive_rate[0], sensitivity[0], false_positive_rate[-1], sensitivity[-1]) == (0, 0, 1, 1)
     assert (np.diff(false_positive_rate) >= 0).all() and (np.diff(sensitivity) >= 0).all()
     assert np.trapezoid(sensitivity, false_positive_rate) == pytest.approx(auc(labels, scores), abs=1e-12)
