@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 
-from medsd.drawing import resized
 from medsd.errors import ConfigError, DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
@@ -115,15 +114,14 @@ class _Explainer:
             maps = {name: method(x, target) for name, method in self.methods.items()}
         measured = self._measure(x, target, maps, batch)
         alike = agreement(maps).cpu().numpy()
-        shown = [small_picture(image.pixels) for image in batch]
         return [
             ExplainedImage(
                 name=image.name,
                 size_px=image.pixels.shape[:2],
-                picture=shown[row],
-                region=None if image.mask is None else _like(shown[row], image.mask),
-                predicted=None if predicted is None else int(predicted[row]),
-                explained=None if target is None else int(target[row]),
+                picture=small_picture(image.pixels),
+                region=None if image.mask is None else small_picture(image.mask.view(np.uint8), Resampling.NEAREST) > 0,
+                predicted="" if predicted is None else self.model.classes[int(predicted[row])],
+                explained="" if target is None else self.model.classes[int(target[row])],
                 probability=math.nan if probability is None else float(probability[row]),
                 maps={name: values[row].cpu().numpy() for name, values in maps.items()},
                 measures={
@@ -232,9 +230,3 @@ def _batches(
         if name in failed:
             logger.error("%s", failed[name])
     yield from waiting.values()
-
-
-def _like(picture: RGB, mask: Bools) -> Bools:
-    """The mask at the size of the small picture."""
-    height, width = picture.shape[:2]
-    return resized(mask.astype(np.uint8), width, height, Image.Resampling.NEAREST) > 0

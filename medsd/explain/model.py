@@ -68,14 +68,10 @@ class Model:
         """
         if name == INPUT:
             return None
+        calibrated = self.card.calibration.layer if self.card and self.card.calibration else None
         stages = getattr(self.encoder, "feature_info", None)
-        if name:
-            wanted = name
-        elif self.card and self.card.calibration:
-            wanted = self.card.calibration.layer
-        elif stages:
-            wanted = str(stages[-1]["module"])
-        else:
+        wanted = name or calibrated or (str(stages[-1]["module"]) if stages else None)
+        if wanted is None:
             raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
         known, inside = ([layer for layer, _ in part.named_modules() if layer] for part in (self.network, self.encoder))
         if wanted in known:
@@ -93,8 +89,8 @@ class Model:
         """
         if name == "predicted":
             return None
-        numbers = [str(number) for number in range(len(self.classes))]
-        for names in (list(self.classes), numbers):
+        numbers = tuple(map(str, range(len(self.classes))))
+        for names in (self.classes, numbers):
             if name in names:
                 return names.index(name)
         known = ["predicted", *self.classes]

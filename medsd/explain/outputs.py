@@ -55,8 +55,8 @@ class ExplainedImage:
         size_px: height and width.
         picture: a small one.
         region: its mask at that small size, or None.
-        predicted, explained: class numbers; None for an encoder.
-        probability: of the predicted class.
+        predicted, explained: names of classes; "" for an encoder.
+        probability: of the predicted class; nan for an encoder.
         maps: (h, w) float32 by method, signed, not normalised, at the size of the layer.
         measures: by method and name; nan where undefined.
         agreement: (M, M) Spearman's correlations of the methods' maps.
@@ -66,12 +66,17 @@ class ExplainedImage:
     size_px: tuple[int, int]
     picture: RGB
     region: Bools | None
-    predicted: int | None
-    explained: int | None
+    predicted: str
+    explained: str
     probability: float
     maps: dict[str, npt.NDArray[np.float32]]
     measures: dict[str, dict[str, float]]
     agreement: npt.NDArray[np.float64]
+
+    def classes(self) -> dict[str, Any]:
+        """What tables say of its classes."""
+        probability = round(self.probability, 6) if self.predicted else ""
+        return {"predicted": self.predicted, "probability": probability, "explained": self.explained}
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,11 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
         notes=notes,
     )
-    rows = [_row(image, model, settings) for image in images]
-    draw_sheets(folder, rows, columns, _title(model, settings), notes)
+    draw_sheets(folder, [_row(image, settings) for image in images], columns, _title(explained, layer), notes)
     known = {name for image in images for measures in image.measures.values() for name in measures}
     heads = ["image", "width_px", "height_px", "predicted", "probability", "explained", "method"]
     table = [
-        {"image": image.name, "width_px": image.size_px[1], "height_px": image.size_px[0], **_classes(image, model)}
+        {"image": image.name, "width_px": image.size_px[1], "height_px": image.size_px[0], **image.classes()}
         | {"method": method}
         | {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in measures.items()}
         for image in images
@@ -179,7 +183,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     ]
     write_table(folder / "metrics.csv", table, [*heads, *(name for name in MEASURED if name in known)])
     tensors = {f"{image.name}/{name}": torch.from_numpy(image.maps[name]) for image in images for name in image.maps}
-    shown = [{"image": image.name, "size_px": image.size_px, **_classes(image, model)} for image in images]
+    shown = [{"image": image.name, "size_px": image.size_px, **image.classes()} for image in images]
     card = {"weights_sha256": model.sha256, "layer": layer, "settings": asdict(settings), "images": shown}
     save_tensors(folder / "maps.safetensors", tensors, MAPS_FORMAT, card)
     write_json(folder / "metrics.json", as_json(summary))
@@ -223,19 +227,19 @@ def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
     return known.saliency_limit if asked == holds else None
 
 
-def _row(image: ExplainedImage, model: Model, settings: ExplainSettings) -> SheetRow:
-    classes = _classes(image, model)
+def _row(image: ExplainedImage, settings: ExplainSettings) -> SheetRow:
     about = f"{image.size_px[1]} x {image.size_px[0]} px"
-    if classes["predicted"]:
-        about = f"predicted {classes['predicted']} {image.probability:.2f}"
+    if image.predicted:
+        about = f"predicted {image.predicted} {image.probability:.2f}"
     maps = tuple(image.maps[name] for name in settings.methods)
-    return SheetRow(image.picture, image.region, (image.name, about), classes["explained"], maps)
+    return SheetRow(image.picture, image.region, (image.name, about), image.explained, maps)
 
 
-def _title(model: Model, settings: ExplainSettings) -> str:
-    layer = model.layer(settings.layer) or "the input"
-    smoothing = "no smoothing" if settings.smoothing == "none" else f"smoothing: {settings.smoothing.replace('_', ' ')}"
-    return f"{RESEARCH_USE_ONLY} {model.name} {model.sha256[:8]}, maps at {layer.removeprefix('encoder.')}, {smoothing}"
+def _title(explained: ExplainedImages, layer: str) -> str:
+    model, smoothing = explained.model, explained.settings.smoothing
+    where = "the input" if layer == INPUT else layer.removeprefix("encoder.")
+    smoothed = "no smoothing" if smoothing == "none" else f"smoothing: {smoothing.replace('_', ' ')}"
+    return f"{RESEARCH_USE_ONLY} {model.name} {model.sha256[:8]}, maps at {where}, {smoothed}"
 
 
 def _notes(explained: ExplainedImages, columns: Sequence[SheetColumn]) -> Iterator[str]:
@@ -293,16 +297,6 @@ def _agreement(explained: ExplainedImages) -> dict[str, dict[str, float]]:
     means = stacked.mean(axis=0).filled(math.nan).tolist()
     names = explained.settings.methods
     return {first: dict(zip(names, row, strict=True)) for first, row in zip(names, means, strict=True)}
-
-
-def _classes(image: ExplainedImage, model: Model) -> dict[str, Any]:
-    if image.predicted is None or image.explained is None:
-        return {"predicted": "", "probability": "", "explained": ""}
-    return {
-        "predicted": model.classes[image.predicted],
-        "probability": round(image.probability, 6),
-        "explained": model.classes[image.explained],
-    }
 
 
 def _cell(interval: Interval | float) -> str:

@@ -63,11 +63,11 @@ class SheetColumn:
     of_class: bool
 
 
-def small_picture(pixels: RGB) -> RGB:
-    """The picture with its longer side at `CELL_PX`."""
+def small_picture(pixels: RGB, resample: Image.Resampling = Image.Resampling.LANCZOS) -> RGB:
+    """The picture, or a mask (height, width) uint8, with its longer side at `CELL_PX`."""
     height, width = pixels.shape[:2]
     factor = CELL_PX / max(height, width)
-    return resized(pixels, max(1, round(width * factor)), max(1, round(height * factor)))
+    return resized(pixels, max(1, round(width * factor)), max(1, round(height * factor)), resample)
 
 
 def draw_sheets(
