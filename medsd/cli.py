@@ -171,15 +171,17 @@ def stain(
 ) -> None:
     """Fit the stain of a slide, as the target that a bundle normalises every slide to."""
     from dataclasses import asdict
+    from typing import cast
 
+    from medsd.checks import check_choice
     from medsd.files import write_json
     from medsd.slides.slide import open_slide
-    from medsd.slides.stain import check_method
+    from medsd.slides.stain import METHODS, Method
     from medsd.slides.stain.slide import fit_slide
 
-    chosen = check_method(method)
+    check_choice("method", method, METHODS)
     with open_slide(slide, mpp) as opened:
-        write_json(out, {"stain_target": asdict(fit_slide(opened, chosen))})
+        write_json(out, {"stain_target": asdict(fit_slide(opened, cast(Method, method)))})
     print(f"{method} stain of {slide.name} in {out}; use it with --config_file \"['bundles/camelyon.json','{out}']\"")
 
 

@@ -29,9 +29,9 @@ def tumour_share(
         shape (n,), 0 to 1; a tile that lies fully inside has exactly 1, one that does not touch the tumour exactly 0.
 
     Example:
-        >>> tumour = Annotations(MultiPolygon([shapely.box(0, 0, 30, 10)]))
-        >>> tumour_share(tumour, x=[0, 20, 40], y=[0, 0, 0], side_px=20).tolist()
-        [0.5, 0.25, 0.0]
+        >>> tumour = Annotations(MultiPolygon([shapely.box(0, 0, 30, 10)]))  # or read_annotations("slide.xml")
+        >>> tumour_share(tumour, x=[0, 20, 40], y=[0, 0, 0], side_px=20)
+        array([0.5 , 0.25, 0.  ])
     """
     left, top = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
     tiles = shapely.box(left, top, left + side_px, top + side_px)

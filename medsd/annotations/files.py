@@ -14,8 +14,8 @@ from medsd.annotations.geojson import parse_json
 from medsd.annotations.mask import parse_mask
 from medsd.annotations.shapes import Annotations, Roles, one_line
 from medsd.errors import AnnotationError
+from medsd.slides.readers.tiff_layout import is_tiff
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Parsing takes several times the file's size in memory; the largest annotation files of CAMELYON are below 20 MB.
 LARGEST_BYTES = 2**30
 
@@ -44,6 +44,11 @@ def read_annotations(
         AnnotationError: the file is missing, too large, damaged, of no known format, declares entities, has an unknown
             group or type, an outline without coordinates, or coordinates that are no level-0 pixels; a mask does not
             fit the slide, or has values that may mean anything.
+
+    Example:
+        >>> found = read_annotations("slide.xml")
+        >>> {outline.group for outline in found.outlines}, found.tumour.area > 0
+        ({'_0'}, True)
     """
     path = Path(path)
     roles = Roles(tumour_groups, excluded_groups)
@@ -53,7 +58,7 @@ def read_annotations(
             handle.seek(0)
             packed = start.startswith(b"\x1f\x8b")
             data = b""
-            if start not in _TIFF:
+            if not is_tiff(start):
                 with gzip.GzipFile(fileobj=handle) if packed else handle as content:
                     data = content.read(LARGEST_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -62,7 +67,7 @@ def read_annotations(
         raise AnnotationError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     if len(data) > LARGEST_BYTES:
         raise AnnotationError(f"{path}: larger than {LARGEST_BYTES / 2**30:g} GiB, no slide's annotations; split it")
-    if start in _TIFF:
+    if is_tiff(start):
         if slide_size_px is None:
             raise AnnotationError(f"{path}: a mask can have any resolution; give slide_size_px, the slide's size")
         return parse_mask(path, slide_size_px, tumour_values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,15 @@ from shapely.geometry import MultiPolygon, Polygon
 
 from medsd.annotations.shapes import Annotations, Outline, one_line
 from medsd.errors import AnnotationError
+from medsd.slides.readers.base import Bools
+from medsd.slides.readers.damage import DAMAGED
 
 _log = logging.getLogger(__name__)
-
-Bools = npt.NDArray[np.bool_]
 
 _GROUP = "Tumor"
 
 # One byte a pixel, and some four more for the pixels of the rectangle around the tumour.
 MOST_MASK_PX = 2**27
-# What tifffile and imagecodecs raise for damaged bytes (codec errors are RuntimeErrors).
-_DAMAGED = (
-    OSError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError,
-    MemoryError, struct.error,
-)  # fmt: skip
 
 
 def parse_mask(path: Path, slide_size_px: tuple[int, int], tumour_values: Sequence[int]) -> Annotations:
@@ -96,7 +90,7 @@ def _pixels(path: Path) -> npt.NDArray[Any]:
             pixels = levels[chosen].asarray(maxworkers=1)
     except FileNotFoundError as error:
         raise AnnotationError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except _DAMAGED as error:
+    except (*DAMAGED, AssertionError) as error:
         raise AnnotationError(f"{path}: damaged mask, or no TIFF file ({one_line(error)}); copy it again") from error
     if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
         pixels = pixels[0] if pixels.shape[0] == 1 else pixels[:, :, 0]

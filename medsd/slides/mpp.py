@@ -22,7 +22,11 @@ _SOURCES = {
     "jp2.mpp-{}": "JPEG 2000 capture resolution",
 }
 _TAGS = "TIFF resolution tags"
-_UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
+UM_PER_UNIT = {
+    **{"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0},
+    **{"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "angstrom": 1e-4},
+}
+"""Micrometres per unit of length, as OME-XML, OME-NGFF and TIFF name them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
 
 
 def _tiff_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    unit = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
+    unit = UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
     resolution = _pair(properties, "tiff.{}Resolution", "XY")
     if unit is None or resolution is None or min(resolution) <= 0:
         return None

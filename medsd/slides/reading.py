@@ -54,6 +54,13 @@ def read_tiles(
         tile_px: side of a tile in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles; None for level 0.
         threads: how many read at once, ahead of the caller by at most 8 tiles each and 8 more.
+
+    Example:
+        >>> from medsd.slides.slide import open_slide
+        >>> with open_slide("slide.tif") as slide:
+        ...     tiles = read_tiles(slide, x=np.array([0, 500]), y=np.array([0, 500]), tile_px=64, mpp=1.0, threads=2)
+        ...     {tile.row: tile.pixels.shape for tile in tiles}
+        {0: (64, 64, 3), 1: (64, 64, 3)}
     """
     side_px = tile_px * (1.0 if mpp is None else mpp / slide.mpp)
     order = np.lexsort((x, y, x // (_STRIP_TILES * side_px)))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from medsd.slides.readers.base import RGB
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-RGB = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from medsd.errors import SlideError
 from medsd.slides.mpp import resolve_mpp
-from medsd.slides.readers.base import RGB, Bools, joined
+from medsd.slides.readers.base import RGB, Bools, read_halves
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.choose import open_reader
 from medsd.slides.resample import Axis, plan_axis, resample
@@ -24,6 +23,7 @@ _MOST_LEVEL_PX = 2**24
 _LONGEST_SIDE_PX = 2**21
 _LARGEST_AREA_PX = 2**37
 _STRIPE_PX, _STRIPE_GREYS = 12, (110, 190)
+_BLOCK_PX = 256
 
 
 class Area(NamedTuple):
@@ -96,14 +96,19 @@ class Slide(ABC):
         self.close()
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """A pyramid level: its size in pixels and the level-0 pixels per pixel along x and y."""
 
     width: int
     height: int
     downsample_x: float
     downsample_y: float
+
+
+def level_for(levels: Sequence[Level], ratio: float) -> int:
+    """The coarsest level that is not coarser than `ratio` level-0 pixels per pixel; level 0 where all are."""
+    fine = [n for n, level in enumerate(levels) if max(level.downsample_x, level.downsample_y) <= ratio * (1 + 1e-6)]
+    return max(fine, key=lambda number: levels[number].downsample_x, default=0)
 
 
 def open_slide(
@@ -123,11 +128,8 @@ def open_slide(
         ConfigError: no reader of that name.
 
     Example:
-        >>> import tifffile
-        >>> path = getfixture("tmp_path") / "slide.tif"
-        >>> tifffile.imwrite(path, np.zeros((512, 512, 3), np.uint8), tile=(256, 256), photometric="rgb")
-        >>> with open_slide(path, mpp=0.5) as slide:
-        ...     slide.read(100, 50, width=64, height=32, mpp=2 * slide.mpp).shape
+        >>> with open_slide("slide.tif") as slide:
+        ...     slide.read(x=100, y=50, width=64, height=32, mpp=2 * slide.mpp).shape
         (32, 64, 3)
     """
     return FileSlide(Path(path), mpp, reader, cache)
@@ -170,34 +172,16 @@ class FileSlide(Slide):
             raise SlideError(f"{self.path}: the slide was closed; open it again")
         x, y, width, height, mpp = area
         ratio = 1.0 if mpp is None else mpp / self.mpp
-        index = self._level_for(ratio)
+        index = level_for(self.levels, ratio)
         level = self.levels[index]
         columns = plan_axis(x / level.downsample_x, _snap(ratio / level.downsample_x), width)
         rows = plan_axis(y / level.downsample_y, _snap(ratio / level.downsample_y), height)
         whole = rows.weights is None and columns.weights is None
         if not whole and rows.length * columns.length > _MOST_LEVEL_PX and width * height > 1:
-            return self._read_halves(area, ratio, strict)
+            # Halves, so that a coarse view of a slide without a pyramid fits in memory.
+            return read_halves(lambda *part: self._read(Area(*part)._replace(mpp=mpp), strict), *area[:4], ratio)
         pixels, seen = self._read_level(index, columns, rows, strict)
         return resample(pixels, rows, columns), None if seen is None else _wholly_seen(seen, rows, columns)
-
-    def _level_for(self, ratio: float) -> int:
-        """The coarsest level that is not coarser than `ratio` level-0 pixels per pixel."""
-        chosen = 0
-        for number, level in enumerate(self.levels):
-            finer = max(level.downsample_x, level.downsample_y) <= ratio * (1 + 1e-6)
-            if finer and level.downsample_x > self.levels[chosen].downsample_x:
-                chosen = number
-        return chosen
-
-    def _read_halves(self, area: Area, ratio: float, strict: bool) -> tuple[RGB, Bools | None]:
-        """The same pixels by two smaller reads, so that a coarse view of a slide without a pyramid fits in memory."""
-        x, y, width, height, _ = area
-        axis, half = (1, width // 2) if width > height else (0, height // 2)
-        if axis == 1:
-            parts = [(x, y, half, height), (x + half * ratio, y, width - half, height)]
-        else:
-            parts = [(x, y, width, half), (x, y + half * ratio, width, height - half)]
-        return joined([self._read(Area(*part, ratio * self.mpp), strict) for part in parts], axis)
 
     def _read_level(self, index: int, columns: Axis, rows: Axis, strict: bool) -> tuple[RGB, Bools | None]:
         """Whole pixels of one level, white outside the slide."""
@@ -272,8 +256,25 @@ def thumbnail(slide: Slide, longest_px: int) -> tuple[RGB, float]:
     width, height = slide.dimensions
     level0_px = max(1.0, max(width, height) / longest_px)
     size = max(1, round(width / level0_px)), max(1, round(height / level0_px))
-    pixels, seen = slide.read_seen(0, 0, *size, mpp=slide.mpp * level0_px)
+    pixels, seen = read_blocks(slide, *size, mpp=slide.mpp * level0_px)
     return pixels if seen is None else hatched(pixels, ~seen), level0_px
+
+
+def read_blocks(slide: Slide, width: int, height: int, mpp: float) -> tuple[RGB, Bools | None]:
+    """A slide from its corner on, as `Slide.read_seen` gives it, in blocks: damage costs a block at most, and memory
+    holds the picture and what one block is made of.
+    """
+    pixels, seen = np.empty((height, width, 3), np.uint8), None
+    level0_px = mpp / slide.mpp
+    for top in range(0, height, _BLOCK_PX):
+        for left in range(0, width, _BLOCK_PX):
+            place = np.s_[top : top + _BLOCK_PX, left : left + _BLOCK_PX]
+            rows, columns = pixels[place].shape[:2]
+            pixels[place], part = slide.read_seen(left * level0_px, top * level0_px, columns, rows, mpp)
+            if part is not None:
+                seen = np.ones((height, width), np.bool_) if seen is None else seen
+                seen[place] = part
+    return pixels, seen
 
 
 def hatched(pixels: RGB, mask: Bools) -> RGB:

@@ -23,7 +23,7 @@ from medsd.slides.readers.choose import open_reader
 from medsd.slides.readers.tiff import TiledTiff
 from medsd.slides.readers.vendor import VendorSlide
 from medsd.slides.resample import Axis
-from medsd.slides.slide import FileSlide, _level, open_slide, thumbnail
+from medsd.slides.slide import FileSlide, _level, level_for, open_slide, thumbnail
 
 NAMES = ["even-2x", "even-4x", "odd-2x", "odd-4x"]
 Coded = dict[str, Any]
@@ -175,7 +175,7 @@ def test_a_large_resampled_read_is_made_of_small_ones(coded_slides: Coded, monke
 
 def test_the_nearest_finer_level_is_read(coded_slides: Coded) -> None:
     slide = open_slide(coded_slides["odd-2x"].path)
-    found = [slide._level_for(ratio) for ratio in (0.1, 1.0, 1.99, 2.0, 3.9, 4.0, 100.0)]
+    found = [level_for(slide.levels, ratio) for ratio in (0.1, 1.0, 1.99, 2.0, 3.9, 4.0, 100.0)]
     assert found == [0, 0, 0, 1, 1, 2, 2]
 
 
@@ -203,6 +203,22 @@ def test_the_whole_slide_as_one_picture(coded_slides: Coded) -> None:
         assert picture.shape == (67, 100, 3) and ratio == pytest.approx(14.83)
         assert max(map(abs, coded.phase_error(picture[:-2, :-2], 0, 0, ratio))) < 0.1
         assert thumbnail(slide, 5000)[0].shape == (997, 1483, 3)
+
+
+def test_a_place_that_costs_its_reader_leaves_the_rest_of_the_picture(array_slide: Any) -> None:
+    """As of a slide read in a child: a read that touches the place is not seen as a whole."""
+
+    class Deadly(array_slide):  # type: ignore[misc]
+        def read_seen(self, x: float, y: float, width: int, height: int, mpp: float) -> tuple[np.ndarray, Any]:
+            hit = x <= 700 < x + width * mpp / self.mpp and y <= 300 < y + height * mpp / self.mpp
+            return self.read(x, y, width, height, mpp), np.full((height, width), not hit)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), np.uint8)
+    picture, ratio = thumbnail(Deadly(pixels), 800)
+    kept = (picture == pixels[::2, ::2]).all(axis=2)
+    assert ratio == 2.0 and not kept[:256, 256:512].any()
+    kept[:256, 256:512] = True
+    assert kept.all()
 
 
 @pytest.mark.parametrize(("size", "mpp"), [((0, 5), None), ((5, -1), None), ((5, 5), 0.0), ((5, 5), math.nan)])

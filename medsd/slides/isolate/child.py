@@ -13,7 +13,6 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,13 +21,16 @@ import numpy as np
 from medsd.errors import MedsdError
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.readers.damage import DAMAGED
-from medsd.slides.slide import FileSlide, Level, open_slide
+from medsd.slides.slide import FileSlide, open_slide
 
 if sys.platform != "win32":
     import resource
 
 LENGTH = struct.Struct(">I")
 """The length that goes before an answer's text."""
+
+DESCRIBED = ("dimensions", "mpp", "mpp_source", "reader", "levels", "bounds")
+"""The attributes of a `FileSlide` that its first answer tells."""
 
 IMPORT_S = 60.0
 """Seconds for importing tiatoolbox: it takes long, which is not the slide's fault."""
@@ -39,29 +41,6 @@ _ANSWERED = (MedsdError, *DAMAGED)
 _GRACE_S = 1.0
 
 Opener = Callable[[Path, float | None, str | None], FileSlide]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What an opened slide says of itself; see `FileSlide`."""
-
-    dimensions: tuple[int, int]
-    mpp: float
-    mpp_source: str
-    reader: str
-    levels: tuple[Level, ...]
-    bounds: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, slide: FileSlide) -> Description:
-        """The description of an open slide."""
-        return cls(slide.dimensions, slide.mpp, slide.mpp_source, slide.reader, slide.levels, slide.bounds)
-
-    @classmethod
-    def from_json(cls, answer: dict[str, Any]) -> Description:
-        """The description that came as JSON, where tuples are lists."""
-        lists = {name: tuple(answer[name]) for name in ("dimensions", "bounds")}
-        return cls(**{**answer, **lists, "levels": tuple(Level(**level) for level in answer["levels"])})
 
 
 def main(opener: Opener = open_slide) -> None:
@@ -77,7 +56,7 @@ def main(opener: Opener = open_slide) -> None:
             if slide is None:
                 _limit(question["memory_bytes"])
                 slide = opener(Path(question["path"]), question["mpp"], question["reader"])
-                answer = asdict(Description.of(slide))
+                answer: dict[str, Any] = {"slide": {name: getattr(slide, name) for name in DESCRIBED}}
             else:
                 area = question["area"]
                 pixels, seen = (slide.read(*area), None) if question["strict"] else slide.read_seen(*area)

@@ -15,10 +15,9 @@ import numpy as np
 
 import medsd.errors
 from medsd.errors import MedsdError, SlideError
-from medsd.slides.isolate.child import Description
 from medsd.slides.isolate.process import ChildError, ChildProcess
 from medsd.slides.readers.base import RGB, Bools, Handles
-from medsd.slides.slide import Area, Slide
+from medsd.slides.slide import Area, Level, Slide, level_for
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +91,11 @@ class IsolatedSlide(Slide):
         self._handles = Handles(_Here)
         here = self._handles.here()
         here.child, self._description = self._start()
-        self.dimensions, self.levels = self._description.dimensions, self._description.levels
-        self.mpp, self.mpp_source = self._description.mpp, self._description.mpp_source
-        self.reader, self.bounds = self._description.reader, self._description.bounds
+        width, height = self._description["dimensions"]
+        self.dimensions, self.mpp = (width, height), float(self._description["mpp"])
+        self.mpp_source, self.reader = self._description["mpp_source"], self._description["reader"]
+        self.levels = tuple(Level(*level) for level in self._description["levels"])
+        self.bounds: tuple[int, int, int, int] = tuple(self._description["bounds"])
 
     def close(self) -> None:
         """End the child of this process when its read, if any, has ended; reading afterwards raises SlideError."""
@@ -145,19 +146,19 @@ class IsolatedSlide(Slide):
     def _limit_s(self, area: Area) -> float:
         """Seconds that a read may take: by the pixels of the level that it needs, or of its result if more."""
         ratio = 1.0 if area.mpp is None else area.mpp / self.mpp
-        fitting = [level.downsample_x for level in self.levels if level.downsample_x <= ratio * (1 + 1e-6)]
-        level_px = area.width * area.height * max(1.0, ratio / max(fitting, default=1.0)) ** 2
+        downsample = self.levels[level_for(self.levels, ratio)].downsample_x
+        level_px = area.width * area.height * max(1.0, ratio / downsample) ** 2
         return max(self._limits.read_s, level_px / self._limits.px_per_s)
 
-    def _start(self) -> tuple[ChildProcess, Description]:
-        """A new child, with the slide open."""
+    def _start(self) -> tuple[ChildProcess, dict[str, Any]]:
+        """A new child, with the slide open, and what it says of the slide (see `child.DESCRIBED`)."""
         with _deaths_named(self.path):
             child = ChildProcess()
             answer = child.ask(self._opening, self._limits.open_s)[0]
         if "error" in answer:
             child.kill()
             raise self._error(answer, "opening")
-        return child, Description.from_json(answer)
+        return child, answer["slide"]
 
     def _error(self, answer: dict[str, Any], what: str) -> MedsdError:
         """The error that the child answered with: of the same class, where it is one of medsd's."""

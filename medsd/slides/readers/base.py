@@ -6,6 +6,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -93,20 +94,22 @@ class LevelReader(ABC):
         except SlideError:
             if max(columns, rows) <= _SMALLEST_UNSEEN_PX:
                 return np.full((rows, columns, 3), 255, np.uint8), np.zeros((rows, columns), np.bool_)
-        axis, half = (1, columns // 2) if columns >= rows else (0, rows // 2)
-        if axis == 1:
-            parts = [(column, row, half, rows), (column + half, row, columns - half, rows)]
-        else:
-            parts = [(column, row, columns, half), (column, row + half, columns, rows - half)]
-        return joined([self.read_seen(level, *part) for part in parts], axis)
+        return read_halves(partial(self.read_seen, level), column, row, columns, rows)
 
     def close(self) -> None:
         """Let go of this process's handles; a later read opens new ones."""
         self._handles.close()
 
 
-def joined(parts: list[tuple[RGB, Bools | None]], axis: int) -> tuple[RGB, Bools | None]:
-    """Neighbouring parts of an area, each with what was seen of it, as one."""
+def read_halves(
+    read: Callable[..., tuple[RGB, Bools | None]], x: Any, y: Any, width: int, height: int, step: float | int = 1
+) -> tuple[RGB, Bools | None]:
+    """An area by two reads of (x, y, width, height), halves of its longer side; `step` moves x and y by a pixel."""
+    axis, half = (1, width // 2) if width >= height else (0, height // 2)
+    if axis == 1:
+        parts = [read(x, y, half, height), read(x + half * step, y, width - half, height)]
+    else:
+        parts = [read(x, y, width, half), read(x, y + half * step, width, height - half)]
     pixels = np.concatenate([part for part, _ in parts], axis)
     if all(seen is None for _, seen in parts):
         return pixels, None

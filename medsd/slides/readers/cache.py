@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-import numpy as np
-import numpy.typing as npt
+from medsd.slides.readers.base import RGB
 
-RGB = npt.NDArray[np.uint8]
 Key = tuple[str, int, int]
 
 DEFAULT_BYTES = 128 * 2**20

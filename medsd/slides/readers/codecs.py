@@ -15,7 +15,7 @@ import numpy.typing as npt
 import simplejpeg
 import tifffile
 
-RGB = npt.NDArray[np.uint8]
+from medsd.slides.readers.base import RGB
 
 _COMPRESSION, _PHOTOMETRIC = tifffile.COMPRESSION, tifffile.PHOTOMETRIC
 _JPEG2000 = (_COMPRESSION.APERIO_JP2000_RGB, _COMPRESSION.JPEG2000)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -38,14 +38,6 @@ def is_jp2(start: bytes) -> bool:
     return start.startswith(_JP2)
 
 
-class _Levels(Protocol):
-    @property
-    def sizes(self) -> tuple[Size, ...]: ...
-    @property
-    def properties(self) -> Mapping[str, str]: ...
-    def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB: ...
-
-
 class TiatoolboxSlide(LevelReader):
     """A reader over tiatoolbox: one handle a thread and process.
 
@@ -62,16 +54,17 @@ class TiatoolboxSlide(LevelReader):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: Handles[_Levels] = Handles(partial(_open, path), by_thread=True)
+        self._handles: Handles[_OmeLevels | _Jp2Levels] = Handles(partial(_open, path), by_thread=True)
         levels = self._handles.here()
-        self.sizes, self.properties = levels.sizes, levels.properties
+        self.sizes: tuple[Size, ...] = levels.sizes
+        self.properties: Mapping[str, str] = levels.properties
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
         with damage_named(self.path, (level, column, row)):
             return self._handles.here().read(level, column, row, columns, rows)
 
 
-def _open(path: Path) -> _Levels:
+def _open(path: Path) -> _OmeLevels | _Jp2Levels:
     try:
         with logging_untouched():
             from tiatoolbox.wsicore.wsireader import JP2WSIReader, TIFFWSIReader

@@ -14,12 +14,12 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from medsd.errors import SlideError
+from medsd.slides.mpp import UM_PER_UNIT
 from medsd.slides.readers.base import Size
 from medsd.slides.readers.codecs import codec_of
 from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.readers.tiff import TiledLevel
 
-_UM_PER_UNIT = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0}
 _MOST_PAGES = 10_000
 
 
@@ -117,7 +117,7 @@ def ome_scale(description: str) -> dict[str, str]:
         return {}
     scale = {}
     for axis in "XY":
-        unit = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        unit = UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         try:
             size = float(pixels.get(f"PhysicalSize{axis}", ""))
         except ValueError:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.errors import SlideError
+from medsd.slides.mpp import UM_PER_UNIT
 from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
 from medsd.slides.readers.damage import damage_named
 
@@ -24,15 +25,6 @@ _CODECS = {
     *("bytes", "transpose", "crc32c", "sharding_indexed"),
 }
 _LARGEST_CHUNK_BYTES = 2**28
-_UM_PER_UNIT = {
-    "micrometer": 1.0,
-    "nanometer": 1e-3,
-    "millimeter": 1e3,
-    "centimeter": 1e4,
-    "meter": 1e6,
-    "angstrom": 1e-4,
-    "inch": 25_400.0,
-}
 _RGB_HEX = ["FF0000", "00FF00", "0000FF"]
 
 
@@ -170,7 +162,7 @@ def _scale(multiscale: Mapping[str, Any]) -> dict[str, str]:
     axes = multiscale["axes"]
     found = {}
     for number, axis in enumerate(axes):
-        unit = _UM_PER_UNIT.get(str(axis.get("unit")))
+        unit = UM_PER_UNIT.get(str(axis.get("unit")))
         if axis["name"].lower() not in ("x", "y") or unit is None:
             continue
         factors = [

@@ -5,7 +5,6 @@ from medsd.slides.stain.profile import LabColours as LabColours
 from medsd.slides.stain.profile import Method as Method
 from medsd.slides.stain.profile import StainProfile as StainProfile
 from medsd.slides.stain.profile import TwoStains as TwoStains
-from medsd.slides.stain.profile import check_method as check_method
 from medsd.slides.stain.profile import fit_picture as fit_picture
 from medsd.slides.stain.profile import profile_from_dict as profile_from_dict
 from medsd.slides.stain.profile import transform_between as transform_between

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from medsd.checks import check_choice
 from medsd.errors import ConfigError, NoTissueError, nearest
 from medsd.slides.readers.base import RGB
 from medsd.slides.stain.transform import LabTransform, StainTransform, TwoStainTransform
@@ -102,7 +103,8 @@ def profile_from_dict(values: Mapping[str, Any]) -> StainProfile:
     if not isinstance(values, Mapping):
         raise ConfigError(f"stain target {values!r}: give the numbers of a fit (medsd stain SLIDE writes them)")
     method = values.get("method")
-    kind = LabColours if check_method(method) == "reinhard" else TwoStains
+    check_choice("stain method", method, METHODS)
+    kind = LabColours if method == "reinhard" else TwoStains
     known = tuple(kind.__dataclass_fields__)
     for key in values:
         if key not in known:
@@ -111,19 +113,6 @@ def profile_from_dict(values: Mapping[str, Any]) -> StainProfile:
         if key not in values:
             raise ConfigError(f"stain '{method}': key '{key}' missing; write the target anew")
     return kind(**values)
-
-
-def check_method(method: object) -> Method:
-    """`method`, if it is one of "macenko", "vahadane" and "reinhard".
-
-    Raises:
-        ConfigError: it is not.
-    """
-    known = next((known for known in METHODS if method == known), None)
-    if known is None:
-        hint = nearest(str(method), METHODS) or f"; use one of {', '.join(METHODS)}"
-        raise ConfigError(f"stain method '{method}' unknown{hint}")
-    return known
 
 
 def fit_picture(picture: RGB, method: Method) -> StainProfile:
@@ -140,7 +129,7 @@ def fit_picture(picture: RGB, method: Method) -> StainProfile:
         NoTissueError: blank, of one colour, or of one stain.
         ConfigError: no such method.
     """
-    check_method(method)
+    check_choice("stain method", method, METHODS)
     _check_stained(picture, method)
     with logging_untouched():
         from tiatoolbox.tools.stainnorm import ReinhardNormalizer, get_normalizer

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-Bools = npt.NDArray[np.bool_]
+from medsd.slides.readers.base import Bools
 
 # The limits are our choice, set on real bright-field pictures of several scanners, on the same pictures inverted
 # (255 - RGB) and on fluorescence, at about 8 um per pixel.

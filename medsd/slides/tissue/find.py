@@ -6,26 +6,23 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from medsd.errors import ConfigError, NotBrightFieldError, nearest
+from medsd.checks import check_choice
+from medsd.errors import NotBrightFieldError
+from medsd.slides.readers.base import Bools
+from medsd.slides.slide import Slide, read_blocks
 from medsd.slides.tissue.brightfield import what_else
 from medsd.slides.tissue.saturation import WORK_MPP, coarsen, tissue_from_rgb
 
-if TYPE_CHECKING:
-    from medsd.slides.slide import Slide
-
-Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 # Ways to find tissue: medsd's own (`tissue_from_rgb`), and tiatoolbox's OtsuTissueMasker and MorphologicalMasker.
 METHODS = ("saturation", "tiatoolbox-otsu", "tiatoolbox-morphological")
 
 _SMALLEST_SIDE = 64
-_BLOCK_PX = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +114,20 @@ def find_tissue(slide: Slide, mpp: float = WORK_MPP, method: str = METHODS[0], f
     Raises:
         ConfigError: no such method.
         NotBrightFieldError: fluorescence, dark field or inverted colours, or nearly all black.
+
+    Example:
+        >>> from medsd.slides.slide import open_slide
+        >>> with open_slide("slide.tif") as slide:
+        ...     tissue = find_tissue(slide)
+        >>> tissue.share(x=[0, 500], y=[0, 500], side_px=64)  # of two tiles: glass, and the middle of the slide
+        array([0., 1.])
     """
-    if method not in METHODS:
-        raise ConfigError(f"no tissue method '{method}'{nearest(method, METHODS)} (known: {', '.join(METHODS)})")
+    check_choice("method", method, METHODS)
     width_px, height_px = slide.dimensions
     mpp = max(min(mpp, min(width_px, height_px) * slide.mpp / _SMALLEST_SIDE), slide.mpp)
     level0_px = mpp / slide.mpp
     size = math.ceil(width_px / level0_px - 1e-6), math.ceil(height_px / level0_px - 1e-6)
-    image, seen = _read_blocks(slide, *size, mpp)
+    image, seen = read_blocks(slide, *size, mpp)
     looks = None if force else what_else(*coarsen(image, mpp, seen))
     if looks is not None:
         raise NotBrightFieldError(
@@ -138,19 +141,3 @@ def find_tissue(slide: Slide, mpp: float = WORK_MPP, method: str = METHODS[0], f
 
         mask = masked_by_tiatoolbox(image, mpp, seen, morphology=method == "tiatoolbox-morphological")
     return TissueMask(mask, level0_px, 0.0 if seen is None else 1 - float(seen.mean()))
-
-
-def _read_blocks(slide: Slide, width: int, height: int, mpp: float) -> tuple[npt.NDArray[np.uint8], Bools | None]:
-    """The whole slide, shape (height, width, 3), and which of its pixels were seen; None if all."""
-    image = np.empty((height, width, 3), np.uint8)
-    seen: Bools | None = None
-    level0_px = mpp / slide.mpp
-    for top in range(0, height, _BLOCK_PX):
-        for left in range(0, width, _BLOCK_PX):
-            place = np.s_[top : top + _BLOCK_PX, left : left + _BLOCK_PX]
-            rows, columns = image[place].shape[:2]
-            image[place], part = slide.read_seen(left * level0_px, top * level0_px, columns, rows, mpp)
-            if part is not None:
-                seen = np.ones((height, width), np.bool_) if seen is None else seen
-                seen[place] = part
-    return image, seen

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from medsd.slides.readers.base import Bools
 from medsd.slides.tiatoolbox_import import logging_untouched
-from medsd.slides.tissue.morphology import Bools, drop_small
+from medsd.slides.tissue.morphology import drop_small
 
 _WHITE = np.uint8(255)
 

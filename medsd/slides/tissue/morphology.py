@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-Bools = npt.NDArray[np.bool_]
+from medsd.slides.readers.base import Bools
+
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 

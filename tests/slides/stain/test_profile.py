@@ -84,7 +84,7 @@ def test_lab_colours_survive_json(mean: tuple, std: tuple) -> None:
     ("change", "words"),
     [
         ({"method": "macenco"}, "did you mean 'macenko'"),
-        ({"method": None}, "unknown"),
+        ({"method": None}, "use one of macenko"),
         ({"method": "reinhard"}, "unknown"),
         ({"haematoxylin": [0.7, 0.6]}, "haematoxylin"),
         ({"eosin": "pink"}, "eosin"),
@@ -113,7 +113,7 @@ def test_missing_key_one_colour_and_two_methods_are_named() -> None:
         transform_between(TWO, LAB)
     with pytest.raises(ConfigError, match="'macenko', the target by 'vahadane'"):
         transform_between(TWO, replace(TWO, method="vahadane"))
-    with pytest.raises(ConfigError, match="unknown"):
+    with pytest.raises(ConfigError, match="stain method='ruifrok': use one of macenko"):
         fit_picture(np.zeros((9, 9, 3), np.uint8), "ruifrok")
 
 
