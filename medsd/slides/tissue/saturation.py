@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from skimage.filters import threshold_otsu
 
-from medsd.slides.tissue.morphology import Bools, drop_small, fill_small_holes, grow_square, smooth
+from medsd.slides.readers.base import Bools
+from medsd.slides.tissue.morphology import drop_small, fill_small_holes, grow_square, smooth
 
 WORK_MPP = 8.0
 
@@ -50,9 +52,9 @@ _LARGEST_HOLE_UM2 = 40_000.0
 _SMALLEST_OF_IMAGE = 0.05
 
 # Rows worked on at once: a few of them stay in the processor's cache.
-_BAND_ROWS = 32
-# Three passes of (3, 26, 3) / 32 have the variance of a Gaussian of 0.75 pixels.
-_BLUR_PASSES = 3
+_BAND_ROWS = 64
+# Three passes have the variance of a Gaussian of 0.75 pixels.
+_BLUR_KERNEL, _BLUR_PASSES = np.array([[3, 26, 3]], np.float32) / 32, 3
 
 _value_of_tone, _chroma_of_tone = np.divmod(np.arange(2**16), 256)
 _saturation_of_tone = np.divide(_chroma_of_tone, np.maximum(_value_of_tone, 1)).astype(np.float32)
@@ -131,8 +133,8 @@ def _colours(image: npt.NDArray[np.uint8]) -> _Colours:
     for top in range(0, shape[0], _BAND_ROWS):
         rows = slice(top, top + _BAND_ROWS)
         first = max(top - _BLUR_PASSES, 0)
-        band = _blur(image[first : top + _BAND_ROWS + _BLUR_PASSES].transpose(2, 0, 1).astype(np.uint16, order="C"))
-        red, green, blue = band[:, top - first : top - first + _BAND_ROWS]
+        band = _blur(np.ascontiguousarray(image[first : top + _BAND_ROWS + _BLUR_PASSES]))
+        red, green, blue = band[top - first :][:_BAND_ROWS].transpose(2, 0, 1).astype(np.uint16, order="C")
         value = np.maximum(np.maximum(red, green), blue)
         chroma = value - np.minimum(np.minimum(red, green), blue)
         colours.tone[rows] = value * np.uint16(256) + chroma
@@ -144,24 +146,16 @@ def _colours(image: npt.NDArray[np.uint8]) -> _Colours:
     return colours
 
 
-def _blur(planes: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
-    """A Gaussian blur of 0.75 pixels, in place, of bytes in planes, shape (3, h, w); edge pixels are repeated.
+def _blur(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A Gaussian blur of 0.75 pixels, shape (h, w, 3); edge pixels are repeated.
 
-    Equal to Pillow's `GaussianBlur(0.75)` for bytes that are not 0, four times as fast.
+    Equal to Pillow's `GaussianBlur(0.75)` for bytes that are not 0, in a fraction of the time.
     """
-    sides = np.empty_like(planes)
-    for axis in (2, 1):
-        lines, beside = planes.swapaxes(axis, 1), sides.swapaxes(axis, 1)
+    for kernel in (_BLUR_KERNEL, _BLUR_KERNEL.T):
         for _ in range(_BLUR_PASSES):
-            np.add(lines[:, :-2], lines[:, 2:], out=beside[:, 1:-1])
-            beside[:, 0] = lines[:, 0] + lines[:, :2][:, -1]
-            beside[:, -1] = lines[:, -1] + lines[:, -2:][:, 0]
-            sides *= np.uint16(3)
-            planes *= np.uint16(26)
-            planes += sides
-            planes += np.uint16(15)
-            planes >>= np.uint16(5)
-    return planes
+            # Less half a step, so that halves are rounded down.
+            image = cv2.filter2D(image, -1, kernel, delta=-1 / 64, borderType=cv2.BORDER_REPLICATE)  # type: ignore[assignment]
+    return image
 
 
 def _ink(colours: _Colours, seen: Bools | None, mpp: float) -> Bools:
