@@ -19,9 +19,11 @@ from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
 from medsd.heatmap.outputs import top_mean
 from medsd.heatmap.overlay import layout
+from medsd.heatmap.report import SlideResult
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
 from medsd.networks.weights import Calibration, save_classifier
+from medsd.phantom import PhantomSpec, write_phantom
 
 
 def job_of(path: Path, mpp: float | None = None) -> SlideEntry:
@@ -34,6 +36,19 @@ def mapped(tmp_path_factory, fiducial_slide, green_weights) -> Path:
     (result,) = map_slides([job_of(fiducial_slide)], green_weights, output)
     assert result.status == "ok"
     return output / "fiducials"
+
+
+@pytest.fixture(scope="module")
+def small_slide(tmp_path_factory) -> Path:
+    """Tissue on 512 x 512 px, where only the files count that are left."""
+    path = tmp_path_factory.mktemp("small") / "small.tif"
+    write_phantom(PhantomSpec(seed=5, tumour=False, size_px=512), path)
+    return path
+
+
+def map_here(slides: list[Path], weights: Path, output: Path, **options: float) -> list[SlideResult]:
+    """Map slides without a process for each."""
+    return map_slides([job_of(path) for path in slides], weights, output, isolate=False, **options)
 
 
 def blank_slide(path: Path) -> Path:
@@ -82,25 +97,30 @@ def test_the_overlay_shows_the_fiducials_at_their_place(mapped, fiducials, fiduc
         assert np.abs(own.mean(axis=0) - centre).max() <= 64
 
 
-def test_what_is_complete_is_kept_and_another_recipe_redone(mapped, fiducial_slide, green_weights):
-    before = {path: path.stat().st_mtime_ns for path in mapped.iterdir()}
-    (again,) = map_slides([job_of(fiducial_slide)], green_weights, mapped.parent)
-    assert {path: path.stat().st_mtime_ns for path in mapped.iterdir()} == before
-    assert again.status == "ok" and again.seconds > 0 and again.score is not None
-    (mapped / "overlay.png").unlink()
-    map_slides([job_of(fiducial_slide)], green_weights, mapped.parent)
-    assert (mapped / "overlay.png").is_file()
-    map_slides([job_of(fiducial_slide, mpp=0.5)], green_weights, mapped.parent)
-    assert json.loads((mapped / "record.json").read_text())["recipe"]["mpp"] == 0.5
+def test_what_is_complete_is_kept_and_another_recipe_redone(tmp_path, small_slide, green_weights):
+    (first,) = map_here([small_slide], green_weights, tmp_path)
+    folder = tmp_path / "small"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert map_here([small_slide], green_weights, tmp_path) == [first]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert first.status == "ok" and first.seconds > 0 and first.score is not None
+    (folder / "overlay.png").unlink()
+    map_here([small_slide], green_weights, tmp_path)
+    assert (folder / "overlay.png").is_file()
+    map_slides([job_of(small_slide, mpp=0.25)], green_weights, tmp_path, isolate=False)
+    record = read_slide_record(folder)
+    assert record["recipe"]["mpp"] == record["scale"]["mpp"] == 0.25
+    assert record["scale"]["mpp_source"] == "given by the caller"
+    assert read_ome_tiff(folder / "probability.ome.tif").level0_px == 128
 
 
-def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights):
+def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"not a slide")
     truncated = tmp_path / "truncated.tif"
-    truncated.write_bytes(fiducial_slide.read_bytes()[:200_000])
+    truncated.write_bytes(small_slide.read_bytes()[:20_000])
     jobs = [job_of(path) for path in (broken, tmp_path / "missing.tif", blank_slide(tmp_path / "blank.tif"), truncated)]
-    results = map_slides([*jobs, job_of(fiducial_slide)], green_weights, tmp_path / "out")
+    results = map_slides([*jobs, job_of(small_slide)], green_weights, tmp_path / "out")
     assert [result.status for result in results] == ["failed", "failed", "empty", "failed", "ok"]
     assert str(broken) in results[0].reason and "no such file" in results[1].reason
     assert (tmp_path / "out" / "blank" / "thumbnail.png").is_file()
@@ -112,39 +132,39 @@ def test_one_bad_slide_costs_only_itself(tmp_path, fiducial_slide, green_weights
     assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
 
 
-def test_no_old_output_stands_beside_a_new_status(tmp_path, fiducial_slide, green_weights):
+def test_no_old_output_stands_beside_a_new_status(tmp_path, small_slide, green_weights):
     slide = tmp_path / "slide.tif"
-    slide.write_bytes(fiducial_slide.read_bytes())
+    slide.write_bytes(small_slide.read_bytes())
     out = tmp_path / "out"
-    map_slides([job_of(slide)], green_weights, out)
+    map_here([slide], green_weights, out)
     (out / "slide" / ".4194305-overlay.png").touch()  # as a killed run leaves it
     slide.unlink()
-    assert map_slides([job_of(slide)], green_weights, out)[0].status == "failed"
+    assert map_here([slide], green_weights, out)[0].status == "failed"
     blank_slide(slide)
-    assert map_slides([job_of(slide)], green_weights, out)[0].status == "empty"
+    assert map_here([slide], green_weights, out)[0].status == "empty"
     assert sorted(path.name for path in (out / "slide").iterdir()) == ["record.json", "thumbnail.png"]
 
 
-def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, fiducial_slide, green_weights, monkeypatch):
+def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, small_slide, green_weights, monkeypatch):
     def full(*_arguments):
         raise MemoryError("cannot allocate")
 
     monkeypatch.setattr(outputs, "find_regions", full)
-    (result,) = map_slides([job_of(fiducial_slide)], green_weights, tmp_path)
+    (result,) = map_here([small_slide], green_weights, tmp_path)
     assert result.status == "failed" and "MemoryError" in result.reason and "\n" not in result.reason
     assert (tmp_path / "index.html").is_file()
 
 
 def test_a_strip_thinner_than_a_map_pixel_is_no_crash(tmp_path, green_weights):
-    pixels = np.full((1024, 1024, 3), 245, np.uint8)
-    pixels[512:540, 200:800] = (190, 80, 160)
+    pixels = np.full((512, 512, 3), 245, np.uint8)
+    pixels[256:284, 100:400] = (190, 80, 160)
     path = tmp_path / "strip.tif"
     tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit=3)
-    (result,) = map_slides([job_of(path)], green_weights, tmp_path / "out")
+    (result,) = map_here([path], green_weights, tmp_path / "out")
     assert result.status in ("ok", "empty")
 
 
-def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, fiducial_slide, green_weights, monkeypatch):
+def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, small_slide, green_weights, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -154,18 +174,11 @@ def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, fiducia
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "write_report", die)
         with pytest.raises(Killed):
-            map_slides([job_of(fiducial_slide)], green_weights, tmp_path)
-    folder = tmp_path / "fiducials"
+            map_here([small_slide], green_weights, tmp_path)
+    folder = tmp_path / "small"
     assert not (folder / "record.json").exists() and not list(folder.glob(".*"))
-    assert map_slides([job_of(fiducial_slide)], green_weights, tmp_path)[0].status == "ok"
+    assert map_here([small_slide], green_weights, tmp_path)[0].status == "ok"
     assert (folder / "record.json").is_file()
-
-
-def test_the_mpp_of_the_caller_moves_the_map(tmp_path, fiducial_slide, green_weights):
-    map_slides([job_of(fiducial_slide, mpp=0.25)], green_weights, tmp_path)
-    record = json.loads((tmp_path / "fiducials" / "record.json").read_text())
-    assert record["scale"]["mpp"] == 0.25 and record["scale"]["mpp_source"] == "given by the caller"
-    assert read_ome_tiff(tmp_path / "fiducials" / "probability.ome.tif").level0_px == 128
 
 
 def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_classifier, green_card):
@@ -196,11 +209,11 @@ def test_the_slide_score_is_the_mean_of_the_top_percent():
     assert top_mean(values[:5]) == pytest.approx(values[4])
 
 
-def hurt_tiles(slide: Path, copy: Path, numbers: list[int]) -> None:
-    """A copy of a slide whose tiles of those numbers hold zeros in the level that is read (1 um per pixel)."""
+def hurt_tiles(slide: Path, copy: Path, level: int, numbers: list[int]) -> None:
+    """A copy of a slide whose tiles of those numbers hold zeros in that level."""
     data = bytearray(slide.read_bytes())
     with tifffile.TiffFile(slide) as file:
-        page = file.pages[1]
+        page = file.pages[level]
         for number in numbers:
             start, count = page.dataoffsets[number], page.databytecounts[number]
             data[start : start + count] = bytes(count)
@@ -209,7 +222,7 @@ def hurt_tiles(slide: Path, copy: Path, numbers: list[int]) -> None:
 
 def test_what_cannot_be_decoded_is_not_judged_and_said_so(tmp_path, mapped, fiducial_slide, green_weights):
     damaged = tmp_path / fiducial_slide.name
-    hurt_tiles(fiducial_slide, damaged, [2 * 4 + 1])  # level-0 pixels 512 to 1024 across, 1024 to 1536 down
+    hurt_tiles(fiducial_slide, damaged, 1, [2 * 4 + 1])  # level-0 pixels 512 to 1024 across, 1024 to 1536 down
     (result,) = map_slides([job_of(damaged)], green_weights, tmp_path / "out", max_unseen=0.3)
     assert result.status == "ok" and "of the tissue could not be decoded" in result.reason
     folder = tmp_path / "out" / result.slide
@@ -227,41 +240,38 @@ def test_what_cannot_be_decoded_is_not_judged_and_said_so(tmp_path, mapped, fidu
     assert "could not be decoded and was not judged" in (folder / "report.html").read_text("utf-8")
 
 
-def test_a_slide_with_too_much_damage_has_failed(tmp_path, fiducial_slide, green_weights):
-    damaged = tmp_path / "bad.tif"
-    hurt_tiles(fiducial_slide, damaged, [4, 5, 6, 8, 9, 10])
-    good = job_of(fiducial_slide)
-    bad, fine = map_slides([job_of(damaged), good], green_weights, tmp_path / "out")
+def test_a_slide_with_too_much_damage_has_failed(tmp_path, small_slide, green_weights):
+    damaged, out = tmp_path / "bad.tif", tmp_path / "out"
+    hurt_tiles(small_slide, damaged, 0, [1, 2])
+    bad, fine = map_here([damaged, small_slide], green_weights, out)
     assert bad.status == "failed" and "cannot be decoded, more than 5%" in bad.reason and "bad.tif" in bad.reason
     assert fine.status == "ok"
-    assert map_slides([job_of(damaged)], green_weights, tmp_path / "out", max_unseen=0.9)[0].status == "ok"
+    assert map_here([damaged], green_weights, out, max_unseen=0.9)[0].status == "ok"
 
 
-def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, fiducial_slide, green_card):
+def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, small_slide, green_card):
     torch.manual_seed(0)
     network = AimClassifier("test_resnet", feature_width=8, mask_width=8).eval()
     torch.nn.init.zeros_(network.head.weight)
     network.head.bias.data = torch.tensor([0.0, 3.0])
     calibration = Calibration(0.5, 1.0, "layer2", "mask", "none", "green discs", temperature=2.0)
-    card = replace(
-        green_card, tile_px=256, architecture="aim", options=network.options, calibration=calibration, mpp=2.0
-    )
+    card = replace(green_card, tile_px=64, architecture="aim", options=network.options, calibration=calibration)
     save_classifier(tmp_path / "aim.safetensors", network, card)
-    (result,) = map_slides([job_of(fiducial_slide)], tmp_path / "aim.safetensors", tmp_path)
+    (result,) = map_here([small_slide], tmp_path / "aim.safetensors", tmp_path)
     assert result.status == "ok" and result.score == pytest.approx(1 / (1 + np.exp(-1.5)), abs=1e-6)
-    masks = read_ome_tiff(tmp_path / "fiducials" / "saliency.ome.tif")
+    masks = read_ome_tiff(tmp_path / "small" / "saliency.ome.tif")
     seen = masks.values[masks.seen]
     assert masks.quantity == "mask" and seen.min() >= 0 and seen.max() <= 1
-    assert "blended tiles of 256 px" in read_slide_record(tmp_path / "fiducials")["methods"][0]
+    assert "blended tiles of 64 px" in read_slide_record(tmp_path / "small")["methods"][0]
 
 
-def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_path, fiducial_slide, green_weights):
-    out, other = tmp_path / "out", blank_slide(tmp_path / fiducial_slide.name)
-    map_slides([job_of(fiducial_slide)], green_weights, out)
-    assert map_slides([job_of(blank_slide(tmp_path / "blank.tif"))], green_weights, out)[0].status == "empty"
-    assert [result.slide for result in read_results(out)] == ["blank", "fiducials"]
-    assert "fiducials/report.html" in (out / "index.html").read_text()
+def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_path, small_slide, green_weights):
+    out, other = tmp_path / "out", blank_slide(tmp_path / small_slide.name)
+    map_here([small_slide], green_weights, out)
+    assert map_here([blank_slide(tmp_path / "blank.tif")], green_weights, out)[0].status == "empty"
+    assert [result.slide for result in read_results(out)] == ["blank", "small"]
+    assert "small/report.html" in (out / "index.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with pytest.raises(DatasetError, match=r"out holds outputs of another slide of this name, .*; rename"):
-        map_slides([job_of(other)], green_weights, out)
+        map_here([other], green_weights, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
