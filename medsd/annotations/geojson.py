@@ -126,7 +126,7 @@ def feature(
     """One annotation as QuPath's GeoJSON has it.
 
     Args:
-        shape: in level-0 pixels; corners stay as they are.
+        shape: in level-0 pixels; corners stay as they are, whole ones written as integers.
         object_id: unique among the annotations of a slide.
         name: of the annotation; empty for none.
         group: QuPath's class; empty for none.
@@ -141,7 +141,15 @@ def feature(
         key = {"name": group} if len(names) == 1 else {"names": names}
         described["classification"] = key | {"color": list(group_colour or ())}
     properties = described | dict(properties or {})
-    return {"type": "Feature", "id": str(object_id), "geometry": mapping(shape), "properties": properties}
+    geometry = {"type": shape.geom_type, "coordinates": _whole(mapping(shape)["coordinates"])}
+    return {"type": "Feature", "id": str(object_id), "geometry": geometry, "properties": properties}
+
+
+def _whole(place: Any) -> Any:
+    """Coordinates, however nested, whole ones as integers, which is shorter."""
+    if isinstance(place, float):
+        return int(place) if place.is_integer() else place
+    return [_whole(part) for part in place]
 
 
 def write_features(path: str | Path, features: Sequence[dict[str, Any]]) -> None:

@@ -173,7 +173,9 @@ def test_geojson_has_the_keys_of_qupath(tmp_path: Path) -> None:
         assert uuid.UUID(feature["id"]).version == 5
         shape = shapely.geometry.shape(feature["geometry"])
         assert shape.geom_type == "Polygon" and shape.is_valid and shape.equals(region.polygon)
-        assert all(ring[0] == ring[-1] for ring in feature["geometry"]["coordinates"])
+        rings = feature["geometry"]["coordinates"]
+        assert all(ring[0] == ring[-1] for ring in rings)
+        assert all(type(place) is int for ring in rings for corner in ring for place in corner)
         properties = feature["properties"]
         assert properties["objectType"] == "annotation"
         assert properties["classification"] == {"name": "Tumour", "color": [214, 39, 40]}
