@@ -31,6 +31,7 @@ from medsd.phantom.shapes import (
     smooth_noise,
 )
 from medsd.phantom.texture import draw_stain, dust, ink_strokes, match_stain
+from medsd.record import differences
 
 Shortcut = Literal["none", "tint", "ink"]
 
@@ -234,9 +235,10 @@ def _check_folder(folder: Path, record: dict[str, Any], known: set[str]) -> None
         raise DatasetError(f"{folder}: holds files that are no phantom data set ({min(found)}); {remedy}")
     try:
         kept = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DatasetError(f"{folder / _RECORD}: is not JSON; {remedy}") from error
-    if kept != record:
-        raise DatasetError(f"{folder}: holds phantom slides of other parameters (see {_RECORD}); {remedy}")
+        changed = differences(kept["parameters"], record["parameters"]) or differences(kept, record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{folder / _RECORD}: says nothing of phantom slides; {remedy}") from error
+    if changed:
+        raise DatasetError(f"{folder}: holds phantom slides of another {', '.join(changed)} (see {_RECORD}); {remedy}")
     if found - known:
         raise DatasetError(f"{folder}: holds a file of no phantom data set ({min(found - known)}); {remedy}")

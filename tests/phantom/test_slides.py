@@ -320,14 +320,15 @@ def test_shares_of_a_dataset(written: Callable[..., dict[str, PhantomSpec]], sli
 
 def test_dataset_refuses_what_is_not_its_own(tmp_path: Path, written: Callable[..., dict[str, PhantomSpec]]) -> None:
     written(slides=4)
-    with pytest.raises(DatasetError, match=r"other parameters.*delete"):
-        written(slides=4, seed=9)
+    with pytest.raises(DatasetError, match=r"of another difficulty, seed \(see phantom\.json\).*delete"):
+        written(slides=4, seed=9, difficulty=0.5)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DatasetError, match=r"notes\.txt.*delete"):
         written(slides=4)
-    (tmp_path / "phantom.json").write_text("{")
-    with pytest.raises(DatasetError, match="not JSON"):
-        written(slides=4)
+    for damaged in ("{", "[]", '{"parameters": 1}'):
+        (tmp_path / "phantom.json").write_text(damaged)
+        with pytest.raises(DatasetError, match=r"phantom\.json: says nothing of phantom slides"):
+            written(slides=4)
     (tmp_path / "phantom.json").unlink()
     with pytest.raises(DatasetError, match="no phantom data set"):
         written(slides=4)
