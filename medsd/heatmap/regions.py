@@ -93,7 +93,9 @@ def _polygons(probability: ValueMap, threshold: float, slide_dimensions: tuple[i
     parts: list[shapely.Polygon] = []
     for polygon in _assemble([ring for ring in rings if len(ring) > 3]):
         # Snap rounding clips and rounds in one step, and what comes out is valid.
-        clipped = shapely.intersection(shapely.make_valid(polygon), frame, grid_size=1.0)
+        # Rings through values that are the threshold touch themselves; lines that are left of them have no area.
+        valid = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
+        clipped = shapely.intersection(valid, frame, grid_size=1.0)
         parts += [part for part in shapely.get_parts(clipped) if part.geom_type == "Polygon" and not part.is_empty]
     return [shapely.orient_polygons(shapely.normalize(part)) for part in parts]
 

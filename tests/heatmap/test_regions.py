@@ -160,6 +160,16 @@ def test_any_map_gives_valid_polygons_inside_the_slide(
         np.testing.assert_array_equal(inside[sharp], (np.nan_to_num(values) > 0.4)[sharp])
 
 
+def test_values_that_are_the_threshold_are_below_it() -> None:
+    """Contours touch themselves there, and leave lines without an area."""
+    for seed in range(40):
+        values = np.random.default_rng(seed).integers(0, 5, (12, 12)) / 4
+        inside = shapely.union_all([region.polygon for region in find(values, 0.5)])
+        rows, columns = np.nonzero(values != 0.5)
+        found = shapely.contains_xy(inside, (columns + 0.5) * SIDE, (rows + 0.5) * SIDE)
+        np.testing.assert_array_equal(found, values[rows, columns] > 0.5)
+
+
 def test_geojson_has_the_keys_of_qupath(tmp_path: Path) -> None:
     ring = np.minimum(cone((120, 120), 60, 60, 50), 1 - cone((120, 120), 60, 60, 30))
     regions = find(np.maximum(ring, cone((120, 120), 60, 60, 10)))
