@@ -161,14 +161,15 @@ def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int) ->
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, block_px, device, progress_bar("heatmap"))
 
 
-def check_slides(output_dir: str) -> None:
+def check_slides(data: Data, output_dir: str) -> None:
     """End with exit code 1 when slides failed, in any stage, or none had tissue; comes last, so the rest is done."""
     folder = Path(output_dir)
     reasons = failed_slides(folder / "prepared")
     if (folder / HEATMAPS / "slides.csv").is_file():
-        results = read_results(folder / HEATMAPS)
+        mapped = {entry.name for entry in data.jobs()}  # other runs may have mapped other slides there
+        results = [result for result in read_results(folder / HEATMAPS) if result.slide in mapped]
         reasons |= {result.slide: result.reason for result in results if result.status == "failed"}
-        if all(result.status == "empty" for result in results):
+        if results and all(result.status == "empty" for result in results):
             raise NoTissueError(f"{folder / HEATMAPS}: no tissue in any slide; look at the thumbnails there")
     if reasons:
         raise SlideError(

@@ -9,15 +9,19 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import shapely
 import torch
 
-from medsd.bundle import summary
+from medsd.bundle import check_slides, summary
+from medsd.cohort.entry import SlideEntry
+from medsd.errors import SlideError
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier
+from medsd.tables import write_table
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = "bundles/camelyon.json"
@@ -219,3 +223,17 @@ def test_a_bad_test_slide_fails_the_run_after_the_rest_is_done(mapped, tmp_path)
         mapped()
     assert (tmp_path / "out" / "heatmaps" / "test_002" / "report.html").is_file()
     assert (tmp_path / "out" / "summary.png").is_file()
+
+
+def test_a_failed_slide_of_another_run_in_the_folder_is_not_this_runs(tmp_path):
+    rows = [{"slide": "ours", "status": "ok", "reason": ""}, {"slide": "theirs", "status": "failed", "reason": "torn"}]
+    numbers = {"score": 0.5, "regions": 0, "region_area_mm2": 0.0, "seconds": 1.0}
+    write_table(tmp_path / "heatmaps" / "slides.csv", [row | numbers for row in rows])
+
+    def check(*names: str) -> None:
+        check_slides(SimpleNamespace(jobs=lambda: [SlideEntry(name, Path(name)) for name in names]), str(tmp_path))
+
+    check("ours")
+    check("another")
+    with pytest.raises(SlideError, match="the first: torn"):
+        check("ours", "theirs")
