@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.files import atomic_path
+from medsd.files import atomic_path, printable
 
 RGB = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -123,11 +123,6 @@ def outline(pixels: RGB, rings: Sequence[npt.NDArray[np.float64]]) -> None:
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """Pixels that one line takes."""
     return _font(size, bold).getlength(text)
-
-
-def printable(text: str) -> str:
-    """`text` on one line, control characters and bytes that are no text as question marks."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def fitted(text: str, size: float, width: float | None, bold: bool = False) -> str:

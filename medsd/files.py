@@ -95,6 +95,11 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def printable(text: str) -> str:
+    """`text` on one line, control characters and bytes that are no text as question marks."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file as hexadecimal digits."""
     with open(path, "rb") as handle:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from medsd.errors import DatasetError, nearest
-from medsd.files import write_text
+from medsd.files import printable, write_text
 
 
 def read_table(
@@ -31,9 +31,8 @@ def read_table(
         DatasetError: the file cannot be read, is no such table, or lacks a column; with the row and what to do.
 
     Example:
-        >>> path = getfixture("tmp_path") / "slides.csv"
-        >>> write_table(path, [{"slide": "a.svs", "mpp": None}, {"slide": "b.svs", "mpp": 0.25}])
-        >>> read_table(path, ["slide"]).loc[3].to_dict()
+        >>> write_table("slides.csv", [{"slide": "a.svs", "mpp": None}, {"slide": "b.svs", "mpp": 0.25}])
+        >>> read_table("slides.csv", ["slide"]).loc[3].to_dict()
         {'slide': 'b.svs', 'mpp': '0.25'}
     """
     rows = [[cell.strip() for cell in row] for row in _rows(Path(path))]
@@ -65,15 +64,11 @@ def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Se
     Raises:
         OutputError: the file cannot be written.
     """
-    cells = [{name: _as_text(value) for name, value in row.items()} for row in rows]
+    cells = [
+        {name: printable(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    ]
     frame = pd.DataFrame(cells, columns=columns, dtype=object)  # or pandas makes 3 beside None 3.0
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
-
-
-def _as_text(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return "".join(character if character.isprintable() else "?" for character in value)
 
 
 def _rows(path: Path) -> list[list[str]]:

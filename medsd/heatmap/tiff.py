@@ -19,9 +19,8 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.drawing import printable
 from medsd.errors import DatasetError
-from medsd.files import atomic_path
+from medsd.files import atomic_path, printable
 from medsd.heatmap.value_map import ValueMap
 
 TILE_PX = 256
@@ -111,10 +110,9 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
         DatasetError: the file is missing, damaged, or was not written by `write_ome_tiff`.
 
     Example:
-        >>> path = getfixture("tmp_path") / "saliency.ome.tif"
         >>> drawn = ValueMap(np.eye(3, dtype=np.float32), 64.0, 16.0, "saliency", "tumour", "drawn", "log-odds")
-        >>> write_ome_tiff(path, drawn)
-        >>> kept = read_ome_tiff(path)
+        >>> write_ome_tiff("saliency.ome.tif", drawn)
+        >>> kept = read_ome_tiff("saliency.ome.tif")
         >>> kept.mpp, kept.values[1, 1]
         (16.0, np.float32(1.0))
     """
