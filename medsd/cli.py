@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 _LISTED = 20
 
 MppOption = Annotated[
-    Optional[float],  # noqa: UP045 (typer reads this form)
+    float | None,
     typer.Option("--mpp", help="Micrometres per level-0 pixel, where the file's own is missing or wrong."),
 ]
 
@@ -119,17 +119,16 @@ def tiles(
     source: Annotated[Path, typer.Argument(help="A folder searched for slides, a slide, or a manifest (.csv).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a run into it goes on where another one ended.")],
     manifest: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Table of the slides in SOURCE: slide,mpp,label,annotation; empty cells are fine."),
     ] = None,
     annotations: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of annotations named as the slides: ASAP XML, GeoJSON, NCRF JSON, mask TIFF."),
     ] = None,
     tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels at --tile-mpp.")] = 256,
     stride_px: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Step between tiles in pixels at --tile-mpp; a tile's side when not given."),
+        int | None, typer.Option(help="Step between tiles in pixels at --tile-mpp; a tile's side when not given.")
     ] = None,
     tile_mpp: Annotated[float, typer.Option(help="Micrometres per pixel of a tile.")] = 0.5,
     min_tissue: Annotated[float, typer.Option(help="Least share of a tile that is tissue, 0 to 1.")] = 0.5,
@@ -141,8 +140,7 @@ def tiles(
     ] = False,
     max_unseen: Annotated[float, typer.Option(help="Share of undecodable tiles beyond which a slide fails.")] = 0.05,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Slides at work at once; as many as processors when not given."),
+        int | None, typer.Option(help="Slides at work at once; as many as processors when not given.")
     ] = None,
 ) -> None:
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
@@ -239,24 +237,22 @@ def explain(
     weights: Annotated[Path, typer.Option(help="A classifier or an encoder (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write: sheets, metrics.csv, metrics.json, maps.safetensors.")],
     methods: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Names with commas between them, see 'medsd methods'; a usual choice when not given."),
     ] = None,
     layer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Layer such as layer3, or input; the calibrated or last one when not given."),
+        str | None, typer.Option(help="Layer such as layer3, or input; the calibrated or last one when not given.")
     ] = None,
     target: Annotated[str, typer.Option(help="Class to explain: name, number, or predicted.")] = "predicted",
     smoothing: Annotated[
         str, typer.Option(help="At strided convolutions: none, backward_hook, forward_hook or surrogate.")
     ] = "none",
     surrogate: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate."),
+        Path | None, typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate.")
     ] = None,
     explained: Annotated[str, typer.Option(help="Of the class: evidence (above others) or logit.")] = "evidence",
     masks: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder of PNG masks named as the images, 0 is background, to measure localisation."),
     ] = None,
     measured: Annotated[

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from medsd.checks import check_number
 from medsd.cohort.index import TileIndex
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import DatasetError
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.slide import Slide, open_slide
 from medsd.slides.stain.slide import StainNormaliser
@@ -142,8 +143,7 @@ class SlideGroupedSampler(Sampler[int]):
             DatasetError: an item is not there, or not normal.
             ConfigError: `share` is out of its range.
         """
-        if not 0 <= share <= 1:
-            raise ConfigError(f"hard_negative_share={share!r}: allowed is 0 to 1")
+        check_number("hard_negative_share", share, "[0, 1]")
         hard = np.unique(np.asarray(items, np.intp))
         inside = hard[(hard >= 0) & (hard < len(self._labels))]
         if len(inside) < len(hard) or (self._labels[hard] != 0).any():

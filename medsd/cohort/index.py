@@ -129,20 +129,16 @@ class TileIndex:
         """Read an index written by `save`.
 
         Raises:
-            DatasetError: the file is missing, is no tile index, or is one of an earlier version.
+            DatasetError: the file is missing, or is no tile index.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
                 head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS}
-                earlier = "names" in head and "slide_mpp" not in head
-                index = None if earlier else _checked(head, columns)
+                return _checked(head, columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no tile index; {_FIX} first") from error
         except _NOT_AN_INDEX as error:
             raise DatasetError(f"{path}: not a tile index ({error}); delete it, then {_FIX}") from error
-        if index is None:
-            raise DatasetError(f"{path}: of an earlier version, without the slides' scales; {_FIX} again")
-        return index
 
 
 _FIX = "run the stage 'prepare' (or medsd tiles)"

@@ -57,8 +57,6 @@ def prepare_slides(
         DatasetError: no slides, or two of one name.
         NoTissueError: no tile at all on the training or testing side.
     """
-    if not slides:
-        raise DatasetError("no slides to prepare; check dataset_dir")
     tile_slides(slides, folder, Tiling(grid), workers, progress=progress)
     return load_prepared(slides, folder, grid, validation_share, seed)
 

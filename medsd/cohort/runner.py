@@ -12,11 +12,12 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry, check_names
@@ -68,7 +69,7 @@ class Made(Generic[Row]):
     content: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Work(Protocol[Row]):
+class Work(ABC, Generic[Row]):
     """What is done with each slide of a cohort.
 
     Attributes:
@@ -81,34 +82,28 @@ class Work(Protocol[Row]):
         summaries: files of the whole cohort that are wrong while slides are made anew, and go before.
     """
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def row_type(self) -> type[Row]: ...
-    @property
-    def columns(self) -> Sequence[str]: ...
-    @property
-    def record(self) -> str: ...
-    @property
-    def outputs(self) -> Sequence[str]: ...
-    @property
-    def summaries(self) -> Sequence[str]: ...
+    folder: Path
+    row_type: type[Row]
+    columns: Sequence[str]
+    record: str
+    outputs: Sequence[str]
+    summaries: Sequence[str] = ()
 
+    @abstractmethod
     def recipe(self, entry: SlideEntry) -> Mapping[str, Any]:
         """What a slide's outputs follow from beside its file and scale, as JSON values."""
-        ...
 
     def row(self, entry: SlideEntry, status: str, reason: str = "") -> Row:
         """The row of a slide of which nothing else is known."""
-        ...
+        return self.row_type(entry.name, status, reason, path=str(entry.path))
 
+    @abstractmethod
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[Row]:
         """Make a slide's outputs; any error that a damaged file can cause makes it a failed one."""
-        ...
 
+    @abstractmethod
     def publish(self, rows: Sequence[Row], recipes: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the cohort's summaries from the rows of all slides in the folder, and the recipes of those by name."""
-        ...
 
 
 def run_cohort(

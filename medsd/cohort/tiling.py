@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from medsd.annotations import Annotations, read_annotations
-from medsd.checks import check_number
+from medsd.checks import check_choice, check_number
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
-from medsd.cohort.runner import Made, SlideRow, is_made, run_cohort
+from medsd.cohort.runner import Made, SlideRow, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
-from medsd.errors import ConfigError, nearest
 from medsd.progress import Progress, no_progress
 from medsd.record import identity
 from medsd.slides.reading import read_tiles
@@ -60,9 +59,7 @@ class Tiling:
     max_unseen: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.tissue not in METHODS:
-            known = ", ".join(METHODS)
-            raise ConfigError(f"tissue method '{self.tissue}' is unknown{nearest(self.tissue, METHODS)} ({known})")
+        check_choice("tissue", self.tissue, METHODS)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
 
 
@@ -151,16 +148,16 @@ def find_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling
 
 
 @dataclass(frozen=True)
-class _TilingWork:
+class _TilingWork(Work[TiledSlide]):
     """A slide becomes `slides/<name>.npz` and `thumbnails/<name>.png`; see `Work`."""
 
     folder: Path
     tiling: Tiling
-    row_type: type[TiledSlide] = TiledSlide
-    columns: Sequence[str] = _COLUMNS
-    record: str = "slides/{}.json"
-    outputs: Sequence[str] = ("{}.npz", f"../{THUMBNAILS}/{{}}.png")
-    summaries: Sequence[str] = (INDEX,)
+    row_type = TiledSlide
+    columns = _COLUMNS
+    record = "slides/{}.json"
+    outputs = ("{}.npz", f"../{THUMBNAILS}/{{}}.png")
+    summaries = (INDEX,)
 
     def recipe(self, entry: SlideEntry) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.runner import TABLE, Made, run_cohort
+from medsd.cohort.runner import TABLE, Made, Work, run_cohort
 from medsd.errors import DatasetError, SlideError, WeightsError
 from medsd.files import atomic_path, sha256_of
 from medsd.heatmap.engine import Engine, make_engine
@@ -79,7 +79,7 @@ def map_slides(
 
 
 @dataclass(frozen=True)
-class _MapWork:
+class _MapWork(Work[SlideResult]):
     """A slide becomes the folder `<name>`; see `Work`."""
 
     folder: Path
@@ -87,11 +87,10 @@ class _MapWork:
     writer: OutputWriter
     normaliser: StainNormaliser | None
     max_unseen: float
-    row_type: type[SlideResult] = SlideResult
-    columns: Sequence[str] = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
-    record: str = f"{{}}/{RECORD}"
-    outputs: Sequence[str] = (_THUMBNAIL, *MAP_FILES)
-    summaries: Sequence[str] = ()
+    row_type = SlideResult
+    columns = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
+    record = f"{{}}/{RECORD}"
+    outputs = (_THUMBNAIL, *MAP_FILES)
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         return {
@@ -99,9 +98,6 @@ class _MapWork:
             "calibration": asdict(self.writer.calibration),
             "max_unseen": self.max_unseen,
         }
-
-    def row(self, entry: SlideEntry, status: str, reason: str = "") -> SlideResult:
-        return SlideResult(entry.name, status, reason, path=str(entry.path))
 
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[SlideResult]:
         started = time.perf_counter()
@@ -119,9 +115,11 @@ class _MapWork:
                 f"from its source"
             )
         if maps.probability.seen.any():
-            summary = self.writer.write(folder, slide, maps, picture, level0_px)
+            mapped = self.writer.write(folder, slide, maps, picture, level0_px)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
-            row, files = replace(self.row(entry, "ok", reason), **summary._asdict()), MAP_FILES
+            row, files = self.row(entry, "ok", reason), MAP_FILES
+            area_mm2 = mapped.region_area_mm2
+            row = replace(row, score=mapped.score, regions=len(mapped.regions), region_area_mm2=area_mm2)
         else:
             with atomic_path(folder / _THUMBNAIL) as temporary:
                 Image.fromarray(picture).save(temporary)

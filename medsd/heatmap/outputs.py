@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +23,6 @@ _TOP_REGIONS = 8
 _REGION_PICTURE_PX = 192
 
 
-class MapSummary(NamedTuple):
-    """What a slide's maps come to: its score, number of regions, and their area."""
-
-    score: float
-    regions: int
-    region_area_mm2: float
-
-
 @dataclass(frozen=True)
 class OutputWriter:
     """Writes the outputs of one classifier's maps.
@@ -46,8 +37,8 @@ class OutputWriter:
     calibration: Calibration
     digest: str
 
-    def write(self, folder: Path, slide: Slide, maps: SlideMaps, picture: RGB, level0_px: float) -> MapSummary:
-        """Write `MAP_FILES` into `folder`.
+    def write(self, folder: Path, slide: Slide, maps: SlideMaps, picture: RGB, level0_px: float) -> MappedSlide:
+        """Write `MAP_FILES` into `folder`; what they show.
 
         Args:
             folder: the slide's own.
@@ -65,7 +56,6 @@ class OutputWriter:
         # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
         smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
         regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
-        score = top_mean(probability.values[probability.seen])
         mapped = MappedSlide(
             name=slide.path.stem,
             dimensions=slide.dimensions,
@@ -81,7 +71,7 @@ class OutputWriter:
             threshold_source=f"fixed on {source}",
             regions=regions,
             region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
-            scores={"Slide score": f"{score:.3f} (mean of the highest {TOP_SHARE:.0%} of the probability in tissue)"},
+            score=top_mean(probability.values[probability.seen]),
             provenance=self._provenance(slide),
             caveats=self._caveats(slide, maps),
         )
@@ -90,7 +80,7 @@ class OutputWriter:
         write_regions(folder / "regions.geojson", regions, "Tumour (model)", mapped.name, saliency.quantity)
         draw_overlay(folder / "overlay.png", mapped)
         write_report(folder / "report.html", mapped)
-        return MapSummary(score, len(regions), sum(region.area_um2 for region in regions) / 1e6)
+        return mapped
 
     def _caveats(self, slide: Slide, maps: SlideMaps) -> list[str]:
         caveats = [

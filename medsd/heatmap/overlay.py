@@ -54,7 +54,7 @@ class MappedSlide:
         threshold_source: where it comes from, in words.
         regions: the regions, in level-0 pixels, largest first.
         region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
-        scores: label to value, in words, in the order to be shown.
+        score: mean of the highest 1 % of the probability in tissue.
         provenance: label to value, in words.
         caveats: sentences the reader must know; 'research use only' is always added.
     """
@@ -73,9 +73,14 @@ class MappedSlide:
     threshold_source: str
     regions: Sequence[Region]
     region_pictures: Sequence[npt.NDArray[np.uint8]]
-    scores: Mapping[str, str]
+    score: float
     provenance: Mapping[str, str]
     caveats: Sequence[str]
+
+    @property
+    def region_area_mm2(self) -> float:
+        """Area of all regions."""
+        return sum(region.area_um2 for region in self.regions) / 1e6
 
     @property
     def maps(self) -> tuple[tuple[ValueMap, ColourScale], tuple[ValueMap, ColourScale]]:

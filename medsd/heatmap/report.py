@@ -102,7 +102,6 @@ def write_report(path: str | Path, slide: MappedSlide) -> None:
         explanation=layers["saliency"],
         regions=shown,
         region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in slide.region_pictures[: len(shown)]],
-        area_mm2=sum(region.area_um2 for region in slide.regions) / 1e6,
         not_probability=explanation_warning(slide.saliency),
     )
 

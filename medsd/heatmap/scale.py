@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 
-from medsd.errors import ConfigError, nearest
+from medsd.checks import check_choice
+from medsd.errors import ConfigError
 from medsd.heatmap.value_map import ValueMap
 
 # An odd count, so that the middle of a diverging scale has a colour of its own.
@@ -54,9 +55,7 @@ class ColourScale:
                 f"colour scale '{self.label}': limits {self.vmin:g} to {self.vmax:g} are not finite and increasing; "
                 "give the limits measured on the validation slides"
             )
-        if self.colormap not in matplotlib.colormaps:
-            hint = nearest(self.colormap, matplotlib.colormaps)
-            raise ConfigError(f"colour scale '{self.label}': no colormap '{self.colormap}' in matplotlib{hint}")
+        check_choice("colormap", self.colormap, matplotlib.colormaps)
 
     @property
     def title(self) -> str:

@@ -259,7 +259,7 @@ def test_hard_items_must_be_normal_ones(items: list[int]) -> None:
     with pytest.raises(DatasetError, match="some items are not normal tiles of this data set; find them again"):
         sampler.set_hard(items, 0.5)
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ConfigError, match=r"hard_negative_share=.*: allowed is 0 to 1"):
+        with pytest.raises(ConfigError, match=r"hard_negative_share=.*: must be a number from 0 to 1"):
             sampler.set_hard([0], share)
 
 

@@ -394,7 +394,7 @@ def test_cohorts_and_settings_that_mean_nothing(entries: list[SlideEntry], tmp_p
         tile_slides([entries[0], entries[0]], tmp_path / "out", TILING)
     with pytest.raises(ConfigError, match="workers=0: must be a whole number from 1 on"):
         tile_slides(entries, tmp_path / "out", TILING, workers=0)
-    with pytest.raises(ConfigError, match=rf"tissue method 'saturatin' is unknown; did you mean '{METHODS[0]}'\?"):
+    with pytest.raises(ConfigError, match=rf"tissue='saturatin': use one of .*; did you mean '{METHODS[0]}'\?"):
         Tiling(GRID, tissue="saturatin")
     with pytest.raises(ConfigError, match=r"max_unseen=1\.5: must be a number from 0 to 1"):
         Tiling(GRID, max_unseen=1.5)

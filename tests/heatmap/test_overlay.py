@@ -61,7 +61,7 @@ def draw(
         threshold_source="fixed on a test",
         regions=regions,
         region_pictures=[],
-        scores={},
+        score=0.0,
         provenance={},
         caveats=[],
     )

@@ -72,7 +72,7 @@ def content() -> MappedSlide:
         threshold=0.5,
         threshold_source="best F1 on validation slides",
         regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
-        scores={"Slide score": "0.97"},
+        score=0.9704,
         region_pictures=[np.zeros((300, 500, 3), np.uint8)],
         provenance={"Weights": "abc"},
         caveats=["Trained on two hospitals."],
@@ -168,7 +168,6 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
         name=NASTY,
         mpp_source=NASTY,
         threshold_source=NASTY,
-        scores={NASTY: NASTY},
         provenance={NASTY: NASTY},
         caveats=[NASTY],
         probability=replace(content().probability, method=NASTY, target=NASTY),
@@ -192,7 +191,7 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
         "one map pixel is 25 µm wide here",
         "Saliency (logit)",
         "8,000 × 6,000 px",
-        "Slide score",
+        "Slide score 0.970 (mean of the highest 1% of the probability in tissue)",
         "abc",
     ):
         assert sentence in words
