@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -106,8 +106,6 @@ def phantom(
     shortcut: Annotated[str, typer.Option(help="A cue with the label: none, tint or ink.")] = "none",
 ) -> None:
     """Draw phantom slides into a folder laid out like CAMELYON16."""
-    from typing import cast
-
     from medsd.phantom import Shortcut, write_phantom_dataset
 
     write_phantom_dataset(out, slides, seed, size_px, mpp, difficulty, cast(Shortcut, shortcut), progress=True)
@@ -146,6 +144,7 @@ def tiles(
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
     from medsd.cohort.index import TileGrid
     from medsd.cohort.manifest import find_cohort
+    from medsd.cohort.runner import count_by_status
     from medsd.cohort.tiling import Tiling, tile_slides
     from medsd.progress import progress_bar
 
@@ -153,7 +152,7 @@ def tiles(
     tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
     entries = find_cohort(source, manifest, annotations, leave_out=out)
     cohort = tile_slides(entries, out, tiling, workers, progress=progress_bar("tiles"))
-    counts = {word: sum(slide.status == word for slide in cohort.slides) for word in ("ok", "empty", "failed")}
+    counts = count_by_status(cohort.slides)
     total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     print(f"{total}; {len(cohort.index)} tiles; see {out / 'slides.csv'} and {out / 'thumbnails'}")
     if counts["failed"]:
@@ -199,6 +198,7 @@ def heatmap(
 
     from medsd.cohort.entry import SlideEntry
     from medsd.cohort.manifest import read_manifest
+    from medsd.cohort.runner import count_by_status
     from medsd.heatmap.cohort import map_slides
     from medsd.progress import progress_bar
 
@@ -207,7 +207,7 @@ def heatmap(
         listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
         entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
     results = map_slides(entries, weights, out, block_px, device, progress_bar("heatmap"))
-    counts = {status: sum(result.status == status for result in results) for status in ("ok", "empty", "failed")}
+    counts = count_by_status(results)
     for result in results:
         if result.score is None:
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
@@ -261,18 +261,13 @@ def explain(
     device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
 ) -> None:
     """Lay saliency methods side by side on images, with their measures. Exit code 1 when an image failed."""
-    from typing import cast
-
     from medsd.explain.explain import explain_images
     from medsd.explain.settings import ExplainSettings, ImageSmoothing, method_names
     from medsd.progress import progress_bar
     from medsd.saliency.method import Output
 
-    kind, output, trained = (
-        cast(ImageSmoothing, smoothing),
-        cast(Output, explained),
-        str(surrogate) if surrogate else None,
-    )
+    kind, output = cast(ImageSmoothing, smoothing), cast(Output, explained)
+    trained = str(surrogate) if surrogate else None
     settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
     summary = explain_images(images, weights, out, settings, masks, device, progress_bar("explain"))
     print(summary.in_words())

@@ -30,6 +30,11 @@ class Sample(TypedDict):
     label: torch.Tensor
 
 
+def as_sample(pixels: npt.NDArray[np.uint8], label: np.integer) -> Sample:
+    """The sample of RGB pixels (height, width, 3), which it does not share memory with."""
+    return {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "label": torch.tensor(int(label))}
+
+
 class TileDataset(Dataset[Sample]):
     """The tiles of an index as {"image": (3, tile_px, tile_px) uint8, "label": int64}.
 
@@ -54,27 +59,26 @@ class TileDataset(Dataset[Sample]):
         self._normaliser = normaliser
         self._slides: OrderedDict[int, Slide] = OrderedDict()
         self._tiles = TileCache(_TILE_BYTES)
-        self._cache: dict[int, torch.Tensor] | None = {} if cache else None
+        self._cache: dict[int, npt.NDArray[np.uint8]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, item: int) -> Sample:
-        cached = None if self._cache is None else self._cache.get(item)
-        image = self._read(item) if cached is None else cached
+        pixels = None if self._cache is None else self._cache.get(item)
+        if pixels is None:
+            pixels = self._read(item)
         if self._cache is not None:
-            self._cache[item] = image
-            image = image.clone()  # what is done to a sample in place must not reach the cache
-        return {"image": image, "label": torch.tensor(int(self.labels[item]))}
+            self._cache[item] = pixels
+        return as_sample(pixels, self.labels[item])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slides": OrderedDict(), "_cache": None if self._cache is None else {}}
 
-    def _read(self, item: int) -> torch.Tensor:
+    def _read(self, item: int) -> npt.NDArray[np.uint8]:
         index = self.index
         slide = self._slide(int(index.slide[item]))
-        x, y, side = int(index.x[item]), int(index.y[item]), index.tile_px
-        return torch.from_numpy(slide.read(x, y, side, side, mpp=index.mpp)).permute(2, 0, 1).contiguous()
+        return slide.read(int(index.x[item]), int(index.y[item]), index.tile_px, index.tile_px, mpp=index.mpp)
 
     def _slide(self, number: int) -> Slide:
         slide = self._slides.pop(number, None)

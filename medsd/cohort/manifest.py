@@ -56,6 +56,10 @@ def find_cohort(
 
     Raises:
         DatasetError: no slides, two of one name, a mistake in the manifest, or no such folder.
+
+    Example:
+        >>> [entry.name for entry in find_cohort("slide.tif")]
+        ['slide']
     """
     source = Path(source)
     if source.suffix.lower() == ".csv" and not source.is_dir():

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medsd.cohort.dataset import Sample
+from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import DatasetError
 from medsd.tables import read_table
 
@@ -125,10 +124,7 @@ class PatchDataset(Dataset[Sample]):
                 )
             top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
             pixels = pixels[top : top + self.side_px, left : left + self.side_px]
-        return {
-            "image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            "label": torch.tensor(int(self.labels[item])),
-        }
+        return as_sample(pixels, self.labels[item])
 
 
 def split_groups(

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -58,6 +59,11 @@ class SlideRow:
 
 
 Row = TypeVar("Row", bound=SlideRow)
+
+
+def count_by_status(rows: Iterable[SlideRow]) -> dict[str, int]:
+    """How many slides are ok, empty and failed."""
+    return {"ok": 0, "empty": 0, "failed": 0} | Counter(row.status for row in rows)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,12 @@ def tile_slides(
         DatasetError: no slides, two of one name, or tiles of another slide of that name in `folder`.
         ConfigError: fewer than one worker.
         OutputError: `folder` cannot be written to.
+
+    Example:
+        >>> slides = [SlideEntry("slide", Path("slide.tif"), annotation=Path("slide.xml"))]
+        >>> tiled = tile_slides(slides, "tiles", Tiling(TileGrid(tile_px=64, stride_px=64, mpp=1.0)))
+        >>> tiled.slides[0].status, tiled.slides[0].tumour_tiles > 0
+        ('ok', True)
     """
     rows = run_cohort(_TilingWork(Path(folder), tiling), entries, workers, isolate, progress)
     index = TileIndex.load(Path(folder) / INDEX).named([entry.name for entry in entries])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.cohort.runner import SlideRow
+from medsd.cohort.runner import SlideRow, count_by_status
 from medsd.files import write_text
 from medsd.heatmap.overlay import MappedSlide, explanation_warning
 from medsd.heatmap.scale import ColourScale
@@ -112,13 +112,12 @@ def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> No
     Raises:
         OutputError: the file cannot be written.
     """
-    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "empty", "failed")}
     _write_page(
         path,
         "index.html.j2",
         rows=[row for row in rows if row.status == "ok"],
         others=[row for row in rows if row.status != "ok"],
-        counts=counts,
+        counts=count_by_status(rows),
         title=title,
     )
 

@@ -321,7 +321,7 @@ def test_a_killed_run_goes_on(
     (tmp_path / "tiles.npz").write_bytes(b"of other slides")
     run = subprocess.Popen([sys.executable, "-c", RUN, str(phantoms), str(tmp_path)])
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("slides/*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("slides/[!.]*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
