@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -16,22 +18,29 @@ from medsd.cohort.runner import TABLE, Made, Work, run_cohort
 from medsd.errors import DatasetError, SlideError, WeightsError
 from medsd.files import atomic_path, sha256_of
 from medsd.heatmap.engine import Engine, make_engine
-from medsd.heatmap.maps import MapSettings
-from medsd.heatmap.outputs import MAP_FILES, OutputWriter
-from medsd.heatmap.report import SlideResult, write_index
+from medsd.heatmap.maps import MapSettings, SlideMaps
+from medsd.heatmap.overlay import MappedSlide, draw_overlay, explanation_warning
+from medsd.heatmap.regions import Region, find_regions, write_regions
+from medsd.heatmap.report import SlideResult, write_index, write_report
+from medsd.heatmap.tiff import write_ome_tiff
 from medsd.networks.modes import usable_device
-from medsd.networks.weights import load_classifier
+from medsd.networks.weights import Calibration, ModelCard, load_classifier
 from medsd.progress import Progress, no_progress
 from medsd.record import read_record
-from medsd.slides.slide import Slide, thumbnail
+from medsd.slides.readers.base import RGB
+from medsd.slides.slide import Slide, hatched, thumbnail
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 from medsd.tables import read_table
 
 RECORD = "record.json"
+MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
+TOP_SHARE = 0.01
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
+_TOP_REGIONS = 8
+_REGION_PICTURE_PX = 192
 
 
 def map_slides(
@@ -74,7 +83,7 @@ def map_slides(
     engine = make_engine(classifier, card.tile_px, card.mpp, settings=settings, temperature=calibration.temperature)
     target = card.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
-    work = _MapWork(output, engine, OutputWriter(card, calibration, digest), normaliser, max_unseen)
+    work = _MapWork(output, engine, card, calibration, digest, normaliser, max_unseen)
     return run_cohort(work, slides, isolate=isolate, progress=progress)
 
 
@@ -84,7 +93,9 @@ class _MapWork(Work[SlideResult]):
 
     folder: Path
     engine: Engine
-    writer: OutputWriter
+    card: ModelCard
+    calibration: Calibration
+    digest: str
     normaliser: StainNormaliser | None
     max_unseen: float
     row_type = SlideResult
@@ -94,8 +105,8 @@ class _MapWork(Work[SlideResult]):
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         return {
-            "weights_sha256": self.writer.digest,
-            "calibration": asdict(self.writer.calibration),
+            "weights_sha256": self.digest,
+            "calibration": asdict(self.calibration),
             "max_unseen": self.max_unseen,
         }
 
@@ -115,7 +126,13 @@ class _MapWork(Work[SlideResult]):
                 f"from its source"
             )
         if maps.probability.seen.any():
-            mapped = self.writer.write(folder, slide, maps, picture, level0_px)
+            mapped = self._mapped(slide, maps, picture, level0_px)
+            write_ome_tiff(folder / "saliency.ome.tif", maps.saliency)
+            write_ome_tiff(folder / "probability.ome.tif", maps.probability)
+            quantity = maps.saliency.quantity
+            write_regions(folder / "regions.geojson", mapped.regions, "Tumour (model)", mapped.name, quantity)
+            draw_overlay(folder / "overlay.png", mapped)
+            write_report(folder / "report.html", mapped)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
             row, files = self.row(entry, "ok", reason), MAP_FILES
             area_mm2 = mapped.region_area_mm2
@@ -144,6 +161,84 @@ class _MapWork(Work[SlideResult]):
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
         write_index(self.folder / "index.html", rows, "Slide heatmaps")
+
+    def _mapped(self, slide: Slide, maps: SlideMaps, picture: RGB, level0_px: float) -> MappedSlide:
+        """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
+        if maps.lost is not None:
+            scale = level0_px / maps.saliency.level0_px
+            rows, columns = (((np.arange(size) + 0.5) * scale).astype(np.int64) for size in picture.shape[:2])
+            inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
+            picture = hatched(picture, maps.lost[np.ix_(*inside)])
+        probability, saliency = maps.probability, maps.saliency
+        threshold, source = self.calibration.threshold, self.calibration.source
+        # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
+        smallest_um2 = (self.card.tile_px * self.card.mpp) ** 2
+        regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, saliency, smallest_um2)
+        return MappedSlide(
+            name=slide.path.stem,
+            dimensions=slide.dimensions,
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source,
+            thumbnail=picture,
+            thumbnail_level0_px=level0_px,
+            damaged=maps.lost is not None,
+            probability=probability,
+            saliency=saliency,
+            saliency_limit=self.calibration.saliency_limit,
+            threshold=threshold,
+            threshold_source=f"fixed on {source}",
+            regions=regions,
+            region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
+            score=top_mean(probability.values[probability.seen]),
+            provenance=self._provenance(slide),
+            caveats=self._caveats(slide, maps),
+        )
+
+    def _caveats(self, slide: Slide, maps: SlideMaps) -> list[str]:
+        caveats = []
+        if maps.unseen:
+            caveats.append(
+                f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded "
+                f"and was not judged."
+            )
+        if slide.mpp > 1.1 * self.card.mpp:
+            caveats.append(
+                f"The slide ({slide.mpp:g} µm per pixel) is coarser than the classifier expects "
+                f"({self.card.mpp:g}): it was enlarged, and detail that the classifier looks for is missing."
+            )
+        trained = f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little."
+        return [*caveats, trained, f"{explanation_warning(maps.saliency)} It is no diagnosis."]
+
+    def _provenance(self, slide: Slide) -> dict[str, str]:
+        limit = self.calibration.saliency_limit
+        scale = f"±{limit:.3g}: 99.5th percentile of |saliency| in {self.calibration.source}"
+        if self.calibration.attribution == "mask":
+            scale = "0 to 1, all masks closed to all open"
+        return {
+            "Slide file": f"{slide.path.name}, read by {slide.reader}",
+            "Classifier": f"{self.card.encoder}, tiles of {self.card.tile_px} px at {self.card.mpp:g} µm per pixel",
+            "Weights SHA-256": self.digest,
+            "Colour scale": scale,
+        }
+
+
+def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
+    """Slide score: the mean of the highest 1 % of the tissue's probabilities, at least one (our choice).
+
+    The single highest would follow one odd place; the mean of all would lose a small metastasis.
+    """
+    count = max(1, round(TOP_SHARE * len(probabilities)))
+    return float(np.partition(probabilities, -count)[-count:].mean(dtype=np.float64))
+
+
+def _region_picture(slide: Slide, region: Region) -> RGB:
+    """The region with a margin, as a small square picture."""
+    left, top, right, bottom = region.polygon.bounds
+    side = 1.2 * max(right - left, bottom - top, _REGION_PICTURE_PX)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    size = _REGION_PICTURE_PX, _REGION_PICTURE_PX
+    pixels, seen = slide.read_seen(x, y, *size, mpp=slide.mpp * side / _REGION_PICTURE_PX)
+    return pixels if seen is None else hatched(pixels, ~seen)
 
 
 def read_results(output: str | Path) -> list[SlideResult]:

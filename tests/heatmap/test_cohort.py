@@ -13,11 +13,10 @@ import tifffile
 import torch
 from PIL import Image
 
-import medsd.heatmap.outputs as outputs
+import medsd.heatmap.cohort as cohort
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
-from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
-from medsd.heatmap.outputs import top_mean
+from medsd.heatmap.cohort import map_slides, read_results, read_slide_record, top_mean
 from medsd.heatmap.overlay import layout
 from medsd.heatmap.report import SlideResult
 from medsd.heatmap.tiff import read_ome_tiff
@@ -149,7 +148,7 @@ def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, small_slide, green_we
     def full(*_arguments):
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(outputs, "find_regions", full)
+    monkeypatch.setattr(cohort, "find_regions", full)
     (result,) = map_here([small_slide], green_weights, tmp_path)
     assert result.status == "failed" and "MemoryError" in result.reason and "\n" not in result.reason
     assert (tmp_path / "index.html").is_file()
@@ -172,7 +171,7 @@ def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, small_s
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_report", die)
+        patch.setattr(cohort, "write_report", die)
         with pytest.raises(Killed):
             map_here([small_slide], green_weights, tmp_path)
     folder = tmp_path / "small"
