@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from medsd.annotations import Annotations, tumour_share
 from medsd.checks import check_number
 from medsd.errors import DatasetError
 from medsd.files import atomic_path
+from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
@@ -137,25 +137,13 @@ class TileIndex:
                 return _checked(head, columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no tile index; {_FIX} first") from error
-        except _NOT_AN_INDEX as error:
+        except (*DAMAGED, zipfile.BadZipFile) as error:
             raise DatasetError(f"{path}: not a tile index ({error}); delete it, then {_FIX}") from error
 
 
 _FIX = "run the stage 'prepare' (or medsd tiles)"
 _HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
 COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
-# What NumPy, zip and JSON raise for files that are damaged or hold something else.
-_NOT_AN_INDEX = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> TileIndex:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,8 @@ from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import DatasetError
+from medsd.slides.readers.damage import DAMAGED
 from medsd.tables import read_table
-
-# What Pillow raises for damaged bytes, and for pictures too large to be a patch.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
 
@@ -114,7 +102,7 @@ class PatchDataset(Dataset[Sample]):
         try:
             with Image.open(path) as image:
                 pixels = np.array(image.convert("RGB"))
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
         if self.side_px is not None:
             height, width = pixels.shape[:2]

@@ -6,7 +6,6 @@ Layout after the OME-TIFF 6 specification (levels in SubIFDs), as read by QuPath
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from medsd import RESEARCH_USE_ONLY
 from medsd.errors import DatasetError
 from medsd.files import atomic_path, printable
 from medsd.heatmap.value_map import ValueMap
+from medsd.slides.readers.damage import DAMAGED
 
 TILE_PX = 256
 NAMESPACE = "medsd/value_map"
@@ -120,8 +120,7 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
         with tifffile.TiffFile(path) as tiff:
             xml = tiff.ome_metadata
             values = tiff.pages.first.asarray() if xml else None
-    # imagecodecs raises RuntimeError, tifffile any of the others, for a damaged file.
-    except (OSError, ValueError, RuntimeError, IndexError, KeyError, struct.error, tifffile.TiffFileError) as error:
+    except DAMAGED as error:
         raise DatasetError(f"{path}: cannot be read as TIFF ({error}); make the map again") from error
     if xml is None or values is None or values.dtype != np.float32 or values.ndim != 2:
         raise DatasetError(f"{path}: is not a float32 OME-TIFF of one map; give a file written by medsd")
