@@ -27,7 +27,7 @@ from medsd.saliency.metrics.masking import SHARES, MaskingCurve
 from medsd.saliency.registry import make_method
 from medsd.training.predict import collect
 
-Region = Callable[[int], npt.NDArray[np.bool_]]
+TileRegion = Callable[[int], npt.NDArray[np.bool_]]
 MapScores = dict[str, Interval | tuple[Interval, ...]]
 
 _MAP_BATCH = 32
@@ -90,7 +90,7 @@ def score_explanations(
     classifier: Classifier,
     dataset: Dataset[Sample] | Sequence[Sample],
     settings: ExplanationSettings = _DEFAULT,
-    region: Region | None = None,
+    region: TileRegion | None = None,
     progress: Progress = no_progress,
 ) -> Explanations:
     """Judge a classifier's explanations of its tiles' true classes.
@@ -168,7 +168,7 @@ def _even_draw(labels: npt.NDArray[np.int64], settings: ExplanationSettings) -> 
     return sorted(dealt[: settings.items].tolist())
 
 
-def _regions(region: Region | None, numbers: Sequence[int], batch: Sample, target: int) -> Tensor:
+def _regions(region: TileRegion | None, numbers: Sequence[int], batch: Sample, target: int) -> Tensor:
     """(B, H, W) bool; empty for tiles of other classes, whose map explains something else."""
     inside = torch.zeros(len(numbers), *batch["image"].shape[2:], dtype=torch.bool)
     for row, number in enumerate(numbers):

@@ -145,8 +145,7 @@ class _Explainer:
     def _measure(
         self, x: Tensor, target: Tensor | None, maps: dict[str, Tensor], batch: Sequence[_Loaded]
     ) -> dict[str, dict[str, Tensor]]:
-        if not self.settings.measured:
-            return {name: {} for name in maps}
+        names = MEASURED if self.settings.measured else ()
         region = None
         if any(image.mask is not None for image in batch):
             # An image without a mask has an empty one, which nothing is measured with.
@@ -156,7 +155,7 @@ class _Explainer:
         at_once = max(1, 4 * _BATCH_PX // (x.shape[2] * x.shape[3]))
         asked = MeasureSettings(batch_size=at_once, seed=self.settings.seed)
         x = x.contiguous(memory_format=torch.channels_last)  # the faster for convolutions, on CPUs too
-        return measure_maps(self.model.network, x, target, maps, MEASURED, region, asked).of
+        return measure_maps(self.model.network, x, target, maps, names, region, asked).of
 
 
 def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, dict[str, Method]]:
