@@ -117,7 +117,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@settings(max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples each time: some headers, about one in a thousand, make OpenSlide abort the process, for which slides
+# are read in a child (`IsolatedSlide`).
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_mutated_headers(tmp_path: Path, small: tuple[Path, bytes], data: st.DataObject) -> None:
     """Every byte that is not pixels: the TIFF header, the directories and their values."""
