@@ -93,12 +93,11 @@ def write_geojson(path: str | Path, annotations: Annotations) -> None:
         OutputError: the file cannot be written.
 
     Example:
-        >>> import shapely, tempfile
         >>> from medsd.annotations import read_annotations
-        >>> path = Path(tempfile.mkdtemp()) / "case.geojson"
-        >>> write_geojson(path, annotations_of([Outline("", "Tumor", False, shapely.box(0, 0, 20, 10))]))
-        >>> read_annotations(path).tumour.area
-        200.0
+        >>> drawn = read_annotations("slide.xml")
+        >>> write_geojson("case.geojson", drawn)
+        >>> read_annotations("case.geojson").tumour == drawn.tumour
+        True
     """
     features = []
     for number, outline in enumerate(annotations.outlines, 1):

@@ -27,8 +27,8 @@ from medsd.files import make_folder, remove_leftovers
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record, write_record
 from medsd.slides.isolate.slide import IsolatedSlide
+from medsd.slides.readers.damage import UNFORESEEN, in_one_line
 from medsd.slides.slide import Slide, open_slide
-from medsd.slides.unforeseen import UNFORESEEN, in_one_line
 from medsd.tables import write_table
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from medsd.saliency import smooth
 from medsd.saliency.method import Method, check_logits, targets_of
 from medsd.saliency.registry import METHODS, make_method, method_card
 from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.unforeseen import UNFORESEEN, in_one_line
+from medsd.slides.readers.damage import UNFORESEEN, in_one_line
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from openslide import OpenSlideError
 from PIL.Image import DecompressionBombError
+from shapely.errors import GEOSException
 
 from medsd.errors import SlideError
 
@@ -20,6 +21,9 @@ DAMAGED = (
     SyntaxError,  # how PIL's plugins say that a header is not theirs
 )
 """What readers' libraries raise for damaged bytes (codec errors are RuntimeErrors)."""
+
+UNFORESEEN = (OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError, GEOSException)
+"""What a damaged file or a full memory can raise where nobody foresaw it, and that must cost one slide only."""
 
 Place = tuple[int, int, int]
 """A level, and the column and row of one of its pixels."""
@@ -45,3 +49,8 @@ def damage(path: Path, error: Exception, place: Place | None = None) -> SlideErr
     reason = " ".join(str(error).split()) or type(error).__name__
     what = "cannot be decoded" if where else "damaged slide"
     return SlideError(f"{path}: {what}{where} ({reason}); copy it again from its source")
+
+
+def in_one_line(path: Path, error: Exception) -> str:
+    """The reason why a slide failed for an unforeseen error: its file, the kind of error and its words."""
+    return f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"

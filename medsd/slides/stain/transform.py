@@ -7,7 +7,6 @@ white is 254).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +32,6 @@ _STEPS = 2**14
 GLASS, _STAINED = 30, 60
 
 
-class StainTransform(Protocol):
-    """uint8 RGB pixels, any shape (..., 3), to new ones of the same shape."""
-
-    def __call__(self, pixels: RGB) -> RGB: ...
-
-
 def distance_from_white(pixels: RGB) -> npt.NDArray[np.int16]:
     """255 less the smallest channel, and the spread of the channels, added (our choice): (n, 3) to (n,), 0 to 510."""
     red, green, blue = np.ascontiguousarray(pixels.T)
@@ -48,7 +41,7 @@ def distance_from_white(pixels: RGB) -> npt.NDArray[np.int16]:
     return distance
 
 
-class _ByStrips(ABC):
+class StainTransform(ABC):
     """Changes what is stained and leaves glass as it is, with a smooth passage between (our choice).
 
     A grey that no stain explains would else be strengthened like a stain, or given the tint that the mean of the
@@ -56,7 +49,7 @@ class _ByStrips(ABC):
     """
 
     def __call__(self, pixels: RGB) -> RGB:
-        """See `StainTransform`."""
+        """uint8 RGB pixels, any shape (..., 3), to new ones of the same shape."""
         flat = pixels.reshape(-1, 3)
         result = np.empty_like(flat)
         for start in range(0, len(flat), _STRIP_PX):
@@ -77,7 +70,7 @@ class _ByStrips(ABC):
         """Pixels (n, 3) as if all were stained; floats are truncated."""
 
 
-class TwoStainTransform(_ByStrips):
+class TwoStainTransform(StainTransform):
     """Concentrations under one pair of stain vectors, scaled, shown under another (Macenko 2009, eq. 3 and 4).
 
     What neither stain explains is dropped, as tiatoolbox does.
@@ -107,7 +100,7 @@ class TwoStainTransform(_ByStrips):
         return np.minimum(light, 255.0, out=light)
 
 
-class LabTransform(_ByStrips):
+class LabTransform(StainTransform):
     """L*a*b* values scaled and shifted (Reinhard 2001); not rounded to 8 bits in between, as tiatoolbox does.
 
     Args:
