@@ -28,6 +28,7 @@ from medsd.saliency.integrated_gradients import IntegratedGradients
 from medsd.saliency.label_free import maps
 from medsd.saliency.metrics.insertion_deletion import deletion_curve, insertion_curve
 from medsd.saliency.metrics.perturb import baseline_image
+from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.registry import make_method
 
 LABEL_FREE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -252,7 +253,8 @@ def curves(batch: int) -> Iterator[Comparison]:
         given = x[:count], labels[:count], saliency[:count]
         where = f"resnet18, {_CURVE_PX} px, steps of {_STEP_PX} px, batch {count}"
         deletion, insertion = (
-            partial(curve, network, *given, step_px=_STEP_PX) for curve in (deletion_curve, insertion_curve)
+            partial(curve, network, *given, Perturbation(step_px=_STEP_PX))
+            for curve in (deletion_curve, insertion_curve)
         )
         removed = partial(quantus_curve, network, *given)
         put = partial(quantus_curve, network, blurred[:count], *given[1:], end=x[:count])

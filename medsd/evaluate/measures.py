@@ -20,6 +20,7 @@ from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve
 from medsd.saliency.metrics.masking import MaskingCurve, masking_curve, random_masking_curve
 from medsd.saliency.metrics.perturb import Baseline, at_pixels, unit_strength
 from medsd.saliency.metrics.pointing import area_share, best_iou, energy_pointing, pointing_game
+from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
 
 
@@ -168,31 +169,29 @@ def measure_maps(
         check_choice("measure", measure, MEASURES)
     fresh = torch.Generator(x.device)
 
-    def orders() -> torch.Generator:
-        return fresh.manual_seed(settings.seed) if generator is None else generator
+    def asked(baseline: Baseline | None = None) -> Perturbation:
+        orders = fresh.manual_seed(settings.seed) if generator is None else generator
+        step_px = -(-x.shape[2] * x.shape[3] // settings.steps)
+        return Perturbation(
+            baseline, step_px, orders, settings.batch_size, "similarity" if target is None else "probability"
+        )
 
-    at_once = settings.batch_size
     control = None
     if target is not None and not _OF_MASKING.isdisjoint(names):
-        control = random_masking_curve(network, x, target, orders(), settings.draws, settings.fill, batch_size=at_once)
+        control = random_masking_curve(network, x, target, settings.draws, asked(settings.fill))
     measured = Measured({}, {}, control)
     for name, values in maps.items():
         full, found = at_pixels(values, x), {}
         if control is not None and target is not None:
-            curve = masking_curve(network, x, target, full, settings.fill, generator=orders(), batch_size=at_once)
+            curve = masking_curve(network, x, target, full, asked(settings.fill))
             gap = control.area - curve.area
             held = control.correct[:, 0] == 1
             found = {"masking_area": curve.area, "gap": gap, "masking_gap": torch.where(held, gap, math.nan)}
             measured.masking[name] = curve
-        removal = {
-            "step_px": -(-x.shape[2] * x.shape[3] // settings.steps),
-            "generator": orders(),
-            "batch_size": at_once,
-            "score": "probability" if target is not None else "similarity",
-        }
+        removal = asked()
         for measure in names:
             if measure in _OF_REMOVAL:
-                found[measure] = curve_area(_OF_REMOVAL[measure](network, x, target, full, **removal))
+                found[measure] = curve_area(_OF_REMOVAL[measure](network, x, target, full, removal))
             elif measure in _OF_MAP:
                 found[measure] = _OF_MAP[measure](values)
             elif measure in _OF_REGION and region is not None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from medsd.checks import check_choice, check_number
+from medsd.checks import check_number
 from medsd.errors import TrainingError
 from medsd.networks.moments import feature_moments, group_channels
-
-Method = Literal["eigh", "newton"]
 
 
 def inverse_root(covariance: Tensor, eps: float) -> Tensor:
@@ -37,35 +35,6 @@ def inverse_root(covariance: Tensor, eps: float) -> Tensor:
     return root
 
 
-def newton_inverse_root(covariance: Tensor, iterations: int, eps: float) -> Tensor:
-    """(S + eps I)^(-1/2) by the coupled Newton-Schulz iteration: products of matrices only, quick on a GPU.
-
-    The released code of Iterative Normalization (Huang et al., CVPR 2019) runs the uncoupled form, 5 times; both
-    agree at first, but the uncoupled one diverges when it goes on. Few iterations whiten in part, since S is divided
-    by its trace: 5 leave a variance of 0.59 in a group of 64 channels that are white already. In float64 and a
-    group of 64, 15 reach `inverse_root` to rounding for condition numbers up to 100, 20 up to 10,000.
-
-    Args:
-        covariance: (..., d, d) as for `inverse_root`.
-        iterations: at least 1.
-        eps: above 0.
-
-    Raises:
-        ConfigError: `iterations` or `eps` is too low.
-    """
-    check_number("eps", eps, "(0, inf)")
-    check_number("iterations", iterations, "[1, inf)", whole=True)
-    identity = torch.eye(covariance.shape[-1], device=covariance.device, dtype=covariance.dtype)
-    with torch.autocast(covariance.device.type, enabled=False):
-        regular = covariance + eps * identity
-        trace = regular.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-        root, inverse = regular / trace, identity
-        for _ in range(iterations):
-            step = (3 * identity - inverse @ root) / 2
-            root, inverse = root @ step, step @ inverse
-        return inverse / trace.sqrt()
-
-
 class WhitenedHead(nn.Module):
     """Logits linear in whitened features, in place of a classifier's linear head; costs nothing after training.
 
@@ -86,8 +55,6 @@ class WhitenedHead(nn.Module):
         group_size: channels whitened together, None for all; best at most half the batch.
         eps: added to the covariance's eigenvalues.
         momentum: weight of a new batch in the running moments, above 0, at most 1.
-        method: "eigh" is exact, "newton" iterates (see `newton_inverse_root`).
-        iterations: those of "newton".
 
     Raises:
         ConfigError: one of these is not as described.
@@ -104,17 +71,13 @@ class WhitenedHead(nn.Module):
         group_size: int | None,
         eps: float = 1e-5,
         momentum: float = 0.1,
-        method: Method = "eigh",
-        iterations: int = 15,
     ) -> None:
         super().__init__()
         check_number("eps", eps, "(0, inf)")
-        check_number("iterations", iterations, "[1, inf)", whole=True)
         check_number("momentum", momentum, "(0, 1]")
-        check_choice("method", method, get_args(Method))
         groups = group_channels(torch.arange(feature_dim), group_size)
         self._groups = tuple(slice(int(group[0]), int(group[-1]) + 1) for group in groups)
-        self.eps, self.momentum, self.method, self.iterations = eps, momentum, method, iterations
+        self.eps, self.momentum = eps, momentum
         self.linear = nn.Linear(feature_dim, classes)
         self.register_buffer("running_mean", torch.zeros(feature_dim))
         self.register_buffer("running_covariance", torch.eye(feature_dim))
@@ -160,11 +123,7 @@ class WhitenedHead(nn.Module):
         self.running_covariance.lerp_(covariance, weight)
 
     def _whitening(self, covariance: Tensor) -> Tensor:
-        blocks = (covariance[group, group] for group in self._groups)
-        if self.method == "newton":
-            roots = [newton_inverse_root(block, self.iterations, self.eps) for block in blocks]
-        else:
-            roots = [inverse_root(block, self.eps) for block in blocks]
+        roots = [inverse_root(covariance[group, group], self.eps) for group in self._groups]
         whitening: Tensor = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
         return whitening
 

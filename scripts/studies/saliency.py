@@ -44,6 +44,7 @@ from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve
 from medsd.saliency.metrics.perturb import unit_range, unit_strength
 from medsd.saliency.metrics.pointing import area_share, energy_pointing
 from medsd.saliency.metrics.randomisation import randomised_cascade
+from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
 from medsd.saliency.registry import make_method
 
@@ -303,9 +304,11 @@ def measured(subject: Subject, attribution: Tensor) -> dict[str, list[float]]:
     step = -(-pixels.shape[1] * pixels.shape[2] // STEPS)
     x = subject.x.contiguous(memory_format=torch.channels_last)  # the faster on a CPU
     curves = {
-        "insertion": insertion_curve(subject.network, x, subject.target, pixels, "blur", step, seeded()),
-        "deletion": deletion_curve(subject.network, x, subject.target, pixels, "zero", step, seeded()),
-        "deletion_blur": deletion_curve(subject.network, x, subject.target, pixels, "blur", step, seeded()),
+        "insertion": insertion_curve(subject.network, x, subject.target, pixels, Perturbation("blur", step, seeded())),
+        "deletion": deletion_curve(subject.network, x, subject.target, pixels, Perturbation("zero", step, seeded())),
+        "deletion_blur": deletion_curve(
+            subject.network, x, subject.target, pixels, Perturbation("blur", step, seeded())
+        ),
     }
     scores = {
         "variation": normalised_variation(attribution),

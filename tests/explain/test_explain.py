@@ -22,6 +22,7 @@ from medsd.saliency import smooth
 from medsd.saliency.metrics.insertion_deletion import curve_area, insertion_curve
 from medsd.saliency.metrics.perturb import at_pixels
 from medsd.saliency.metrics.pointing import energy_pointing
+from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.metrics.smoothness import normalised_variation
 from medsd.saliency.registry import make_method
 
@@ -79,7 +80,7 @@ def test_the_table_says_what_the_network_and_the_measures_say(folder, weights, c
         assert float(row["variation"]) == pytest.approx(float(normalised_variation(maps[:, None])), rel=1e-4)
         full, target = at_pixels(maps, x), torch.tensor([predicted])
         step_px = -(-x.shape[2] * x.shape[3] // 20)
-        area = curve_area(insertion_curve(classifier, x, target, full, step_px=step_px))
+        area = curve_area(insertion_curve(classifier, x, target, full, Perturbation(step_px=step_px)))
         # Pixels of one cell are equal and go in random order.
         assert float(row["insertion"]) == pytest.approx(float(area), abs=0.05)
         region = torch.zeros(1, *x.shape[2:], dtype=torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ def trained_looking(encoder: str) -> TileClassifier:
 
 @pytest.fixture(scope="module")
 def classifier() -> TileClassifier:
-    return trained_looking("resnet10t")
+    return trained_looking("test_resnet")
 
 
 def all_tissue(slide) -> TissueMask:
@@ -47,22 +49,20 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("encoder", "tile_px", "layer", "attribution", "smoothing"),
     [
-        ("resnet10t", 96, "layer1", "gradient", "backward_hook"),
-        ("resnet10t", 64, "layer2", "gradient", "none"),
+        ("test_resnet", 96, "layer1", "gradient", "backward_hook"),
+        ("test_resnet", 64, "layer2", "gradient", "none"),
         ("resnet10t", 96, "layer3", "gradient_x_activation", "backward_hook"),
-        ("resnet10t", 288, "layer4", "gradient_x_activation", "backward_hook"),
+        ("test_resnet", 288, "layer4", "gradient_x_activation", "backward_hook"),
         ("resnet18", 96, "layer2", "gradient", "backward_hook"),
     ],
 )
 def test_blocks_equal_one_piece(array_slide, encoder, tile_px, layer, attribution, smoothing):
-    network = trained_looking(encoder)
     slide = array_slide(noise(600, 640))
-    whole, parts = (
-        DenseEngine(network, tile_px, 1.0, settings=MapSettings(layer, attribution, smoothing, block_px)).map(
-            slide, all_tissue(slide)
-        )
-        for block_px in (2048, 320)
-    )
+    settings = MapSettings(layer, attribution, smoothing, 2048)
+    engine = DenseEngine(trained_looking(encoder), tile_px, 1.0, settings=settings)
+    whole = engine.map(slide, all_tissue(slide))
+    engine.settings = replace(settings, block_px=320)
+    parts = engine.map(slide, all_tissue(slide))
     assert whole.blocks == 1 and parts.blocks == 4
     for one, many in ((whole.saliency, parts.saliency), (whole.probability, parts.probability)):
         assert np.isfinite(one.values).all() and np.isfinite(many.values).all()
@@ -72,8 +72,9 @@ def test_blocks_equal_one_piece(array_slide, encoder, tile_px, layer, attributio
 def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
     """The equality above can fail: with a third of the halo it does."""
     slide = array_slide(noise(500, 600))
-    engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(block_px=256))
-    whole = DenseEngine(classifier, 96, 1.0).map(slide, all_tissue(slide)).saliency.values
+    engine = DenseEngine(classifier, 96, 1.0)
+    whole = engine.map(slide, all_tissue(slide)).saliency.values
+    engine.settings = MapSettings(block_px=256)
     monkeypatch.setattr(engine, "_halo", 2)
     cut = engine.map(slide, all_tissue(slide)).saliency.values
     assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
@@ -91,15 +92,15 @@ def test_maps_are_means_over_every_tile_position(classifier, window):
     features = classifier.feature_map(images)
     handle.remove()
     cells = features.shape[2]
-    gradient = torch.zeros_like(activations[0])
-    logits = {}
+    total, logits = torch.zeros(()), {}
     for top in range(1 - window, cells):
         for left in range(1 - window, cells):
             rows, columns = slice(max(0, top), top + window), slice(max(0, left), left + window)
             tile = features[:, :, rows, columns]
             logit = classifier.head(tile.sum((2, 3)) / window**2)  # a tile over the edge sees zeros there
-            gradient += torch.autograd.grad(logit[0, 1] - logit[0, 0], activations[0], retain_graph=True)[0] / window**2
+            total = total + (logit[0, 1] - logit[0, 0]) / window**2
             logits[top, left] = classifier.head(tile.mean((2, 3)))[0].detach()
+    (gradient,) = torch.autograd.grad(total, activations[0])
     expected = gradient.mean(1)[0].numpy()
     np.testing.assert_allclose(saliency[0], expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-4)
     row, column = 4, 3
@@ -115,9 +116,8 @@ def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
         torch.testing.assert_close(_window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
 
 
-@pytest.mark.parametrize("place", [(300, 420), (517, 333)])
 @pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.5)])
-def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance, place):
+def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance):
     """A lone spot raises the activation at its own map pixel: the centre of the response lies on it.
 
     Shortcuts that average 2 x 2 pixels (resnet10t) look a little to the right and below of what the rest of the cell
@@ -130,21 +130,22 @@ def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance, place):
             module.weight.data = torch.ones_like(module.weight) / module.weight[0].numel()
         if isinstance(module, torch.nn.BatchNorm2d):
             module.weight.data = torch.ones_like(module.weight)
-    pixels = np.full((800, 800, 3), 200, np.uint8)
-    x, y = place
-    pixels[y - 4 : y + 4, x - 4 : x + 4] = 255
-    flat = np.full_like(pixels, 200)
+    flat = np.full((800, 800, 3), 200, np.uint8)
     classifier.head.weight.data[0] = 0
     with torch.no_grad():  # a logit near 1, so that the probability does not saturate
         classifier.head.weight.data[1] /= classifier(torch.from_numpy(flat).permute(2, 0, 1)[None])[0, 1]
     engine = DenseEngine(classifier, 32, 1.0, settings=MapSettings("layer2", smoothing="none"))
-    maps, background = (engine.map(array_slide(p), all_tissue(array_slide(p))) for p in (pixels, flat))
-    for spot, empty in ((maps.saliency, background.saliency), (maps.probability, background.probability)):
-        response = np.abs(spot.values.astype(np.float64) - empty.values)
-        rows, columns = np.indices(response.shape)
-        for axis, centre in ((columns, x), (rows, y)):
-            found = ((axis + 0.5) * spot.level0_px * response).sum() / response.sum()
-            assert abs(found - centre) <= tolerance * spot.level0_px
+    background = engine.map(array_slide(flat), all_tissue(array_slide(flat)))
+    for x, y in ((300, 420), (517, 333)):
+        pixels = flat.copy()
+        pixels[y - 4 : y + 4, x - 4 : x + 4] = 255
+        maps = engine.map(array_slide(pixels), all_tissue(array_slide(pixels)))
+        for spot, empty in ((maps.saliency, background.saliency), (maps.probability, background.probability)):
+            response = np.abs(spot.values.astype(np.float64) - empty.values)
+            rows, columns = np.indices(response.shape)
+            for axis, centre in ((columns, x), (rows, y)):
+                found = ((axis + 0.5) * spot.level0_px * response).sum() / response.sum()
+                assert abs(found - centre) <= tolerance * spot.level0_px
 
 
 def test_nothing_is_read_without_tissue(classifier, array_slide):

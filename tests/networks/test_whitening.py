@@ -1,4 +1,4 @@
-"""Inverse roots against scipy and scalar recursions; the whitening head against numpy and its own folding."""
+"""Inverse roots against scipy; the whitening head against numpy and its own folding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, TrainingError
-from medsd.networks.whitening import WhitenedHead, inverse_root, newton_inverse_root
+from medsd.networks.whitening import WhitenedHead, inverse_root
 
 
 def features(batch: int, dim: int, seed: int = 0) -> Tensor:
@@ -20,20 +20,6 @@ def features(batch: int, dim: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(batch, dim, dtype=torch.float64, generator=generator)
     return draw @ torch.randn(dim, dim, dtype=torch.float64, generator=generator) / 3 + 2
-
-
-def covariance_of(eigenvalues: Tensor, seed: int = 0) -> Tensor:
-    basis = torch.linalg.qr(features(len(eigenvalues), len(eigenvalues), seed)).Q
-    return (basis * eigenvalues) @ basis.T
-
-
-def uncoupled(covariance: Tensor, iterations: int) -> Tensor:
-    """The released code's iteration."""
-    trace = covariance.trace()
-    inverse = torch.eye(len(covariance), dtype=covariance.dtype)
-    for _ in range(iterations):
-        inverse = 1.5 * inverse - 0.5 * inverse @ inverse @ inverse @ covariance / trace
-    return inverse / trace.sqrt()
 
 
 @settings(max_examples=25, deadline=None)
@@ -55,17 +41,15 @@ def test_whitened_covariance_has_eigenvalues_just_below_one() -> None:
     torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(whitened.T)), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("newton", [False, True])
-def test_leading_dimensions_are_a_batch_of_matrices(newton: bool) -> None:
+def test_leading_dimensions_are_a_batch_of_matrices() -> None:
     stack = torch.stack([torch.cov(features(9, 4, seed).T) for seed in range(3)])
-    root = (lambda s: newton_inverse_root(s, 9, 1e-3)) if newton else (lambda s: inverse_root(s, 1e-3))
-    torch.testing.assert_close(root(stack), torch.stack([root(one) for one in stack]), rtol=1e-11, atol=1e-11)
+    one_by_one = torch.stack([inverse_root(one, 1e-3) for one in stack])
+    torch.testing.assert_close(inverse_root(stack, 1e-3), one_by_one, rtol=1e-11, atol=1e-11)
 
 
 def test_gradchecks() -> None:
     covariance = torch.cov(features(9, 4).T).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: inverse_root(s, 1e-2), covariance)
-    assert torch.autograd.gradcheck(lambda s: newton_inverse_root((s + s.T) / 2, 5, 1e-2), covariance)
 
     def zca(f: Tensor) -> Tensor:
         return (f - f.mean(dim=0)) @ inverse_root(torch.cov(f.T), 1e-2)
@@ -104,48 +88,13 @@ def test_rounding_below_zero_does_no_harm() -> None:
 
 def test_autocast_does_not_lower_the_precision() -> None:
     covariance = torch.cov(features(9, 4).T.float()).requires_grad_()
-    for root in (lambda: inverse_root(covariance, 1e-3), lambda: newton_inverse_root(covariance, 7, 1e-3)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = root()
-        assert inside.dtype == torch.float32 and torch.equal(inside, root())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = inverse_root(covariance, 1e-3)
+    assert inside.dtype == torch.float32 and torch.equal(inside, inverse_root(covariance, 1e-3))
     (plain,) = torch.autograd.grad(inverse_root(covariance, 1e-3).square().sum(), covariance)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (gradient,) = torch.autograd.grad(inverse_root(covariance, 1e-3).square().sum(), covariance)
     assert torch.equal(gradient, plain)
-
-
-@pytest.mark.parametrize("iterations", range(1, 6))
-def test_newton_equals_the_released_form_at_first(iterations: int) -> None:
-    covariance = torch.cov(features(30, 8).T)
-    expected = uncoupled(covariance + 1e-5 * torch.eye(8, dtype=torch.float64), iterations)
-    torch.testing.assert_close(newton_inverse_root(covariance, iterations, 1e-5), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("group", "left"), [(16, 0.97), (64, 0.59), (512, 0.11)])
-def test_newton_leaves_the_variance_of_the_scalar_recursion(group: int, left: float) -> None:
-    for eigenvalues in (torch.ones(group).double(), torch.linspace(0.1, 3, group).double()):
-        covariance = covariance_of(eigenvalues)
-        root = newton_inverse_root(covariance, 5, 1e-12)
-        share = eigenvalues / eigenvalues.sum()
-        p = torch.ones_like(share)
-        for _ in range(5):
-            p = 1.5 * p - 0.5 * p**3 * share
-        variances = torch.linalg.eigvalsh(root @ covariance @ root)
-        torch.testing.assert_close(variances, (p**2 * share).sort().values, rtol=1e-8, atol=1e-10)
-        if float(eigenvalues.std()) == 0:
-            assert float(variances[0]) == pytest.approx(left, abs=0.005)
-
-
-def test_newton_converges_where_the_uncoupled_form_does_not() -> None:
-    covariance = covariance_of(torch.logspace(0, -2, 64, dtype=torch.float64))
-    expected = inverse_root(covariance, 1e-5)
-    for iterations in (15, 30):
-        root = newton_inverse_root(covariance, iterations, 1e-5)
-        torch.testing.assert_close(root, expected, rtol=0, atol=1e-12)
-    single = newton_inverse_root(covariance.float(), 30, 1e-5).double()
-    assert float((single @ covariance @ single - torch.eye(64)).abs().max()) < 2e-3  # eps takes 1e-3 of it
-    far = uncoupled(covariance.float(), 30)
-    assert not far.isfinite().all() or float((far.double() - expected).abs().max()) > 1
 
 
 def test_bad_arguments_in_words() -> None:
@@ -153,10 +102,6 @@ def test_bad_arguments_in_words() -> None:
     for eps in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match=r"eps=.*: must be a number above 0"):
             inverse_root(identity, eps)
-        with pytest.raises(ConfigError, match=r"eps=.*: must be a number above 0"):
-            newton_inverse_root(identity, 5, eps)
-    with pytest.raises(ConfigError, match="iterations=0: must be a whole number from 1 on"):
-        newton_inverse_root(identity, 0, 1e-5)
     with pytest.raises(TrainingError, match=r"features: .* not finite; lower the learning rate") as caught:
         inverse_root(torch.full((3, 3), torch.nan), 1e-5)
     assert "\n" not in str(caught.value)
@@ -259,14 +204,6 @@ def test_gradients_in_both_modes() -> None:
     torch.testing.assert_close(gradient, head.weight[1].expand(6, 7))
 
 
-def test_newton_head_equals_the_exact_one() -> None:
-    exact, f = trained(), features(16, 7, 4)
-    newton = WhitenedHead(7, 2, 3, eps=1e-3, method="newton", iterations=20).double()
-    newton.load_state_dict(exact.state_dict())
-    torch.testing.assert_close(newton(f), exact(f), rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(newton.weight, exact.weight, rtol=1e-8, atol=1e-8)
-
-
 def test_state_is_kept() -> None:
     head, other = trained(), WhitenedHead(7, 2, 3, eps=1e-3).double()
     assert set(head.state_dict()) == {"linear.weight", "linear.bias", "running_mean", "running_covariance", "batches"}
@@ -301,7 +238,3 @@ def test_head_refuses_in_words() -> None:
     for momentum in (0.0, 1.5):
         with pytest.raises(ConfigError, match=f"momentum={momentum}: must be a number from 0 to 1, 0 excluded"):
             WhitenedHead(7, 2, 3, momentum=momentum)
-    with pytest.raises(ConfigError, match="method='svd': use one of eigh, newton"):
-        WhitenedHead(7, 2, 3, method="svd")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="iterations=0"):
-        WhitenedHead(7, 2, 3, iterations=0)

@@ -27,6 +27,7 @@ from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation
 from medsd.saliency.integrated_gradients import IntegratedGradients
 from medsd.saliency.method import ClassMethod
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
+from medsd.saliency.metrics.scoring import Perturbation
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CATS, ESPRESSO, TRIPOD, MOPEDS = range(281, 286), 967, 872, (665, 670)
@@ -186,7 +187,7 @@ def test_what_is_removed_first_matters_most(network: nn.Module, x: Tensor) -> No
     noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0))
     step = 227 * 227 // 6
     deletion, insertion, by_chance = (
-        curve_area(curve(network, x, target, saliency, step_px=step)).mean()
+        curve_area(curve(network, x, target, saliency, Perturbation(step_px=step))).mean()
         for curve, saliency in ((deletion_curve, maps), (insertion_curve, maps), (insertion_curve, noise))
     )
     assert deletion < insertion - 0.2

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from medsd.checks import check_number
 from medsd.errors import ConfigError
 from medsd.saliency.method import targets_of
-from medsd.saliency.metrics.perturb import Baseline, baseline_image, perturbed_logits, pixel_ranks
-from medsd.saliency.metrics.scoring import check_several
+from medsd.saliency.metrics.perturb import perturbed_logits, pixel_ranks
+from medsd.saliency.metrics.scoring import PLAIN, Perturbation, check_several
 
 SHARES = tuple(step / 10 for step in range(10))
 
@@ -43,10 +43,8 @@ def masking_curve(
     x: Tensor,
     labels: Tensor,
     saliency: Tensor,
-    fill: Baseline = "mean",
+    how: Perturbation = PLAIN,
     shares: Sequence[float] = SHARES,
-    generator: torch.Generator | None = None,
-    batch_size: int = 32,
 ) -> MaskingCurve:
     """Mask the pixels of the greatest |saliency|, floor(share * H * W) of them in all channels, without retraining.
 
@@ -59,10 +57,8 @@ def masking_curve(
         x: (B, C, H, W) float images, as the network takes them.
         labels: (B,) class numbers.
         saliency: (B, H, W), signed; ranked by its absolute value.
-        fill: what masked pixels become; "mean" is the released code's for colour images.
+        how: what masked pixels become ("mean" is the released code's for colour images) and their order.
         shares: rising, at least two, in 0 to 1.
-        generator: orders pixels of equal saliency, on the device of `x`; None is torch's own.
-        batch_size: images in one pass.
 
     Raises:
         ConfigError: shares that do not rise within 0 to 1, or labels outside the classes.
@@ -75,8 +71,8 @@ def masking_curve(
     pixels = x.shape[2] * x.shape[3]
     # 0.7 * 10 is a little less than 7; a share means the whole number that it nearly gives.
     counts = [int(share * pixels + 1e-6) for share in shares]
-    ranks = pixel_ranks(saliency.abs(), generator)
-    logits = perturbed_logits(network, x, baseline_image(x, fill), ranks, counts, batch_size)
+    ranks = pixel_ranks(saliency.abs(), how.generator)
+    logits = perturbed_logits(network, x, how.replacement(x, "mean"), ranks, counts, how.batch_size)
     check_several(logits[:, 0])
     labels = targets_of(logits[:, 0], labels)
     correct = (logits.argmax(dim=2) == labels[:, None]).float()
@@ -89,11 +85,9 @@ def random_masking_curve(
     network: nn.Module,
     x: Tensor,
     labels: Tensor,
-    generator: torch.Generator,
     draws: int = 5,
-    fill: Baseline = "mean",
+    how: Perturbation = PLAIN,
     shares: Sequence[float] = SHARES,
-    batch_size: int = 32,
 ) -> MaskingCurve:
     """The control: the same procedure with pixels in random order, the mean of several draws.
 
@@ -108,7 +102,7 @@ def random_masking_curve(
     check_number("draws", draws, "[1, inf)", whole=True)
     # A map of equal pixels is ranked at random.
     nothing = x.new_zeros(x.shape[0], *x.shape[2:])
-    curves = [masking_curve(network, x, labels, nothing, fill, shares, generator, batch_size) for _ in range(draws)]
+    curves = [masking_curve(network, x, labels, nothing, how, shares) for _ in range(draws)]
     return MaskingCurve(
         curves[0].shares,
         torch.stack([curve.correct for curve in curves]).mean(dim=0),

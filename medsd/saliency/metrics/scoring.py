@@ -1,8 +1,9 @@
-"""What a network's answer to a changed image is worth, with classes or without."""
+"""How images are changed, and what a network's answer to them is worth, with classes or without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -13,10 +14,39 @@ from medsd.checks import check_choice
 from medsd.errors import NetworkError
 from medsd.networks.modes import evaluating
 from medsd.saliency.method import Target, check_logits, targets_of
+from medsd.saliency.metrics.perturb import Baseline, baseline_image
 
 Score = Literal["probability", "similarity"]
 """What is asked of a network about a changed image: the class's probability, or, of encoders without classes, how
-like the image's own its embedding is: their cosine, 0 where it is negative."""
+like the image's own its embedding is: their cosine, 0 where it is negative (our choice)."""
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How pixels are replaced in the order of a map, and what is asked of the network then.
+
+    Attributes:
+        baseline: what pixels become; None is what each measure's released code has: "zero" for deletion, "blur" for
+            insertion, "mean" for masking.
+        step_px: pixels a step of deletion and insertion; max(H * W // 100, 1) when None. Released: the side of the
+            image, which is 224 steps; Smooth Deep Saliency (arXiv 2404.02282): 1,792 of 224 x 224, 28 steps.
+        generator: orders pixels of equal saliency, on the device of the images; None is torch's own.
+        batch_size: images in one pass; more pays on a GPU only. On CPUs channels-last images are up to twice as fast.
+        score: of deletion and insertion; masking asks for the class.
+    """
+
+    baseline: Baseline | None = None
+    step_px: int | None = None
+    generator: torch.Generator | None = None
+    batch_size: int = 32
+    score: Score = "probability"
+
+    def replacement(self, x: Tensor, released: Baseline) -> Tensor:
+        """What the pixels of images become, in the shape of `x`."""
+        return baseline_image(x, released if self.baseline is None else self.baseline)
+
+
+PLAIN = Perturbation()
 
 
 def reader(score: Score) -> Callable[[object, int], Tensor]:

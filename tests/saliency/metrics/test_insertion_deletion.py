@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
 from medsd.saliency.metrics.masking import masking_curve
+from medsd.saliency.metrics.scoring import Perturbation
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -60,8 +61,8 @@ def rise(network: nn.Module, start: Tensor, end: Tensor, label: int, saliency: T
 @pytest.mark.parametrize("baseline", ["zero", "mean", "blur"])
 @pytest.mark.parametrize("step_px", [7, 13, 143, 500])
 def test_equals_a_plain_loop(network, x, saliency, baseline, step_px):
-    deletion = deletion_curve(network, x, LABELS, saliency, baseline, step_px, batch_size=10)
-    insertion = insertion_curve(network, x, LABELS, saliency, baseline, step_px)
+    deletion = deletion_curve(network, x, LABELS, saliency, Perturbation(baseline, step_px, batch_size=10))
+    insertion = insertion_curve(network, x, LABELS, saliency, Perturbation(baseline, step_px))
     for item, (image, label) in enumerate(zip(x, LABELS.tolist(), strict=True)):
         other = rise_baseline(image, baseline)
         for found, start, end in ((deletion, image, other), (insertion, other, image)):
@@ -73,10 +74,12 @@ def test_equals_a_plain_loop(network, x, saliency, baseline, step_px):
 
 def test_defaults_are_hundredths_zero_and_blur(network, x, saliency):
     assert torch.equal(
-        deletion_curve(network, x, LABELS, saliency), deletion_curve(network, x, LABELS, saliency, "zero", 1)
+        deletion_curve(network, x, LABELS, saliency),
+        deletion_curve(network, x, LABELS, saliency, Perturbation("zero", 1)),
     )
     assert torch.equal(
-        insertion_curve(network, x, LABELS, saliency), insertion_curve(network, x, LABELS, saliency, "blur", 1)
+        insertion_curve(network, x, LABELS, saliency),
+        insertion_curve(network, x, LABELS, saliency, Perturbation("blur", 1)),
     )
     wide = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 30, 2))
     curve = deletion_curve(wide, torch.randn(1, 3, 20, 30), torch.tensor([0]), torch.rand(1, 20, 30))
@@ -99,13 +102,13 @@ def test_areas_by_hand():
     """Pixels 0.4, 0.3, 0.2, 0.1 (times 2.5 each quarter): probabilities are sums of what is left."""
     x = torch.tensor([0.4, 0.3, 0.2, 0.1]).view(1, 1, 2, 2)
     label = torch.tensor([1])
-    deletion = deletion_curve(Share(), x, label, x[:, 0], step_px=1)[0]
+    deletion = deletion_curve(Share(), x, label, x[:, 0], Perturbation(step_px=1))[0]
     assert deletion.tolist() == pytest.approx([0.25, 0.15, 0.075, 0.025, 0], abs=1e-4)
-    insertion = insertion_curve(Share(), x, label, x[:, 0], "zero", 1)[0]
+    insertion = insertion_curve(Share(), x, label, x[:, 0], Perturbation("zero", 1))[0]
     assert insertion.tolist() == pytest.approx([0, 0.1, 0.175, 0.225, 0.25], abs=1e-4)
     assert float(curve_area(deletion[None])) == pytest.approx(0.09375, abs=1e-4)
     # The worst order of pixels has the most left on the way.
-    worst = curve_area(deletion_curve(Share(), x, label, -x[:, 0], step_px=1))
+    worst = curve_area(deletion_curve(Share(), x, label, -x[:, 0], Perturbation(step_px=1)))
     assert float(worst) == pytest.approx(0.15625, abs=1e-4)
 
 
@@ -125,8 +128,8 @@ def test_areas_in_closed_form():
     """A network that looks at k of N pixels, named in perfect order: k / 2N and 1 - k / 2N; a constant one: itself."""
     x, k, pixels = torch.ones(1, 1, 20, 30), 120, 600
     saliency = torch.arange(pixels, 0, -1).view(1, 20, 30).float()
-    deletion = deletion_curve(Counter(k), x, torch.tensor([1]), saliency, step_px=1)
-    insertion = insertion_curve(Counter(k), x, torch.tensor([1]), saliency, "zero", step_px=1)
+    deletion = deletion_curve(Counter(k), x, torch.tensor([1]), saliency, Perturbation(step_px=1))
+    insertion = insertion_curve(Counter(k), x, torch.tensor([1]), saliency, Perturbation("zero", 1))
     assert float(curve_area(deletion)) == pytest.approx(k / (2 * pixels), abs=1e-6)
     assert float(curve_area(insertion)) == pytest.approx(1 - k / (2 * pixels), abs=1e-6)
 
@@ -161,16 +164,17 @@ def test_equals_rise_at_224_px_in_steps_of_1792():
     network = nn.Sequential(nn.Conv2d(3, 4, 9, stride=8), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 27 * 27, 5)).eval()
     x, saliency = torch.randn(2, 3, 224, 224), torch.randn(2, 224, 224)
     for function, insert in ((deletion_curve, False), (insertion_curve, True)):
-        found = function(network, x, None, saliency, step_px=1792, batch_size=16)
+        found = function(network, x, None, saliency, Perturbation(step_px=1792, batch_size=16))
         assert found.shape == (2, 29)
         np.testing.assert_allclose(found, rise_batch(network, x, saliency, 1792, insert), atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [deletion_curve, insertion_curve])
 def test_a_batch_is_its_images_one_by_one(network, x, saliency, function):
-    together = function(network, x, LABELS, saliency, batch_size=11)
+    together = function(network, x, LABELS, saliency, Perturbation(batch_size=11))
     alone = [
-        function(network, x[i : i + 1], LABELS[i : i + 1], saliency[i : i + 1], batch_size=1) for i in range(len(x))
+        function(network, x[i : i + 1], LABELS[i : i + 1], saliency[i : i + 1], Perturbation(batch_size=1))
+        for i in range(len(x))
     ]
     np.testing.assert_allclose(together, torch.cat(alone), atol=1e-7)
     predicted = function(network, x, None, saliency)
@@ -186,19 +190,19 @@ def test_similarity_is_the_cosine_with_the_clean_embedding(network, x, saliency)
         flat = saliency.flatten(1).argsort(dim=1, descending=True)[:, :70]
         for item in range(3):
             middle[item].view(3, -1)[:, flat[item]] = 0
-        curve = deletion_curve(encoder, x, None, saliency, step_px=70, score="similarity")
+        curve = deletion_curve(encoder, x, None, saliency, Perturbation(step_px=70, score="similarity"))
         expected = nn.functional.cosine_similarity(pool(encoder(middle)), clean).clamp(min=0).detach()
         np.testing.assert_allclose(curve[:, 0], 1, atol=1e-6)
         np.testing.assert_allclose(curve[:, 1], expected, atol=1e-6)
-        insertion = insertion_curve(encoder, x, None, saliency, "zero", 70, score="similarity")
+        insertion = insertion_curve(encoder, x, None, saliency, Perturbation("zero", 70, score="similarity"))
         np.testing.assert_allclose(insertion[:, -1], 1, atol=1e-6)
         np.testing.assert_allclose(insertion[:, 0], curve[:, -1], atol=1e-6)
     with pytest.raises(NetworkError, match="class methods need logits"):
         deletion_curve(maps, x, None, saliency)
     with pytest.raises(NetworkError, match=r"similarity needs embeddings"):
-        deletion_curve(nn.Flatten(0), x, None, saliency, score="similarity")
+        deletion_curve(nn.Flatten(0), x, None, saliency, Perturbation(score="similarity"))
     with pytest.raises(ConfigError, match="score='cosine'"):
-        deletion_curve(network, x, None, saliency, score="cosine")
+        deletion_curve(network, x, None, saliency, Perturbation(score="cosine"))
 
 
 class Layouts(nn.Module):
@@ -215,18 +219,21 @@ class Layouts(nn.Module):
 def test_channels_last_images_stay_so(x, saliency, baseline):
     for images, kept in ((x, False), (x.contiguous(memory_format=torch.channels_last), True)):
         network = Layouts()
-        curves = [function(network, images, 1, saliency, baseline) for function in (deletion_curve, insertion_curve)]
+        curves = [
+            function(network, images, 1, saliency, Perturbation(baseline))
+            for function in (deletion_curve, insertion_curve)
+        ]
         assert network.seen == {kept}
-        plain = deletion_curve(Layouts(), x, 1, saliency, baseline)
+        plain = deletion_curve(Layouts(), x, 1, saliency, Perturbation(baseline))
         np.testing.assert_allclose(curves[0], plain, atol=1e-7)
 
 
 def test_bad_input_is_named(network, x, saliency):
     for function in (deletion_curve, insertion_curve):
         with pytest.raises(ConfigError, match="step_px=0"):
-            function(network, x, LABELS, saliency, step_px=0)
+            function(network, x, LABELS, saliency, Perturbation(step_px=0))
         with pytest.raises(ConfigError, match="baseline"):
-            function(network, x, LABELS, saliency, "noise")
+            function(network, x, LABELS, saliency, Perturbation("noise"))
         with pytest.raises(DatasetError, match="finite"):
             function(network, x, LABELS, saliency / 0)
         with pytest.raises(DatasetError, match="a \\(H, W\\) map an image"):
@@ -246,4 +253,4 @@ def test_one_logit_has_no_probability():
 def test_a_batch_of_none_is_refused():
     two = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError, match="batch_size=0: must be a whole number from 1 on"):
-        deletion_curve(two, torch.rand(2, 3, 8, 8), 0, torch.rand(2, 8, 8), batch_size=0)
+        deletion_curve(two, torch.rand(2, 3, 8, 8), 0, torch.rand(2, 8, 8), Perturbation(batch_size=0))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, DatasetError
 from medsd.saliency.metrics.masking import SHARES, masking_curve, random_masking_curve
 from medsd.saliency.metrics.perturb import baseline_image, perturbed_logits, pixel_ranks
+from medsd.saliency.metrics.scoring import Perturbation
 
 
 class PixelSum(nn.Module):
@@ -57,7 +58,7 @@ def curve_by_loops(network: nn.Module, image: Tensor, label: int, saliency: Tens
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 def test_equals_masking_pixel_by_pixel(fill):
     network, x, labels, saliency = network_and_images(side=5)  # 25 pixels: shares round down
-    curve = masking_curve(network, x, labels, saliency, fill, batch_size=7)
+    curve = masking_curve(network, x, labels, saliency, Perturbation(fill, batch_size=7))
     assert curve.shares.tolist() == pytest.approx(list(SHARES))
     for item in range(len(x)):
         colour = x[item].mean(dim=(1, 2)) if fill == "mean" else torch.zeros(3, dtype=torch.float64)
@@ -74,8 +75,8 @@ def test_a_true_map_loses_the_class_at_once_and_a_false_one_never():
     x = torch.ones(3, 1, 4, 4)
     labels = torch.ones(3, dtype=torch.int64)
     shares = (0.0, 0.25, 0.5, 0.75)
-    true = masking_curve(network, x, labels, weight.expand(3, -1, -1), "zero", shares)
-    false = masking_curve(network, x, labels, (1 - weight).expand(3, -1, -1), "zero", shares)
+    true = masking_curve(network, x, labels, weight.expand(3, -1, -1), Perturbation("zero"), shares)
+    false = masking_curve(network, x, labels, (1 - weight).expand(3, -1, -1), Perturbation("zero"), shares)
     assert true.correct.tolist() == [[1, 0, 0, 0]] * 3
     assert false.correct.tolist() == [[1, 1, 1, 1]] * 3
     assert true.area.tolist() == pytest.approx([1 / 6] * 3)  # half of the first of three steps
@@ -102,12 +103,12 @@ def test_random_control_masks_as_many_pixels_by_chance():
     network = PixelSum(weight, bias=-0.5)
     x, labels = torch.ones(400, 1, 10, 10), torch.ones(400, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    curve = random_masking_curve(network, x, labels, generator, draws=5, fill="zero", batch_size=4000)
+    curve = random_masking_curve(network, x, labels, 5, Perturbation("zero", None, generator, 4000))
     expected = 1 - torch.tensor(SHARES)  # the one pixel that counts is still there
     assert (curve.correct.mean(dim=0) - expected).abs().max() < 0.04
     assert ((curve.correct * 5).round() - curve.correct * 5).abs().max() < 1e-5  # a mean of five draws
     again = random_masking_curve(
-        network, x, labels, torch.Generator().manual_seed(0), draws=5, fill="zero", batch_size=999
+        network, x, labels, 5, Perturbation("zero", None, torch.Generator().manual_seed(0), 999)
     )
     assert torch.equal(curve.correct, again.correct)
 
@@ -163,9 +164,9 @@ def test_bad_maps_and_choices_are_named():
         with pytest.raises(DatasetError, match="saliency"):
             masking_curve(network, x, labels, wrong)
     with pytest.raises(ConfigError, match="baseline='median'"):
-        masking_curve(network, x, labels, saliency, "median")
+        masking_curve(network, x, labels, saliency, Perturbation("median"))
     with pytest.raises(ConfigError, match="draws=0"):
-        random_masking_curve(network, x, labels, torch.Generator(), draws=0)
+        random_masking_curve(network, x, labels, draws=0)
 
 
 def test_replacing_all_or_nothing():

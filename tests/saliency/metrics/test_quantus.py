@@ -12,7 +12,8 @@ from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.insertion_deletion import deletion_curve
 from medsd.saliency.metrics.pointing import energy_pointing, pointing_game
 from medsd.saliency.metrics.randomisation import randomised_cascade
-from medsd.saliency.metrics.robustness import sensitivity
+from medsd.saliency.metrics.robustness import Noise, sensitivity
+from medsd.saliency.metrics.scoring import Perturbation
 
 quantus = pytest.importorskip("quantus")
 
@@ -59,7 +60,7 @@ def test_pixel_flipping_is_deletion(network, x, maps):
     """12 pixels of three channels a step; Quantus has no score before the first step (its area fails with numpy 2)."""
     options = {"features_in_step": 36, "perturb_baseline": 0.0, **QUIET}
     curves = np.array(call(quantus.PixelFlipping(**options), network, x, maps, softmax=True))
-    found = deletion_curve(network, x, LABELS, maps, "zero", 12)
+    found = deletion_curve(network, x, LABELS, maps, Perturbation("zero", 12))
     np.testing.assert_allclose(found[:, 1:], curves, atol=1e-6)
 
 
@@ -90,7 +91,7 @@ def test_max_sensitivity(network, x):
     drawn = iter(noise)
     metric = quantus.MaxSensitivity(nr_samples=3, perturb_func=lambda arr, **_options: arr + next(drawn), **QUIET)
     expected = call(metric, network, x, Gradient(network, None)(x, LABELS), explain_func=explain)
-    found = sensitivity(Gradient(network, None), x, LABELS, radius=0.1, samples=3)
+    found = sensitivity(Gradient(network, None), x, LABELS, Noise(0.1, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

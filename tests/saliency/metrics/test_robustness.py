@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.method import Target
-from medsd.saliency.metrics.robustness import infidelity, sensitivity
+from medsd.saliency.metrics.robustness import Noise, infidelity, sensitivity
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -56,7 +58,7 @@ def at_pixels(maps: Tensor, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("normalise", [True, False])
 def test_infidelity_is_captums(network, x, normalise):
     method = Gradient(network, "0")
-    found = infidelity(method, x, LABELS, deviation=0.3, samples=6, seed=4, normalise=normalise)
+    found = infidelity(method, x, LABELS, noise=Noise(0.3, 6, 4), normalise=normalise)
     assert network.training
     network.eval()
     noise = torch.stack(draws("normal", 6, 4, x.shape[1:])) * 0.3
@@ -84,9 +86,7 @@ def test_sensitivity_is_captums(network, x):
         n_perturb_samples=5,
         target=LABELS,
     )
-    np.testing.assert_allclose(
-        sensitivity(method, x, LABELS, radius=0.1, samples=5, seed=3), expected, rtol=1e-4, atol=1e-7
-    )
+    np.testing.assert_allclose(sensitivity(method, x, LABELS, Noise(0.1, 5, 3)), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_sensitivity_by_its_definition(network, x):
@@ -96,7 +96,7 @@ def test_sensitivity_by_its_definition(network, x):
     changes = torch.stack([(method(x + 0.02 * e, LABELS).flatten(1) - clean).norm(dim=1) for e in noise])
     expected = (changes / clean.norm(dim=1)).amax(dim=0)
     assert expected.min() > 0
-    np.testing.assert_allclose(sensitivity(method, x, LABELS, samples=4), expected, rtol=1e-4)
+    np.testing.assert_allclose(sensitivity(method, x, LABELS, Noise(0.02, 4)), expected, rtol=1e-4)
 
 
 def test_of_a_linear_network():
@@ -108,7 +108,7 @@ def test_of_a_linear_network():
         assert infidelity(method, x, 1, normalise=normalise).max() < 1e-9
     assert sensitivity(method, x, 1).max() < 1e-6
     wrong = weight.expand(2, -1, -1) + torch.tensor([0.5, 1.0])[:, None, None]
-    found = infidelity(method, x, 1, wrong, deviation=0.1, samples=4000, normalise=False, batch_size=9000)
+    found = infidelity(method, x, 1, wrong, Noise(0.1, 4000, batch_size=9000), normalise=False)
     np.testing.assert_allclose(found, [0.01 * 0.25 * 72, 0.01 * 72], rtol=0.1)
     # Normalised, a map of another unit is as good, and the other class's constant logit needs none.
     assert infidelity(method, x, 1, 50 * weight.expand(2, -1, -1)).max() < 1e-6
@@ -120,14 +120,15 @@ def test_an_image_stands_alone_whatever_the_batch_and_seeds_are_kept(network, x)
     method = Gradient(network, "0")
     state = torch.random.get_rng_state()
     for measure in (infidelity, sensitivity):
-        whole = measure(method, x, LABELS, samples=7)
-        alone = torch.cat([measure(method, x[i : i + 1], LABELS[i : i + 1], samples=7) for i in range(3)])
+        seven = partial(Noise, 0.1, samples=7)
+        whole = measure(method, x, LABELS, noise=seven())
+        alone = torch.cat([measure(method, x[i : i + 1], LABELS[i : i + 1], noise=seven()) for i in range(3)])
         np.testing.assert_allclose(whole, alone, rtol=1e-3)
-        np.testing.assert_allclose(whole, measure(method, x, LABELS, samples=7, batch_size=1), rtol=1e-3)
-        assert torch.equal(whole, measure(method, x, LABELS, samples=7))
-        assert not torch.equal(whole, measure(method, x, LABELS, samples=7, seed=1))
-        predicted = measure(method, x, None, samples=7)
-        np.testing.assert_allclose(predicted, measure(method, x, network(x).argmax(1), samples=7), rtol=1e-6)
+        np.testing.assert_allclose(whole, measure(method, x, LABELS, noise=seven(batch_size=1)), rtol=1e-3)
+        assert torch.equal(whole, measure(method, x, LABELS, noise=seven()))
+        assert not torch.equal(whole, measure(method, x, LABELS, noise=seven(seed=1)))
+        predicted = measure(method, x, None, noise=seven())
+        np.testing.assert_allclose(predicted, measure(method, x, network(x).argmax(1), noise=seven()), rtol=1e-6)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -141,7 +142,7 @@ def test_label_free_methods_and_one_class_for_all(network, x):
             return x.mean(dim=1)
 
     method = MeanOfChannels(nn.Conv2d(3, 4, 3))  # maps: no classes
-    scores = sensitivity(method, x, radius=0.5, samples=3)
+    scores = sensitivity(method, x, noise=Noise(0.5, 3))
     noise = torch.stack([e.mean(dim=0) for e in draws("uniform", 3, 0, x.shape[1:])]) * 0.5
     expected = noise.flatten(1).norm(dim=1).max() / x.mean(dim=1).flatten(1).norm(dim=1)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
@@ -155,10 +156,10 @@ def test_label_free_methods_and_one_class_for_all(network, x):
 
 def test_bad_input_is_named(network, x):
     method = Gradient(network, None)
-    with pytest.raises(ConfigError, match="deviation=0"):
-        infidelity(method, x, deviation=0)
+    with pytest.raises(ConfigError, match="size=0"):
+        Noise(0)
     with pytest.raises(ConfigError, match="samples=0"):
-        sensitivity(method, x, samples=0)
+        Noise(0.1, samples=0)
     with pytest.raises(DatasetError, match="images"):
         sensitivity(method, x[0])
     with pytest.raises(DatasetError, match="2 maps of 3 images"):
@@ -175,9 +176,7 @@ def test_infidelity_of_what_is_explained_is_zero() -> None:
     x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
     one_channel = nn.Sequential(nn.Flatten(), nn.Linear(25, 3)).double()
     for output in ("logit", "evidence"):
-        found = infidelity(Gradient(one_channel, None, output), x[:, :1], output=output, normalise=False)
+        found = infidelity(Gradient(one_channel, None, output), x[:, :1], normalise=False)
         assert found.abs().max() < 1e-10
-    crossed = infidelity(Gradient(linear, None, "evidence"), x, output="logit")
+    crossed = infidelity(Gradient(linear), x, maps=Gradient(linear, None, "evidence")(x))
     assert crossed.min() > 1e-6
-    with pytest.raises(ConfigError, match="output='logits'"):
-        infidelity(Gradient(linear), x, output="logits")  # type: ignore[arg-type]
