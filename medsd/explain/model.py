@@ -10,7 +10,7 @@ from torch import nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.classifier import ImageNetInput, create_encoder
-from medsd.networks.modes import usable_device
+from medsd.networks.modes import full_name, usable_device
 from medsd.networks.start import ENCODER_FORMAT, load_encoder
 from medsd.networks.weights import ModelCard, load_classifier, read_tensors, unreadable_card
 
@@ -73,13 +73,8 @@ class Model:
         wanted = name or calibrated or (str(stages[-1]["module"]) if stages else None)
         if wanted is None:
             raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
-        known, inside = ([layer for layer, _ in part.named_modules() if layer] for part in (self.network, self.encoder))
-        if wanted in known:
-            return wanted
-        if wanted not in inside:
-            hint = nearest(wanted, [*inside, *known, INPUT])
-            raise NetworkError(f"layer '{wanted}': {self.name} has no such layer{hint}")
-        return f"encoder.{wanted}"
+        inside = "" if self.encoder is self.network else "encoder"
+        return full_name(self.network, wanted, inside, also=[INPUT])
 
     def target(self, name: str) -> int | None:
         """The number of a class given by name or number; None for "predicted".

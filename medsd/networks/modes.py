@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -59,10 +59,29 @@ def uncompiled() -> AbstractContextManager[object]:
 
 def layer_named(network: nn.Module, name: str) -> nn.Module:
     """The module of that name, as in `named_modules`."""
-    modules: dict[str, nn.Module] = dict(network.named_modules())
-    if not name or name not in modules:
-        raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{nearest(name, modules)}")
-    return modules[name]
+    return network.get_submodule(full_name(network, name))
+
+
+def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[str] = ()) -> str:
+    """A layer's name in the network, given so or, where there is no such one, as its name in the part `inside`.
+
+    Args:
+        network: any module.
+        name: as in `named_modules`; the network itself is no layer of it.
+        inside: the name of a part; "" is the network.
+        also: what else could have been meant, for the message.
+
+    Raises:
+        NetworkError: there is no such layer; the message names the nearest.
+    """
+    known = [layer for layer, _ in network.named_modules() if layer]
+    below = f"{inside}." if inside else ""
+    for wanted in (name, below + name):
+        if wanted in known:
+            return wanted
+    shown = [layer.removeprefix(below) for layer in known if layer.startswith(below)]
+    hint = nearest(name, [*shown, *known, *also])
+    raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{hint}")
 
 
 def map_of_layer(layer: str, output: object) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.modes import map_of_layer, uncompiled
-from medsd.saliency.method import Attribution, ClassMethod, Output, Target, check_logits, evidence, targets_of
+from medsd.saliency.method import Attribution, ClassMethod, Output, Target, evidence, targets_of
 from medsd.saliency.registry import CAPTUM, check_options
 
 _SQUARES = 8  # along each side of an image, where a part of it is left out at a time (our choice)
@@ -39,7 +39,7 @@ class CaptumMethod(ClassMethod):
 
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         with torch.no_grad():
-            logits = check_logits(self.network(images.clone()), len(images))
+            logits = self.logits(images.clone())
         numbers, kind = targets_of(logits, target), _attribution(self.name)
         made, called = (_parameters(kind, function) for function in ("__init__", "attribute"))
         chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}

@@ -12,15 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 from medsd.errors import NetworkError
 from medsd.saliency.gradient import gradient_at
 from medsd.saliency.hidden import tapped
-from medsd.saliency.method import (
-    Attribution,
-    ClassMethod,
-    Target,
-    baseline_images,
-    check_logits,
-    explained_output,
-    targets_of,
-)
+from medsd.saliency.method import Attribution, ClassMethod, Target, baseline_images, targets_of
 from medsd.saliency.rescale import Rescale
 
 _LOG = logging.getLogger(__name__)
@@ -49,9 +41,9 @@ class DeepLift(ClassMethod):
         with tapped(self.network, self.module) as hidden:
             with Rescale(len(images)):
                 both = torch.cat([images, baseline_images(images, self.baseline)])
-                logits, reference_logits = check_logits(self.network(both), len(both)).chunk(2)
+                logits, reference_logits = self.logits(both).chunk(2)
             numbers = targets_of(logits, target)
-            explained = explained_output(logits, numbers, self.output)
+            explained = self.explained(logits, numbers)
             try:
                 multiplier, _ = gradient_at(hidden, explained).chunk(2)
             except CheckpointError as error:
@@ -61,7 +53,7 @@ class DeepLift(ClassMethod):
                 ) from error
             activation, reference = hidden.activation.detach().chunk(2)
             values = multiplier * (activation - reference)
-            change = explained.detach() - explained_output(reference_logits, numbers, self.output).detach()
+            change = explained.detach() - self.explained(reference_logits, numbers).detach()
             self._tell_missed(values.flatten(1).double(), change)
         return Attribution(values, logits.detach(), numbers)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError
 from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.method import Attribution, ClassMethod, Target, check_logits, explained_output, targets_of
+from medsd.saliency.method import Attribution, ClassMethod, Target, targets_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Gradient(ClassMethod):
 
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         with tapped(self.network, self.module) as hidden:
-            logits = check_logits(self.network(images), len(images))
+            logits = self.logits(images)
             numbers = targets_of(logits, target)
-            gradient = gradient_at(hidden, explained_output(logits, numbers, self.output))
+            gradient = gradient_at(hidden, self.explained(logits, numbers))
             return Attribution(self.weigh(gradient, hidden.activation.detach()), logits.detach(), numbers)
 
     def weigh(self, gradient: Tensor, activation: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class SmoothGrad(Gradient):
 
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         with torch.no_grad():
-            logits = check_logits(self.network(images.clone()), len(images))
+            logits = self.logits(images.clone())
         numbers = targets_of(logits, target)
         generator = torch.Generator().manual_seed(self.seed)
         total = images.new_zeros(())

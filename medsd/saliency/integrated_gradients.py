@@ -11,15 +11,7 @@ from torch import Tensor
 from medsd.checks import check_number
 from medsd.saliency.gradient import gradient_at
 from medsd.saliency.hidden import HiddenLayer, tapped
-from medsd.saliency.method import (
-    Attribution,
-    ClassMethod,
-    Target,
-    baseline_images,
-    check_logits,
-    explained_output,
-    targets_of,
-)
+from medsd.saliency.method import Attribution, ClassMethod, Target, baseline_images, targets_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +50,7 @@ class IntegratedGradients(ClassMethod):
                 for part in parts:
                     self.network(references[part])
                     starts.append(hidden.activation.detach())
-                    logits.append(check_logits(self.network(images[part]), len(images[part])))
+                    logits.append(self.logits(images[part]))
                     changes.append(hidden.activation.detach() - starts[-1])
             numbers = targets_of(torch.cat(logits), target)
             values = [
@@ -77,8 +69,8 @@ class IntegratedGradients(ClassMethod):
         total = torch.zeros_like(change)
         for some, its_weights in zip(*(torch.split(values, at_once) for values in pair), strict=True):
             hidden.instead = torch.cat([start + place * change for place in some])
-            logits = check_logits(self.network(images.repeat(len(some), 1, 1, 1)), len(some) * len(images))
-            explained = explained_output(logits, numbers.repeat(len(some)), self.output)
+            logits = self.logits(images.repeat(len(some), 1, 1, 1))
+            explained = self.explained(logits, numbers.repeat(len(some)))
             gradients = gradient_at(hidden, explained).reshape(len(some), *total.shape)
             total += torch.tensordot(its_weights, gradients, dims=1)
         hidden.instead = None

@@ -110,6 +110,14 @@ class ClassMethod(ABC):
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         """The method itself, for images that have been checked; called in eval mode, with gradients on."""
 
+    def logits(self, images: Tensor) -> Tensor:
+        """The network's logits (B, K) of images, checked."""
+        return check_logits(self.network(images), len(images))
+
+    def explained(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What is explained, (B,), of logits (B, K) and class numbers (B,)."""
+        return explained_output(logits, target, self.output)
+
     def over_channels(self, values: Tensor) -> Tensor:
         """Attributions (B, C, h, w) as maps (B, h, w): the plain signed mean, as in arXiv 2404.02282's code."""
         return values.mean(dim=1)

@@ -32,7 +32,8 @@ class Components:
         maps: (B, r, H, W) float64, signed: the channels summed with the weights of channel vector u_j, sum_i u_ij F_i,
             which is s_j v_j for an SVD. The sign of each is arbitrary.
         values: (B, r) float64 singular values s_j; with Tucker the norms of the core's slices G[j], which need not
-            fall strictly.
+            fall strictly. The first gap s_1 / s_2 says how firmly the first vector, and with it EigenCAM and TSM, is
+            determined.
     """
 
     maps: Tensor
@@ -70,14 +71,6 @@ def decompose(features: Tensor, centred: bool = False) -> Components:
     kept = values > torch.maximum(LEAST_VALUE * values[:, :1], floor)
     maps = torch.where(kept[:, :, None], maps, 0.0).reshape(len(maps), -1, *features.shape[2:])
     return Components(maps, torch.where(kept, values, 0.0))
-
-
-def spectrum(features: Tensor, centred: bool = False) -> Tensor:
-    """Singular values (B, min(C, H W)) float64 of each image's features, falling; see `decompose`.
-
-    Their first gap s_1 / s_2 says how firmly the first vector, and with it EigenCAM and TSM, is determined.
-    """
-    return decompose(features, centred).values
 
 
 def tucker(features: Tensor, ranks: Ranks = None, n_iter_max: int = 100, tol: float = 1e-4) -> Components:

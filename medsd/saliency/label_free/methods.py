@@ -39,17 +39,14 @@ class LabelFree:
     map_of: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
-        layer_named(self.network, self._layer)
-
-    @property
-    def _layer(self) -> str:
         if self.layer is None:
             raise ConfigError("layer=None: label-free methods take a layer's activations apart; name a layer")
-        return self.layer
+        layer_named(self.network, self.layer)
 
     def __call__(self, x: Tensor, target: Target = None) -> Tensor:
         """Maps (B, h, w) of images (B, C, H, W), see `Method`; the target is not looked at."""
-        return finite(self.map_of(activations(self.network, self._layer, x)), self._layer)
+        assert self.layer is not None
+        return finite(self.map_of(activations(self.network, self.layer, x)), self.layer)
 
 
 def activations(network: nn.Module, layer: str, x: Tensor) -> Tensor:

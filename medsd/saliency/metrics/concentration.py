@@ -1,4 +1,7 @@
-"""How concentrated and how smooth maps are, whatever their scale; a map that is 0 everywhere counts as constant."""
+"""How concentrated and how smooth maps are, whatever their scale; a map that is 0 everywhere counts as constant.
+
+Maps are (B, H, W). Raises DatasetError: they are not, or not finite.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,6 @@ def gini_index(maps: Tensor) -> Tensor:
     """The Gini index of |map|, (B,): 0 where constant, (n - 1) / n where one of n pixels holds everything.
 
     As a measure of sparsity: Hurley and Rickard 2009 (arXiv 0811.4706).
-
-    Args:
-        maps: (B, H, W).
-
-    Raises:
-        DatasetError: the maps are not (B, H, W) or not finite.
     """
     shares = _shares(maps).sort(dim=1).values
     count = shares.shape[1]
@@ -31,12 +28,6 @@ def normalised_entropy(maps: Tensor) -> Tensor:
     """Entropy of |map| / sum |map| over the logarithm of the number of pixels, (B,): 1 constant, 0 one pixel.
 
     A map of a single pixel is constant.
-
-    Args:
-        maps: (B, H, W).
-
-    Raises:
-        DatasetError: the maps are not (B, H, W) or not finite.
     """
     shares = _shares(maps)
     count = shares.shape[1]
@@ -51,12 +42,6 @@ def total_variation(maps: Tensor) -> Tensor:
 
     Anisotropic total variation (Rudin, Osher and Fatemi 1992 is the isotropic one), made free of size and scale (our
     choice). The differences are those of the map as given, signed or absolute.
-
-    Args:
-        maps: (B, H, W).
-
-    Raises:
-        DatasetError: the maps are not (B, H, W) or not finite.
     """
     check_maps(maps)
     maps = maps.double()

@@ -2,6 +2,8 @@
 
 Whole-slide maps have places that were not seen and a tissue mask: `medsd.evaluate.scores.inside_share` is the same
 measure for one such map, in numpy and without torch; here are batches of whole images.
+
+Maps are (B, H, W), signed, regions (B, H, W) bool. Raises DatasetError: shapes differ, or maps that are not finite.
 """
 
 from __future__ import annotations
@@ -21,13 +23,6 @@ def energy_pointing(maps: Tensor, region: Tensor) -> Tensor:
 
     The energy-based pointing game (Wang et al. 2020, Score-CAM), with the clamp at 0 and the bound of the code of
     Rao et al. 2023 (Model-Guidance), which counts such maps as 0 or leaves them out: left out here.
-
-    Args:
-        maps: (B, H, W), signed.
-        region: (B, H, W) bool.
-
-    Raises:
-        DatasetError: shapes differ, or maps that are not finite.
     """
     check_region(maps, region)
     positive = maps.clamp(min=0).double()
@@ -41,13 +36,6 @@ def pointing_game(maps: Tensor, region: Tensor) -> Tensor:
 
     The pointing game (Zhang et al. 2018, Excitation Backprop) without its tolerance of 15 px. Of several pixels with
     that value their share inside counts, so that a binary mask is not judged by the order of its pixels (our choice).
-
-    Args:
-        maps: (B, H, W), signed.
-        region: (B, H, W) bool.
-
-    Raises:
-        DatasetError: shapes differ, or maps that are not finite.
     """
     check_region(maps, region)
     greatest = maps.amax(dim=(1, 2), keepdim=True)
@@ -68,13 +56,6 @@ def best_iou(maps: Tensor, region: Tensor) -> Tensor:
     is what a constant map gets and what to print beside it. The threshold is chosen with the region in hand, image by
     image, so this bounds what any fixed threshold can reach (our choice; MaxBoxAcc of Choe et al. 2020 chooses one
     threshold for all images).
-
-    Args:
-        maps: (B, H, W), signed.
-        region: (B, H, W) bool.
-
-    Raises:
-        DatasetError: shapes differ, or maps that are not finite.
     """
     check_region(maps, region)
     values, order = maps.flatten(1).sort(dim=1, descending=True)

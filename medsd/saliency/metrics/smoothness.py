@@ -1,4 +1,7 @@
-"""How smooth attributions are before their channels are averaged: variation, and the checkerboard of stride 2."""
+"""How smooth attributions are before their channels are averaged: variation, and the checkerboard of stride 2.
+
+Attributions are (B, C, h, w), signed; a map is `maps[:, None]`. Raises DatasetError: they are not, or not finite.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,6 @@ def normalised_variation(attributions: Tensor) -> Tensor:
     over max(mean |value|, 1e-6); then sum |vertical differences| + sum |horizontal differences| over C h w.
     `concentration.total_variation` is another measure: of one map, which is not centred (an offset lowers it), and per
     pair of pixels rather than per pixel (about half as much). A channel much smaller than 1e-6 counts as constant.
-
-    Args:
-        attributions: (B, C, h, w), signed; a map is `maps[:, None]`.
-
-    Raises:
-        DatasetError: the attributions are not (B, C, h, w) or not finite.
     """
     _check(attributions)
     values = attributions.double()
@@ -39,12 +36,6 @@ def nyquist_energy(attributions: Tensor) -> Tensor:
     The energy is |FFT|^2 over all channels, the constant part included; the share is that of row h / 2 and column
     w / 2, where a stride of 2 leaves its checkerboard. The measure is our choice (the paper shows the pattern, it does
     not measure it so). An odd side has no such row: its last row or column is left out; a side of 1 cannot alternate.
-
-    Args:
-        attributions: (B, C, h, w), signed; a map is `maps[:, None]`.
-
-    Raises:
-        DatasetError: the attributions are not (B, C, h, w) or not finite.
     """
     _check(attributions)
     height, width = (side - side % 2 if side > 1 else 1 for side in attributions.shape[2:])

@@ -57,6 +57,11 @@ class Box:
             for column_weight, copy in zip(across, self._shifted(rows, 3, len(across)), strict=True):
                 yield row_weight * column_weight / total, copy
 
+    def smooth_gradient(self, x: Tensor) -> Tensor:
+        """x, whose gradient will be smoothed."""
+        smoothed: Tensor = SmoothedGradient.apply(x, self)  # type: ignore[no-untyped-call]
+        return smoothed
+
     def _weights(self, stride: int) -> list[int]:
         if self.boundary == "symmetric" and stride % 2 == 0:
             return [1, *[2] * (stride - 1), 1]

@@ -7,9 +7,9 @@ in the whole process, since compiled code may not see hooks. Hooks sit on the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from medsd.errors import NetworkError
 from medsd.networks.modes import uncompiled
 from medsd.saliency.smooth.bilinear import Surrogate
-from medsd.saliency.smooth.box import Boundary, Box, SmoothedGradient
-from medsd.saliency.smooth.points import Also, input_of, strided_points
+from medsd.saliency.smooth.box import Boundary, Box
+from medsd.saliency.smooth.points import Also, strided_points
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def backward_hook(network: nn.Module, boundary: Boundary = "circular", also: Seq
     """
     with ExitStack() as stack:
         for point in strided_points(network, also):
-            _before(stack, point.module, _smoothing_gradients(Box(point.stride, boundary)))
+            stack.callback(point.before(Box(point.stride, boundary).smooth_gradient).remove)
         stack.enter_context(uncompiled())
         yield
 
@@ -70,9 +70,9 @@ def forward_hook(
         for point in points:
             box = Box(point.stride, boundary)
             if isinstance(point.module, nn.MaxPool2d):
-                _after(stack, point.module, _mean_over_shifts(point.module, box))
+                stack.callback(point.after(partial(_mean_over_shifts, point.module, box)).remove)
             else:  # linear, so the mean goes inside
-                _before(stack, point.module, box)
+                stack.callback(point.before(box).remove)
         stack.enter_context(uncompiled())
         yield
 
@@ -95,50 +95,17 @@ def surrogate(network: nn.Module, surrogate: Surrogate) -> Iterator[None]:
         raise NetworkError("no strided module but the stem, which is never replaced; use backward_hook")
     with ExitStack() as stack:
         for point in points:
-            _after(stack, point.module, _replacing(surrogate, point.name))
+            stack.callback(point.after(partial(_replaced, surrogate, point.name)).remove)
         stack.enter_context(uncompiled())
         yield
 
 
-def _before(stack: ExitStack, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the module's input, until the stack is closed."""
-
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        changed = change(input_of(inputs, named))
-        return ((changed, *inputs[1:]), named) if inputs else ((), {**named, "input": changed})
-
-    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+def _mean_over_shifts(module: nn.MaxPool2d, box: Box, x: Tensor, output: Tensor) -> Tensor:
+    # Not module(...), which would run this hook again.
+    outputs = (weight * module.forward(copy) for weight, copy in box.copies(x))
+    return sum(outputs, torch.zeros_like(output))
 
 
-def _after(stack: ExitStack, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Change the module's output, given input and output, until the stack is closed."""
-
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-        return change(input_of(inputs, named), output)
-
-    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-
-
-def _smoothing_gradients(box: Box) -> Callable[[Tensor], Tensor]:
-    def change(x: Tensor) -> Tensor:
-        smoothed: Tensor = SmoothedGradient.apply(x, box)  # type: ignore[no-untyped-call]
-        return smoothed
-
-    return change
-
-
-def _mean_over_shifts(module: nn.Module, box: Box) -> Callable[[Tensor, Tensor], Tensor]:
-    def change(x: Tensor, output: Tensor) -> Tensor:
-        # Not module(...), which would run this hook again.
-        outputs = (weight * module.forward(copy) for weight, copy in box.copies(x))
-        return sum(outputs, torch.zeros_like(output))
-
-    return change
-
-
-def _replacing(surrogate: Surrogate, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    def change(x: Tensor, output: Tensor) -> Tensor:
-        replaced: Tensor = surrogate(name, x, output.shape[2:])
-        return replaced
-
-    return change
+def _replaced(surrogate: Surrogate, name: str, x: Tensor, output: Tensor) -> Tensor:
+    replaced: Tensor = surrogate(name, x, output.shape[2:])
+    return replaced

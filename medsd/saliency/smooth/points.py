@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from medsd.checks import check_choice
 from medsd.errors import NetworkError
@@ -29,6 +30,23 @@ class Point:
     module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
     stride: tuple[int, int]
     stem: bool
+
+    def before(self, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Change the module's input, until the hook is removed."""
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            changed = change(_input_of(inputs, named))
+            return ((changed, *inputs[1:]), named) if inputs else ((), {**named, "input": changed})
+
+        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def after(self, change: Callable[[Tensor, Tensor], Tensor | None]) -> RemovableHandle:
+        """Change the module's output, given input and output, until the hook is removed; None leaves it."""
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+            return change(_input_of(inputs, named), output)
+
+        return self.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point, ...]:
@@ -68,7 +86,7 @@ def strided_points(network: nn.Module, also: Sequence[Also] = ()) -> tuple[Point
     return tuple(points)
 
 
-def input_of(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+def _input_of(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
     """What a convolution or pooling was given, by place or by the name that torch gives it."""
     x: Tensor = inputs[0] if inputs else named["input"]
     return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from medsd.networks.modes import evaluating, uncompiled
 from medsd.progress import Progress, no_progress
 from medsd.saliency.method import check_images
 from medsd.saliency.smooth.bilinear import Surrogate
-from medsd.saliency.smooth.points import Also, input_of, strided_points
+from medsd.saliency.smooth.points import Also, strided_points
 
 _Visit = Callable[[str, Tensor, Tensor], None]
 
@@ -180,12 +180,9 @@ def _epoch(
 def _visited(network: nn.Module, also: Sequence[Also], visit: _Visit) -> Iterator[None]:
     """Inside the block the network is in eval mode and each strided module's name, input and output are shown."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
-        return lambda _module, inputs, named, output: visit(name, input_of(inputs, named), output)
-
     with evaluating(network), uncompiled(), ExitStack() as stack:
         for point in strided_points(network, also):
-            stack.callback(point.module.register_forward_hook(hook(point.name), with_kwargs=True).remove)
+            stack.callback(point.after(partial(visit, point.name)).remove)
         yield
 
 

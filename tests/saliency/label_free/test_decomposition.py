@@ -12,7 +12,7 @@ from tensorly.decomposition import tucker as tensorly_tucker
 from torch import Tensor
 
 from medsd.errors import ConfigError, DatasetError
-from medsd.saliency.label_free.decomposition import LEAST_VALUE, checked_ranks, decompose, spectrum, tucker
+from medsd.saliency.label_free.decomposition import LEAST_VALUE, checked_ranks, decompose, tucker
 
 SHAPES = [(40, 5, 4), (20, 4, 5), (6, 7, 9), (1, 3, 3), (5, 1, 1), (3, 1, 2)]
 
@@ -52,7 +52,7 @@ def test_equals_the_svd(shape: tuple[int, int, int], centred: bool) -> None:
 def test_spectrum_is_the_singular_values() -> None:
     features = features_of((2, 30, 4, 4)).float()
     expected = np.linalg.svd(features.double().flatten(2).numpy(), compute_uv=False)
-    values = spectrum(features)
+    values = decompose(features).values
     assert values.dtype == torch.float64
     np.testing.assert_allclose(values, expected, rtol=1e-10)
     assert (values.diff(dim=1) <= 0).all()
@@ -72,7 +72,7 @@ def test_a_value_well_above_rounding_is_kept_and_one_below_dropped() -> None:
     features = torch.zeros(1, 50, 4, 4, dtype=torch.float64)
     for channel, size in enumerate((1.0, 4 * LEAST_VALUE, LEAST_VALUE / 4)):
         features[0, channel, 0, channel] = size
-    values = spectrum(features)[0]
+    values = decompose(features).values[0]
     assert values[1] == pytest.approx(4 * LEAST_VALUE, rel=1e-2)
     assert not values[2:].any()
 
@@ -206,7 +206,7 @@ def test_options_that_cannot_be_are_told(options: dict[str, float]) -> None:
     ],
 )
 def test_bad_features_are_told(features: Tensor) -> None:
-    for function in (decompose, spectrum, tucker):
+    for function in (decompose, tucker):
         with pytest.raises(DatasetError, match=r"^features"):
             function(features)
 

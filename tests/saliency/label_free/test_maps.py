@@ -15,7 +15,7 @@ from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import Tensor
 
 from medsd.errors import ConfigError, DatasetError
-from medsd.saliency.label_free.decomposition import spectrum
+from medsd.saliency.label_free.decomposition import decompose
 from medsd.saliency.label_free.maps import channel_energy, eigencam, mean_map, mtsm, multivec_eigencam, tsm
 
 MapFunction = Callable[[Tensor], Tensor]
@@ -68,7 +68,9 @@ def two_blobs() -> Tensor:
 )
 def test_two_blobs_tell_the_weightings_apart(name: str, second: float) -> None:
     features = two_blobs()
-    torch.testing.assert_close(spectrum(features)[0, :3], torch.tensor([9.0, 6, 0]).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        decompose(features).values[0, :3], torch.tensor([9.0, 6, 0]).double(), rtol=0, atol=1e-10
+    )
     expected = torch.zeros(8, 8, dtype=torch.float64)
     expected[1:4, 1:4], expected[4:7, 5:8] = 1, second
     # Weights c normalise inside, with the small constant of the released code.
@@ -173,7 +175,7 @@ def test_reference_equals_the_released_code_with_its_sign(shape: tuple[int, int,
     assert value.dtype == torch.float32
     scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
     assert (np.abs(value.numpy() - expected) <= 1e-5 * scale).all()
-    ours, values = eigencam(features).numpy(), spectrum(features, centred=True)
+    ours, values = eigencam(features).numpy(), decompose(features, centred=True).values
     sign = np.sign((ours * expected).sum(axis=(1, 2), keepdims=True))
     firm = (values[:, 0] > 1.02 * values[:, 1:2].sum(dim=1)).numpy()  # in float32 the others turn
     assert (np.abs(sign * expected - ours) <= 1e-4 * scale)[firm].all()
