@@ -79,9 +79,8 @@ class AimClassifier(Classifier):
         options: the arguments from `end_stage` on, as a model card keeps them.
 
     Raises:
-        NetworkError: timm has no such encoder, it has no pyramid of feature maps or no such stage, or its weights
-            cannot be fetched.
-        ConfigError: temperature, widths or direction are not possible.
+        NetworkError: timm has no such encoder, it has no pyramid of feature maps, or its weights cannot be fetched.
+        ConfigError: stage, temperature, widths or direction are not possible.
     """
 
     architecture = "aim"

@@ -117,7 +117,7 @@ def adcc(
         target: class numbers, the same for all parts; None is the class that `network` predicts for `x`, and with
             "similarity", the one that the method's network predicts where it has classes.
         maps: (B, h, w), the method's of `x`, signed and not normalised.
-        score: as in `average_drop`.
+        score: as in `drop_and_increase`.
         resize: how maps in 0 to 1 come to the size of the images; not stated by the papers, bilinear in their codes.
 
     Raises:

@@ -31,6 +31,12 @@ def deletion_curve(
         ConfigError: `step_px` below 1, no such baseline or score, or a class that the network does not have.
         DatasetError: maps that are not finite or not of the images' size.
         NetworkError: the network's output does not fit the score.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> images, maps = torch.zeros(1, 3, 64, 64), torch.rand(1, 64, 64)
+        >>> deletion_curve(resnet18(), images, None, maps, Perturbation("mean", step_px=1024)).shape
+        torch.Size([1, 5])
     """
     rows = _rows(network, x, how.replacement(x, "zero"), saliency, how)
     return scores(rows, rows[:, 0], labels, how.score)

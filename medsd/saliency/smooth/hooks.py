@@ -36,6 +36,15 @@ def backward_hook(network: nn.Module, boundary: Boundary = "circular", also: Seq
     Raises:
         ConfigError: no such boundary or kind.
         NetworkError: the network has no such module.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> from medsd.saliency.registry import make_method
+        >>> network = resnet18()
+        >>> with backward_hook(network):
+        ...     maps = make_method("deeplift", network, "layer2")(torch.zeros(1, 3, 64, 64), target=1)
+        >>> maps.shape
+        torch.Size([1, 8, 8])
     """
     with ExitStack() as stack:
         for point in strided_points(network, also):
