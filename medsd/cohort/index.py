@@ -86,7 +86,7 @@ class TileIndex:
 
     def rows(self, chosen: npt.NDArray[np.bool_]) -> TileIndex:
         """The index with the chosen rows only; the slides stay as they are."""
-        columns = {name: getattr(self, name)[chosen] for name in COLUMNS}
+        columns = {name: getattr(self, name)[chosen] for name in _COLUMNS}
         return replace(self, **columns)
 
     def of_slides(self, names: Sequence[str]) -> TileIndex:
@@ -109,7 +109,7 @@ class TileIndex:
         new[numbers] = np.arange(len(names))
         slide = new[self.slide]
         rows = np.argsort(slide, kind="stable")[: int((slide < len(names)).sum())]
-        columns = {column: getattr(self, column)[rows] for column in COLUMNS} | {"slide": slide[rows]}
+        columns = {column: getattr(self, column)[rows] for column in _COLUMNS} | {"slide": slide[rows]}
         return replace(
             self,
             names=tuple(names),
@@ -122,7 +122,7 @@ class TileIndex:
         """Write the index as a NumPy archive (no pickle)."""
         head = json.dumps({name: getattr(self, name) for name in _HEAD})
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-            np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in COLUMNS})
+            np.savez_compressed(handle, head=np.array(head), **{name: getattr(self, name) for name in _COLUMNS})
 
     @staticmethod
     def load(path: str | Path) -> TileIndex:
@@ -133,7 +133,7 @@ class TileIndex:
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in COLUMNS}
+                head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in _COLUMNS}
                 return _checked(head, columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no tile index; {_FIX} first") from error
@@ -143,13 +143,13 @@ class TileIndex:
 
 _FIX = "run the stage 'prepare' (or medsd tiles)"
 _HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
-COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
+_COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
 
 
 def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> TileIndex:
     """The index of a file's content; ValueError where the content contradicts itself."""
     names, rows = head["names"], len(columns["slide"])
-    for name, dtype in COLUMNS.items():
+    for name, dtype in _COLUMNS.items():
         if columns[name].shape != (rows,) or columns[name].dtype != dtype:
             raise ValueError(f"column '{name}' is not {rows} values of {np.dtype(dtype)}")
     scales = tuple(None if scale is None else float(scale) for scale in head["slide_mpp"])
@@ -199,7 +199,7 @@ def tiles_of_slide(
 
 def no_tiles(name: str, path: str, slide_mpp: float | None, grid: TileGrid) -> TileIndex:
     """The index of a slide that has no tile."""
-    empty = {column: np.zeros(0, dtype) for column, dtype in COLUMNS.items()}
+    empty = {column: np.zeros(0, dtype) for column, dtype in _COLUMNS.items()}
     return TileIndex((name,), (path,), (slide_mpp,), tile_px=grid.tile_px, mpp=grid.mpp, **empty)
 
 
@@ -224,7 +224,7 @@ def join(parts: Sequence[TileIndex]) -> TileIndex:
     if len({(part.tile_px, part.mpp) for part in parts}) != 1:
         raise DatasetError(f"tile indexes of different tile sizes cannot be joined; {_FIX} again")
     offsets = np.cumsum([0] + [len(part.names) for part in parts])
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     numbers = [part.slide + offset for part, offset in zip(parts, offsets, strict=False)]
     columns["slide"] = np.concatenate(numbers).astype(np.int32)
     paths = tuple(path for part in parts for path in part.paths)

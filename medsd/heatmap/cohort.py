@@ -35,8 +35,8 @@ from medsd.slides.tissue import find_tissue
 from medsd.tables import read_table
 
 RECORD = "record.json"
-MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
-TOP_SHARE = 0.01
+_MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
+_TOP_SHARE = 0.01
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
 _TOP_REGIONS = 8
@@ -101,7 +101,7 @@ class _MapWork(Work[SlideResult]):
     row_type = SlideResult
     columns = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
     record = f"{{}}/{RECORD}"
-    outputs = (_THUMBNAIL, *MAP_FILES)
+    outputs = (_THUMBNAIL, *_MAP_FILES)
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         return {
@@ -134,7 +134,7 @@ class _MapWork(Work[SlideResult]):
             draw_overlay(folder / "overlay.png", mapped)
             write_report(folder / "report.html", mapped)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
-            row, files = self.row(entry, "ok", reason), MAP_FILES
+            row, files = self.row(entry, "ok", reason), _MAP_FILES
             area_mm2 = mapped.region_area_mm2
             row = replace(row, score=mapped.score, regions=len(mapped.regions), region_area_mm2=area_mm2)
         else:
@@ -227,7 +227,7 @@ def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
 
     The single highest would follow one odd place; the mean of all would lose a small metastasis.
     """
-    count = max(1, round(TOP_SHARE * len(probabilities)))
+    count = max(1, round(_TOP_SHARE * len(probabilities)))
     return float(np.partition(probabilities, -count)[-count:].mean(dtype=np.float64))
 
 
