@@ -107,7 +107,9 @@ def mistake(error: BaseException | None) -> str | None:
             last = str(found).strip().splitlines()[-1]
             return last.removeprefix(f"{type(found).__module__}.{type(found).__name__}: ")
     built = re.match(r"Failed to instantiate component '([\w.]+)'", str(chain[-2])) if len(chain) > 1 else None
-    if built and isinstance(chain[-1], ValueError | TypeError | ImportError):
+    # MONAI's parts tell of a package that is not there by a RuntimeError, which from our own would be a bug.
+    told = (ValueError, TypeError, ImportError, *([] if not built or built[1].startswith("medsd.") else [RuntimeError]))
+    if built and isinstance(chain[-1], told):
         return f"{built[1]}: {' '.join(str(chain[-1]).split())}"
     return None
 

@@ -220,14 +220,14 @@ def test_minimising_it_widens_the_features(mode: Mode, group_size: int | None) -
 def test_unknown_mode_in_words(mode: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         decorrelation_loss(features(4, 4), mode)  # type: ignore[arg-type]
-    assert str(caught.value) == f"mode='{mode}': use 'cov', 'zca' or 'corr'{hint}"
+    assert str(caught.value) == f"mode='{mode}': use one of cov, zca, corr{hint}"
 
 
 def test_impossible_groups_and_eps_in_words() -> None:
     for group_size in (0, 1, 5):
         with pytest.raises(ConfigError, match=f"group_size={group_size}: must lie in 2 to 4"):
             decorrelation_loss(features(6, 4), "cov", group_size)
-    with pytest.raises(ConfigError, match="eps=0: must be above 0"):
+    with pytest.raises(ConfigError, match="eps=0: must be a number above 0"):
         decorrelation_loss(features(6, 4), "zca", eps=0)
 
 
