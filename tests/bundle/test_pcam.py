@@ -72,7 +72,7 @@ def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):
     table = patch_folder / "labels.csv"
     good = table.read_text()
     table.write_text(good.replace("stain_cluster", "stain_clust"))
-    assert "column 'stain_cluster' missing" in refusal(patch_folder)
+    assert "no column 'stain_cluster'" in refusal(patch_folder)
     table.write_text(good.replace("p3,1", "p3,tumour"))
     assert "row 5" in refusal(patch_folder) and "tumour" in refusal(patch_folder)
     table.write_text(good.replace("p3,", "p333,"))
