@@ -5,7 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,6 +17,7 @@ WITH_EXAMPLES = sorted(
     for path in (ROOT / "medsd").rglob("*.py")
     if ">>> " in path.read_text("utf-8")
 )
+BLOCKS = re.findall(r"^```python\n(.+?)^```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M | re.S)
 README = (ROOT / "README.md").read_text("utf-8")
 IMPORTED = [
     (module, name)
@@ -39,6 +42,14 @@ def test_examples_run(module: str) -> None:
     options = doctest.IGNORE_EXCEPTION_DETAIL | doctest.ELLIPSIS
     tried = doctest.testmod(importlib.import_module(module), optionflags=options)
     assert tried.attempted and not tried.failed
+
+
+@pytest.mark.usefixtures("lab")
+@pytest.mark.parametrize("code", BLOCKS, ids=["reader", "method", "objective", "stage"])
+def test_how_to_add_is_true(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # where dataclasses look up their annotations
+    exec(compile(code, "CONTRIBUTING.md", "exec"), vars(module))
 
 
 @pytest.mark.parametrize(("module", "name"), IMPORTED)
