@@ -28,11 +28,12 @@ IMPORTED = [
 
 @pytest.fixture
 def lab(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current folder holds `slide.tif`, a small phantom with tumour, and its outlines `slide.xml`."""
+    """The current folder holds `slide.tif`, a small phantom with tumour, its outlines `slide.xml`, and `bundles`."""
     outlines = sorted((phantoms / "training" / "lesion_annotations").glob("*.xml"))[0]
     slide = phantoms / "training" / "tumor" / f"{outlines.stem}.tif"
     (tmp_path / "slide.tif").symlink_to(slide)
     (tmp_path / "slide.xml").symlink_to(outlines)
+    (tmp_path / "bundles").symlink_to(ROOT / "bundles")
     monkeypatch.chdir(tmp_path)
 
 

@@ -45,6 +45,15 @@ class SaliencyDecor:
         saliency_pass: where the ranking's gradient comes from. "eval": a pass of its own with BatchNorm's running
             statistics (the parent). "shared": the clean batch's own pass, which saves one of three forward passes (our
             choice); for networks without BatchNorm and dropout it is the same gradient.
+
+    Example:
+        >>> from medsd.networks.classifier import TileClassifier
+        >>> network, images = TileClassifier("test_resnet"), torch.rand(4, 3, 64, 64)
+        >>> objective = SaliencyDecor(consistency=1.0, decorrelation=0.1)
+        >>> terms = objective(network, images, torch.tensor([0, 1, 0, 1]), epoch=3.0)
+        >>> terms.total.backward()
+        >>> sorted(terms.parts)
+        ['consistency', 'cross_entropy', 'decorrelation']
     """
 
     consistency: float = 1.0
