@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import math
 import time
@@ -25,7 +23,8 @@ from tqdm import tqdm
 from medsd.checks import check_number
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import TrainingError
-from medsd.files import make_folder, write_text
+from medsd.files import make_folder
+from medsd.tables import read_table, write_table
 from medsd.training.checkpoint import Checkpoint, TrainingState
 from medsd.training.hard_negatives import HardNegativeRound
 
@@ -207,13 +206,7 @@ class _Epochs:
 
 def _append_row(path: Path, row: dict[str, float | None]) -> None:
     """Add a row to the history; rows of this epoch and later ones, left by a killed run, are dropped."""
-    kept = []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as handle:
-            kept = [line for line in csv.DictReader(handle) if int(line["epoch"]) < int(row["epoch"] or 0)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row.keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(kept)
-    writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_text(path, text.getvalue())
+    before = read_table(path).to_dict("records") if path.is_file() else []
+    kept = [line for line in before if int(line["epoch"]) < int(row["epoch"] or 0)]
+    new = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+    write_table(path, [*kept, new], list(row))
