@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from medsd.errors import ConfigError, nearest
 
@@ -59,6 +60,14 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise ConfigError(f"{name}={value!r}: use one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:
+    """Raises ConfigError: an option that a method does not have."""
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known) or f"; it has {', '.join(sorted(known)) or 'none'}"
+            raise ConfigError(f"method '{name}': no option '{key}'{hint}")
 
 
 def _in_words(low: str, above: bool, high: str, below: bool) -> str:

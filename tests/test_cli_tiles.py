@@ -6,7 +6,6 @@ import csv
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +115,6 @@ heavy = {"torch", "tiatoolbox", "openslide", "matplotlib", "numpy", "scipy", "PI
 assert not heavy, heavy
 """
     environment = {"COLUMNS": "300", "TERM": "dumb", "PATH": ""}
-    best = 100.0
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        best = min(best, time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        if best < 2:
-            break
-    assert best < 10  # 2 s on a machine that does nothing else
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     assert all(method in done.stdout for method in METHODS)

@@ -24,7 +24,8 @@ from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
 from medsd.heatmap.scale import ColourScale, saliency_scale
 from medsd.networks.weights import save_tensors
-from medsd.saliency.registry import CAPTUM, method_card
+from medsd.saliency import CAPTUM
+from medsd.saliency.registry import method_card
 from medsd.slides.readers.base import RGB, Bools
 from medsd.tables import write_table
 

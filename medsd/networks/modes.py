@@ -59,7 +59,7 @@ def uncompiled() -> AbstractContextManager[object]:
 
 def layer_named(network: nn.Module, name: str) -> nn.Module:
     """The module of that name, as in `named_modules`."""
-    return network.get_submodule(full_name(network, name))
+    return dict(network.named_modules())[full_name(network, name)]  # scripted modules have no get_submodule
 
 
 def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[str] = ()) -> str:

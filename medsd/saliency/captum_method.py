@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsd.checks import check_options
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.modes import map_of_layer, uncompiled
+from medsd.saliency import CAPTUM
 from medsd.saliency.method import Attribution, ClassMethod, Output, Target, evidence, targets_of
-from medsd.saliency.registry import CAPTUM, check_options
 
 _SQUARES = 8  # along each side of an image, where a part of it is left out at a time (our choice)
 _GIVEN = {"self", "forward_func", "model", "layer", "inputs", "target", "kwargs"}

@@ -9,14 +9,15 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from medsd.checks import check_options
 from medsd.errors import ConfigError, nearest
+from medsd.saliency import CAPTUM
 
 if TYPE_CHECKING:
     from torch import nn
 
     from medsd.saliency.method import Method, Output
 
-CAPTUM = "captum."
 _ONE_PASS = "1 forward, 1 backward"
 
 
@@ -114,14 +115,6 @@ def method_card(name: str) -> MethodCard:
     if name not in METHODS:
         raise ConfigError(f"method '{name}': use one of {', '.join(METHODS)}{nearest(name, METHODS)}")
     return METHODS[name]
-
-
-def check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:
-    """Raises ConfigError: an option that a method does not have."""
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known) or f"; it has {', '.join(sorted(known)) or 'none'}"
-            raise ConfigError(f"method '{name}': no option '{key}'{hint}")
 
 
 def table() -> list[tuple[str, ...]]:

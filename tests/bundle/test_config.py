@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import monai.bundle
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from medsd.bundle import check_config, mistake
+from medsd.bundle import check, check_config, mistake
 from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
@@ -111,21 +113,33 @@ def test_values_of_the_same_kind_pass(key, value):
     check_config([BUNDLE], **{key: value})
 
 
-def test_the_command_line_is_read_as_monai_reads_it(tmp_path):
-    """And the mistake is the last line, with exit code 1, wherever it is found."""
-    run = [sys.executable, "-m", "monai.bundle", "run", "prepare", "--config_file", f"['{BUNDLE}']"]
-    arguments = tmp_path / "arguments.json"
-    for words, told in (
-        (["--bundle_root", str(tmp_path), "--max_epoch", "3"], "did you mean 'max_epochs'?"),
+RUN = ["run", "prepare", "--config_file", f"['{BUNDLE}']"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--bundle_root", "elsewhere", "--max_epoch", "3"], "did you mean 'max_epochs'?"),
         (["--output_dir", "2024_05"], "output_dir=202405: must be text"),
-        (["--args_file", str(arguments)], "config key 'stidePx'"),
-        (["--output_dir", str(tmp_path), "--validation_share", "30"], "validation_share=30: must be a number from 0"),
-    ):
-        arguments.write_text(json.dumps({"stidePx": 1}))
-        done = subprocess.run([*run, *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-        last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith("medsd: ") and told in last
+        (["--args_file", "arguments.json"], "config key 'stidePx'"),
+    ],
+)
+def test_the_command_line_is_read_as_monai_reads_it(tmp_path, monkeypatch, words, told):
+    (tmp_path / "arguments.json").write_text(json.dumps({"stidePx": 1}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which `check` replaces
+    monkeypatch.setattr(sys, "argv", [str(Path(monai.bundle.__file__).with_name("__main__.py")), *RUN, *words])
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check()
+
+
+def test_a_mistake_that_the_library_finds_is_the_last_line_too(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--validation_share", "30"]
+    command = [sys.executable, "-m", "monai.bundle", *RUN, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("medsd: validation_share=30: must be a number from 0")
 
 
 def test_in_a_process_of_its_own_a_workflow_is_not_checked_twice():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -345,6 +346,7 @@ def test_an_interrupted_run_stops_at_once_and_keeps_its_table(
     entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "_TABLE_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_TABLE_SHARE", math.inf)
     seen = []
 
     def progress(items: Any, total: int, unit: str) -> Any:

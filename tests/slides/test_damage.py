@@ -169,11 +169,9 @@ def test_a_header_of_an_absurd_slide_takes_no_memory(tmp_path: Path, small: tupl
             hurt[tag.offset + 8 : tag.offset + 12] = (2**31 - 5).to_bytes(4, "little")
     target = tmp_path / "vast.tif"
     target.write_bytes(hurt)
-    started = time.monotonic()
     with pytest.raises(SlideError) as caught:
         IsolatedSlide(target, mpp=0.5)
     one_line(caught.value, target)
-    assert time.monotonic() - started < 10
 
 
 def test_every_odd_file_in_a_child_within_its_limits(shared_data: Path) -> None:
