@@ -59,7 +59,8 @@ def uncompiled() -> AbstractContextManager[object]:
 
 def layer_named(network: nn.Module, name: str) -> nn.Module:
     """The module of that name, as in `named_modules`."""
-    return dict(network.named_modules())[full_name(network, name)]  # scripted modules have no get_submodule
+    modules: dict[str, nn.Module] = dict(network.named_modules())  # scripted networks have no get_submodule
+    return modules[full_name(network, name)]
 
 
 def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[str] = ()) -> str:
