@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,8 +170,9 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # A relative link only: a colon is quoted too, so that no name becomes an address with a scheme.
-    environment.filters |= {"relative_link": lambda target: quote(target, safe="/"), "area": area_text}
+    # A relative link only: a colon is quoted too, so that no name becomes an address with a scheme. As bytes: a file's
+    # name need not be UTF-8.
+    environment.filters |= {"relative_link": lambda target: quote(os.fsencode(target), safe="/"), "area": area_text}
     page = environment.get_template(template).render(research_use_only=RESEARCH_USE_ONLY, **shown)
     # What UTF-8 has no place for (a file name of undecodable bytes) becomes question marks.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))

@@ -256,8 +256,10 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
 
 def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
     write(tmp_path, replace(content(), name="caf\udce9"))
-    write_index(tmp_path / "index.html", [SlideResult("caf\udce9", "failed", reason="x")], "t")
-    assert "caf?" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    rows = [SlideResult("caf\udce9", "failed", reason="x"), SlideResult("th\udce9", "ok", score=0.5)]
+    write_index(tmp_path / "index.html", rows, "t")
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "caf?" in text and 'href="th%E9/report.html"' in text
 
 
 def test_masks_are_called_masks(page: tuple[str, Page], tmp_path: Path) -> None:
