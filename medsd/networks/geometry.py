@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -67,29 +69,53 @@ class Geometry:
 
 
 def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
+    """The fields of the features and of one layer; errors as `measure_fields`."""
+    hidden, features = measure_fields(classifier, [layer])
+    return Geometry(features, hidden[layer])
+
+
+def measure_fields(
+    classifier: TileClassifier, layers: Sequence[str]
+) -> tuple[dict[str, ReceptiveField], ReceptiveField]:
     """Measure receptive fields on the network: NaN put into one image column marks every cell that depends on it.
 
     NaN survives any weight, gate and pooling, so what is found is the structure, not the present weights (our choice).
     The classifier itself stays untouched: a copy on the CPU is probed, where convolutions are summed directly (fast
-    algorithms of accelerators mix neighbouring windows and carry NaN further than the network looks).
+    algorithms of accelerators mix neighbouring windows and carry NaN further than the network looks). The fields hold
+    for images whose sides are multiples of the features' stride.
+
+    Args:
+        classifier: convolutional.
+        layers: names of modules of its encoder, in any order.
+
+    Returns:
+        The fields of the layers by name, and that of the features; both along x.
 
     Raises:
         NetworkError: a cell depends on the whole image (squeeze-excite, attention, group normalisation), so that
-            the network has no halo; a stride is not a whole number; or the layer does not exist, does not run or
-            is not a feature map.
+            the network has no halo; a stride is not a whole number; or a layer does not exist, does not run, is not
+            a feature map or does not see the image.
+
+    Example:
+        >>> fields, features = measure_fields(TileClassifier("test_resnet"), ["layer1", "layer2"])
+        >>> fields["layer1"].stride, fields["layer2"].stride, features.stride
+        (4, 8, 32)
     """
     classifier = copy.deepcopy(classifier).to("cpu", torch.float32).eval()
     for width in _PROBE_WIDTHS_PX:
         middle = width // 2
         # One image with a band of NaN tells at little cost whether this width is enough.
-        band, _ = _reached(classifier, layer, [slice(middle, middle + _PROBE_HEIGHT_PX)], width)
-        if band[0, 0] or band[0, -1]:
+        bands = _reached(classifier, layers, [slice(middle, middle + _PROBE_HEIGHT_PX)], width)
+        if any(band[0, 0] or band[0, -1] for band in bands):
             continue
         # One image a phase of the stride, each with its column in the middle of the width.
-        columns = range(middle, middle + _stride(band, width))
-        marked = _reached(classifier, layer, [slice(column, column + 1) for column in columns], width)
-        features, hidden = (_field(reached, columns, width) for reached in marked)
-        return Geometry(features, hidden)
+        columns = range(middle, middle + max(_stride(band, width) for band in bands))
+        marked = _reached(classifier, layers, [slice(column, column + 1) for column in columns], width)
+        named = zip(("its features", *(f"layer '{layer}'" for layer in layers)), marked, strict=True)
+        features, *hidden = [
+            _field(f"{classifier.encoder_name}: {name}", cells, columns, width) for name, cells in named
+        ]
+        return dict(zip(layers, hidden, strict=True)), features
     raise NetworkError(
         f"{classifier.encoder_name}: a feature sees more than {_PROBE_WIDTHS_PX[-1]} px (global operations such as "
         "squeeze-excite or attention, or very many layers), so there is no dense map; choose a plain convolutional "
@@ -97,18 +123,18 @@ def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
     )
 
 
-def _reached(classifier: TileClassifier, layer: str, marks: list[slice], width: int) -> tuple[Tensor, Tensor]:
-    """Which cells of the features and of the layer (images, cells along x) see each image's marked columns."""
+def _reached(classifier: TileClassifier, layers: Sequence[str], marks: list[slice], width: int) -> list[Tensor]:
+    """Which cells of the features and of each layer (images, cells along x) see each image's marked columns."""
     probe = torch.zeros(len(marks), 3, _PROBE_HEIGHT_PX, width)
     for image, columns in enumerate(marks):
         probe[image, :, :, columns] = math.nan
-    with torch.no_grad(), recorded(classifier.encoder, layer) as outputs:
+    with torch.no_grad(), ExitStack() as stack:
+        outputs = [stack.enter_context(recorded(classifier.encoder, layer)) for layer in layers]
         features = classifier.feature_map(probe)
-    reached, hidden = (cells.isnan().any(dim=2).any(dim=1) for cells in (features, *outputs))
-    return reached, hidden
+    return [cells.isnan().any(dim=2).any(dim=1) for cells in (features, *(output for (output,) in outputs))]
 
 
-def _field(reached: Tensor, columns: range, width: int) -> ReceptiveField:
+def _field(name: str, reached: Tensor, columns: range, width: int) -> ReceptiveField:
     """The receptive field, from the cells that each image's column reached."""
     stride = _stride(reached, width)
     firsts, lasts = [], []
@@ -117,6 +143,8 @@ def _field(reached: Tensor, columns: range, width: int) -> ReceptiveField:
         if cells:  # a convolution of stride 2 and kernel 1 x 1 leaves columns out
             firsts.append(column - cells[-1] * stride)
             lasts.append(column - cells[0] * stride)
+    if not firsts:
+        raise NetworkError(f"{name} does not depend on the image, so there is no map of it; choose another layer")
     return ReceptiveField(stride, min(firsts), max(lasts))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
+from medsd.networks.geometry import Geometry, ReceptiveField, measure_fields, measure_geometry
 
 # Kernel, stride, padding left, padding right; along x.
 Layer = tuple[int, int, int, int]
@@ -53,6 +53,17 @@ def network_of(layers: list[Layer], hidden: int) -> TileClassifier:
 def test_fields_equal_the_recursion(layers: list[Layer], hidden: int) -> None:
     geometry = measure_geometry(network_of(layers, hidden), "hidden")
     assert geometry == Geometry(recursion(layers), recursion(layers[:hidden]))
+
+
+def test_several_layers_in_one_probing() -> None:
+    layers: list[Layer] = [(7, 2, 3, 3), (3, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 1, 1)]
+    classifier = network_of(layers, 3)
+    ends = {"rest.1": 5, "hidden.0": 1, "hidden": 3, "hidden.1": 2}
+    fields, features = measure_fields(classifier, list(ends))
+    assert list(fields) == list(ends)
+    assert fields == {name: recursion(layers[:end]) for name, end in ends.items()}
+    assert features == recursion(layers)
+    assert measure_fields(classifier, []) == ({}, features)
 
 
 def test_very_deep_networks_are_probed_wider() -> None:
@@ -147,6 +158,27 @@ def test_layers_without_a_map_are_refused() -> None:
         measure_geometry(classifier, "split.unused")
     with pytest.raises(NetworkError, match="did you mean 'hidden'"):
         measure_geometry(classifier, "hiden")
+
+
+def test_a_layer_that_does_not_see_the_image_is_refused() -> None:
+    classifier = network_of([(3, 2, 1, 1), (3, 1, 1, 1)], 1)
+    classifier.encoder.rest.append(_Adds(nn.Sequential(_Zeros(), nn.Conv2d(4, 4, 1))))
+    with pytest.raises(NetworkError, match=r"test_resnet: layer 'rest\.1\.part' does not depend on the image"):
+        measure_fields(classifier, ["hidden", "rest.1.part"])
+
+
+class _Adds(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.part(x)
+
+
+class _Zeros(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
 
 
 class _Split(nn.Module):
