@@ -110,7 +110,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
         name = str(file.card["encoder"])
     except KeyError as error:
         raise unreadable_card(path, error) from error
-    encoder = create_encoder(name, pretrained=False)
+    encoder, _ = create_encoder(name, pretrained=False)
     load_encoder(encoder, path)
     encoder = encoder.to(place).eval()
     return Model(path, encoder, encoder, name, (), None, file.sha256, ImageNetInput().to(place), place)

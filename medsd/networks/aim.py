@@ -113,7 +113,7 @@ class AimClassifier(Classifier):
         }
         self.stages = tuple(range(_STAGES - 1, end_stage - 1, -1))
         self.feature_dim, self.temperature, self.direction = feature_width, temperature, direction
-        self.encoder, self.pretrained = create_encoder(encoder, pretrained), pretrained
+        (self.encoder, _), self.pretrained = create_encoder(encoder, pretrained), pretrained
         channels = dict(zip(range(_STAGES), _stage_channels(encoder, self.encoder), strict=True))
         names = {stage: str(stage) for stage in self.stages}
         self.branches = nn.ModuleDict({names[s]: FeatureBranch(channels[s], feature_width) for s in self.stages})

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 import timm
 import torch
+from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError, nearest
-from medsd.networks.modes import evaluating
+from medsd.networks.modes import channels_last, evaluating
 from medsd.networks.whitening import WhitenedHead
 
 _PROBE_PX = 64
@@ -83,6 +84,11 @@ class TileClassifier(Classifier):
     Because pooling and head are linear, the logits of any window of a region are the head applied to the window's
     mean features: one pass over the region serves every tile position (`medsd.heatmap.dense`).
 
+    The map is what timm's network gives without its pooling. What timm has between pooling and classifier (ConvNeXt's
+    norm, the last convolution and activation of MobileNetV3, V4, GhostNet, HGNet) thus runs on each cell before the
+    mean, as in EfficientNet: not timm's function, but one that adds up over cells (our choice). VGG's dense layers,
+    which take maps of one size alone, are left out.
+
     Args:
         encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
         classes: names of the classes in the order of the logits.
@@ -102,8 +108,7 @@ class TileClassifier(Classifier):
     def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
         super().__init__(encoder, classes)
         self.options, self.pretrained = {}, pretrained
-        self.encoder = create_encoder(encoder, pretrained)
-        self.feature_dim = int(getattr(self.encoder, "num_features", 0))
+        self.encoder, self.feature_dim = create_encoder(encoder, pretrained)
         self.head = nn.Linear(self.feature_dim, len(self.classes))
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -111,25 +116,41 @@ class TileClassifier(Classifier):
         return features
 
 
-def create_encoder(name: str, pretrained: bool) -> nn.Module:
-    """A timm network without pooling and head; the errors are those of `TileClassifier`."""
+def create_encoder(name: str, pretrained: bool) -> tuple[nn.Module, int]:
+    """A timm network without pooling and head, and its features' channels; the errors are `TileClassifier`'s."""
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
     encoder: nn.Module
     try:
         encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+    except AssertionError as error:
+        raise NetworkError(f"encoder '{name}': timm cannot make it without its pooling; choose another one") from error
     except (OSError, RuntimeError) as error:  # no network, or a tag or weights that timm does not have
         reason = str(error).partition("\n")[0]
         raise NetworkError(f"encoder '{name}': timm cannot make it ({reason}); check name and pretrained") from error
+    if isinstance(getattr(encoder, "pre_logits", None), ConvMlp):
+        encoder.pre_logits = nn.Identity()
+    images = torch.zeros(1, 3, _PROBE_PX, 2 * _PROBE_PX)  # not square, to tell its axes apart
     with evaluating(encoder), torch.no_grad():
         try:
-            features = encoder(torch.zeros(1, 3, _PROBE_PX, _PROBE_PX))
+            features = encoder(images)
         except (AssertionError, RuntimeError) as error:  # made for one size of image, or for large ones
             raise NetworkError(
                 f"encoder '{name}': it does not take images of every size ({_PROBE_PX} px fail); choose a plain "
                 "convolutional one such as 'resnet18'"
             ) from error
-    if features.ndim != 4 or features.shape[1] != getattr(encoder, "num_features", 0):
+    if features.ndim != 4:
         raise NetworkError(f"encoder '{name}': its features are not a map (B, d, h, w); choose a convolutional one")
-    return encoder
+    if channels_last(features, images):
+        raise NetworkError(
+            f"encoder '{name}': its features are not a map (B, d, h, w) but (B, h, w, d), channels last; choose a "
+            "convolutional one such as 'resnet18'"
+        )
+    height, width = features.shape[2:]
+    if width != 2 * height:
+        raise NetworkError(
+            f"encoder '{name}': images of {_PROBE_PX} x {2 * _PROBE_PX} px give {height} x {width} cells, so its "
+            "features are not a map of the image; choose a convolutional one such as 'resnet18'"
+        )
+    return encoder, features.shape[1]

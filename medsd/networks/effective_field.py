@@ -8,7 +8,7 @@ import torch
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import Classifier
-from medsd.networks.modes import evaluating, recorded
+from medsd.networks.modes import evaluating, map_of_layer, recorded
 
 _IMAGES = 8
 _HEIGHT_PX, _WIDTH_PX = 64, 256
@@ -46,7 +46,7 @@ def measure_effective_field(classifier: Classifier, layer: str) -> EffectiveFiel
     with evaluating(classifier), torch.enable_grad():
         with recorded(classifier.encoder, layer) as outputs:
             classifier.feature_map(images)
-        (cells,) = outputs
+        cells = map_of_layer(layer, outputs[0], images)
         mixture = torch.randn(cells.shape[:2], generator=generator).to(classifier.device)
         stride, left_over = divmod(_WIDTH_PX, cells.shape[3])
         if left_over:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.modes import recorded
+from medsd.networks.modes import map_of_layer, recorded
 
 _PROBE_HEIGHT_PX = 32
+# Of the largest feature: far above rounding, far below what another pixel makes.
+_SAME = 1e-4
 _PROBE_WIDTHS_PX = (512, 1024, 2048, 4096)
 
 
@@ -115,12 +117,39 @@ def measure_fields(
         features, *hidden = [
             _field(f"{classifier.encoder_name}: {name}", cells, columns, width) for name, cells in named
         ]
+        _check_shifts(classifier, features)
         return dict(zip(layers, hidden, strict=True)), features
     raise NetworkError(
         f"{classifier.encoder_name}: a feature sees more than {_PROBE_WIDTHS_PX[-1]} px (global operations such as "
         "squeeze-excite or attention, or very many layers), so there is no dense map; choose a plain convolutional "
         "encoder such as 'resnet18'"
     )
+
+
+def _check_shifts(classifier: TileClassifier, field: ReceptiveField) -> None:
+    """That a crop whose edges are multiples of the stride gives the whole image's features, but for what edges reach.
+
+    Noise, with one stride left out at the left and at the right: padding by the image's size, as in TensorFlow, is
+    right where it comes out the same for each multiple of the stride, and found here where it does not.
+    """
+    stride = field.stride
+    edge = math.ceil(field.size / stride) + 1
+    width = (2 * edge + 4) * stride
+    height = math.ceil(_PROBE_HEIGHT_PX / stride) * stride
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, *parts = (classifier.feature_map(x) for x in (image, image[..., stride:], image[..., :-stride]))
+    inner = whole[..., edge + 1 : -edge - 1]
+    for start, part in zip((edge, edge + 1), parts, strict=True):
+        found = part[..., start : start + inner.shape[-1]]
+        if found.shape != inner.shape or not torch.allclose(
+            found, inner, rtol=0, atol=_SAME * float(inner.abs().max())
+        ):
+            raise NetworkError(
+                f"{classifier.encoder_name}: crops at multiples of its stride of {stride} px give other features than "
+                "the whole image (padding or resampling by the image's size), so there is no dense map; choose a plain "
+                "convolutional encoder such as 'resnet18'"
+            )
 
 
 def _reached(classifier: TileClassifier, layers: Sequence[str], marks: list[slice], width: int) -> list[Tensor]:
@@ -131,7 +160,8 @@ def _reached(classifier: TileClassifier, layers: Sequence[str], marks: list[slic
     with torch.no_grad(), ExitStack() as stack:
         outputs = [stack.enter_context(recorded(classifier.encoder, layer)) for layer in layers]
         features = classifier.feature_map(probe)
-    return [cells.isnan().any(dim=2).any(dim=1) for cells in (features, *(output for (output,) in outputs))]
+    hidden = [map_of_layer(layer, output, probe) for layer, (output,) in zip(layers, outputs, strict=True)]
+    return [cells.isnan().any(dim=2).any(dim=1) for cells in (features, *hidden)]
 
 
 def _field(name: str, reached: Tensor, columns: range, width: int) -> ReceptiveField:

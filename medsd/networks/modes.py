@@ -85,12 +85,31 @@ def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[st
     raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{hint}")
 
 
-def map_of_layer(layer: str, output: object) -> Tensor:
-    """A layer's output, if it is a map (B, C, h, w) of a floating type."""
+def map_of_layer(layer: str, output: object, images: Tensor | None = None) -> Tensor:
+    """A layer's output, if it is a map (B, C, h, w) of a floating type.
+
+    Swin-like layers give (B, h, w, C). With the images that the network was given they are recognised, as the only
+    ones whose second and third axis have the images' proportions and whose third and fourth have not (our choice).
+    """
     if isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
-        return output
-    given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise NetworkError(f"layer '{layer}': it gives {given}, no map (B, C, h, w); choose a convolutional layer")
+        if images is None or not channels_last(output, images):
+            return output
+        reason = f"its channels come last, {tuple(output.shape)}"
+    else:
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        reason = f"it gives {given}"
+    raise NetworkError(f"layer '{layer}': {reason}, no map (B, C, h, w); choose a convolutional layer")
+
+
+def channels_last(output: Tensor, images: Tensor) -> bool:
+    """Whether maps of images (B, 3, H, W) are (B, h, w, C); never so where they may be (B, C, h, w) as well."""
+
+    def in_proportion(height: int, width: int) -> bool:
+        # Both sides are the images' by one stride, but for a cell of rounding.
+        return abs(height * images.shape[3] - width * images.shape[2]) <= images.shape[2] + images.shape[3]
+
+    _, *axes = output.shape
+    return images.ndim == 4 and in_proportion(*axes[:2]) and not in_proportion(*axes[1:])
 
 
 @contextmanager

@@ -30,7 +30,7 @@ UNREADABLE = (
     AssertionError,
     OSError,
 )
-_HEADS = ("fc.", "head.fc.", "classifier.")
+_HEADS = ("fc.", "head.fc.", "classifier.", "pre_logits.")
 _NAMED = 3
 
 
@@ -58,8 +58,8 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> None:
     Files: `save_encoder`'s, `save_classifier`'s, and other state dicts under timm's names, as .safetensors, .pt or .pth
     (at top level or under "state_dict"; code in them is refused, not run). A leading "module." is taken off the names;
     where some then begin with "encoder.", the encoder is what is below it. Heads are left out by name: fc, head.fc,
-    classifier. BatchNorms' counts of batches may be missing, as in old files: nothing reads them. The encoder's name
-    is compared where both the file and timm give one.
+    classifier, pre_logits. BatchNorms' counts of batches may be missing, as in old files: nothing reads them. The
+    encoder's name is compared where both the file and timm give one.
 
     Raises:
         WeightsError: no such file, of another kind, damaged, or of another network; the encoder is untouched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from medsd.checks import check_options
 from medsd.errors import ConfigError, NetworkError, nearest
-from medsd.networks.modes import map_of_layer, uncompiled
+from medsd.networks.modes import map_of_layer, recorded, uncompiled
 from medsd.saliency import CAPTUM
 from medsd.saliency.method import Attribution, ClassMethod, Output, Target, evidence, targets_of
 
@@ -39,8 +40,10 @@ class CaptumMethod(ClassMethod):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def attributed(self, images: Tensor, target: Target) -> Attribution:
-        with torch.no_grad():
+        seen = nullcontext([images]) if self.layer is None else recorded(self.network, self.layer)
+        with torch.no_grad(), uncompiled(), seen as outputs:
             logits = self.logits(images.clone())
+        map_of_layer(self.layer or "input", outputs[0], images)  # some attributions have no channels left to tell
         numbers, kind = targets_of(logits, target), _attribution(self.name)
         made, called = (_parameters(kind, function) for function in ("__init__", "attribute"))
         chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}

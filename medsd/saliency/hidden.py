@@ -52,15 +52,17 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
         layer: a module of it, cut at its output; None cuts at the network's input.
     """
     names = {module: name for name, module in network.named_modules()}
+    images: list[Tensor] = []
     tap = HiddenLayer("input" if layer is None else names.get(layer, type(layer).__name__))
 
     def start(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         tap._runs, tap._last = 0, tap._runs or tap._last
+        images[:] = [inputs[0]]
         # A network may write to its input, which is the caller's.
         return (cut(inputs[0], ()) if layer is None else inputs[0].clone(), *inputs[1:])
 
     def cut(output: object, inputs: tuple[object, ...]) -> Tensor:
-        output = map_of_layer(tap.name, output)
+        output = map_of_layer(tap.name, output, *images)
         tap._runs += 1
         leaf = (output if tap.instead is None or tap._runs != tap._last else tap.instead).detach()
         if any(_shares_memory(leaf, given) for given in inputs):

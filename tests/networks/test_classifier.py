@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.modes import evaluating, layer_named
+from medsd.networks.start import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_making_an_encoder_leaves_its_batchnorm_untouched(classifier: TileClassi
         ("resnet81", "did you mean"),
         ("no such thing at all", "timm has no such network"),
         ("test_vit", "not a map"),
+        ("test_mambaout", r"channels last"),
         ("vit_tiny_patch16_224", "does not take images of every size"),
         ("resnet18.nope", "cannot make it"),
     ],
@@ -84,6 +89,36 @@ def test_layer_named(classifier: TileClassifier) -> None:
             layer_named(classifier.encoder, name)
     with pytest.raises(NetworkError, match="did you mean 'layer2'"):
         layer_named(classifier.encoder, "layr2")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "channels"),
+    [("mobilenetv3_small_050", 1024), ("lcnet_035", 1280), ("ghostnet_050", 1280), ("hgnetv2_b0", 2048)],
+)
+def test_channels_are_those_that_the_network_gives(encoder: str, channels: int) -> None:
+    network = TileClassifier(encoder).eval()
+    assert network.feature_dim == channels != network.encoder.num_features
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert network(x).shape == (1, 2)
+        timms = timm.create_model(encoder, num_classes=0).eval()
+        timms.load_state_dict(network.encoder.state_dict())
+        torch.testing.assert_close(network.features(x), timms(x))  # of one cell, timm's own
+
+
+def test_vgg_is_its_convolutions_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = timm.models.vgg.VGG(cfg=[4, "M", 8, "M", 8, "M", 8, "M", 8, "M"], num_classes=0, global_pool="")
+    dense = "pre_logits.fc1.weight"
+    assert dense in small.state_dict()
+    whole = {**small.features.state_dict(prefix="features."), dense: torch.zeros(1)}
+    monkeypatch.setattr("timm.create_model", lambda *_args, **_options: small)
+    network = TileClassifier("vgg11")
+    x = torch.randn(1, 3, 64, 96)
+    assert network.feature_dim == 8
+    torch.testing.assert_close(network.feature_map(x), small.features(x))
+    assert not any(name.startswith("pre_logits") for name in network.state_dict())
+    torch.save(whole, tmp_path / "vgg.pt")
+    load_encoder(network.encoder, tmp_path / "vgg.pt")  # a file of the whole network does
 
 
 @pytest.mark.parametrize("fails", [False, True])

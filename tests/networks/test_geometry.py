@@ -198,6 +198,50 @@ class _Pair(nn.Module):
         return x[:, :2], x[:, 2:]
 
 
+def test_layers_with_channels_last_are_refused() -> None:
+    with pytest.raises(NetworkError, match=r"blocks\.0\.norm': its channels come last"):
+        measure_geometry(TileClassifier("test_convnext"), "stages.1.blocks.0.norm")
+
+
+def test_padding_by_the_images_size_is_measured_where_it_is_the_same_for_each_multiple_of_the_stride() -> None:
+    """TensorFlow's padding: cells of an inner crop are those of the whole image, and those of single tiles' middles."""
+    torch.manual_seed(0)
+    classifier = TileClassifier("tf_efficientnet_lite0").eval()
+    field = measure_geometry(classifier, "blocks.2").features
+    assert (field.first + field.last + 1) / 2 == field.centre == 31.5  # below and to the right of the cell's middle
+    edge = -(-max(-field.first, field.last + 1 - 32) // 32)
+    image = torch.randn(1, 3, 32, 32 * (2 * edge + 4))
+    with torch.no_grad():
+        whole = classifier.feature_map(image)
+        scale = float(whole.abs().max())
+        for start in (1, 2, 3):
+            tile = classifier.feature_map(image[..., 32 * start : 32 * (start + 2 * edge + 1)])
+            torch.testing.assert_close(tile[..., edge], whole[..., edge + start], rtol=0, atol=1e-5 * scale)
+
+
+class _PadsToFours(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, (-x.shape[-1] % 4, 0))[..., : x.shape[-1]]
+
+
+class _Resizes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = 4 * -(-x.shape[-1] // 4)
+        return nn.functional.interpolate(nn.functional.interpolate(x, (x.shape[-2], side)), x.shape[-2:])
+
+
+@pytest.mark.parametrize(
+    "odd", [_PadsToFours(), _Resizes(), nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2))]
+)
+def test_what_depends_on_the_images_size_is_refused(odd: nn.Module) -> None:
+    classifier = network_of([(3, 2, 1, 1), (3, 2, 1, 1)], 1)
+    classifier.encoder.rest.append(odd)
+    classifier.encoder.rest.append(nn.Conv2d(4, 4, 3, padding=1))
+    with pytest.raises(NetworkError, match="crops at multiples of its stride of 4 px give other features") as caught:
+        measure_geometry(classifier, "hidden")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_stride_that_is_no_whole_number_is_refused() -> None:
     with pytest.raises(NetworkError, match="stride is not a whole number"):
         measure_geometry(network_of([(3, 2, 0, 0), (3, 1, 1, 1)], 1), "hidden")

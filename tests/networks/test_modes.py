@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from medsd.networks.modes import evaluating, training
+from medsd.errors import NetworkError
+from medsd.networks.modes import channels_last, evaluating, map_of_layer, training
 
 
 @pytest.fixture
@@ -60,3 +61,27 @@ def test_evaluating_inside_training_keeps_frozen_parts(network: nn.Sequential) -
     with evaluating(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "last"),
+    [
+        ((1, 7, 7, 768), (224, 224), True),
+        ((1, 2, 4, 96), (64, 128), True),
+        ((1, 13, 20, 96), (50, 80), True),  # rounded up
+        ((1, 96, 2, 4), (64, 128), False),
+        ((1, 64, 7, 10), (50, 77), False),
+        ((1, 64, 64, 64), (128, 128), False),  # may be either
+        ((1, 512, 1, 1), (64, 128), False),
+    ],
+)
+def test_channels_last_are_told_by_the_images_proportions(
+    shape: tuple[int, ...], images: tuple[int, int], last: bool
+) -> None:
+    output, given = torch.zeros(shape), torch.zeros(1, 3, *images)
+    assert channels_last(output, given) is last
+    if last:
+        with pytest.raises(NetworkError, match="layer 'x': its channels come last"):
+            map_of_layer("x", output, given)
+    else:
+        assert map_of_layer("x", output, given) is output

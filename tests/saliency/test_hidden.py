@@ -11,6 +11,7 @@ from medsd.errors import NetworkError
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.modes import layer_named
 from medsd.saliency.hidden import tapped
+from medsd.saliency.registry import make_method
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,12 @@ def test_a_layer_that_did_not_run_is_told(classifier: TileClassifier) -> None:
         classifier(torch.zeros(1, 3, 64, 64))
         with pytest.raises(NetworkError, match="not reached"):
             _ = hidden.activation
+
+
+@pytest.mark.parametrize("method", ["gradient", "captum.LayerGradCam"])
+def test_channels_last_are_refused_and_never_read_as_a_map(method: str) -> None:
+    network = TileClassifier("test_convnext")
+    with pytest.raises(NetworkError, match=r"blocks\.0\.norm': its channels come last") as caught:
+        make_method(method, network, "encoder.stages.1.blocks.0.norm").explain(torch.randn(1, 3, 64, 64))
+    assert "\n" not in str(caught.value)
+    assert not any(module._forward_hooks for module in network.modules())
