@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 # sigmoid(2) = 0.88: training starts with nearly open masks.
 _OPEN_LOGIT = 2.0
@@ -93,6 +94,9 @@ def gumbel_mask(logits: Tensor, temperature: float, noise: bool, generator: torc
 
 def hard_mask(logits: Tensor) -> Tensor:
     """The mask of evaluation: 1 where the logit is 0 or more, else 0; no gradient. Shape and type as `gumbel_mask`."""
+    if has_torch_function_unary(logits):  # as torch's own functions do, so that DeepLift can give it a rule
+        mask: Tensor = handle_torch_function(hard_mask, (logits,), logits)
+        return mask
     logits = _in_full_precision(logits.detach())
     return torch.where(logits.isnan(), logits, (logits >= 0).to(logits.dtype))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -21,10 +21,12 @@ class HiddenLayer:
         name: of the layer in its network, or "input".
         instead: (B, C, h, w); if set, the layers above are given this and not what the layer gives, where it runs last
             (as in the pass before).
+        turned: makes of what the layer gives, each time it runs, what the layers above are given.
     """
 
     name: str = "input"
     instead: Tensor | None = None
+    turned: Callable[[Tensor], Tensor] | None = None
     _activations: list[Tensor] = field(default_factory=list)
     _runs: int = 0
     _last: int = 0
@@ -63,6 +65,7 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
 
     def cut(output: object, inputs: tuple[object, ...]) -> Tensor:
         output = map_of_layer(tap.name, output, *images)
+        output = output if tap.turned is None else tap.turned(output)
         tap._runs += 1
         leaf = (output if tap.instead is None or tap._runs != tap._last else tap.instead).detach()
         if any(_shares_memory(leaf, given) for given in inputs):

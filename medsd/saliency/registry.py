@@ -136,10 +136,10 @@ METHODS: dict[str, MethodCard] = {
         MethodCard("gradient_x_activation", "slope times activation", "gradient.GradientXActivation", _ONE_PASS),
         MethodCard(
             "deeplift",
-            "what changed the output from the baseline, by DeepLift's rules",
+            "what changed the output from the baseline or reference, by DeepLift's rules",
             "deeplift.DeepLift",
             "2 forward, 1 backward",
-            "if all nonlinearities have a rule",
+            "if all functions are linear or have a rule",
         ),
         MethodCard(
             "integrated_gradients",

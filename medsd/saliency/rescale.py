@@ -1,40 +1,82 @@
-"""DeepLift's rules: changes of nonlinearities pass back as ratios, where gradients would be slopes.
-
-Shrikumar, Greenside, Kundaje, "Learning Important Features Through Propagating Activation Differences", arXiv
-1704.02685, Rescale rule; computed as a gradient with the slopes replaced (Ancona et al., arXiv 1711.06104).
-"""
+"""A network's functions differentiated by DeepLift's rules: beside their references, or against recorded ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Functions of one tensor, element by element, by the names that torch, torch.nn.functional and Tensor give them.
-_NAMES = (
-    "abs atan celu clamp clamp_max clamp_min clip cos elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh "
-    "leaky_relu log log1p logsigmoid mish pow __pow__ prelu reciprocal relu relu6 rsqrt selu sigmoid silu sin softplus "
-    "softshrink softsign sqrt square tanh tanhshrink threshold _threshold"
-)
-_ELEMENTWISE = frozenset(_NAMES.split())
+from medsd.errors import NetworkError
+from medsd.saliency.rules import Pair, graft, max_pool, pooled_with_places, rule_of
+
 _MAX_POOLS = ("max_pool2d", "max_pool2d_with_indices")
-_LEAST_CHANGE = 1e-10  # below it the ratio is the slope, as in captum
 
 
-class Rescale(TorchFunctionMode):
-    """Inside the block, a batch of images followed by their baselines is differentiated by DeepLift's rules.
+class Rules(TorchFunctionMode):
+    """Inside the block, functions of activations keep their values and are differentiated by DeepLift's rules.
 
     Works on the functions that a network calls and not on its modules, so that modules used twice, in-place ones and
-    functions called without a module are all seen. What has no rule (products of activations, softmax, layer
-    normalisation, adaptive max pools, scripted code) keeps its gradient. Only gradients of outputs of the first half
-    are DeepLift's; the second half receives none.
+    functions called without a module are all seen. What has no rule keeps its gradient: adaptive max pools, maxima and
+    products of other kinds (`maximum`, `einsum`, a convolution whose weights are activations), `nn.MultiheadAttention`,
+    standard deviations, `F.normalize`, scripted code.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        rule = rule_of(name)
+        if rule is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        known = [argument for argument in (*args, *kwargs.values()) if self.is_activation(argument)]
+        if not known:
+            return func(*args, **kwargs)
+        writes = name.endswith("_") or bool(kwargs.get("inplace"))
+
+        def detached(argument: Any) -> Any:
+            argument = argument.detach() if isinstance(argument, Tensor) else argument
+            return argument.clone() if isinstance(argument, Tensor) and writes else argument
+
+        given = [detached(argument) for argument in args]
+        named = {key: detached(argument) for key, argument in kwargs.items()}
+        result = func(*given, **named)
+        in_place = any(result is argument for argument in (*given, *named.values()))
+        value, pairs = self.pairs(name, result, known)
+
+        def paired(argument: Any) -> Any:
+            return next((pair for its, pair in zip(known, pairs, strict=True) if its is argument), argument)
+
+        options = {key: paired(argument) for key, argument in kwargs.items() if key != "inplace"}
+        found = rule(func, value, *map(paired, args), **options)
+        if found is None:
+            return func(*args, **kwargs)
+        grafted = graft(result, found)
+        return args[0].copy_(grafted) if in_place else grafted
+
+    @abstractmethod
+    def is_activation(self, argument: Any) -> bool:
+        """Whether an argument depends on the layer."""
+
+    @abstractmethod
+    def pairs(self, name: str, value: Tensor, activations: Sequence[Tensor]) -> tuple[Pair, list[Pair]]:
+        """The function's value and its activations, each beside its reference."""
+
+
+class Rescale(Rules):
+    """For a batch of images followed by their references; only gradients of outputs of the first half are DeepLift's.
 
     Args:
-        images: number B of images; the batch has 2 B, and is the first axis of every activation.
+        images: number B of images; the batch has 2 B, and is the first axis of every activation, alone or, as that of
+            windows, with others behind it.
     """
 
     def __init__(self, images: int) -> None:
@@ -48,65 +90,81 @@ class Rescale(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         x = args[0] if args else kwargs.get("input")
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (2 * self.images,):
-            options = {key: value for key, value in kwargs.items() if key != "input"}
-            if name.removesuffix("_") in _ELEMENTWISE:
-                return _elementwise(func, x, args[1:], options)
-            if name in _MAX_POOLS:
-                return _max_pool(func, x, args[1:], options)
-        return func(*args, **kwargs)
+        if x is None or name not in _MAX_POOLS or not torch.is_grad_enabled() or not self.is_activation(x):
+            return super().__torch_function__(func, types, args, kwargs)
+        kwargs.pop("input", None)
+        after, places = pooled_with_places(x.detach(), args[1:], kwargs)
+        pooled = graft(after, max_pool(_halves(after), _halves(places), _halves(x)))
+        return (pooled, places) if name == "max_pool2d_with_indices" else pooled
+
+    def is_activation(self, argument: Any) -> bool:
+        return (
+            isinstance(argument, Tensor)
+            and argument.requires_grad
+            and argument.ndim > 0
+            and argument.shape[0] > 0
+            and argument.shape[0] % (2 * self.images) == 0
+        )
+
+    def pairs(self, name: str, value: Tensor, activations: Sequence[Tensor]) -> tuple[Pair, list[Pair]]:
+        return _halves(value), [_halves(activation) for activation in activations]
 
 
-def _elementwise(func: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The function's values, with the ratio of the changes as slope; written to `x` where the function is in place."""
-    before = x.detach().requires_grad_()
-    given = before.clone()
-    after = func(given, *args, **kwargs)
-    (slope,) = torch.autograd.grad(after.sum(), before)
-    value = _with_slope(x, after.detach(), _ratio(after.detach(), x.detach(), slope.chunk(2)[0]))
-    return x.copy_(value) if after is given else value
+def _halves(both: Tensor) -> Pair:
+    image, reference = both.chunk(2)
+    return Pair(image, reference.detach())
 
 
-def _max_pool(func: Callable[..., Any], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Each window's change goes to the place of the larger of its two maxima.
+class Call:
+    """What a function of activations was called with on a uniform plane, and gave; lengths 1 along the map's axes."""
 
-    There the input changed by as much or more and with the same sign, so the ratio lies between 0 and 1. An input that
-    wins several windows gets the sum.
+    def __init__(self, name: str, value: Tensor, activations: Sequence[Tensor]) -> None:
+        self.name, self.value, self.activations = name, value, list(activations)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.value, *self.activations]
+
+
+class OnPlane(Rules):
+    """For images against references that were recorded, in calling order. Max pools keep their gradient.
+
+    It is theirs by the rule, too: the references' maximum is the same at every place, so each window's change is that
+    of its own maximum.
+
+    Raises:
+        NetworkError: the images call other functions than the recorded ones, or activations of other shapes.
     """
-    options = {key: value for key, value in kwargs.items() if key != "return_indices"}
-    after, places = F.max_pool2d_with_indices(x.detach(), *args, **options)
-    (value, reference), (place, reference_place) = after.chunk(2), places.chunk(2)
-    winner = torch.where(value >= reference, place, reference_place).repeat(2, 1, 1, 1)
-    winners = x.flatten(2).gather(2, winner.flatten(2)).view_as(after)
-    pooled = _with_slope(winners, after, _ratio(after, winners.detach(), torch.ones_like(value)))
-    return (pooled, places) if func.__name__ == "max_pool2d_with_indices" else pooled
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        super().__init__()
+        self._calls: Iterator[Call] = iter(calls)
+
+    def is_activation(self, argument: Any) -> bool:
+        return isinstance(argument, Tensor) and argument.requires_grad
+
+    def pairs(self, name: str, value: Tensor, activations: Sequence[Tensor]) -> tuple[Pair, list[Pair]]:
+        call = next(self._calls, None)
+        if call is None or call.name != name or len(call.activations) != len(activations):
+            raise NetworkError(f"plane: the network calls other functions on another size of map ('{name}'), use tiles")
+        pairs = [
+            Pair(image, reference)
+            for image, reference in zip([value, *activations], call.tensors, strict=True)
+            if image.ndim == reference.ndim and _broadcasts(reference, image)
+        ]
+        if len(pairs) <= len(activations):
+            raise NetworkError(f"plane: '{name}' takes activations that are no map of cells, use tiles")
+        return pairs[0], pairs[1:]
+
+    def check_all_called(self) -> None:
+        """Raises NetworkError: the images did not call every recorded function."""
+        if next(self._calls, None) is not None:
+            raise NetworkError("plane: the network calls fewer functions on another size of map, use tiles")
 
 
-def _ratio(after: Tensor, before: Tensor, slope: Tensor) -> Tensor:
-    """Change of the second argument's function over its own change, (B, ...), from batches (2 B, ...)."""
-    (image_after, reference_after), (image, reference) = after.chunk(2), before.chunk(2)
-    change = image - reference
-    # So written that nan, of two infinite values, counts as no change; in float16 the limit itself is 0.
-    return torch.where(change.abs() > _LEAST_CHANGE, (image_after - reference_after) / change, slope)
-
-
-def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """A tensor of these values (2 B, ...) whose derivative by the first half of `x` is the slope (B, ...)."""
-    given: Tensor = _Slope.apply(x, value, slope)  # type: ignore[no-untyped-call]
-    return given
-
-
-class _Slope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        gradient = gradients[0].chunk(2)[0] * slope
-        return torch.cat([gradient, torch.zeros_like(gradient)]), None, None
+def _broadcasts(small: Tensor, large: Tensor) -> bool:
+    return all(its in (1, size) for its, size in zip(small.shape, large.shape, strict=True))

@@ -1,0 +1,205 @@
+"""The neutral reference of a layer: one activation vector that speaks neither for the target nor against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from medsd.errors import ConfigError, NetworkError
+from medsd.networks.modes import evaluating, full_name, recorded
+from medsd.saliency.hidden import tapped
+from medsd.saliency.method import Output, Target, check_logits, evidence, explained_output, targets_of
+from medsd.saliency.plane import plane_output
+
+_FIRST, _LAST, _STEPS = -2.0, 3.0, 50  # the line that is scanned, 0 against and 1 for the target
+_HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class NeutralReference:
+    """A layer's reference of log-odds 0 (our choice), plain numbers as a model card keeps them.
+
+    Attributes:
+        layer: its name in the network.
+        vector: one number a channel.
+        log_odds: of the uniform map after the search, 0 but for rounding.
+        position: on the line from the mean of tissue against the target (0) to that of tissue for it (1).
+        extent: "plane", uniform without end; or "tile", uniform over the layer's map of one tile, with its borders.
+        source: what it was found from, in words.
+    """
+
+    layer: str
+    vector: tuple[float, ...]
+    log_odds: float
+    position: float
+    extent: Literal["plane", "tile"]
+    source: str
+
+
+def neutral_of(network: nn.Module, layer: str | None) -> NeutralReference:
+    """The network's own neutral reference of a layer: its attribute `neutral`, as loaded weights set it.
+
+    Raises:
+        ConfigError: it has none, or one of another layer.
+    """
+    neutral = getattr(network, "neutral", None)
+    if not isinstance(neutral, NeutralReference):
+        raise ConfigError(
+            "reference 'neutral': the network has none; find one with medsd.saliency.neutral.neutral_from_images"
+        )
+    if layer is None or _name(network, neutral.layer) != _name(network, layer):
+        raise ConfigError(
+            f"reference 'neutral': the network's is of layer '{neutral.layer}', not '{layer or 'input'}'; choose that "
+            "layer, or find another reference with medsd.saliency.neutral.neutral_from_images"
+        )
+    return neutral
+
+
+def _name(network: nn.Module, layer: str) -> str:
+    return full_name(network, layer, "encoder")
+
+
+def find_neutral(evidence_of: Callable[[Tensor], float], low: Tensor, high: Tensor) -> tuple[Tensor, float, float]:
+    """The vector on a line whose evidence is 0, nearest the middle of the two that span it.
+
+    Args:
+        evidence_of: log-odds of the uniform map of a vector (C,).
+        low, high: (C,) means of what speaks against and for the target; the line is searched from -2 to 3.
+
+    Returns:
+        The vector (C,) float64, its evidence, and its position on the line: 0 is `low`, 1 `high`.
+
+    Raises:
+        NetworkError: the evidence has one sign all along.
+    """
+    low, high = low.detach().double(), high.detach().double()
+
+    def at(place: float) -> float:
+        return float(evidence_of(low + place * (high - low)))
+
+    places = [_FIRST + (_LAST - _FIRST) * step / _STEPS for step in range(_STEPS + 1)]
+    values = [at(place) for place in places]
+    changes = [
+        step for step in range(_STEPS) if values[step] * values[step + 1] <= 0 and values[step] != values[step + 1]
+    ]
+    if not changes:
+        raise NetworkError(
+            f"neutral reference: the evidence is {min(values):.3g} to {max(values):.3g} from tissue against the target "
+            "to tissue for it and beyond, never 0; check that the network tells the classes apart"
+        )
+    step = min(changes, key=lambda it: abs(places[it] + places[it + 1] - 1))
+    (left, right), before = (places[step], places[step + 1]), values[step]
+    best = min((abs(values[it]), places[it], values[it]) for it in (step, step + 1))
+    for _ in range(_HALVINGS):
+        if best[0] <= 1e-6 * (max(values) - min(values)) / 100:
+            break
+        middle = (left + right) / 2
+        value = at(middle)
+        best = min(best, (abs(value), middle, value))
+        if (value < 0) == (before < 0):
+            left = middle
+        else:
+            right = middle
+    return low + best[1] * (high - low), best[2], best[1]
+
+
+def plane_evidence(
+    cells: nn.Module, vector: Tensor, target: int, bias: Tensor | None = None, temperature: float = 1.0
+) -> float:
+    """Evidence for a class of one cell of an endless uniform plane.
+
+    Args:
+        cells: fully convolutional, maps (1, C, h, w) to logits (1, K, h', w').
+        vector: (C,).
+        target: the class.
+        bias: (K,) of the logits, where `cells` leaves it out.
+        temperature: divides the logits.
+
+    Raises:
+        NetworkError: `cells` is no function of cells and their neighbours.
+    """
+    with evaluating(cells):
+        logits = plane_output(cells, vector.to(_like(cells))).double()
+    logits = (logits if bias is None else logits + bias.detach().to(logits)) / temperature
+    return float(evidence(logits[None])[0, target])
+
+
+def tile_evidence(
+    network: nn.Module, layer: str, output: Output, target: Target, shape: tuple[int, int, int]
+) -> Callable[[Tensor], float]:
+    """Gives what is explained of a vector (C,): the network's, its layer's output replaced by the uniform map.
+
+    Args:
+        network, layer, output, target: as a class method's; the target is a class number.
+        shape: (C, H, W) of a tile, which sets the size of the layer's map.
+    """
+    like = _like(network)
+    image = torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
+    module = dict(network.named_modules())[full_name(network, layer)]
+
+    def of(vector: Tensor) -> float:
+        with evaluating(network), tapped(network, module) as hidden, torch.no_grad():
+            hidden.turned = lambda given: vector.to(given)[:, None, None].expand_as(given)
+            logits = check_logits(network(image), 1)
+        return float(explained_output(logits.double(), targets_of(logits, target), output))
+
+    return of
+
+
+def mean_activation(network: nn.Module, layer: str, batches: Iterable[Tensor]) -> Tensor:
+    """The layer's mean over images and places, (C,) float64 on the CPU.
+
+    Raises:
+        ConfigError: no images.
+    """
+    total, count = torch.zeros(1, dtype=torch.float64), 0
+    with evaluating(network), torch.no_grad():
+        for batch in batches:
+            with recorded(network, layer) as outputs:
+                network(batch)
+            total = total + outputs[0].double().sum(dim=(0, 2, 3)).cpu()
+            count += len(outputs[0]) * outputs[0].shape[2:].numel()
+    if not count:
+        raise ConfigError("neutral reference: no images; give some of either class")
+    return total / count
+
+
+def neutral_from_images(
+    network: nn.Module, layer: str, images: Tensor, output: Output, target: int, labels: Tensor | None = None
+) -> NeutralReference:
+    """A neutral reference of extent "tile" from images (B, C, H, W) at hand.
+
+    Args:
+        network, layer, output, target: as a class method's.
+        images: as the network takes them.
+        labels: (B,) class numbers; None splits the images by the sign of what is explained.
+
+    Raises:
+        ConfigError: all images are on one side.
+        NetworkError: no vector on the line has evidence 0.
+    """
+    if labels is None:
+        with evaluating(network), torch.no_grad():
+            logits = check_logits(network(images), len(images))
+        chosen = explained_output(logits, targets_of(logits, target), output) > 0
+        source = "the images given, by what the network says of them"
+    else:
+        chosen, source = labels.to(images.device) == target, "the images given, by their labels"
+    if bool(chosen.all()) or not bool(chosen.any()):
+        side = "for" if bool(chosen.all()) else "against"
+        raise ConfigError(
+            f"neutral reference: all {len(images)} images are {side} class {target}; give images of either side"
+        )
+    low, high = (mean_activation(network, layer, [images[side]]) for side in (~chosen, chosen))
+    of = tile_evidence(network, layer, output, target, (images.shape[1], images.shape[2], images.shape[3]))
+    vector, log_odds, position = find_neutral(of, low, high)
+    return NeutralReference(layer, tuple(vector.tolist()), log_odds, position, "tile", source)
+
+
+def _like(network: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of the network's weights."""
+    return next(network.parameters(), torch.zeros(1)).detach()
