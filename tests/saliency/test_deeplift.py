@@ -202,7 +202,7 @@ def test_a_linear_network_is_gradient_times_activation(images: Tensor) -> None:
 
 
 class Gated(nn.Module):
-    """A standard deviation, which has no rule."""
+    """A variance, which has no rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return (x * x.std(dim=(2, 3), keepdim=True)).mean(dim=(2, 3))
+        return (x * x.var(dim=(2, 3), keepdim=True)).mean(dim=(2, 3))
 
 
 def test_what_has_no_rule_is_told_once(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
