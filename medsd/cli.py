@@ -188,25 +188,38 @@ def heatmap(
     weights: Annotated[Path, typer.Option(help="A calibrated classifier (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
     mpp: MppOption = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Saliency methods, the option once for each; the weights' own when not given."),
+    ] = None,
     block_px: Annotated[
-        int, typer.Option(help="Side of the blocks computed at once; smaller needs less memory.")
-    ] = 2048,
-    device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
+        int | None,
+        typer.Option(help="Side of what is computed at once, in pixels; as large as memory allows when not given."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")
+    ] = None,
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
     from dataclasses import replace
+
+    import torch
 
     from medsd.cohort.entry import SlideEntry
     from medsd.cohort.manifest import read_manifest
     from medsd.cohort.runner import count_by_status
     from medsd.heatmap.cohort import map_slides
+    from medsd.networks.modes import usable_device
     from medsd.progress import progress_bar
 
     entries: list[SlideEntry] = []
     for path in slides:
         listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
         entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
-    results = map_slides(entries, weights, out, block_px, device, progress_bar("heatmap"))
+    place = usable_device(device)
+    print(f"computing on {torch.cuda.get_device_name(place) if place.type == 'cuda' else place.type}")
+    progress = progress_bar("heatmap")
+    results = map_slides(entries, weights, out, block_px, place, progress, methods=methods or ())
     counts = count_by_status(results)
     for result in results:
         if result.score is None:

@@ -123,7 +123,7 @@ def test_stain_writes_a_configuration_for_the_bundle(monkeypatch, capsys, slide,
 def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_path):
     asked = []
     monkeypatch.setattr(
-        cohort, "map_slides", lambda jobs, *_: asked.extend(jobs) or [cohort.SlideResult("a", "ok", "", 1.0)]
+        cohort, "map_slides", lambda jobs, *_, **__: asked.extend(jobs) or [cohort.SlideResult("a", "ok", "", 1.0)]
     )
     (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
     assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
@@ -132,7 +132,7 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
 
 def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):
     name = os.fsdecode(b"f\xe9vrier")
-    monkeypatch.setattr(cohort, "map_slides", lambda *_: [cohort.SlideResult(name, "ok", "", 1.0)])
+    monkeypatch.setattr(cohort, "map_slides", lambda *_, **__: [cohort.SlideResult(name, "ok", "", 1.0)])
     written = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", written)
     monkeypatch.setattr(sys, "argv", ["medsd", "heatmap", name, "--weights", "w", "--out", str(tmp_path)])

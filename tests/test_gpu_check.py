@@ -15,7 +15,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check"
 # What a bare CUDA machine lacks and the script does not name.
-_NOT_THERE = ("tiatoolbox", "captum", "segmentation_models_pytorch", "zarr", "tensorly", "typer", "jinja2", "glymur")
+_NOT_THERE = ("tiatoolbox", "captum", "segmentation_models_pytorch", "tensorly", "typer", "jinja2", "glymur")
 _BARE = f"""
 import runpy, sys
 

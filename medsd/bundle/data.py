@@ -19,8 +19,9 @@ from medsd.cohort.index import TileGrid
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.errors import ConfigError
-from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
 from medsd.heatmap.engine import Engine
+from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.weights import Calibration
 from medsd.phantom import write_phantom_dataset
 from medsd.progress import progress_bar
@@ -134,8 +135,9 @@ class SlideData:
         return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
 
     def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scale from the validation slides' maps."""
+        """Threshold and scales from the validation slides' maps, and the engine's reference before them."""
         prepared = self._prepared
+        set_reference(engine, self.part("validation"))
         slides = [prepared.entry(name) for name in prepared.validation]
         return calibrate_on_slides(engine, slides, progress_bar("calibrate"), self._normaliser)
 
@@ -223,8 +225,9 @@ class PatchData:
         return PatchDataset(self._parts[name], side_px=self.tile_px)
 
     def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scale from the validation patches."""
+        """Threshold and scales from the validation patches, and the engine's reference before them."""
         validation = self.part("validation")
+        set_reference(engine, validation)
         probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
         return calibrate_on_patches(engine, validation, validation.labels, probabilities)
 
@@ -241,6 +244,14 @@ class PatchData:
         table = read_patch_table(str(self.dataset_dir), self.group_column)
         sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
         return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
+
+
+def set_reference(engine: Engine, validation: TileDataset | PatchDataset) -> None:
+    """Give an engine that needs one the neutral reference of validation tiles."""
+    if ADDITIVE in engine.settings.methods:
+        engine.reference = find_reference(
+            engine, validation, validation.labels, f"{len(validation.labels)} validation tiles"
+        )
 
 
 # What the stages ask of a data set is what both offer.

@@ -153,7 +153,7 @@ def evaluate(
     write_json(Path(output_dir) / SCORES, content)
 
 
-def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int) -> None:
+def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int | None = None) -> None:
     """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`."""
     jobs = data.jobs()
     if jobs:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from medsd.annotations import rasterise, read_annotations
@@ -14,9 +17,11 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
+from medsd.heatmap.legend import MASK
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.weights import Calibration
 from medsd.progress import Progress, no_progress
+from medsd.saliency.neutral import NeutralReference
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
@@ -24,6 +29,7 @@ from medsd.slides.tissue import find_tissue
 SCALE_PERCENTILE = 99.5
 _HIGHEST_THRESHOLD = 0.99
 _SCALE_FROM = 256  # patches
+_REFERENCE_FROM, _BATCH = 256, 32  # tiles of a class
 
 
 def calibrate_on_slides(
@@ -41,7 +47,8 @@ def calibrate_on_slides(
     Raises:
         DatasetError: the slides show one class only.
     """
-    labels, probabilities, saliencies = [], [], []
+    labels, probabilities = [], []
+    values: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in engine.settings.methods}
     for entry in progress(slides, len(slides), "slide"):
         with IsolatedSlide(entry.path, entry.mpp) as slide:
             tissue = find_tissue(slide)
@@ -54,9 +61,38 @@ def calibrate_on_slides(
         known = probability.seen if entry.exhaustive else probability.seen & tumour
         labels.append(tumour[known])
         probabilities.append(probability.values[known])
-        saliencies.append(np.abs(maps.saliency.values[maps.saliency.seen]))
-    pixels, scores, saliency = np.concatenate(labels), np.concatenate(probabilities), np.concatenate(saliencies)
-    return _calibration(engine, pixels, scores, saliency, f"{len(slides)} validation slides")
+        for name, explanation in maps.explanations.items():
+            values[name].append(np.abs(explanation.values[explanation.seen]))
+    saliencies = {name: np.concatenate(parts) for name, parts in values.items()}
+    pixels, scores = np.concatenate(labels), np.concatenate(probabilities)
+    return _calibration(engine, pixels, scores, saliencies, f"{len(slides)} validation slides")
+
+
+def find_reference(
+    engine: Engine, dataset: Dataset[Sample], labels: npt.NDArray[np.int8], source: str
+) -> NeutralReference:
+    """The neutral reference of the engine's layer, between the mean activations of normal and of tumour tiles.
+
+    Args:
+        engine: its `neutral` finds it.
+        dataset: tiles of the engine's `tile_px`; up to 256 of each class are taken, evenly.
+        labels: (n,) 0 or 1, those of the dataset.
+        source: what the tiles are, in words.
+
+    Raises:
+        DatasetError: the tiles are of one class.
+        NetworkError: no point between them has log-odds 0.
+    """
+    if len(np.unique(labels)) < 2:
+        raise DatasetError(f"{source} hold one class only; the neutral reference needs both, change validation_share")
+
+    def batches(label: int) -> Iterator[Tensor]:
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.linspace(0, len(rows) - 1, min(_REFERENCE_FROM, len(rows))).astype(int)]
+        for start in range(0, len(rows), _BATCH):
+            yield torch.stack([dataset[row]["image"] for row in rows[start : start + _BATCH].tolist()])
+
+    return engine.neutral(batches(0), batches(1), source)
 
 
 def tumour_on(values: ValueMap, entry: SlideEntry, slide_size_px: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -84,29 +120,34 @@ def calibrate_on_patches(
         DatasetError: the patches show one class only.
     """
     chosen = np.linspace(0, len(labels) - 1, min(_SCALE_FROM, len(labels))).astype(int)
-    saliencies = [np.abs(engine.patch_saliency(dataset[i]["image"][None])).ravel() for i in chosen.tolist()]
-    return _calibration(engine, labels, probabilities, np.concatenate(saliencies), f"{len(labels)} validation patches")
+    saliencies = {
+        name: np.abs(np.stack([engine.patch_saliency(dataset[i]["image"][None], name) for i in chosen.tolist()]))
+        for name in engine.settings.methods
+    }
+    return _calibration(engine, labels, probabilities, saliencies, f"{len(labels)} validation patches")
 
 
 def _calibration(
     engine: Engine,
     labels: npt.NDArray[np.bool_ | np.int8],
     probabilities: npt.NDArray[np.float32],
-    saliencies: npt.NDArray[np.float32],
+    saliencies: Mapping[str, npt.NDArray[np.float32]],
     source: str,
 ) -> Calibration:
     if len(np.unique(labels)) < 2:
         raise DatasetError(f"{source} hold one class only; the threshold needs both, change validation_share or seed")
     settings = engine.settings
-    mask = settings.attribution == "mask"
     return Calibration(
         # A network that is sure of everything would give 1.0, which no map exceeds.
         threshold=min(youden_threshold(labels.astype(np.int8), probabilities), _HIGHEST_THRESHOLD),
-        # The share of masks open has limits of its own.
-        saliency_limit=1.0 if mask else float(np.percentile(saliencies, SCALE_PERCENTILE)),
+        limits={
+            # The share of masks open has limits of its own.
+            name: 1.0 if name == MASK else float(np.percentile(values, SCALE_PERCENTILE))
+            for name, values in saliencies.items()
+        },
         layer=settings.layer,
-        attribution=settings.attribution,
         smoothing=settings.smoothing,
         source=source,
         temperature=engine.temperature,
+        reference=None if engine.reference is None else asdict(engine.reference),
     )

@@ -194,7 +194,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
 def _column(name: str, explained: ExplainedImages) -> SheetColumn:
     """A method's scale, from the maps of all images: the weights' own limit where it holds for them.
 
-    That limit holds for two classes, the calibrated layer, attribution and smoothing, and images of the tile's size:
+    That limit holds for two classes, the calibrated layer, method and smoothing, and images of the tile's size:
     a gradient of pooled features is smaller where more is pooled. Otherwise the scale ends at the 99.5th percentile of
     |map|. Maps for and against a class diverge from 0; of label-free ones the signed are centred there, the others
     start.
@@ -224,8 +224,9 @@ def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
         return None
     known = card.calibration
     asked = name, model.layer(settings.layer), settings.smoothing, {image.size_px for image in explained.images}
-    holds = known.attribution, model.layer(known.layer), known.smoothing, {(card.tile_px, card.tile_px)}
-    return known.saliency_limit if asked == holds else None
+    main = next(iter(known.limits))
+    holds = main, model.layer(known.layer), known.smoothing, {(card.tile_px, card.tile_px)}
+    return known.limits[main] if asked == holds else None
 
 
 def _row(image: ExplainedImage, settings: ExplainSettings) -> SheetRow:

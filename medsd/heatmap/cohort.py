@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,19 @@ from medsd.cohort.runner import TABLE, Made, Work, run_cohort
 from medsd.errors import DatasetError, SlideError, WeightsError
 from medsd.files import atomic_path, sha256_of
 from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import MapSettings, SlideMaps
-from medsd.heatmap.overlay import MappedSlide, draw_overlay, explanation_warning
+from medsd.heatmap.overlay import MappedSlide, draw_overlay
 from medsd.heatmap.regions import Region, find_regions, write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.tiff import write_ome_tiff
+from medsd.heatmap.value_map import ValueMap
 from medsd.networks.modes import usable_device
 from medsd.networks.weights import Calibration, ModelCard, load_classifier
 from medsd.progress import Progress, no_progress
-from medsd.record import read_record
+from medsd.record import identity, read_record
+from medsd.saliency.neutral import NeutralReference
+from medsd.saliency.registry import METHODS
 from medsd.slides.readers.base import RGB
 from medsd.slides.slide import Slide, hatched, thumbnail
 from medsd.slides.stain import profile_from_dict
@@ -35,7 +42,9 @@ from medsd.slides.tissue import find_tissue
 from medsd.tables import read_table
 
 RECORD = "record.json"
+_PERCENTILE = 99.5
 _MAP_FILES = ["saliency.ome.tif", "probability.ome.tif", "overlay.png", "regions.geojson", "report.html"]
+_STORE = "blocks"
 _TOP_SHARE = 0.01
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
@@ -47,11 +56,12 @@ def map_slides(
     slides: Sequence[SlideEntry],
     weights: str | Path,
     output: str | Path,
-    block_px: int = 2048,
-    device: torch.device | str = "cpu",
+    block_px: int | None = None,
+    device: torch.device | str | None = None,
     progress: Progress = no_progress,
     isolate: bool = True,
     max_unseen: float = 0.05,
+    methods: Sequence[str] = (),
 ) -> list[SlideResult]:
     """Map every slide; leave a folder a slide, `slides.csv` and `index.html` in `output`.
 
@@ -62,11 +72,13 @@ def map_slides(
         slides: the slides, whose outputs are kept by their names.
         weights: a calibrated classifier's safetensors.
         output: the folder to write to.
-        block_px: side of the dense engine's blocks, in pixels at the model's mpp.
-        device: where the network runs.
+        block_px: see `MapSettings`.
+        device: where the network runs; None for the first GPU, or the CPU where there is none.
         progress: shows the slides, and the blocks or tiles of each, as they are done.
         isolate: read each slide in a child process, so that a decoder that dies or hangs costs that slide alone.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
+        methods: of the maps, see `MapSettings`; those of the weights where none are given. The scale of a method that
+            was not calibrated ends at the 99.5th percentile of the slide itself, which its record says.
 
     Raises:
         DatasetError: no slides, two of one name, or outputs of another slide of that name in `output`.
@@ -79,12 +91,24 @@ def map_slides(
     calibration = card.calibration
     if calibration is None:
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
-    settings = MapSettings(calibration.layer, calibration.attribution, calibration.smoothing, block_px)
-    engine = make_engine(classifier, card.tile_px, card.mpp, settings=settings, temperature=calibration.temperature)
+    settings = MapSettings(tuple(methods or calibration.limits), calibration.layer, calibration.smoothing, block_px)
+    engine = make_engine(
+        classifier,
+        card.tile_px,
+        card.mpp,
+        settings=settings,
+        temperature=calibration.temperature,
+        reference=None if calibration.reference is None else NeutralReference(**calibration.reference),
+    )
     target = card.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
     work = _MapWork(output, engine, card, calibration, digest, normaliser, max_unseen)
     return run_cohort(work, slides, isolate=isolate, progress=progress)
+
+
+def _file_of(method: str) -> str:
+    """The file of a map beside the slide's saliency."""
+    return f"{method}.ome.tif"
 
 
 @dataclass(frozen=True)
@@ -101,12 +125,13 @@ class _MapWork(Work[SlideResult]):
     row_type = SlideResult
     columns = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
     record = f"{{}}/{RECORD}"
-    outputs = (_THUMBNAIL, *_MAP_FILES)
+    outputs = (_THUMBNAIL, *_MAP_FILES, *map(_file_of, METHODS))
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         return {
             "weights_sha256": self.digest,
             "calibration": asdict(self.calibration),
+            "methods": list(self.engine.settings.methods),
             "max_unseen": self.max_unseen,
         }
 
@@ -117,7 +142,8 @@ class _MapWork(Work[SlideResult]):
         tissue = find_tissue(slide)
         normaliser = self.normaliser if tissue.mask.any() else None
         shown = slide if normaliser is None else normaliser.slide(slide, tissue)
-        maps = self.engine.map(shown, tissue, progress)
+        store = self._store(entry, folder)
+        maps = self.engine.map(shown, tissue, progress, store)
         map_seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, maps.unseen)
         if unseen > self.max_unseen:
@@ -127,14 +153,17 @@ class _MapWork(Work[SlideResult]):
             )
         if maps.probability.seen.any():
             mapped = self._mapped(slide, maps, picture, level0_px)
-            write_ome_tiff(folder / "saliency.ome.tif", maps.saliency)
             write_ome_tiff(folder / "probability.ome.tif", maps.probability)
+            write_ome_tiff(folder / "saliency.ome.tif", maps.saliency)
+            others = {_file_of(name): shown for name, shown in list(maps.explanations.items())[1:]}
+            for name, shown_too in others.items():
+                write_ome_tiff(folder / name, shown_too)
             quantity = maps.saliency.quantity
             write_regions(folder / "regions.geojson", mapped.regions, "Tumour (model)", mapped.name, quantity)
             draw_overlay(folder / "overlay.png", mapped)
             write_report(folder / "report.html", mapped)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
-            row, files = self.row(entry, "ok", reason), _MAP_FILES
+            row, files = self.row(entry, "ok", reason), [*_MAP_FILES, *others]
             area_mm2 = mapped.region_area_mm2
             row = replace(row, score=mapped.score, regions=len(mapped.regions), region_area_mm2=area_mm2)
         else:
@@ -150,13 +179,16 @@ class _MapWork(Work[SlideResult]):
                 "dimensions": slide.dimensions,
                 "reader": slide.reader,
             },
-            "methods": [maps.probability.method, maps.saliency.method],
+            "methods": [shown.method for shown in (maps.probability, *maps.explanations.values())],
+            "seam": maps.seam,
+            "moved_share": maps.moved,
             "pixels_read": maps.pixels_read,
             "unseen_share": round(unseen, 6),
             "map_seconds": map_seconds,
             "stain": None if normaliser is None else asdict(normaliser.fit(slide, tissue)),
             "intended_use": "research use only",
         }
+        shutil.rmtree(folder / _STORE, ignore_errors=True)
         return Made(row, files, content)
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -184,13 +216,13 @@ class _MapWork(Work[SlideResult]):
             damaged=maps.lost is not None,
             probability=probability,
             saliency=saliency,
-            saliency_limit=self.calibration.saliency_limit,
+            saliency_limit=self._limit(maps.saliency),
             threshold=threshold,
             threshold_source=f"fixed on {source}",
             regions=regions,
             region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
             score=top_mean(probability.values[probability.seen]),
-            provenance=self._provenance(slide),
+            provenance=self._provenance(slide, maps),
             caveats=self._caveats(slide, maps),
         )
 
@@ -207,14 +239,40 @@ class _MapWork(Work[SlideResult]):
                 f"({self.card.mpp:g}): it was enlarged, and detail that the classifier looks for is missing."
             )
         trained = f"The classifier was trained on {self.card.trained_on}; on other material its scores mean little."
-        return [*caveats, trained, f"{explanation_warning(maps.saliency)} It is no diagnosis."]
+        return [*caveats, trained, f"{maps.saliency.meaning} It is no diagnosis."]
 
-    def _provenance(self, slide: Slide) -> dict[str, str]:
-        limit = self.calibration.saliency_limit
-        scale = f"±{limit:.3g}: 99.5th percentile of |saliency| in {self.calibration.source}"
-        if self.calibration.attribution == "mask":
+    def _store(self, entry: SlideEntry, folder: Path) -> Path:
+        """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
+        made_from = json.dumps([identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
+        store = folder / _STORE / sha256(made_from.encode()).hexdigest()[:16]
+        for other in (folder / _STORE).glob("*"):
+            if other != store:
+                shutil.rmtree(other, ignore_errors=True)
+        return store
+
+    def _limit(self, saliency: ValueMap) -> float:
+        """End of the colour scale: the weights', or for a method that they do not know the slide's own."""
+        known = self.calibration.limits.get(self.engine.settings.methods[0])
+        return known or float(np.percentile(np.abs(saliency.values[saliency.seen]), _PERCENTILE)) or 1.0
+
+    def _provenance(self, slide: Slide, maps: SlideMaps) -> dict[str, str]:
+        name = self.engine.settings.methods[0]
+        limit = self._limit(maps.saliency)
+        source = (
+            self.calibration.source
+            if name in self.calibration.limits
+            else "this slide; compare no colours between slides"
+        )
+        scale = f"±{limit:.3g}: 99.5th percentile of |saliency| in {source}"
+        if name == MASK:
             scale = "0 to 1, all masks closed to all open"
+        sums = {}
+        if name == ADDITIVE and maps.moved is not None:
+            sums = {"Adds up": f"to the log-odds of every tile; corrected for {maps.moved:.1%} of its absolute sum"}
+        seam = {} if maps.seam is None else {"Seams": f"{maps.seam:.2f} (jump across block borders over beside them)"}
         return {
+            **sums,
+            **seam,
             "Slide file": f"{slide.path.name}, read by {slide.reader}",
             "Classifier": f"{self.card.encoder}, tiles of {self.card.tile_px} px at {self.card.mpp:g} µm per pixel",
             "Weights SHA-256": self.digest,

@@ -1,29 +1,39 @@
-"""The dense engine: probability and hidden-layer saliency of a whole slide from one pass over its tissue.
+"""The dense engine: probability and hidden-layer saliency of a whole slide from about one pass over its tissue.
 
-A classifier that is linear after average pooling gives the logits of every tile position at once: the head is
-applied to each feature cell and averaged over the tile's window. The gradient of the sum of all windows is the
-average of what overlapping tiles on the feature grid would give, at the price of one forward and one backward pass.
+A classifier that is linear after average pooling gives the logits of every tile position at once: the head is applied
+to each feature cell and averaged over the tile's window. The gradient of the sum of all windows is the average of what
+overlapping tiles on the feature grid would give, at the price of one forward and one backward pass.
+
+Hidden features are computed once, stage by stage (`cascade`), and kept on disk. Above the hidden layer, the cells of a
+rectangle go forward, and the gradient of their own evidence goes back; rectangles overlap where both reach, and add up,
+since a gradient is linear in what it is of.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError
-from medsd.heatmap.maps import Engine, Floats, MapGrid, SlideMaps, as_array, finish_maps
+from medsd.heatmap.additive import conserve
+from medsd.heatmap.cascade import Cascade, Node
+from medsd.heatmap.legend import ADDITIVE, BY_PARTS
+from medsd.heatmap.maps import Assembled, Engine, MapGrid, as_array, block_any
+from medsd.heatmap.partition import Rect, grown, partition
+from medsd.heatmap.store import BlockStore
+from medsd.heatmap.value_map import Floats
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import Geometry, ReceptiveField, measure_geometry
-from medsd.networks.modes import recorded
-from medsd.progress import Progress, no_progress
+from medsd.networks.geometry import ReceptiveField
+from medsd.networks.modes import evaluating, recorded
+from medsd.networks.segment import Segment
+from medsd.progress import Progress
+from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.reading import read_ahead
 from medsd.slides.slide import Slide
@@ -33,23 +43,20 @@ _READ_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Feature cells of the canvas: columns left to right and rows top to bottom (ends excluded)."""
+class _Plan:
+    """What of a slide is computed, on the canvas of feature cells.
 
-    left: int
-    top: int
-    right: int
-    bottom: int
+    Attributes:
+        size: (width, height) of the canvas.
+        tissue: (height, width) bool: cells under map pixels that are seen; the gradient is of their evidence.
+        rects: parts of the canvas whose cells' logits are wanted, and their crops (with what the cells see).
+        nodes: hidden features that are needed, in the order in which they are computed.
+    """
 
-
-@dataclass(frozen=True)
-class _Read:
-    """A block, its crop (the block and its halo, clipped to the canvas), and the crop's pixels as `Slide.read_seen`."""
-
-    block: _Block
-    crop: _Block
-    pixels: RGB
-    seen: Bools | None
+    size: tuple[int, int]
+    tissue: Bools
+    rects: list[tuple[Rect, Rect]]
+    nodes: list[Node]
 
 
 @dataclass(eq=False, repr=False)
@@ -57,117 +64,216 @@ class DenseEngine(Engine):
     """Maps slides without tiles; arguments and errors as `Engine`.
 
     Raises:
-        NetworkError: the network has global operations, too.
+        NetworkError: the network has global operations or a path around the layer, or a method looks at whole tiles.
     """
 
     classifier: TileClassifier
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.settings.attribution == "mask":
-            raise NetworkError("attribution 'mask': needs a classifier with masks, mapped tile by tile (way 'auto')")
-        self.geometry = measure_geometry(self.classifier, self.settings.layer)
-        stride = self.geometry.features.stride
+        for name in self.settings.methods:
+            if name not in BY_PARTS:
+                raise NetworkError(f"method '{name}': looks at whole tiles, mapped tile by tile (way 'auto')")
+        self.cascade = Cascade(self.classifier, self.settings.layer, self.settings.smoothing == "backward_hook")
+        stride = self.cascade.features.stride
         if self.tile_px % stride:
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {stride}")
         self.window = self.tile_px // stride
-        self._windows = _Windows(self.classifier, self.window)
-        self._method = self.method(self._windows, "cells.classifier.")
-        # In cells: the saliency's halo, or what the tile window around a cell sees, whichever reaches further.
-        windowed = self.geometry.features.size / 2 / stride + self.window / 2
-        self._halo = max(self.geometry.halo_px // stride, math.ceil(windowed) + 1)
-        self.origin_px = _canvas_origin(self.geometry)
+        self._windows = _Windows(self.cascade.top.network, self.classifier, self.window)
+        fields = self.cascade.features, self.cascade.hidden
+        self.origin_px = _canvas_origin(*fields)
         # Map pixel of the canvas's first cell, for either map.
-        self._shifts = [_shift(field, self.origin_px) for field in (self.geometry.features, self.geometry.hidden)]
+        self._shifts = [_shift(field, self.origin_px) for field in fields]
 
-    def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        ratio = self.mpp / slide.mpp
-        features, hidden = self.geometry.features, self.geometry.hidden
-        grids = MapGrid.over(slide, self.mpp, features.stride), MapGrid.over(slide, self.mpp, hidden.stride)
-        probability, saliency = (grid.values for grid in grids)
-        scale = features.stride // hidden.stride
-        canvas = [
-            max(cells - self._shifts[0], math.ceil((finer - self._shifts[1]) / scale))
-            for cells, finer in zip(probability.shape[::-1], saliency.shape[::-1], strict=True)
-        ]
-        blocks = self._blocks(canvas, tissue, ratio)
-        pixels = 0
-        for read in progress(self._read(slide, blocks, canvas, ratio), len(blocks), "block"):
-            pixels += read.pixels.shape[0] * read.pixels.shape[1]
-            tensor = torch.from_numpy(read.pixels).permute(2, 0, 1)[None].to(self.classifier.device)
-            block_probability, block_saliency = self.run(tensor)
-            _place(probability, block_probability[0], read.block, read.crop, 1, self._shifts[0])
-            _place(saliency, block_saliency[0], read.block, read.crop, scale, self._shifts[1])
-            if read.seen is not None:
-                left, top = (cell * features.stride + self.origin_px for cell in (read.crop.left, read.crop.top))
-                for grid in grids:
-                    grid.mark_lost(read.seen, left, top)
-        tiles = f"dense, mean over tiles of {self.tile_px} px at {self.mpp:g} um/px"
-        return finish_maps(
-            grids, tissue, self.settings, self.classifier.classes[self.target], tiles, len(blocks), pixels
-        )
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.cascade.features.stride, self.cascade.hidden.stride
 
-    def run(self, images: Tensor) -> tuple[Floats, Floats]:
+    @property
+    def tiles(self) -> str:
+        return f"dense, mean over tiles of {self.tile_px} px at {self.mpp:g} um/px"
+
+    def assemble(
+        self, slide: Slide, tissue: TissueMask, block_px: int | None, store: BlockStore, progress: Progress
+    ) -> Assembled:
+        grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
+        plan = self._plan(grids, tissue, block_px)
+        store.belongs_to(np.array([*(rect for rect, _ in plan.rects), *(node.rect for node in plan.nodes)], np.int32))
+        todo = [number for number, _ in enumerate(plan.rects) if not store.has(f"maps-{number}")]
+        # A rectangle's features are computed before it, and let go behind the last that needs them.
+        users = {
+            at: [number for number in todo if plan.rects[number][1].meets(node.rect)]
+            for at, node in enumerate(plan.nodes)
+        }
+        missing = [at for at, wanted in users.items() if wanted and not store.has(f"features-{at}")]
+        missing.sort(key=lambda at: users[at][0])
+        lost: list[np.ndarray] = []
+        leaves = (leaf.crop for at in missing for leaf in plan.nodes[at].leaves())
+        images = self._images(slide, leaves, grids[1], lost)
+
+        def work() -> Iterator[None]:
+            waiting = list(missing)
+            for number in todo:
+                while waiting and users[waiting[0]][0] <= number:
+                    at = waiting.pop(0)
+                    with evaluating(self.classifier), torch.no_grad():
+                        features = self.cascade.compute(plan.nodes[at], images)
+                    arrays = {"features": as_array(features), "lost": _together(lost)}
+                    lost.clear()
+                    store.write(f"features-{at}", **arrays)
+                    store.write(f"lost-{at}", lost=arrays["lost"])
+                    yield
+                store.write(f"maps-{number}", **self._maps(plan, number, store))
+                for at, wanted in users.items():
+                    if wanted and wanted[-1] == number:
+                        store.remove(f"features-{at}")
+                yield
+
+        for _ in progress(work(), len(missing) + len(todo), "block"):
+            pass
+        return self._assembled(plan, grids, store)
+
+    def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
         """Maps of whole images (B, 3, H, W) uint8, sides multiples of the stride, without any placing.
 
         Returns:
-            probability (B, H / stride, W / stride) of the tile around each cell, and saliency
+            probability (B, H / stride, W / stride) of the tile around each cell, and the method's map
             (B, H / hidden stride, W / hidden stride): of a tile's logit of the target above the mean of the others
-            (for two classes the log-odds), averaged over the tiles that hold the place.
+            (for two classes the log-odds), averaged over the tiles that hold the place; of "deeplift" tempered, so that
+            a map of one tile sums to its log-odds.
         """
-        with recorded(self._windows, "cells") as cells:
-            explanation = self.explain(self._method, images)
-        logits = _window_mean(cells[0].detach(), self.window) + self.classifier.head.bias.detach()[:, None, None]
-        return self.probability(logits), as_array(explanation.maps)
+        with evaluating(self.classifier), torch.no_grad():
+            hidden = self.cascade.whole(images)
+        name, stage = method or self.settings.methods[0], self.cascade.top
+        self._windows.seeds = None
+        logits, maps = self._explained(name, hidden)
+        if name == ADDITIVE:
+            sums = as_array(self.evidence(logits) / self.window**2)
+            shift = self._shifts[1] - self._shifts[0] * stage.taken
+            maps = np.stack([_conserved(*pair, stage.taken, shift) for pair in zip(maps, sums, strict=True)])
+        return as_array(self.probability(_window_mean(logits, self.window))), maps
 
-    def _blocks(self, canvas: list[int], tissue: TissueMask, ratio: float) -> list[_Block]:
-        """Blocks of about `block_px` over the tissue, each shrunk to the cells that hold tissue."""
-        stride = self.geometry.features.stride
-        columns, rows = np.meshgrid(np.arange(canvas[0]), np.arange(canvas[1]))
-        x, y = ((cells.ravel() * stride + self.origin_px) * ratio for cells in (columns, rows))
-        wanted = tissue.share(x, y, stride * ratio).reshape(rows.shape) > 0
-        # A map pixel and the tile's window around it may lie a cell away from the tissue.
-        wanted = F.max_pool2d(torch.from_numpy(wanted).float()[None], 3, 1, 1)[0].numpy() > 0
-        if not wanted.any():
-            return []
-        size = max(1, self.settings.block_px // stride)
-        blocks = []
-        for top, bottom in _even_parts(np.flatnonzero(wanted.any(axis=1)), size):
-            for left, right in _even_parts(np.flatnonzero(wanted.any(axis=0)), size):
-                part = wanted[top:bottom, left:right]
-                if part.any():
-                    down, across = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-                    blocks.append(_Block(left + across[0], top + down[0], left + across[-1] + 1, top + down[-1] + 1))
-        return blocks
-
-    def _read(self, slide: Slide, blocks: list[_Block], canvas: list[int], ratio: float) -> Iterator[_Read]:
-        """Each block with its crop and pixels, read ahead."""
-        stride = self.geometry.features.stride
-        halo = self._halo
-
-        def read(block: _Block) -> _Read:
-            crop = _Block(
-                max(0, block.left - halo),
-                max(0, block.top - halo),
-                min(canvas[0], block.right + halo),
-                min(canvas[1], block.bottom + halo),
+    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+        bias = self.classifier.head.bias
+        with evaluating(self.classifier), torch.no_grad():
+            low, high = (
+                _mean(self.cascade.whole(batch.to(self.classifier.device)) for batch in tiles)
+                for tiles in (normal, tumour)
             )
-            x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
-            size = (crop.right - crop.left) * stride, (crop.bottom - crop.top) * stride
-            return _Read(block, crop, *slide.read_seen(x, y, *size, mpp=self.mpp))
 
-        return read_ahead(read, blocks, threads=1, ahead=_READ_AHEAD)
+        def evidence_of(vector: Tensor) -> float:
+            return plane_evidence(self._windows.cells, vector, self.target, bias, self.temperature)
+
+        vector, log_odds, position = find_neutral(evidence_of, low, high)
+        return NeutralReference(self.settings.layer, tuple(vector.tolist()), log_odds, position, "plane", source)
+
+    def _plan(self, grids: list[MapGrid], tissue: TissueMask, block_px: int | None) -> _Plan:
+        stage, (shift, hidden_shift) = self.cascade.top, self._shifts
+        size = [
+            max(cells - shift, math.ceil((finer - hidden_shift) / stage.taken))
+            for cells, finer in zip(grids[0].shape[::-1], grids[1].shape[::-1], strict=True)
+        ]
+        probability, saliency = (grid.tissue(tissue) for grid in grids)
+        squares = probability | block_any(saliency, stage.taken, grids[0].shape)
+        cells = np.zeros((size[1], size[0]), bool)
+        inner = squares[max(0, shift) :, max(0, shift) :]
+        place = cells[max(0, -shift) :, max(0, -shift) :][: inner.shape[0], : inner.shape[1]]
+        place[...] = inner[: place.shape[0], : place.shape[1]]
+        # A probability is the mean over the cells of the windows around it.
+        wanted = grown(cells, self.window // 2)
+        largest = stage.largest(block_px, self.cascade.features.stride, self.classifier.device)
+        canvas = size[0], size[1]
+        rects = [(rect, rect.grown(stage.halo, canvas)) for rect in partition(wanted, stage.halo, largest)]
+        return _Plan(canvas, cells, rects, self.cascade.plan(grown(wanted, stage.halo), block_px))
+
+    def _images(self, slide: Slide, crops: Iterator[Rect], grid: MapGrid, lost: list[np.ndarray]) -> Iterator[Tensor]:
+        """The pixels of crops, read ahead, as (1, 3, H, W); places that could not be decoded are added to `lost`."""
+        stride, ratio = self.cascade.features.stride, grid.ratio
+
+        def read(crop: Rect) -> tuple[Rect, RGB, Bools | None]:
+            x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
+            return crop, *slide.read_seen(x, y, crop.width * stride, crop.height * stride, mpp=self.mpp)
+
+        for crop, pixels, seen in read_ahead(read, crops, threads=1, ahead=_READ_AHEAD):
+            if seen is not None:
+                left, top = (cell * stride + self.origin_px for cell in (crop.left, crop.top))
+                lost.append(grid.holding(~seen, left, top))
+            yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+    def _maps(self, plan: _Plan, number: int, store: BlockStore) -> dict[str, np.ndarray]:
+        """Logits of a rectangle's cells, and what each method says of their evidence over its crop."""
+        (rect, crop), scale = plan.rects[number], self.cascade.top.taken
+        place = crop.times(scale)
+        hidden = torch.zeros((1, self.cascade.channels[-1], place.height, place.width), device=self.classifier.device)
+        for at, node in enumerate(plan.nodes):
+            if (common := node.rect.meets(crop)) is not None:
+                kept = torch.from_numpy(store.read(f"features-{at}")["features"])
+                common = common.times(scale)
+                part = kept[..., *common.within(node.rect.times(scale))]
+                hidden[..., *common.within(place)] = part.to(hidden.device)
+        seeds = torch.zeros((crop.height, crop.width), dtype=torch.bool, device=self.classifier.device)
+        seeds[rect.within(crop)] = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(seeds)
+        self._windows.seeds = seeds
+        arrays = {}
+        for name in self.settings.methods:
+            logits, maps = self._explained(name, hidden)
+            arrays[name] = maps[0]
+        return arrays | {"logits": as_array(logits[0, :, *rect.within(crop)])}
+
+    def _explained(self, name: str, hidden: Tensor) -> tuple[Tensor, Floats]:
+        """Logits (B, K, h, w) of cells and a method's maps; of "deeplift" the sums over channels, tempered."""
+        method = self.method(name, self._windows, None, plane=True)
+        with recorded(self._windows, "cells") as cells:
+            maps = self.explain(method, hidden).maps
+        if name == ADDITIVE:
+            maps = maps * (hidden.shape[1] / self.temperature)
+        return cells[0].detach() + self.classifier.head.bias.detach()[:, None, None], as_array(maps)
+
+    def _assembled(self, plan: _Plan, grids: list[MapGrid], store: BlockStore) -> Assembled:
+        """The maps of all blocks, each method's parts added up, on the slide's grids."""
+        (width, height), scale = plan.size, self.cascade.top.taken
+        canvas, fine = Rect(0, 0, width, height), Rect(0, 0, width, height).times(scale)
+        logits = np.full((len(self.classifier.classes), height, width), np.nan, np.float32)
+        owner = np.full((height, width), -1, np.float32)
+        maps = {name: np.zeros((height * scale, width * scale), np.float32) for name in self.settings.methods}
+        for number, (rect, crop) in enumerate(plan.rects):
+            arrays = store.read(f"maps-{number}")
+            logits[:, *rect.within(canvas)] = arrays["logits"]
+            owner[rect.within(canvas)] = number
+            for name, values in maps.items():
+                values[crop.times(scale).within(fine)] += arrays[name]
+        cells = torch.from_numpy(logits)[None]
+        probability = as_array(self.probability(_window_mean(cells, self.window)))[0]
+        explanations = {name: grids[1].placed(values, self._shifts[1]) for name, values in maps.items()}
+        moved = None
+        if ADDITIVE in explanations:
+            detail = explanations[ADDITIVE]
+            sums = as_array(self.evidence(cells) / self.window**2)[0]
+            explanations[ADDITIVE] = conserve(detail, grids[0].placed(sums, self._shifts[0]), scale)
+            change, size = (np.nansum(np.abs(part)) for part in (explanations[ADDITIVE] - detail, detail))
+            moved = float(change / size) if size else None
+        lost = [store.read(f"lost-{at}")["lost"] for at, _ in enumerate(plan.nodes) if store.has(f"lost-{at}")]
+        owners = grids[0].placed(owner, self._shifts[0])
+        return Assembled(
+            grids[0].placed(probability, self._shifts[0]),
+            explanations,
+            _together(lost),
+            len(plan.rects),
+            sum(leaf.crop.area for node in plan.nodes for leaf in node.leaves()) * self.strides[0] ** 2,
+            np.nan_to_num(owners, nan=-1).astype(np.int32),
+            moved,
+        )
 
 
 class _Cells(nn.Module):
-    """Logits (B, K, h, w) of each feature cell, without the bias."""
+    """Logits (B, K, h, w) of each feature cell, without the bias, of hidden features."""
 
-    def __init__(self, classifier: TileClassifier) -> None:
+    def __init__(self, top: Segment, classifier: TileClassifier) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.top, self.classifier = top, classifier
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.classifier.feature_map(x), self.classifier.head.weight[:, :, None, None])
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.conv2d(self.top(hidden), self.classifier.head.weight[:, :, None, None])
 
 
 class _Windows(nn.Module):
@@ -175,25 +281,64 @@ class _Windows(nn.Module):
 
     Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum over windows
     weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
+
+    Attributes:
+        seeds: (h, w) bool, the cells that count; None for all. On maps of another size, as of the uniform plane that
+            DeepLift records, all do.
     """
 
-    def __init__(self, classifier: TileClassifier, window: int) -> None:
+    def __init__(self, top: Segment, classifier: TileClassifier, window: int) -> None:
         super().__init__()
-        self.cells, self.window = _Cells(classifier), window
+        self.cells = _Cells(top, classifier)
+        self.seeds: Tensor | None = None
+        # A convolution, for on a plane nothing but sums may follow the last map.
+        share = torch.eye(len(classifier.classes), device=classifier.device) / window**2
+        self.register_buffer("share", share[:, :, None, None])
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.cells(x).sum(dim=(2, 3)) / self.window**2
+    share: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        cells = self.cells(hidden)
+        if self.seeds is not None and self.seeds.shape == cells.shape[2:]:
+            cells = torch.where(self.seeds, cells, 0.0)
+        logits: Tensor = F.conv2d(cells, self.share).sum(dim=(2, 3))
         return logits
 
 
-def _canvas_origin(geometry: Geometry) -> float:
+def _mean(batches: Iterable[Tensor]) -> Tensor:
+    """Mean (C,) over images and places of (B, C, h, w), float64."""
+    total, count = torch.zeros(()), 0
+    for batch in batches:
+        total = total + batch.double().sum(dim=(0, 2, 3)).cpu()
+        count += len(batch) * batch.shape[2:].numel()
+    if not count:
+        raise NetworkError("neutral reference: no tiles of one class; give some of either")
+    return total / count
+
+
+def _together(parts: list[np.ndarray]) -> np.ndarray:
+    """Rows and columns (n, 2) of all parts, each once."""
+    return np.unique(np.concatenate([np.zeros((0, 2), np.int32), *parts]), axis=0)
+
+
+def _conserved(detail: Floats, sums: Floats, side: int, shift: int) -> Floats:
+    """`conserve` of one image, whose first square begins `shift` map pixels before the image (or -shift behind)."""
+    before = shift % side
+    lead = (shift - before) // side
+    assert lead in (0, -1), "a feature cell looks at most a square away from itself"
+    padded = np.pad(detail, ((before, side - before), (before, side - before)), constant_values=np.nan)
+    sums = np.pad(sums, ((-lead, 1 + lead), (-lead, 1 + lead)), constant_values=np.nan)
+    kept = conserve(padded, sums, side)
+    return kept[before : before + detail.shape[0], before : before + detail.shape[1]]
+
+
+def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> float:
     """Where the canvas starts, in pixels at the model's mpp from the slide's origin (0 or negative).
 
     A cell of a ResNet looks at the top left of its own square, not at its middle. The canvas is shifted so that
     what a hidden cell looks at is centred on a map pixel exactly, and what a feature cell looks at as nearly as the
     hidden grid allows.
     """
-    hidden, features = geometry.hidden, geometry.features
     exact = hidden.stride / 2 - hidden.centre
     wish = features.stride / 2 - features.centre - features.stride
     origin = exact + hidden.stride * round((wish - exact) / hidden.stride)
@@ -206,27 +351,8 @@ def _shift(field: ReceptiveField, origin_px: float) -> int:
     return round((field.centre + origin_px) / field.stride - 0.5)
 
 
-def _place(
-    target: Floats,
-    values: Floats,
-    block: _Block,
-    crop: _Block,
-    scale: int,
-    shift: int,
-) -> None:
-    """Write the block's part of the crop's values into the map; `scale` map pixels make a feature cell."""
-    inner = values[
-        (block.top - crop.top) * scale : (block.bottom - crop.top) * scale,
-        (block.left - crop.left) * scale : (block.right - crop.left) * scale,
-    ]
-    top, left = block.top * scale + shift, block.left * scale + shift
-    inner = inner[max(0, -top) :, max(0, -left) :]
-    window = target[max(0, top) :, max(0, left) :][: inner.shape[0], : inner.shape[1]]
-    window[...] = inner[: window.shape[0], : window.shape[1]]
-
-
 def _window_mean(logits: Tensor, window: int) -> Tensor:
-    """Mean over the square of `window` cells around each cell (B, K, h, w), over the cells that exist.
+    """Mean over the square of `window` cells around each cell (B, K, h, w), over the cells that exist (are not NaN).
 
     A window of even size has no middle cell: its four placements around the cell are averaged.
     """
@@ -234,14 +360,7 @@ def _window_mean(logits: Tensor, window: int) -> Tensor:
     if window % 2 == 0:
         taps[0] = taps[-1] = 0.5
     kernel = (taps[:, None] * taps[None, :])[None, None]
-    stacked = torch.cat([logits.flatten(0, 1)[:, None], torch.ones_like(logits[:1, :1])])
-    sums = F.conv2d(stacked, kernel, padding=len(taps) // 2)
-    return (sums[:-1] / sums[-1:]).view_as(logits)
-
-
-def _even_parts(cells: npt.NDArray[np.intp], size: int) -> list[tuple[int, int]]:
-    """The range from the first to the last cell in about equal parts of about `size` cells."""
-    first, last = int(cells[0]), int(cells[-1]) + 1
-    count = max(1, math.ceil((last - first) / size - 0.1))  # a tenth over does not pay for another halo
-    edges = [first + (last - first) * part // count for part in range(count + 1)]
-    return list(pairwise(edges))
+    stacked = logits.flatten(0, 1)[:, None]
+    known = (~stacked.isnan()).to(logits.dtype)
+    sums, weights = (F.conv2d(part, kernel, padding=len(taps) // 2) for part in (stacked.nan_to_num(), known))
+    return torch.where(known > 0, sums / weights, torch.nan).view_as(logits)

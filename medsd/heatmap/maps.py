@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from medsd.checks import check_choice, check_number
-from medsd.heatmap.value_map import ValueMap
+from medsd.errors import ConfigError
+from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
+from medsd.heatmap.store import BlockStore
+from medsd.heatmap.value_map import Floats, ValueMap
 from medsd.networks.classifier import Classifier
-from medsd.networks.weights import Attribution, Smoothing
+from medsd.networks.weights import Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
-from medsd.saliency.method import ClassMethod, Explanation
-from medsd.saliency.registry import make_method
+from medsd.saliency.method import ClassMethod, Explanation, evidence
+from medsd.saliency.neutral import NeutralReference
+from medsd.saliency.registry import make_method, method_card
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-Floats = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
 Way = Literal["auto", "dense", "tiled"]
+_LEAST_BLOCK_PX = 256
+# Halved where memory runs out before anything was said of blocks.
+_FIRST_BLOCK_PX = 4096
 
 
 @dataclass(frozen=True)
@@ -33,30 +47,38 @@ class MapSettings:
     """How a slide's maps are made.
 
     Attributes:
-        layer: hidden layer of the saliency, a name in the encoder such as "layer2"; "mask" does not use it.
-        attribution: "gradient": the mean over channels of the gradient; "gradient_x_activation": of its product
-            with the activation, both signed; "mask": the share of an `AimClassifier`'s masks that are open, 0 to 1.
-        smoothing: "backward_hook" (Smooth Deep Saliency, variant B, symmetric) or "none"; "mask" does not use it.
-        block_px: side of the blocks that the dense engine computes at once, in pixels at the model's mpp, without the
-            halo; about.
-        way: "dense", "tiled", or "auto": dense where the network allows it.
+        methods: saliency methods by name, see `medsd.saliency.registry`, captum's too; or "mask": the share of an
+            `AimClassifier`'s masks that are open, 0 to 1. The first is the slide's saliency, the others come beside it.
+            "deeplift" compares with the neutral reference and adds up to the log-odds of every tile.
+        layer: hidden layer of the saliency, a name in the encoder such as "layer3"; "mask" does not use it.
+        smoothing: "backward_hook" (Smooth Deep Saliency, variant B, symmetric) or "none", of methods with gradients.
+        block_px: side of what the dense engine computes at once, in pixels at the model's mpp, without the halo;
+            about. None: as large as memory allows.
+        way: "dense", "tiled", or "auto": dense where network and methods allow it.
         batch: tiles that the tiled engine computes at once.
 
     Raises:
         ConfigError: a value that is none of these.
     """
 
+    methods: Sequence[str] = (ADDITIVE,)
     layer: str = "layer3"
-    attribution: Attribution = "gradient_x_activation"
     smoothing: Smoothing = "backward_hook"
-    block_px: int = 2048
+    block_px: int | None = None
     way: Way = "auto"
     batch: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("block_px", "batch"):
-            check_number(name, getattr(self, name), "[1, inf)", whole=True)
-        for name, known in (("attribution", Attribution), ("smoothing", Smoothing), ("way", Way)):
+        if isinstance(self.methods, str) or not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"methods={self.methods!r}: give a list of different names, such as ['{ADDITIVE}']")
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for name in self.methods:
+            if name != MASK:
+                method_card(name)
+        check_number("batch", self.batch, "[1, inf)", whole=True)
+        if self.block_px is not None:
+            check_number("block_px", self.block_px, "[1, inf)", whole=True)
+        for name, known in (("smoothing", Smoothing), ("way", Way)):
             check_choice(name, getattr(self, name), get_args(known))
 
 
@@ -65,108 +87,111 @@ class SlideMaps:
     """The maps of one slide, and what was read for them.
 
     Attributes:
-        probability, saliency: the maps.
-        blocks: number of blocks (dense) or tiles (tiled) that were read.
+        probability: of the target.
+        explanations: by their methods, in the order of `MapSettings.methods`.
+        blocks: number of blocks (dense) or tiles (tiled) that the maps are made of.
         pixels_read: number of pixels read at the model's mpp, halos and overlaps included.
+        seam: jump of the saliency across the borders of blocks over that beside them, 1 where nothing is to be seen;
+            None where there are no borders.
+        moved: share of an additive saliency (0 to 1) that the correction to each cell's exact sum has moved; None
+            where there is no such map.
         unseen: share of the tissue (0 to 1) that could not be decoded; NaN in the maps.
         lost: (height, width) bool on the saliency's grid, True where something could not be decoded; None if nothing.
     """
 
     probability: ValueMap
-    saliency: ValueMap
+    explanations: Mapping[str, ValueMap]
     blocks: int
     pixels_read: int
+    seam: float | None = None
+    moved: float | None = None
     unseen: float = 0.0
     lost: Bools | None = None
+
+    @property
+    def saliency(self) -> ValueMap:
+        """The first of the explanations."""
+        return next(iter(self.explanations.values()))
 
 
 @dataclass(frozen=True)
 class MapGrid:
-    """One of a slide's maps while it is filled: square map pixels from the slide's origin.
+    """The grid of one of a slide's maps: square map pixels from the slide's origin.
 
     Attributes:
-        values: (height, width) float32, NaN until seen.
-        lost: (height, width) bool, True where something could not be decoded.
         stride: side of a map pixel in pixels at `mpp`.
         mpp: micrometres per pixel that the classifier expects.
         ratio: level-0 pixels per pixel at `mpp`.
+        shape: (height, width) in map pixels.
     """
 
-    values: Floats
-    lost: Bools
     stride: int
     mpp: float
     ratio: float
+    shape: tuple[int, int]
 
     @classmethod
     def over(cls, slide: Slide, mpp: float, stride: int) -> MapGrid:
-        """An empty grid over the whole slide."""
+        """The grid over the whole slide."""
         ratio = mpp / slide.mpp
         width, height = (math.ceil(length / ratio / stride - 1e-9) for length in slide.dimensions)
-        return cls(np.full((height, width), np.nan, np.float32), np.zeros((height, width), bool), stride, mpp, ratio)
+        return cls(stride, mpp, ratio, (height, width))
 
-    def mark_lost(self, seen: Bools, left_px: float, top_px: float) -> None:
-        """Mark the map pixels in which something could not be decoded.
+    @property
+    def level0_px(self) -> float:
+        """Side of a map pixel in level-0 pixels."""
+        return self.stride * self.ratio
+
+    def tissue(self, tissue: TissueMask) -> Bools:
+        """(height, width) bool: the map pixels that are seen, of which most is tissue."""
+        height, width = self.shape
+        seen: Bools = tissue.at(width, height, self.level0_px) >= 0.5
+        return seen
+
+    def holding(self, unseen: Bools, left_px: float, top_px: float) -> npt.NDArray[np.int32]:
+        """Rows and columns (n, 2) of the map pixels in which something could not be decoded, each once.
 
         Args:
-            seen: (h, w) as `Slide.read_seen` gives it, at `mpp`.
-            left_px, top_px: where it starts, in pixels at `mpp` from the slide's origin.
+            unseen: (h, w) pixels at `mpp`, True where nothing could be decoded.
+            left_px, top_px: where they start, in pixels at `mpp` from the slide's origin.
         """
-        down, across = np.nonzero(~seen)
-        row, column = (
-            np.floor((start + offset + 0.5) / self.stride).astype(np.int64)
-            for start, offset in ((top_px, down), (left_px, across))
-        )
-        inside = (row >= 0) & (row < self.lost.shape[0]) & (column >= 0) & (column < self.lost.shape[1])
-        self.lost[row[inside], column[inside]] = True
+        places = np.argwhere(unseen) + 0.5 + (top_px, left_px)
+        cells = np.unique(np.floor(places / self.stride).astype(np.int32), axis=0)
+        inside = (cells >= 0).all(axis=1) & (cells < self.shape).all(axis=1)
+        found: npt.NDArray[np.int32] = cells[inside]
+        return found
 
-    def finish(self, tissue: TissueMask, quantity: str, target: str, method: str, unit: str) -> ValueMap:
-        """The map: NaN outside the tissue (a pixel is seen when most of it is tissue)."""
-        height, width = self.values.shape
-        level0_px = self.stride * self.ratio
-        self.values[tissue.at(width, height, level0_px) < 0.5] = np.nan
-        return ValueMap(self.values, level0_px, self.stride * self.mpp, quantity, target, method, unit)
+    def placed(self, values: Floats, shift: int) -> Floats:
+        """Values on a grid of this stride, whose first is map pixel (`shift`, `shift`); NaN where there are none."""
+        rows = columns = shift
+        placed = np.full(self.shape, np.nan, np.float32)
+        inner = values[max(0, -rows) :, max(0, -columns) :]
+        place = placed[max(0, rows) :, max(0, columns) :][: inner.shape[0], : inner.shape[1]]
+        place[...] = inner[: place.shape[0], : place.shape[1]]
+        return placed
 
 
-def finish_maps(
-    grids: tuple[MapGrid, MapGrid],
-    tissue: TissueMask,
-    settings: MapSettings,
-    target: str,
-    tiles: str,
-    blocks: int,
-    pixels_read: int,
-) -> SlideMaps:
-    """The maps of filled grids; what could not be decoded becomes NaN and is counted.
+@dataclass(frozen=True)
+class Assembled:
+    """A slide's maps on their grids, glass and all.
 
-    Args:
-        grids: of the probability and of the saliency.
-        tissue: the slide's.
-        settings: what the saliency is.
-        target: name of the class.
-        tiles: the way that was taken and the tiles, in words.
+    Attributes:
+        probability: (height, width) on the probability's grid.
+        explanations: by method, on the saliency's grid.
+        lost: (n, 2) rows and columns of the saliency's map pixels in which something could not be decoded.
         blocks, pixels_read: as in `SlideMaps`.
+        owner: (height, width) on the probability's grid: number of the block that made it, -1 for none; None where
+            blocks have no borders.
+        moved: as in `SlideMaps`.
     """
-    probability = grids[0].finish(tissue, "probability", target, tiles, "probability")
-    saliency = grids[1].finish(tissue, *_legend(settings, target, tiles))
-    lost = grids[1].lost
-    if not lost.any():
-        return SlideMaps(probability, saliency, blocks, pixels_read)
-    unseen = float(lost[saliency.seen].mean()) if saliency.seen.any() else 0.0
-    for value_map, grid in ((probability, grids[0]), (saliency, grids[1])):
-        value_map.values[grid.lost] = np.nan
-    return SlideMaps(probability, saliency, blocks, pixels_read, unseen, lost)
 
-
-def _legend(settings: MapSettings, target: str, tiles: str) -> tuple[str, str, str, str]:
-    """Quantity, target, method and unit of the second map."""
-    if settings.attribution == "mask":
-        # A mask is drawn before there is an answer, and belongs to none.
-        return "mask", "all classes", f"mean of the stages' masks, {tiles}", "share of masks open"
-    smoothed = ", smoothed at strided convolutions" if settings.smoothing == "backward_hook" else ""
-    method = f"{settings.attribution.replace('_', ' ')} at {settings.layer}{smoothed}, {tiles}"
-    unit = "log-odds per channel" if settings.attribution == "gradient_x_activation" else "log-odds per unit activation"
-    return "saliency", target, method, unit
+    probability: Floats
+    explanations: dict[str, Floats]
+    lost: npt.NDArray[np.int32]
+    blocks: int
+    pixels_read: int
+    owner: npt.NDArray[np.int32] | None = None
+    moved: float | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -179,7 +204,8 @@ class Engine(ABC):
         mpp: micrometres per pixel that the classifier expects.
         target: number of the class to map.
         settings: how the maps are made.
-        temperature: probabilities are softmax(logits / temperature); the saliency is of the logits as they are.
+        temperature: probabilities are softmax(logits / temperature), and additive maps sum to those log-odds.
+        reference: of the method "deeplift"; None until it is found, see `neutral`.
 
     Raises:
         NetworkError: no such layer, no masks, or a stride that does not divide the tile.
@@ -192,46 +218,190 @@ class Engine(ABC):
     target: int = 1
     settings: MapSettings = MapSettings()
     temperature: float = 1.0
+    reference: NeutralReference | None = None
+    # Side of blocks after the device ran out of memory; for all slides that follow.
+    _block_px: int | None = field(default=None, init=False)
+    _methods: dict[str, ClassMethod] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, "(0, inf)", hint="1 leaves probabilities as they are")
 
-    @abstractmethod
-    def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        """Probability and saliency of the slide's tissue; NaN where there is none.
+    def map(
+        self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress, store: Path | None = None
+    ) -> SlideMaps:
+        """Probability and explanations of the slide's tissue; NaN where there is none.
 
-        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice).
+        What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice). Where memory
+        runs out, blocks are halved, also for the slides that follow.
 
         Args:
             slide: read at the model's mpp.
             tissue: what holds none is not read.
             progress: shows the blocks or tiles as they are done.
+            store: folder that keeps finished blocks: those in there, which the caller knows to be of this very slide,
+                network and settings, are not made again. The caller removes it. None: nothing is kept.
+
+        Raises:
+            ConfigError: the method "deeplift" without a reference.
+        """
+        with TemporaryDirectory(prefix="medsd-") if store is None else nullcontext(store) as folder:
+            while True:
+                block_px = self._block_px or self.settings.block_px
+                try:
+                    blocks = BlockStore(Path(folder) / f"blocks-{block_px or 'auto'}")
+                    return self._finished(slide, tissue, self.assemble(slide, tissue, block_px, blocks, progress))
+                except RuntimeError as error:  # torch has a class of its own for devices only
+                    if not is_out_of_memory(error) or (block_px is not None and block_px <= _LEAST_BLOCK_PX):
+                        raise
+                    self._block_px = max(_LEAST_BLOCK_PX, (block_px or _FIRST_BLOCK_PX) // 2)
+                    logger.warning("out of memory: goes on with blocks of %d px", self._block_px)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    @abstractmethod
+    def assemble(
+        self, slide: Slide, tissue: TissueMask, block_px: int | None, store: BlockStore, progress: Progress
+    ) -> Assembled:
+        """Make the blocks that the store lacks, then the maps of all; arguments as in `map`."""
+
+    @abstractmethod
+    def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
+        """Probability and a method's map of images (B, 3, H, W) uint8 on the classifier's device, without any placing.
+
+        Args:
+            images: of the device of the classifier.
+            method: one of the settings'; None for the first.
         """
 
     @abstractmethod
-    def run(self, images: Tensor) -> tuple[Floats, Floats]:
-        """Probability and saliency of images (B, 3, H, W) uint8 on the classifier's device, without any placing."""
+    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+        """The neutral reference of the layer, as this engine's "deeplift" takes it.
 
-    def patch_saliency(self, images: Tensor) -> Floats:
-        """Saliency (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
-        return self.run(images.to(self.classifier.device))[1]
+        Args:
+            normal, tumour: batches (B, 3, tile_px, tile_px) uint8 of tiles without and with the target.
+            source: what they are, in words.
 
-    def method(self, network: nn.Module, prefix: str = "") -> ClassMethod:
-        """The saliency method of the maps: of the evidence, at the classifier's layer, whose name `prefix` leads."""
-        name = f"{prefix}encoder.{self.settings.layer}"
-        method = make_method(self.settings.attribution, network, name, "evidence")
-        assert isinstance(method, ClassMethod)
-        return method
+        Raises:
+            NetworkError: no point on the line between their mean activations has log-odds 0.
+        """
+
+    @property
+    @abstractmethod
+    def strides(self) -> tuple[int, int]:
+        """Sides of a map pixel of the probability and of the explanations, in pixels at the model's mpp."""
+
+    @property
+    @abstractmethod
+    def tiles(self) -> str:
+        """The way that is taken and the tiles, in words."""
+
+    def patch_saliency(self, images: Tensor, method: str | None = None) -> Floats:
+        """A method's map (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
+        return self.run(images.to(self.classifier.device), method)[1]
+
+    def method(self, name: str, network: nn.Module, layer: str | None, plane: bool) -> ClassMethod:
+        """The saliency method of that name, of the evidence, made once."""
+        if name not in self._methods:
+            options: dict[str, Any] = {}
+            if name == ADDITIVE:
+                if self.reference is None or self.reference.layer != self.settings.layer:
+                    raise ConfigError(
+                        f"method '{ADDITIVE}': these weights have no neutral reference at layer "
+                        f"'{self.settings.layer}'; run the stage 'finetune' again, or choose 'gradient_x_activation'"
+                    )
+                vector = torch.tensor(self.reference.vector, device=self.classifier.device)
+                options = {"reference": vector, "plane": True} if plane else {"reference": vector}
+            method = make_method(name, network, layer, "evidence", options)
+            assert isinstance(method, ClassMethod)
+            self._methods[name] = method
+        return self._methods[name]
 
     def explain(self, method: ClassMethod, images: Tensor) -> Explanation:
-        """What the method says of images (B, 3, H, W) uint8, gradients smoothed as the settings ask."""
+        """What the method says of what its network takes, gradients smoothed as the settings ask."""
         smoothed = self.settings.smoothing == "backward_hook"
         with smooth.backward_hook(self.classifier.encoder, "symmetric") if smoothed else nullcontext():
-            return method.explain(self.classifier.normalise(images), self.target)
+            return method.explain(images, self.target)
 
-    def probability(self, logits: Tensor) -> Floats:
+    def probability(self, logits: Tensor) -> Tensor:
         """Of the target (B, ...), of logits (B, K, ...)."""
-        return as_array((logits / self.temperature).softmax(dim=1)[:, self.target])
+        return (logits / self.temperature).softmax(dim=1)[:, self.target]
+
+    def evidence(self, logits: Tensor) -> Tensor:
+        """Log-odds of the target (B, ...), of logits (B, K, ...): its tempered logit above the mean of the others."""
+        return evidence(logits / self.temperature)[:, self.target]
+
+    def _finished(self, slide: Slide, tissue: TissueMask, made: Assembled) -> SlideMaps:
+        """The maps with their words: NaN outside the tissue, and where something could not be decoded."""
+        grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
+        target, settings = self.classifier.classes[self.target], self.settings
+        seen = [grid.tissue(tissue) for grid in grids]
+        lost = None
+        unseen = 0.0
+        if len(made.lost):
+            lost = np.zeros(grids[1].shape, bool)
+            lost[tuple(made.lost.T)] = True
+            unseen = float(lost[seen[1]].mean()) if seen[1].any() else 0.0
+            seen[1] &= ~lost
+            seen[0] &= ~block_any(lost, grids[0].stride // grids[1].stride, grids[0].shape)
+
+        def finished(grid: MapGrid, mask: Bools, values: Floats, words: Legend) -> ValueMap:
+            return ValueMap(np.where(mask, values, np.nan), grid.level0_px, grid.stride * grid.mpp, *words)
+
+        probability = Legend("probability", target, self.tiles, "probability", "")
+        explanations = {
+            name: finished(
+                grids[1], seen[1], values, legend(name, settings.layer, settings.smoothing, target, self.tiles)
+            )
+            for name, values in made.explanations.items()
+        }
+        first = next(iter(explanations.values())).values
+        return SlideMaps(
+            finished(grids[0], seen[0], made.probability, probability),
+            explanations,
+            made.blocks,
+            made.pixels_read,
+            None if made.owner is None else seam_score(first, made.owner),
+            made.moved,
+            unseen,
+            lost,
+        )
+
+
+def block_any(values: Bools, side: int, shape: tuple[int, int]) -> Bools:
+    """(height, width) `shape` bool: the squares of `side` pixels with any."""
+    padded = np.zeros((shape[0] * side, shape[1] * side), bool)
+    padded[: values.shape[0], : values.shape[1]] = values
+    found: Bools = padded.reshape(shape[0], side, shape[1], side).max(axis=(1, 3))
+    return found
+
+
+def seam_score(values: Floats, owner: npt.NDArray[np.int32]) -> float | None:
+    """Mean jump of a map across the borders of blocks, over that one feature cell beside them; None without borders.
+
+    Args:
+        values: (h, w), NaN where nothing is seen.
+        owner: (rows, columns) block of each square of map pixels, -1 for none.
+    """
+    at: list[Floats] = []
+    beside: list[Floats] = []
+    side = math.ceil(values.shape[0] / owner.shape[0])
+    for map_values, blocks in ((values, owner), (values.T, owner.T)):
+        edges = np.arange(1, min(blocks.shape[0], (map_values.shape[0] - 1) // side + 1))
+        jumps = np.abs(map_values[edges * side] - map_values[edges * side - 1])
+        both = (blocks[edges] >= 0) & (blocks[edges - 1] >= 0)
+        border = both & (blocks[edges] != blocks[edges - 1])
+        near = ndimage.binary_dilation(border, np.ones((3, 1), bool)) & both & ~border
+        for mask, found in ((border, at), (near, beside)):
+            fine = np.repeat(mask, side, axis=1)[:, : jumps.shape[1]]
+            found.append(jumps[:, : fine.shape[1]][fine])
+    jump, usual = (np.concatenate(found) for found in (at, beside))
+    jump, usual = jump[np.isfinite(jump)], usual[np.isfinite(usual)]
+    return float(jump.mean() / usual.mean()) if jump.size and usual.size and usual.any() else None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the machine had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def as_array(values: Tensor) -> Floats:

@@ -19,11 +19,6 @@ from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scal
 from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
 
-# What a map is not, by its quantity.
-_WARNINGS = {
-    "saliency": "What the model reacts to, not tumour probability.",
-    "mask": "Which of its features the model used, each seeing more than its place; not tumour probability.",
-}
 _WIDTH_PX = 1800
 _MARGIN_PX = 30
 _TITLE_PX = 90
@@ -170,11 +165,6 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = 0.45) ->
     picture.save(path, slide.name)
 
 
-def explanation_warning(value_map: ValueMap) -> str:
-    """What a reader must not take the map for, as a sentence; empty for a probability."""
-    return _WARNINGS.get(value_map.quantity, "")
-
-
 def _blend(
     panel: npt.NDArray[np.uint8],
     value_map: ValueMap,
@@ -222,8 +212,7 @@ def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     parts += [f"{scale.label}: {shown.method}, {shown.mpp:.3g} µm per map pixel." for shown, scale in slide.maps]
     warning = f"{RESEARCH_USE_ONLY} Maps are drawn over the slide at {opacity:.0%} opacity, bars in full colour."
     for value_map, scale in slide.maps:
-        words = explanation_warning(value_map)
-        if words:
-            warning += f" {scale.label}: {words[0].lower()}{words[1:]}"
+        if value_map.meaning:
+            warning += f" {scale.label}: {value_map.meaning[0].lower()}{value_map.meaning[1:]}"
     width = _WIDTH_PX - 2 * _MARGIN_PX
     return [line for text in (" ".join(parts), warning) for line in wrapped(text, _SMALL_PX, width)]

@@ -20,7 +20,7 @@ from PIL import Image
 from medsd import RESEARCH_USE_ONLY
 from medsd.cohort.runner import SlideRow, count_by_status
 from medsd.files import write_text
-from medsd.heatmap.overlay import MappedSlide, explanation_warning
+from medsd.heatmap.overlay import MappedSlide
 from medsd.heatmap.scale import ColourScale
 from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
@@ -103,7 +103,6 @@ def write_report(path: str | Path, slide: MappedSlide) -> None:
         explanation=layers["saliency"],
         regions=shown,
         region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in slide.region_pictures[: len(shown)]],
-        not_probability=explanation_warning(slide.saliency),
     )
 
 

@@ -25,7 +25,7 @@ from medsd.slides.readers.damage import DAMAGED
 
 TILE_PX = 256
 NAMESPACE = "medsd/value_map"
-_TEXTS = ("quantity", "target", "method", "unit")
+_TEXTS = ("quantity", "target", "method", "unit", "meaning")
 _NUMBERS = ("level0_px", "mpp")
 
 
@@ -127,7 +127,7 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
     try:
         record = json.loads(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
         fields: dict[str, Any] = {name: float(record[name]) for name in _NUMBERS}
-        fields |= {name: str(record[name]) for name in _TEXTS}
+        fields |= {name: str(record.get(name, "") if name == "meaning" else record[name]) for name in _TEXTS}
     except (ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: lacks medsd's record of the map; give a file written by medsd") from error
     return ValueMap(values, **fields)

@@ -7,26 +7,42 @@ makes a block exact. The raised-cosine window along each axis is the usual one o
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medsd.errors import NetworkError
-from medsd.heatmap.maps import Engine, Floats, MapGrid, SlideMaps, as_array, finish_maps
+from medsd.errors import ConfigError, NetworkError
+from medsd.heatmap.legend import ADDITIVE, MASK
+from medsd.heatmap.maps import Assembled, Engine, MapGrid, as_array
+from medsd.heatmap.store import BlockStore
+from medsd.heatmap.value_map import Floats
 from medsd.networks.aim import AimClassifier, stage_layer
 from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
-from medsd.progress import Progress, no_progress
+from medsd.progress import Progress
+from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, tile_evidence
+from medsd.saliency.registry import method_card
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
 _PROBE_PX = 256
+# Tiles a side that are computed and kept together.
+_GROUP = 16
+
+
+class _Group(NamedTuple):
+    """Tiles that are computed and kept together: their places in pixels at the model's mpp."""
+
+    left: npt.NDArray[np.int64]
+    top: npt.NDArray[np.int64]
 
 
 @dataclass(eq=False, repr=False)
@@ -35,10 +51,11 @@ class TiledEngine(Engine):
 
     Tiles lie half a tile apart (rounded up to whole cells of the saliency's layer), so that hidden cells look at the
     middle of map pixels, to a pixel. The probability is that of each tile, one value a stride cell, and its centre is
-    the tile's. The saliency of a place is the weighted mean over the tiles that hold it of the gradient of a tile's
-    logit of the target above the mean of the others: the values of `DenseEngine`, which takes the plain mean over all
-    tiles on the stride grid. They differ where zero padding at a tile's border reaches, which the windows weigh least,
-    and where the dense engine also counts tiles that end just before the place.
+    the tile's. The saliency of a place is the weighted mean over the tiles that hold it of what a method says of a
+    tile's evidence: the values of `DenseEngine`, which takes the plain mean over all tiles on the stride grid. They
+    differ where zero padding at a tile's border reaches, which the windows weigh least, and where the dense engine also
+    counts tiles that end just before the place. The map of "deeplift" sums to the log-odds of each tile before tiles
+    are blended; after that to their blend.
 
     Arguments and errors as `Engine`.
     """
@@ -48,11 +65,15 @@ class TiledEngine(Engine):
         self.stride = _total_stride(self.classifier)
         if self.tile_px % self.stride:
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {self.stride}")
-        masked = self.settings.attribution == "mask"
+        methods = self.settings.methods
+        if MASK in methods and len(methods) > 1:
+            raise ConfigError("methods: 'mask' has a grid of its own; ask for it alone")
+        for name in methods:
+            if name != MASK and not method_card(name).needs_label:
+                raise ConfigError(f"method '{name}': takes features of the whole slide apart; use way 'dense'")
         self.hidden = measure_effective_field(
-            self.classifier, _finest_stage(self.classifier) if masked else self.settings.layer
+            self.classifier, _finest_stage(self.classifier) if MASK in methods else self.settings.layer
         )
-        self._method = None if masked else self.method(self.classifier)
         cells = self.tile_px // self.hidden.stride
         self.step_px = math.ceil(cells / 2) * self.hidden.stride
         # Where a tile starts whose first cell looks at the middle of the first map pixel; whole pixels, or every tile
@@ -61,53 +82,95 @@ class TiledEngine(Engine):
         # The first tile starts at the slide's edge or just before it.
         self.origin_px = min(self._aligned_px, -(-self._aligned_px % self.hidden.stride))
 
-    def map(self, slide: Slide, tissue: TissueMask, progress: Progress = no_progress) -> SlideMaps:
-        grids = MapGrid.over(slide, self.mpp, self.stride), MapGrid.over(slide, self.mpp, self.hidden.stride)
-        weights = [np.zeros_like(grid.values) for grid in grids]
-        for grid in grids:
-            grid.values[...] = 0
-        left, top = self._places(grids, tissue)
-        ratio = self.mpp / slide.mpp
-        x, y = (np.rint(place * ratio).astype(np.int64) for place in (left, top))
-        tiles = iter(progress(read_tiles(slide, x, y, self.tile_px, self.mpp), len(left), "tile"))
-        while batch := list(islice(tiles, self.settings.batch)):
-            images = torch.from_numpy(np.stack([tile.pixels for tile in batch])).permute(0, 3, 1, 2)
-            probability, saliency = self.run(images.to(self.classifier.device))
-            for number, tile in enumerate(batch):
-                across, down = int(left[tile.row]), int(top[tile.row])
-                self._add_probability(grids[0], weights[0], probability[number], across, down)
-                self._add_saliency(grids[1], weights[1], saliency[number], across, down)
-                if tile.seen is not None:
-                    for grid in grids:
-                        grid.mark_lost(tile.seen, across, down)
-        for grid, weight in zip(grids, weights, strict=True):
-            grid.values[weight == 0] = np.nan
-            np.divide(grid.values, weight, out=grid.values, where=weight > 0)
-        words = f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
-        target = self.classifier.classes[self.target]
-        return finish_maps(grids, tissue, self.settings, target, words, len(left), len(left) * self.tile_px**2)
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.stride, self.hidden.stride
 
-    def run(self, images: Tensor) -> tuple[Floats, Floats]:
+    @property
+    def tiles(self) -> str:
+        return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
+
+    def assemble(
+        self, slide: Slide, tissue: TissueMask, _block_px: int | None, store: BlockStore, progress: Progress
+    ) -> Assembled:
+        grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
+        groups = self._groups(grids, tissue)
+        todo = [number for number, _ in enumerate(groups) if not store.has(f"maps-{number}")]
+
+        def work() -> Iterator[None]:
+            for number in todo:
+                store.write(f"maps-{number}", **(yield from self._blended(slide, groups[number], grids)))
+
+        tiles = sum(len(groups[number].left) for number in todo)
+        for _ in progress(work(), tiles, "tile"):
+            pass
+        names = ("probability", *self.settings.methods)
+        sums = {name: np.zeros(grids[name != "probability"].shape, np.float32) for name in names}
+        weights = [np.zeros_like(sums[name]) for name in names[:2]]
+        lost = [np.zeros((0, 2), np.int32)]
+        for number, _ in enumerate(groups):
+            arrays = store.read(f"maps-{number}")
+            lost.append(arrays["lost"])
+            for grid, (name, weight) in enumerate(zip(("weight", "fine_weight"), weights, strict=True)):
+                _add(weight, arrays[name], *arrays["corners"][grid])
+            for name, values in sums.items():
+                _add(values, arrays[name], *arrays["corners"][int(name != "probability")])
+        for name, values in sums.items():
+            weight = weights[int(name != "probability")]
+            values[weight == 0] = np.nan
+            np.divide(values, weight, out=values, where=weight > 0)
+        count = sum(len(group.left) for group in groups)
+        probability = sums.pop("probability")
+        lost_pixels = np.unique(np.concatenate(lost), axis=0)
+        return Assembled(probability, sums, lost_pixels, count, count * self.tile_px**2)
+
+    def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
         """Tiles (B, 3, tile_px, tile_px) uint8, each on its own.
 
         Returns:
-            probability (B,), and saliency (B, tile_px / hidden stride, tile_px / hidden stride): of the logit of the
-            target above the mean of the others (for two classes the log-odds); or the share of masks open, 0 to 1.
+            probability (B,), and the method's map (B, tile_px / hidden stride, tile_px / hidden stride): of the
+            logit of the target above the mean of the others (for two classes the log-odds), of "deeplift" with that
+            sum; or the share of masks open, 0 to 1.
         """
-        if self._method is not None:
-            explanation = self.explain(self._method, images)
-            return self.probability(explanation.logits), as_array(explanation.maps)
-        assert isinstance(self.classifier, AimClassifier)
-        with evaluating(self.classifier), torch.no_grad():
-            output = self.classifier.masked(images)
-        return self.probability(output.logits), as_array(output.mean_mask())
+        probability, maps = self._run(images)
+        return probability, maps[method or self.settings.methods[0]]
 
-    def _places(
-        self, grids: tuple[MapGrid, MapGrid], tissue: TissueMask
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Left and top of every tile that holds a map pixel with tissue, in pixels at the model's mpp."""
+    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+        layer, shape = f"encoder.{self.settings.layer}", (3, self.tile_px, self.tile_px)
+        low, high = (
+            mean_activation(self.classifier, layer, (batch.to(self.classifier.device) for batch in tiles))
+            for tiles in (normal, tumour)
+        )
+        evidence_of = tile_evidence(self.classifier, layer, "evidence", self.target, shape)
+        vector, log_odds, position = find_neutral(evidence_of, low, high)
+        values = tuple(vector.tolist())
+        return NeutralReference(self.settings.layer, values, log_odds / self.temperature, position, "tile", source)
+
+    def _run(self, images: Tensor) -> tuple[Floats, dict[str, Floats]]:
+        """Probability (B,) and each method's maps (B, h, w)."""
+        if self.settings.methods == (MASK,):
+            assert isinstance(self.classifier, AimClassifier)
+            with evaluating(self.classifier), torch.no_grad():
+                output = self.classifier.masked(images)
+            return as_array(self.probability(output.logits)), {MASK: as_array(output.mean_mask())}
+        found, normal = {}, self.classifier.normalise(images)
+        for name in self.settings.methods:
+            method = self.method(name, self.classifier, f"encoder.{self.settings.layer}", plane=False)
+            explanation = self.explain(method, normal)
+            maps = explanation.maps
+            if name == ADDITIVE:
+                assert self.reference is not None
+                maps = maps * (len(self.reference.vector) / self.temperature)
+                # What smoothing and functions without a rule leave is shared out evenly.
+                missing = self.evidence(explanation.logits) - maps.sum(dim=(1, 2))
+                maps = maps + (missing / maps[0].numel())[:, None, None]
+            found[name] = as_array(maps)
+        return as_array(self.probability(explanation.logits)), found
+
+    def _groups(self, grids: list[MapGrid], tissue: TissueMask) -> list[_Group]:
+        """Every tile that holds a map pixel with tissue, in squares of about `_GROUP` tiles a side."""
         starts = []
-        for pixels, cells in zip(grids[0].values.shape[::-1], grids[1].values.shape[::-1], strict=True):
+        for pixels, cells in zip(grids[0].shape[::-1], grids[1].shape[::-1], strict=True):
             # To the middle of the last pixel of the probability, and to the last cell of the saliency.
             end_px = max((pixels - 0.5) * self.stride + 1, cells * self.hidden.stride + self._aligned_px)
             steps = math.ceil((end_px - self.origin_px - self.tile_px) / self.step_px)
@@ -118,10 +181,66 @@ class TiledEngine(Engine):
         ratio = grids[0].ratio
         side_level0_px = (self.tile_px + self.stride) * ratio
         wanted = tissue.share((left - margin) * ratio, (top - margin) * ratio, side_level0_px) > 0
-        return left[wanted], top[wanted]
+        left, top = left[wanted], top[wanted]
+        square = _GROUP * self.step_px
+        places = np.stack([(top - self.origin_px) // square, (left - self.origin_px) // square])
+        _, of = np.unique(places, axis=1, return_inverse=True)
+        return [_Group(left[of == number], top[of == number]) for number in range(int(of.max(initial=-1)) + 1)]
 
-    def _add_probability(self, grid: MapGrid, weights: Floats, value: float, left: int, top: int) -> None:
-        """Blend in the probability of the tile at left, top: at every map pixel whose centre it holds."""
+    def _blended(
+        self, slide: Slide, group: _Group, grids: list[MapGrid]
+    ) -> Generator[None, None, dict[str, npt.NDArray[Any]]]:
+        """Weighted sums of a group's tiles over the map pixels that they hold; yields after each tile."""
+        ratio = self.mpp / slide.mpp
+        x, y = (np.rint(place * ratio).astype(np.int64) for place in group)
+        first, last = (
+            [(int(find(group.top)), int(find(group.left))) for find in (np.min, np.max)][end] for end in (0, 1)
+        )
+        corners = [[math.ceil(start / self.stride - 0.5) for start in first]]
+        corners.append([(start - self._aligned_px) // self.hidden.stride for start in first])
+        ends = [math.ceil((start + self.tile_px) / self.stride - 0.5) for start in last]
+        shape = [end - start for start, end in zip(corners[0], ends, strict=True)]
+        cells = self.tile_px // self.hidden.stride
+        fine = [(end - start) // self.hidden.stride + cells for start, end in zip(first, last, strict=True)]
+        sums = {name: np.zeros(fine, np.float32) for name in self.settings.methods}
+        probability, weight, fine_weight = (
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros(fine, np.float32),
+        )
+        lost = [np.zeros((0, 2), np.int32)]
+        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp)
+        window = np.outer(
+            *2 * [blend_window((np.arange(cells) + 0.5) * self.hidden.stride, self.tile_px, self.step_px)]
+        )
+        while batch := list(islice(tiles, self.settings.batch)):
+            images = torch.from_numpy(np.stack([tile.pixels for tile in batch])).permute(0, 3, 1, 2)
+            values, maps = self._run(images.to(self.classifier.device))
+            for number, tile in enumerate(batch):
+                down, across = int(group.top[tile.row]), int(group.left[tile.row])
+                row, column = (
+                    (start - at) // self.hidden.stride for start, at in zip((down, across), first, strict=True)
+                )
+                _add(fine_weight, window, row, column)
+                for name, found in maps.items():
+                    _add(sums[name], window * found[number], row, column)
+                rows, columns, coarse = self._coarse_window(down, across)
+                _add(weight, coarse, rows - corners[0][0], columns - corners[0][1])
+                _add(probability, coarse * values[number], rows - corners[0][0], columns - corners[0][1])
+                if tile.seen is not None:
+                    lost.append(grids[1].holding(~tile.seen, across, down))
+                yield
+        return {
+            **sums,
+            "probability": probability,
+            "weight": weight,
+            "fine_weight": fine_weight,
+            "corners": np.array(corners, np.int32),
+            "lost": np.concatenate(lost),
+        }
+
+    def _coarse_window(self, top: int, left: int) -> tuple[int, int, npt.NDArray[np.float64]]:
+        """Row, column and weights of the probability's pixels whose centres a tile holds."""
         firsts, windows = [], []
         for start in (top, left):
             first = math.ceil(start / self.stride - 0.5)
@@ -129,13 +248,7 @@ class TiledEngine(Engine):
             firsts.append(first)
             offsets = (np.arange(first, last) + 0.5) * self.stride - start
             windows.append(blend_window(offsets, self.tile_px, self.step_px))
-        _add(grid.values, weights, np.outer(*windows), value, firsts[0], firsts[1])
-
-    def _add_saliency(self, grid: MapGrid, weights: Floats, values: Floats, left: int, top: int) -> None:
-        stride = self.hidden.stride
-        row, column = ((start - self._aligned_px) // stride for start in (top, left))
-        window = blend_window((np.arange(len(values)) + 0.5) * stride, self.tile_px, self.step_px)
-        _add(grid.values, weights, np.outer(window, window), values, row, column)
+        return firsts[0], firsts[1], np.outer(*windows)
 
 
 def blend_window(offsets_px: npt.NDArray[np.floating], tile_px: int, step_px: int) -> npt.NDArray[np.float64]:
@@ -156,18 +269,14 @@ def blend_window(offsets_px: npt.NDArray[np.floating], tile_px: int, step_px: in
     return weights
 
 
-def _add(
-    sums: Floats, weights: Floats, window: npt.NDArray[np.float64], values: Floats | float, top: int, left: int
-) -> None:
-    """Add values under a window to the map at row `top` and column `left`, as far as they lie on it."""
+def _add(total: Floats, values: npt.NDArray[np.floating], top: int, left: int) -> None:
+    """Add values to a map at row `top` and column `left`, as far as they lie on it."""
     rows, columns = (
         slice(max(0, -start), max(0, min(count, length - start)))
-        for start, count, length in zip((top, left), window.shape, sums.shape, strict=True)
+        for start, count, length in zip((top, left), values.shape, total.shape, strict=True)
     )
-    inner = window[rows, columns]
-    place = np.s_[max(0, top) : max(0, top) + inner.shape[0], max(0, left) : max(0, left) + inner.shape[1]]
-    sums[place] += (window * values)[rows, columns]
-    weights[place] += inner
+    inner = values[rows, columns]
+    total[max(0, top) : max(0, top) + inner.shape[0], max(0, left) : max(0, left) + inner.shape[1]] += inner
 
 
 def _total_stride(classifier: Classifier) -> int:
@@ -179,5 +288,5 @@ def _total_stride(classifier: Classifier) -> int:
 def _finest_stage(classifier: Classifier) -> str:
     """Name of the encoder's layer that gives the finest stage with a mask."""
     if not isinstance(classifier, AimClassifier):
-        raise NetworkError("attribution 'mask': this classifier has no masks; use 'gradient_x_activation'")
+        raise NetworkError("method 'mask': this classifier has no masks; use 'deeplift'")
     return stage_layer(classifier.encoder, classifier.stages[-1])

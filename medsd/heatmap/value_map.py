@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class ValueMap:
@@ -23,15 +25,17 @@ class ValueMap:
         target: the class the values speak of.
         method: how they were made, for legends and records.
         unit: unit of the values, for colour bars.
+        meaning: what a reader may take the values for, a sentence: what their sign says, and whether they add up.
     """
 
-    values: npt.NDArray[np.float32]
+    values: Floats
     level0_px: float
     mpp: float
     quantity: str
     target: str
     method: str
     unit: str
+    meaning: str = ""
 
     @property
     def seen(self) -> npt.NDArray[np.bool_]:

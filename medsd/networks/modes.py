@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, NetworkError, nearest
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, tried out.
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, tried out; None for the first GPU, or the CPU where there is none.
 
     Raises:
         ConfigError: it cannot be used here.
     """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -23,7 +23,6 @@ from medsd.networks.whitening import WhitenedHead
 FORMAT = "medsd-classifier-1"
 
 Architecture = Literal["tile", "aim"]
-Attribution = Literal["gradient", "gradient_x_activation", "mask"]
 Smoothing = Literal["backward_hook", "none"]
 
 _ARCHITECTURES: dict[str, type[TileClassifier] | type[AimClassifier]] = {"tile": TileClassifier, "aim": AimClassifier}
@@ -35,21 +34,23 @@ class Calibration:
 
     Attributes:
         threshold: tumour probability from which a place counts as tumour.
-        saliency_limit: end of the colour scale, the 99.5th percentile of |saliency| in validation tissue.
+        limits: ends of the colour scales by method, the 99.5th percentile of |saliency| in validation tissue. The
+            first method is the slide's saliency, see `medsd.heatmap.maps.MapSettings`.
         layer: hidden layer of the saliency.
-        attribution: "gradient", "gradient_x_activation" or, of an `AimClassifier`, its "mask".
         smoothing: "backward_hook" or "none".
         source: the data that fixed these values, for legends.
         temperature: probabilities are softmax(logits / temperature).
+        reference: fields of the layer's `medsd.saliency.neutral.NeutralReference`, which "deeplift" compares with; None
+            without that method.
     """
 
     threshold: float
-    saliency_limit: float
+    limits: dict[str, float]
     layer: str
-    attribution: Attribution
     smoothing: Smoothing
     source: str
     temperature: float = 1.0
+    reference: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def write_weights() -> Callable[..., str]:
             tile_px=data.tile_px,
             mpp=data.mpp,
             trained_on=data.description,
-            calibration=Calibration(0.5, 1.0, "layer3", "gradient_x_activation", "backward_hook", "a test"),
+            calibration=Calibration(0.5, {"gradient_x_activation": 1.0}, "layer3", "backward_hook", "a test"),
             data_sha256=data.fingerprint(),
             stain_target=data.stain_target and json.loads(json.dumps(asdict(data.stain_target))),
         )

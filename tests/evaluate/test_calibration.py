@@ -30,12 +30,12 @@ def patches(side_px: int) -> list[dict[str, torch.Tensor]]:
 def test_patches_fix_threshold_scale_and_temperature(way: str) -> None:
     torch.manual_seed(0)
     network, dataset = TileClassifier("test_resnet").eval(), patches(64)
-    settings = MapSettings("layer3", "gradient", "none", way=way)  # type: ignore[arg-type]
+    settings = MapSettings(("gradient",), "layer3", "none", way=way)  # type: ignore[arg-type]
     engine = make_engine(network, 64, 1.0, settings=settings, temperature=1.7)
     found = calibrate_on_patches(engine, dataset, LABELS, PROBABILITIES)  # type: ignore[arg-type]
     assert found.temperature == 1.7
     assert 0.3 < found.threshold <= 0.6
-    assert (found.layer, found.attribution, found.smoothing) == ("layer3", "gradient", "none")
+    assert (found.layer, list(found.limits), found.smoothing) == ("layer3", ["gradient"], "none")
     # Independent: the gradient of each patch's own log-odds at the layer, which is what both engines make of a tile.
     images = torch.stack([item["image"] for item in dataset])
     held: list[torch.Tensor] = []
@@ -44,18 +44,20 @@ def test_patches_fix_threshold_scale_and_temperature(way: str) -> None:
     handle.remove()
     (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), held[0])
     limit = np.percentile(gradient.mean(dim=1).abs().numpy(), 99.5)
-    assert found.saliency_limit == pytest.approx(limit, rel=1e-4)
+    assert found.limits["gradient"] == pytest.approx(limit, rel=1e-4)
 
 
 def test_masks_have_limits_of_their_own() -> None:
     network = AimClassifier("test_resnet", feature_width=8, mask_width=8).eval()
-    engine = make_engine(network, 64, 1.0, settings=MapSettings(attribution="mask"), temperature=0.5)
+    engine = make_engine(network, 64, 1.0, settings=MapSettings(("mask",)), temperature=0.5)
     found = calibrate_on_patches(engine, patches(64), LABELS, PROBABILITIES)  # type: ignore[arg-type]
-    assert (found.attribution, found.saliency_limit, found.temperature) == ("mask", 1.0, 0.5)
+    assert (found.limits, found.temperature) == ({"mask": 1.0}, 0.5)
 
 
 def test_one_class_alone_is_refused() -> None:
-    engine = make_engine(TileClassifier("test_resnet"), 64, 1.0, settings=MapSettings("layer3"))
+    engine = make_engine(
+        TileClassifier("test_resnet"), 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer3")
+    )
     with pytest.raises(DatasetError, match="one class only"):
         calibrate_on_patches(engine, patches(64), np.zeros(6, np.int8), PROBABILITIES)  # type: ignore[arg-type]
 
@@ -67,10 +69,13 @@ def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
     network = TileClassifier("test_resnet").eval()
     network.head.bias.data.zero_()
     plain, tempered = (
-        calibrate_on_slides(make_engine(network, 64, 1.0, settings=MapSettings("layer3"), temperature=t), [slide])
+        calibrate_on_slides(
+            make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer3"), temperature=t),
+            [slide],
+        )
         for t in (1.0, 2.0)
     )
     logit = np.log(plain.threshold / (1 - plain.threshold))
     assert tempered.threshold == pytest.approx(1 / (1 + np.exp(-logit / 2)), abs=1e-5)
-    assert tempered.saliency_limit == plain.saliency_limit
+    assert tempered.limits == plain.limits
     assert (plain.temperature, tempered.temperature) == (1.0, 2.0)

@@ -26,7 +26,7 @@ def classifier() -> TileClassifier:
 def weights(tmp_path_factory, classifier) -> Path:
     """A calibrated classifier whose card says tiles of 64 px."""
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    calibration = Calibration(0.5, 0.25, "layer3", "gradient_x_activation", "none", "a test", temperature=3.0)
+    calibration = Calibration(0.5, {"gradient_x_activation": 0.25}, "layer3", "none", "a test", temperature=3.0)
     save_classifier(path, classifier, ModelCard("test_resnet", classifier.classes, 64, 0.5, "noise", calibration))
     return path
 

@@ -11,7 +11,7 @@ from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import save_encoder
 from medsd.networks.weights import Calibration, ModelCard, save_classifier, save_tensors
 
-CALIBRATION = Calibration(0.5, 0.1, "layer3", "gradient_x_activation", "none", "a test", temperature=2.0)
+CALIBRATION = Calibration(0.5, {"gradient_x_activation": 0.1}, "layer3", "none", "a test", temperature=2.0)
 
 
 @pytest.fixture(scope="module")

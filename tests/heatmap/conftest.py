@@ -23,7 +23,7 @@ CARD = ModelCard(
     tile_px=32,
     mpp=1.0,
     trained_on="green discs",
-    calibration=Calibration(0.5, 0.01, "layer2", "gradient_x_activation", "none", "green discs"),
+    calibration=Calibration(0.5, {"gradient_x_activation": 0.01}, "layer2", "none", "green discs"),
 )
 
 
@@ -78,7 +78,7 @@ def green_classifier(plain_image) -> TileClassifier:
     pixels = with_discs(plain_image, FIDUCIALS[:1])[::2, ::2]
     x, y = (place // 2 for place in FIDUCIALS[0])
     crop = torch.from_numpy(pixels[y - 128 : y + 128, x - 128 : x + 128].copy()).permute(2, 0, 1)[None]
-    engine = DenseEngine(network, CARD.tile_px, CARD.mpp, settings=MapSettings("layer2"))
+    engine = DenseEngine(network, CARD.tile_px, CARD.mpp, settings=MapSettings(("gradient_x_activation",), "layer2"))
     probability = torch.from_numpy(engine.run(crop)[0])
     peak = probability.logit().max()
     network.head.weight.data[1] *= 8 / peak

@@ -253,7 +253,7 @@ def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, small_slide, green
     network = AimClassifier("test_resnet", feature_width=8, mask_width=8).eval()
     torch.nn.init.zeros_(network.head.weight)
     network.head.bias.data = torch.tensor([0.0, 3.0])
-    calibration = Calibration(0.5, 1.0, "layer2", "mask", "none", "green discs", temperature=2.0)
+    calibration = Calibration(0.5, {"mask": 1.0}, "layer2", "none", "green discs", temperature=2.0)
     card = replace(green_card, tile_px=64, architecture="aim", options=network.options, calibration=calibration)
     save_classifier(tmp_path / "aim.safetensors", network, card)
     (result,) = map_here([small_slide], tmp_path / "aim.safetensors", tmp_path)

@@ -17,7 +17,6 @@ from medsd.heatmap.overlay import (
     MappedSlide,
     Panel,
     draw_overlay,
-    explanation_warning,
     layout,
     length_text,
     round_length_um,
@@ -176,10 +175,3 @@ def test_a_folder_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
         draw(tmp_path / "file" / "o.png")
-
-
-def test_every_explanation_says_what_it_is_not() -> None:
-    values = np.zeros((2, 2))
-    for quantity in ("saliency", "mask"):
-        assert "not tumour probability" in explanation_warning(as_map(values, 1.0, quantity))
-    assert explanation_warning(as_map(values, 1.0, "probability")) == ""

@@ -67,7 +67,7 @@ def content() -> MappedSlide:
         thumbnail_level0_px=20.0,
         damaged=False,
         probability=value_map,
-        saliency=ValueMap(saliency, 50.0, 12.5, "saliency", "tumour", "gradient", "logit"),
+        saliency=ValueMap(saliency, 50.0, 12.5, "saliency", "tumour", "gradient", "logit", "Its sign is no evidence."),
         saliency_limit=2.0,
         threshold=0.5,
         threshold_source="best F1 on validation slides",
@@ -184,7 +184,7 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
     words = page[1].words
     for sentence in (
         "Research use only",
-        "What the model reacts to, not tumour probability.",
+        "Its sign is no evidence.",
         "Trained on two hospitals.",
         "best F1 on validation slides",
         "0.25 µm per pixel (vendor)",

@@ -20,7 +20,7 @@ from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 from medsd.slides.tissue import TissueMask
 
-MASK = MapSettings(attribution="mask")
+MASK = MapSettings(("mask",))
 
 
 def spread(network):
@@ -139,10 +139,10 @@ def test_the_window_is_hann_where_tiles_overlap_by_half():
 @pytest.mark.parametrize(
     ("kind", "tile_px", "settings"),
     [
-        ("squeezing", 64, MapSettings("blocks.2")),
-        ("squeezing", 96, MapSettings("blocks.3", "gradient", "none")),
+        ("squeezing", 64, MapSettings(("gradient_x_activation",), "blocks.2")),
+        ("squeezing", 96, MapSettings(("gradient",), "blocks.3", "none")),
         ("masking", 64, MASK),
-        ("masking", 96, MapSettings("layer2")),
+        ("masking", 96, MapSettings(("gradient_x_activation",), "layer2")),
     ],
 )
 def test_maps_equal_tiles_one_by_one(request, array_slide, kind, tile_px, settings):
@@ -159,7 +159,9 @@ def test_maps_equal_tiles_one_by_one(request, array_slide, kind, tile_px, settin
 def test_the_batch_size_changes_nothing(squeezing, array_slide):
     slide = array_slide(noise(150, 130))
     many, single = (
-        TiledEngine(squeezing, 64, 1.0, settings=MapSettings("blocks.2", batch=batch)).map(slide, all_tissue(slide))
+        TiledEngine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2", batch=batch)).map(
+            slide, all_tissue(slide)
+        )
         for batch in (5, 1)
     )
     assert many.blocks == single.blocks == 16
@@ -184,7 +186,7 @@ def test_a_constant_network_gives_constant_maps(array_slide):
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (1, 1), (64, 300)])
 def test_slides_smaller_than_a_tile(squeezing, array_slide, height, width):
     slide = array_slide(noise(height, width))
-    engine = TiledEngine(squeezing, 64, 1.0, settings=MapSettings("blocks.2"))
+    engine = TiledEngine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2"))
     maps = engine.map(slide, all_tissue(slide))
     assert np.isfinite(maps.probability.values).all() and np.isfinite(maps.saliency.values).all()
     assert maps.saliency.values.shape == (-(-height // 8), -(-width // 8))
@@ -196,7 +198,7 @@ def test_nothing_is_read_without_tissue(squeezing, array_slide):
     slide = array_slide(noise(384, 384))
     mask = np.zeros((48, 48), bool)
     mask[16:32, 16:32] = True
-    engine = TiledEngine(squeezing, 64, 1.0, settings=MapSettings("blocks.2"))
+    engine = TiledEngine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2"))
     maps = engine.map(slide, TissueMask(mask, 8.0))
     assert maps.saliency.seen.sum() == 16 * 16 and maps.saliency.seen[16:32, 16:32].all()
     assert maps.probability.seen.sum() == 4 * 4
@@ -218,7 +220,9 @@ def test_what_cannot_be_decoded_is_not_judged(squeezing, array_slide):
             return self.read(x, y, width, height, mpp), None if seen.all() else seen
 
     slide = Damaged(noise(256, 256))
-    maps = TiledEngine(squeezing, 64, 1.0, settings=MapSettings("blocks.2")).map(slide, all_tissue(slide))
+    maps = TiledEngine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2")).map(
+        slide, all_tissue(slide)
+    )
     hole = ~maps.saliency.seen
     assert hole[12:16, 8:16].all() and hole.sum() == 4 * 8
     assert (maps.lost == hole).all() and maps.unseen == pytest.approx(32 / 32**2)
@@ -229,7 +233,12 @@ def test_what_cannot_be_decoded_is_not_judged(squeezing, array_slide):
 def test_fiducials_are_at_their_place(green_classifier, fiducial_slide, fiducials, tile_px):
     from medsd.slides.slide import open_slide
 
-    engine = make_engine(green_classifier, tile_px, 1.0, settings=MapSettings("layer2", smoothing="none", way="tiled"))
+    engine = make_engine(
+        green_classifier,
+        tile_px,
+        1.0,
+        settings=MapSettings(("gradient_x_activation",), "layer2", smoothing="none", way="tiled"),
+    )
     with open_slide(fiducial_slide) as slide:
         # Only around the discs, to be quick.
         rows, columns = np.indices((128, 128)) * 16 + 8
@@ -251,7 +260,7 @@ def test_fiducials_are_at_their_place(green_classifier, fiducial_slide, fiducial
 def test_both_engines_give_the_same_values(green_classifier, array_slide):
     """Nothing but pooling lies above the last layer: its gradient is the same in every tile, and so in both maps."""
     slide = array_slide(noise(256, 256))
-    settings = MapSettings("layer4", "gradient", "none")
+    settings = MapSettings(("gradient",), "layer4", "none")
     dense, tiled = (
         kind(green_classifier, 96, 1.0, settings=settings).map(slide, all_tissue(slide)).saliency.values
         for kind in (DenseEngine, TiledEngine)
@@ -263,7 +272,7 @@ def test_both_engines_give_the_same_values(green_classifier, array_slide):
 def test_both_engines_agree_away_from_borders(green_classifier, array_slide):
     """Below the last layer the dense engine also counts tiles that end just before the place: a little more."""
     slide = array_slide(noise(384, 384))
-    settings = MapSettings("layer3", smoothing="none")
+    settings = MapSettings(("gradient_x_activation",), "layer3", smoothing="none")
     dense, tiled = (
         kind(green_classifier, 256, 1.0, settings=settings).map(slide, all_tissue(slide)).saliency.values[6:-6, 6:-6]
         for kind in (DenseEngine, TiledEngine)
@@ -273,10 +282,12 @@ def test_both_engines_agree_away_from_borders(green_classifier, array_slide):
 
 
 def test_the_engine_follows_the_network(caplog, green_classifier, squeezing, masking):
-    auto = MapSettings("layer2")
+    auto = MapSettings(("gradient_x_activation",), "layer2")
     assert isinstance(make_engine(green_classifier, 64, 1.0, settings=auto), DenseEngine)
     with caplog.at_level(logging.INFO):
-        assert isinstance(make_engine(squeezing, 64, 1.0, settings=MapSettings("blocks.2")), TiledEngine)
+        assert isinstance(
+            make_engine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2")), TiledEngine
+        )
     assert "mapped tile by tile" in caplog.text
     assert isinstance(make_engine(masking, 64, 1.0, settings=MASK), TiledEngine)
     assert make_engine(masking, 64, 1.0, settings=MASK, temperature=2.5).temperature == 2.5
@@ -284,19 +295,32 @@ def test_the_engine_follows_the_network(caplog, green_classifier, squeezing, mas
 
 def test_bad_requests_are_named(green_classifier, squeezing, masking):
     with pytest.raises(NetworkError, match="global operations"):
-        make_engine(squeezing, 64, 1.0, settings=MapSettings("blocks.2", way="dense"))
+        make_engine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "blocks.2", way="dense"))
     with pytest.raises(NetworkError, match="use 'tiled'"):
-        make_engine(masking, 64, 1.0, settings=MapSettings(attribution="mask", way="dense"))
+        make_engine(masking, 64, 1.0, settings=MapSettings(("mask",), way="dense"))
     with pytest.raises(NetworkError, match=r"did you mean 'blocks\.2'"):
-        make_engine(squeezing, 64, 1.0, settings=MapSettings("block.2"))
+        make_engine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "block.2"))
     for network in (green_classifier, squeezing):
         with pytest.raises(NetworkError, match="no masks"):
             make_engine(network, 64, 1.0, settings=MASK)
         with pytest.raises(NetworkError, match="multiple of the network's stride, 32"):
-            make_engine(network, 90, 1.0, settings=MapSettings("layer2" if network is green_classifier else "blocks.2"))
+            make_engine(
+                network,
+                90,
+                1.0,
+                settings=MapSettings(
+                    ("gradient_x_activation",), "layer2" if network is green_classifier else "blocks.2"
+                ),
+            )
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="temperature"):
-            make_engine(squeezing, 64, 1.0, settings=MapSettings("blocks.2"), temperature=temperature)
+            make_engine(
+                squeezing,
+                64,
+                1.0,
+                settings=MapSettings(("gradient_x_activation",), "blocks.2"),
+                temperature=temperature,
+            )
     with pytest.raises(ConfigError, match="did you mean 'tiled'"):
         MapSettings(way="tilde")
     with pytest.raises(ConfigError, match="batch=0"):
@@ -305,7 +329,7 @@ def test_bad_requests_are_named(green_classifier, squeezing, masking):
 
 def test_hooks_are_gone_and_modes_kept(masking):
     masking.train()
-    engine = TiledEngine(masking, 64, 1.0, settings=MapSettings("layer2"))
+    engine = TiledEngine(masking, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2"))
     tiles = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     assert engine.patch_saliency(tiles).shape == (2, 8, 8)
     assert masking.training

@@ -26,7 +26,7 @@ from medsd.networks.weights import (
 )
 from medsd.networks.whitening import WhitenedHead
 
-CALIBRATION = Calibration(0.1 + 0.2, 1 / 3, "layer2", "gradient", "backward_hook", "validation: 3 slides, µ")
+CALIBRATION = Calibration(0.1 + 0.2, {"gradient": 1 / 3}, "layer2", "backward_hook", "validation: 3 slides, µ")
 CARD = ModelCard("test_resnet", ("normal", "tumour"), 96, 0.97, "phantoms", CALIBRATION)
 
 
@@ -212,8 +212,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, classifier: TileClassifie
 
 
 OLD_CARD = """{"encoder": "test_resnet", "classes": ["normal", "tumour"], "tile_px": 96, "mpp": 0.97,
-"trained_on": "phantoms", "calibration": {"threshold": 0.30000000000000004, "saliency_limit": 0.3333333333333333,
-"layer": "layer2", "attribution": "gradient", "smoothing": "backward_hook", "source": "validation: 3 slides, µ"},
+"trained_on": "phantoms", "calibration": {"threshold": 0.30000000000000004, "limits": {"gradient": 0.3333333333333333},
+"layer": "layer2", "smoothing": "backward_hook", "source": "validation: 3 slides, µ"},
 "data_sha256": "", "settings_sha256": "", "stain_target": null}"""
 
 
@@ -248,7 +248,7 @@ AIM_CARD = replace(CARD, classes=("normal", "itc", "tumour"), architecture="aim"
 
 
 def test_aim_round_trip(tmp_path: Path, aim: AimClassifier) -> None:
-    calibration = replace(CALIBRATION, attribution="mask", temperature=1.7)
+    calibration = replace(CALIBRATION, limits={"mask": 1.0}, temperature=1.7)
     saved = replace(AIM_CARD, calibration=calibration)
     save_classifier(tmp_path / "aim.safetensors", aim, saved)
     loaded, card, _ = load_classifier(tmp_path / "aim.safetensors")

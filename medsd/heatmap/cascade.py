@@ -1,0 +1,217 @@
+"""An encoder's hidden features of any part of a slide, stage after stage, each with its own small halo.
+
+Every stage is computed where the next one needs it, over rectangles that follow the tissue; what it gives is put
+together for the next. So a pixel goes through each layer little more than once, where blocks with a halo for the whole
+network would go through all layers again and again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from medsd.errors import NetworkError
+from medsd.heatmap.partition import Rect, grown, partition
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.geometry import ReceptiveField, measure_fields
+from medsd.networks.modes import evaluating
+from medsd.networks.segment import Segment, segments
+from medsd.slides.readers.base import Bools
+
+# Of the CPU: the whole process then stays below 4 GiB.
+_CPU_BYTES = 1_500_000_000
+# Of what a device has left.
+_DEVICE_SHARE = 0.5
+# Earlier stages have so many numbers a pixel that keeping them costs more memory than their halo.
+_LEAST_STRIDE = 4
+_PROBE_CELLS = 6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the encoder.
+
+    Attributes:
+        network: the part.
+        taken, given: cells of its input (for the first: pixels) and of its output along a feature cell's side.
+        halo: feature cells of the input needed on each side beyond those of the output.
+        cell_bytes: memory at work for each feature cell.
+    """
+
+    network: Segment
+    taken: int
+    given: int
+    halo: int
+    cell_bytes: float
+
+    def largest(self, block_px: int | None, stride: int, device: torch.device) -> int:
+        """Most feature cells to compute at once, halo included."""
+        if block_px is not None:
+            return (max(1, block_px // stride) + 2 * self.halo) ** 2
+        free = _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_BYTES
+        return max(1, int(free / self.cell_bytes))
+
+
+class Node(NamedTuple):
+    """Features of a stage over `rect`, from its input over `crop` (feature cells), which `parts` give."""
+
+    stage: int
+    rect: Rect
+    crop: Rect
+    parts: tuple[Node, ...]
+
+    def leaves(self) -> Iterator[Node]:
+        """The nodes of the first stage, whose crops are read, in the order in which they are computed."""
+        if self.stage == 0:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+
+class Cascade:
+    """The stages of a classifier's encoder up to a hidden layer, and the one behind it.
+
+    Args:
+        classifier: convolutional.
+        layer: the hidden layer, a name in its encoder.
+        smoothed: whether gradients behind the layer are smoothed at strided convolutions, which widens their reach.
+
+    Attributes:
+        features, hidden: where the cells of the encoder's output and of the layer look.
+        stages: from the image to the layer; `channels` of what each gives.
+        top: from the layer to the output, with its gradient.
+
+    Raises:
+        NetworkError: no such layer, a path leads around it, or the network has global operations.
+    """
+
+    def __init__(self, classifier: TileClassifier, layer: str, smoothed: bool) -> None:
+        encoder = classifier.encoder
+        layers = _cuts(classifier, layer)
+        fields, self.features = measure_fields(classifier, layers)
+        self.hidden = fields[layer]
+        finer = [name for name in layers[:-1] if _LEAST_STRIDE <= fields[name].stride < self.hidden.stride]
+        networks = segments(encoder, [*finer, layer])
+        seen = [ReceptiveField(1, 0, 0), *(fields[name] for name in finer), self.hidden, self.features]
+        stages = []
+        x = torch.zeros((1, 3, *2 * [_PROBE_CELLS * self.features.stride]), device=classifier.device)
+        for network, below, above in zip(networks, seen, seen[1:], strict=False):
+            last = above is self.features
+            taken, given = (self.features.stride // field.stride for field in (below, above))
+            # Smoothing widens a gradient by a cell of each strided layer's input: by less than a feature cell in all.
+            widened = taken - 1 if last and smoothed else 0
+            with evaluating(encoder), torch.set_grad_enabled(last), _Allocated() as memory:
+                x = network(x.requires_grad_(last))
+            stages.append(Stage(network, taken, given, _halo(below, above, taken, widened), memory.at_work(last)))
+        *self.stages, self.top = stages
+        self.channels = _channels(encoder, self.stages)
+        self.classifier = classifier
+
+    def plan(self, needed: Bools, block_px: int | None) -> list[Node]:
+        """What has to be computed for the hidden features of the needed cells.
+
+        Args:
+            needed: (height, width) bool of the canvas's feature cells.
+            block_px: as in `MapSettings`.
+        """
+        size = needed.shape[1], needed.shape[0]
+        return self._plan(len(self.stages) - 1, needed, Rect(0, 0, *size), size, block_px)
+
+    def _plan(self, number: int, needed: Bools, frame: Rect, size: tuple[int, int], block_px: int | None) -> list[Node]:
+        stage = self.stages[number]
+        largest = stage.largest(block_px, self.features.stride, self.classifier.device)
+        nodes = []
+        for found in partition(needed, stage.halo, largest):
+            rect = found.moved(frame.left, frame.top)
+            crop = rect.grown(stage.halo, size)
+            below: list[Node] = []
+            if number:
+                wanted = np.zeros((crop.height, crop.width), bool)
+                wanted[rect.within(crop)] = needed[rect.within(frame)]
+                below = self._plan(number - 1, grown(wanted, stage.halo), crop, size, block_px)
+            nodes.append(Node(number, rect, crop, tuple(below)))
+        return nodes
+
+    def compute(self, node: Node, images: Iterator[Tensor]) -> Tensor:
+        """Hidden features (1, C, h, w) of a node; `images` gives (1, 3, H, W) uint8 of its leaves' crops, in order."""
+        stage = self.stages[node.stage]
+        if node.stage == 0:
+            x = self.classifier.normalise(next(images).to(self.classifier.device))
+        else:
+            crop = node.crop.times(stage.taken)
+            shape = 1, self.channels[node.stage - 1], crop.height, crop.width
+            x = torch.zeros(shape, device=self.classifier.device)
+            for part in node.parts:
+                x[..., *part.rect.times(stage.taken).within(crop)] = self.compute(part, images)
+        features: Tensor = stage.network(x)
+        return features[..., *node.rect.times(stage.given).within(node.crop.times(stage.given))]
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Hidden features (B, C, h, w) of whole images (B, 3, H, W) uint8."""
+        x: Tensor = self.classifier.normalise(images)
+        for stage in self.stages:
+            x = stage.network(x)
+        return x
+
+
+def _cuts(classifier: TileClassifier, layer: str) -> list[str]:
+    """The encoder's stages below the layer where it can be cut, then the layer."""
+    info: list[dict[str, Any]] = list(getattr(classifier.encoder, "feature_info", None) or [])
+    names = [name for name, _ in classifier.encoder.named_modules()]
+    order = {name: number for number, name in enumerate(names)}
+    stages = [entry["module"] for entry in info if isinstance(entry.get("module"), str)]
+    below = [name for name in stages if name in order and layer in order and order[name] < order[layer]]
+    below = [name for name in below if not layer.startswith(f"{name}.")]
+    try:
+        segments(classifier.encoder, [*below, layer])
+    except NetworkError:
+        if not below:
+            raise
+        segments(classifier.encoder, [layer])
+        return [layer]
+    return [*below, layer]
+
+
+def _channels(encoder: torch.nn.Module, stages: list[Stage]) -> list[int]:
+    x = next(encoder.parameters()).new_zeros((1, 3, 64, 64))
+    channels = []
+    with evaluating(encoder), torch.no_grad():
+        for stage in stages:
+            x = stage.network(x)
+            channels.append(x.shape[1])
+    return channels
+
+
+def _halo(below: ReceptiveField, above: ReceptiveField, taken: int, widened: int) -> int:
+    """Feature cells of the input on each side that the output of a rectangle needs."""
+    ratio = above.stride // below.stride
+    first, last = ((a - b) // below.stride for a, b in ((above.first, below.first), (above.last, below.last)))
+    return max(0, math.ceil((widened - first) / taken), math.ceil((last - ratio + 1 + widened) / taken))
+
+
+class _Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of what is computed inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total, self.most = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                size = tensor.numel() * tensor.element_size()
+                self.total, self.most = self.total + size, max(self.most, size)
+        return output
+
+    def at_work(self, kept: bool) -> float:
+        """Bytes for each feature cell: of all results where a graph keeps them, else of three of the largest."""
+        return (1.3 * self.total if kept else 3.5 * self.most) / _PROBE_CELLS**2

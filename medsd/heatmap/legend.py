@@ -1,0 +1,61 @@
+"""What each map is called, its unit, and what a reader may take its values for: the one home of these words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from medsd.networks.weights import Smoothing
+from medsd.saliency.registry import method_card
+
+ADDITIVE = "deeplift"
+MASK = "mask"
+# Methods whose map is linear in the gradient, so that the maps of parts of a slide add up to that of the whole.
+BY_PARTS = (ADDITIVE, "gradient", "gradient_x_activation")
+
+_UNITS = {
+    ADDITIVE: "log-odds",
+    "gradient": "log-odds per unit activation",
+    "gradient_x_activation": "log-odds per channel",
+    MASK: "share of masks open",
+}
+_MEANINGS = {
+    ADDITIVE: "Above 0 speaks for {target}, below 0 against it; the values over a tile add up to its log-odds.",
+    "gradient": "How the answer would change with more activation. Its sign is no evidence for or against {target}, "
+    "and the values do not add up.",
+    "gradient_x_activation": "Slope times activation: what the model reacts to. Its sign is no evidence for or against "
+    "{target}, and the values do not add up.",
+    MASK: "Which of its features the model used, each seeing more than its place; not tumour probability.",
+}
+
+
+class Legend(NamedTuple):
+    """Fields of a `ValueMap` that are words."""
+
+    quantity: str
+    target: str
+    method: str
+    unit: str
+    meaning: str
+
+
+def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: str) -> Legend:
+    """The words of a method's map.
+
+    Args:
+        method: a method of `MapSettings`.
+        layer, smoothing: of the settings.
+        target: name of the class.
+        tiles: the way that was taken and the tiles, in words.
+    """
+    if method == MASK:
+        # A mask is drawn before there is an answer, and belongs to none.
+        return Legend("mask", "all classes", f"mean of the stages' masks, {tiles}", _UNITS[MASK], _MEANINGS[MASK])
+    card = method_card(method)
+    name = {ADDITIVE: "DeepLift against a neutral reference"}.get(method, method.replace("_", " "))
+    smoothed = ", smoothed at strided convolutions" if smoothing == "backward_hook" and card.needs_gradient else ""
+    if not card.needs_label:
+        meaning = "What the network's features hold, whatever the class: no evidence for or against any."
+        return Legend("saliency", "no class", f"{name} at {layer}, {tiles}", "arbitrary", meaning)
+    other = "What the model reacts to. Its sign is no evidence for or against {target}, and the values do not add up."
+    meaning = _MEANINGS.get(method, other).format(target=target)
+    return Legend("saliency", target, f"{name} at {layer}{smoothed}, {tiles}", _UNITS.get(method, "arbitrary"), meaning)
