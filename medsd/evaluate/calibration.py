@@ -17,6 +17,7 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
+from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import MASK
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.weights import Calibration
@@ -63,7 +64,7 @@ def calibrate_on_slides(
         probabilities.append(probability.values[known])
         for name, explanation in maps.explanations.items():
             values[name].append(np.abs(explanation.values[explanation.seen]))
-    saliencies = {name: np.concatenate(parts) for name, parts in values.items()}
+    saliencies = {name: np.concatenate(parts) for name, parts in values.items() if name not in LABEL_FREE}
     pixels, scores = np.concatenate(labels), np.concatenate(probabilities)
     return _calibration(engine, pixels, scores, saliencies, f"{len(slides)} validation slides")
 
@@ -123,6 +124,7 @@ def calibrate_on_patches(
     saliencies = {
         name: np.abs(np.stack([engine.patch_saliency(dataset[i]["image"][None], name) for i in chosen.tolist()]))
         for name in engine.settings.methods
+        if name not in LABEL_FREE
     }
     return _calibration(engine, labels, probabilities, saliencies, f"{len(labels)} validation patches")
 
@@ -144,10 +146,13 @@ def _calibration(
             # The share of masks open has limits of its own.
             name: 1.0 if name == MASK else float(np.percentile(values, SCALE_PERCENTILE))
             for name, values in saliencies.items()
-        },
+        }
+        # Those of label-free maps grow with the slide: each has its own.
+        | {name: 0.0 for name in settings.methods if name in LABEL_FREE},
         layer=settings.layer,
         smoothing=settings.smoothing,
         source=source,
+        smooth_um=settings.smooth_um,
         temperature=engine.temperature,
         reference=None if engine.reference is None else asdict(engine.reference),
     )

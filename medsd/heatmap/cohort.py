@@ -91,7 +91,8 @@ def map_slides(
     calibration = card.calibration
     if calibration is None:
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
-    settings = MapSettings(tuple(methods or calibration.limits), calibration.layer, calibration.smoothing, block_px)
+    names = tuple(methods or calibration.limits)
+    settings = MapSettings(names, calibration.layer, calibration.smoothing, calibration.smooth_um, block_px)
     engine = make_engine(
         classifier,
         card.tile_px,
@@ -182,6 +183,7 @@ class _MapWork(Work[SlideResult]):
             "methods": [shown.method for shown in (maps.probability, *maps.explanations.values())],
             "seam": maps.seam,
             "moved_share": maps.moved,
+            "missed_share": maps.missed,
             "pixels_read": maps.pixels_read,
             "unseen_share": round(unseen, 6),
             "map_seconds": map_seconds,

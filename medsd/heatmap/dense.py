@@ -12,8 +12,9 @@ since a gradient is linear in what it is of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from medsd.errors import NetworkError
 from medsd.heatmap.additive import conserve
 from medsd.heatmap.cascade import Cascade, Node
+from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.legend import ADDITIVE, BY_PARTS
 from medsd.heatmap.maps import Assembled, Engine, MapGrid, as_array, block_any
 from medsd.heatmap.partition import Rect, grown, partition
@@ -72,7 +74,7 @@ class DenseEngine(Engine):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.settings.methods:
-            if name not in BY_PARTS:
+            if name not in (*BY_PARTS, *LABEL_FREE):
                 raise NetworkError(f"method '{name}': looks at whole tiles, mapped tile by tile (way 'auto')")
         self.cascade = Cascade(self.classifier, self.settings.layer, self.settings.smoothing == "backward_hook")
         stride = self.cascade.features.stride
@@ -105,6 +107,9 @@ class DenseEngine(Engine):
             at: [number for number in todo if plan.rects[number][1].meets(node.rect)]
             for at, node in enumerate(plan.nodes)
         }
+        free = [name for name in self.settings.methods if name in LABEL_FREE]
+        if free:  # features are needed to the end
+            users = {at: wanted or [len(plan.rects)] for at, wanted in users.items()}
         missing = [at for at, wanted in users.items() if wanted and not store.has(f"features-{at}")]
         missing.sort(key=lambda at: users[at][0])
         lost: list[np.ndarray] = []
@@ -113,7 +118,7 @@ class DenseEngine(Engine):
 
         def work() -> Iterator[None]:
             waiting = list(missing)
-            for number in todo:
+            for number in [*todo, len(plan.rects)]:
                 while waiting and users[waiting[0]][0] <= number:
                     at = waiting.pop(0)
                     with evaluating(self.classifier), torch.no_grad():
@@ -123,9 +128,11 @@ class DenseEngine(Engine):
                     store.write(f"features-{at}", **arrays)
                     store.write(f"lost-{at}", lost=arrays["lost"])
                     yield
+                if number == len(plan.rects):
+                    return
                 store.write(f"maps-{number}", **self._maps(plan, number, store))
                 for at, wanted in users.items():
-                    if wanted and wanted[-1] == number:
+                    if wanted and wanted[-1] == number and not free:
                         store.remove(f"features-{at}")
                 yield
 
@@ -214,10 +221,13 @@ class DenseEngine(Engine):
         seeds = torch.zeros((crop.height, crop.width), dtype=torch.bool, device=self.classifier.device)
         seeds[rect.within(crop)] = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(seeds)
         self._windows.seeds = seeds
-        arrays = {}
-        for name in self.settings.methods:
+        arrays, methods = {}, [name for name in self.settings.methods if name in BY_PARTS]
+        for name in methods:
             logits, maps = self._explained(name, hidden)
             arrays[name] = maps[0]
+        if not methods:
+            with evaluating(self.classifier), torch.no_grad():
+                logits = self._logits(self._windows.cells(hidden))
         return arrays | {"logits": as_array(logits[0, :, *rect.within(crop)])}
 
     def _explained(self, name: str, hidden: Tensor) -> tuple[Tensor, Floats]:
@@ -227,7 +237,24 @@ class DenseEngine(Engine):
             maps = self.explain(method, hidden).maps
         if name == ADDITIVE:
             maps = maps * (hidden.shape[1] / self.temperature)
-        return cells[0].detach() + self.classifier.head.bias.detach()[:, None, None], as_array(maps)
+        return self._logits(cells[0]), as_array(maps)
+
+    def _logits(self, cells: Tensor) -> Tensor:
+        return cells.detach() + self.classifier.head.bias.detach()[:, None, None]
+
+    def _label_free(self, plan: _Plan, store: BlockStore) -> dict[str, Floats]:
+        """Label-free maps on the canvas of hidden cells, of the cells with tissue."""
+        size, scale = Rect(0, 0, *plan.size), self.cascade.top.taken
+        canvas = size.times(scale)
+        tissue = torch.from_numpy(plan.tissue.repeat(scale, 0).repeat(scale, 1))
+        names = [name for name in self.settings.methods if name in LABEL_FREE]
+        maps = {name: np.full((canvas.height, canvas.width), np.nan, np.float32) for name in names}
+        places = [node.rect.times(scale).within(canvas) for node in plan.nodes]
+        if names:
+            for name, drawn in slide_maps(names, _Kept(store, places, tissue)).items():
+                for place, part in zip(places, drawn, strict=True):
+                    maps[name][place] = part
+        return maps
 
     def _assembled(self, plan: _Plan, grids: list[MapGrid], store: BlockStore) -> Assembled:
         """The maps of all blocks, each method's parts added up, on the slide's grids."""
@@ -235,7 +262,8 @@ class DenseEngine(Engine):
         canvas, fine = Rect(0, 0, width, height), Rect(0, 0, width, height).times(scale)
         logits = np.full((len(self.classifier.classes), height, width), np.nan, np.float32)
         owner = np.full((height, width), -1, np.float32)
-        maps = {name: np.zeros((height * scale, width * scale), np.float32) for name in self.settings.methods}
+        parts = [name for name in self.settings.methods if name in BY_PARTS]
+        maps = {name: np.zeros((height * scale, width * scale), np.float32) for name in parts}
         for number, (rect, crop) in enumerate(plan.rects):
             arrays = store.read(f"maps-{number}")
             logits[:, *rect.within(canvas)] = arrays["logits"]
@@ -244,7 +272,8 @@ class DenseEngine(Engine):
                 values[crop.times(scale).within(fine)] += arrays[name]
         cells = torch.from_numpy(logits)[None]
         probability = as_array(self.probability(_window_mean(cells, self.window)))[0]
-        explanations = {name: grids[1].placed(values, self._shifts[1]) for name, values in maps.items()}
+        maps |= self._label_free(plan, store)
+        explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in self.settings.methods}
         moved = None
         if ADDITIVE in explanations:
             detail = explanations[ADDITIVE]
@@ -263,6 +292,22 @@ class DenseEngine(Engine):
             np.nan_to_num(owners, nan=-1).astype(np.int32),
             moved,
         )
+
+
+@dataclass(frozen=True)
+class _Kept(Sequence[tuple[Tensor, Tensor]]):
+    """Features (C, h, w) of each node, read when asked for, and which of their cells are `tissue`."""
+
+    store: BlockStore
+    places: list[tuple[slice, slice]]
+    tissue: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: Any) -> Any:
+        features = torch.from_numpy(self.store.read(f"features-{range(len(self))[at]}")["features"])
+        return features[0], self.tissue[self.places[at]]
 
 
 class _Cells(nn.Module):

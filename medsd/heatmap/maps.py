@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -52,6 +52,8 @@ class MapSettings:
             "deeplift" compares with the neutral reference and adds up to the log-odds of every tile.
         layer: hidden layer of the saliency, a name in the encoder such as "layer3"; "mask" does not use it.
         smoothing: "backward_hook" (Smooth Deep Saliency, variant B, symmetric) or "none", of methods with gradients.
+        smooth_um: standard deviation of a Gaussian over the finished additive map, in um; 0 leaves it exact. The map's
+            sum stays, that of a tile changes by what `SlideMaps.missed` says.
         block_px: side of what the dense engine computes at once, in pixels at the model's mpp, without the halo;
             about. None: as large as memory allows.
         way: "dense", "tiled", or "auto": dense where network and methods allow it.
@@ -64,6 +66,7 @@ class MapSettings:
     methods: Sequence[str] = (ADDITIVE,)
     layer: str = "layer3"
     smoothing: Smoothing = "backward_hook"
+    smooth_um: float = 0.0
     block_px: int | None = None
     way: Way = "auto"
     batch: int = 32
@@ -75,6 +78,7 @@ class MapSettings:
         for name in self.methods:
             if name != MASK:
                 method_card(name)
+        check_number("smooth_um", self.smooth_um, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.block_px is not None:
             check_number("block_px", self.block_px, "[1, inf)", whole=True)
@@ -95,6 +99,8 @@ class SlideMaps:
             None where there are no borders.
         moved: share of an additive saliency (0 to 1) that the correction to each cell's exact sum has moved; None
             where there is no such map.
+        missed: mean of what smoothing changes of a tile's sum, over the mean size of such a sum; None where there is no
+            additive map, or no tile that is tissue all over.
         unseen: share of the tissue (0 to 1) that could not be decoded; NaN in the maps.
         lost: (height, width) bool on the saliency's grid, True where something could not be decoded; None if nothing.
     """
@@ -105,6 +111,7 @@ class SlideMaps:
     pixels_read: int
     seam: float | None = None
     moved: float | None = None
+    missed: float | None = None
     unseen: float = 0.0
     lost: Bools | None = None
 
@@ -354,6 +361,16 @@ class Engine(ABC):
             )
             for name, values in made.explanations.items()
         }
+        missed = None
+        if ADDITIVE in explanations:
+            exact = explanations[ADDITIVE]
+            smoothed = blurred(exact.values, settings.smooth_um / exact.mpp)
+            missed = change_of_sums(exact.values, smoothed, self.tile_px // grids[1].stride)
+            if settings.smooth_um:
+                words = f"{exact.method}, then Gaussian of {settings.smooth_um:g} um"
+                change = "" if missed is None else f", which smoothing changes by {missed:.0%} on average"
+                meaning = f"{exact.meaning.removesuffix('.')}{change}."
+                explanations[ADDITIVE] = replace(exact, values=smoothed, method=words, meaning=meaning)
         first = next(iter(explanations.values())).values
         return SlideMaps(
             finished(grids[0], seen[0], made.probability, probability),
@@ -362,6 +379,7 @@ class Engine(ABC):
             made.pixels_read,
             None if made.owner is None else seam_score(first, made.owner),
             made.moved,
+            missed,
             unseen,
             lost,
         )
@@ -373,6 +391,33 @@ def block_any(values: Bools, side: int, shape: tuple[int, int]) -> Bools:
     padded[: values.shape[0], : values.shape[1]] = values
     found: Bools = padded.reshape(shape[0], side, shape[1], side).max(axis=(1, 3))
     return found
+
+
+def blurred(values: Floats, deviation: float) -> Floats:
+    """Values (h, w) spread by a Gaussian over the pixels that are seen (not NaN), so that their sum stays.
+
+    Args:
+        values: a map.
+        deviation: in map pixels; 0 changes nothing.
+    """
+    if not deviation:
+        return values
+    seen = np.isfinite(values)
+    reached = ndimage.gaussian_filter(seen.astype(np.float64), deviation, mode="constant")
+    shares = np.divide(values, reached, out=np.zeros(values.shape), where=seen)
+    spread: Floats = np.where(seen, ndimage.gaussian_filter(shares, deviation, mode="constant"), np.nan)
+    return spread.astype(np.float32)
+
+
+def change_of_sums(exact: Floats, changed: Floats, side: int) -> float | None:
+    """Mean absolute change of the sums over squares of `side` pixels, over their mean absolute value."""
+    side = min(side, *exact.shape)
+    squares = [
+        np.lib.stride_tricks.sliding_window_view(values, (side, side))[::side, ::side].sum(axis=(2, 3))
+        for values in (exact, changed)
+    ]
+    size = np.nanmean(np.abs(squares[0])) if np.isfinite(squares[0]).any() else 0.0
+    return float(np.nanmean(np.abs(squares[1] - squares[0])) / size) if size else None
 
 
 def seam_score(values: Floats, owner: npt.NDArray[np.int32]) -> float | None:

@@ -35,11 +35,12 @@ class Calibration:
     Attributes:
         threshold: tumour probability from which a place counts as tumour.
         limits: ends of the colour scales by method, the 99.5th percentile of |saliency| in validation tissue. The
-            first method is the slide's saliency, see `medsd.heatmap.maps.MapSettings`.
+            first method is the slide's saliency, see `medsd.heatmap.maps.MapSettings`. 0: each slide has its own.
         layer: hidden layer of the saliency.
         smoothing: "backward_hook" or "none".
         source: the data that fixed these values, for legends.
         temperature: probabilities are softmax(logits / temperature).
+        smooth_um: of additive maps, see `medsd.heatmap.maps.MapSettings`.
         reference: fields of the layer's `medsd.saliency.neutral.NeutralReference`, which "deeplift" compares with; None
             without that method.
     """
@@ -50,6 +51,7 @@ class Calibration:
     smoothing: Smoothing
     source: str
     temperature: float = 1.0
+    smooth_um: float = 0.0
     reference: dict[str, Any] | None = None
 
 

@@ -58,7 +58,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 )
 def test_blocks_equal_one_piece(array_slide, encoder, tile_px, layer, attribution, smoothing):
     slide = array_slide(noise(600, 640))
-    settings = MapSettings((attribution,), layer, smoothing, 2048)
+    settings = MapSettings((attribution,), layer, smoothing, block_px=2048)
     engine = DenseEngine(trained_looking(encoder), tile_px, 1.0, settings=settings)
     whole = engine.map(slide, all_tissue(slide))
     engine.settings = replace(settings, block_px=320)
