@@ -279,7 +279,10 @@ class DenseEngine(Engine):
             detail = explanations[ADDITIVE]
             sums = as_array(self.evidence(cells) / self.window**2)[0]
             explanations[ADDITIVE] = conserve(detail, grids[0].placed(sums, self._shifts[0]), scale)
-            change, size = (np.nansum(np.abs(part)) for part in (explanations[ADDITIVE] - detail, detail))
+            tissue = grids[1].placed(plan.tissue.repeat(scale, 0).repeat(scale, 1).astype(np.float32), self._shifts[1])
+            change, size = (
+                np.nansum(np.abs(part) * tissue) for part in (explanations[ADDITIVE] - detail, explanations[ADDITIVE])
+            )
             moved = float(change / size) if size else None
         lost = [store.read(f"lost-{at}")["lost"] for at, _ in enumerate(plan.nodes) if store.has(f"lost-{at}")]
         owners = grids[0].placed(owner, self._shifts[0])

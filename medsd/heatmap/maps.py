@@ -97,7 +97,7 @@ class SlideMaps:
         pixels_read: number of pixels read at the model's mpp, halos and overlaps included.
         seam: jump of the saliency across the borders of blocks over that beside them, 1 where nothing is to be seen;
             None where there are no borders.
-        moved: share of an additive saliency (0 to 1) that the correction to each cell's exact sum has moved; None
+        moved: absolute sum of the correction to exact sums over that of the additive saliency, in tissue; None
             where there is no such map.
         missed: mean of what smoothing changes of a tile's sum, over the mean size of such a sum; None where there is no
             additive map, or no tile that is tissue all over.
