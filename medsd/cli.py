@@ -7,12 +7,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 import medsd
 from medsd.errors import MedsdError
+
+if TYPE_CHECKING:
+    import torch
 
 # Heavy packages are imported inside the verbs that need them, so that help answers at once.
 
@@ -28,6 +31,9 @@ _LISTED = 20
 MppOption = Annotated[
     float | None,
     typer.Option("--mpp", help="Micrometres per level-0 pixel, where the file's own is missing or wrong."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")
 ]
 
 
@@ -59,6 +65,17 @@ def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Tumour classifiers on whole-slide images whose explanations can be trusted and seen. Research use only."""
+
+
+def _computing_on(device: str | None) -> torch.device:
+    """The device, which is said."""
+    import torch
+
+    from medsd.networks.modes import usable_device
+
+    place = usable_device(device)
+    print(f"computing on {torch.cuda.get_device_name(place) if place.type == 'cuda' else place.type}")
+    return place
 
 
 @app.command()
@@ -196,30 +213,23 @@ def heatmap(
         int | None,
         typer.Option(help="Side of what is computed at once, in pixels; as large as memory allows when not given."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")
-    ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
     from dataclasses import replace
-
-    import torch
 
     from medsd.cohort.entry import SlideEntry
     from medsd.cohort.manifest import read_manifest
     from medsd.cohort.runner import count_by_status
     from medsd.heatmap.cohort import map_slides
-    from medsd.networks.modes import usable_device
     from medsd.progress import progress_bar
 
     entries: list[SlideEntry] = []
     for path in slides:
         listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
         entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
-    place = usable_device(device)
-    print(f"computing on {torch.cuda.get_device_name(place) if place.type == 'cuda' else place.type}")
     progress = progress_bar("heatmap")
-    results = map_slides(entries, weights, out, block_px, place, progress, methods=methods or ())
+    results = map_slides(entries, weights, out, block_px, _computing_on(device), progress, methods=methods or ())
     counts = count_by_status(results)
     for result in results:
         if result.score is None:
@@ -271,7 +281,7 @@ def explain(
     measured: Annotated[
         bool, typer.Option("--metrics/--no-metrics", help="Measure the maps, which takes most of the time.")
     ] = True,
-    device: Annotated[str, typer.Option(help="Where the network runs: cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
 ) -> None:
     """Lay saliency methods side by side on images, with their measures. Exit code 1 when an image failed."""
     from medsd.explain.explain import explain_images
@@ -282,7 +292,7 @@ def explain(
     kind, output = cast(ImageSmoothing, smoothing), cast(Output, explained)
     trained = str(surrogate) if surrogate else None
     settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
-    summary = explain_images(images, weights, out, settings, masks, device, progress_bar("explain"))
+    summary = explain_images(images, weights, out, settings, masks, _computing_on(device), progress_bar("explain"))
     print(summary.in_words())
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.images} image(s){failed}; see {out}")
