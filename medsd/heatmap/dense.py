@@ -123,10 +123,10 @@ class DenseEngine(Engine):
                     at = waiting.pop(0)
                     with evaluating(self.classifier), torch.no_grad():
                         features = self.cascade.compute(plan.nodes[at], images)
-                    arrays = {"features": as_array(features), "lost": _together(lost)}
+                    # Before the features, for those that are there are not computed again.
+                    store.write(f"lost-{at}", lost=_together(lost))
                     lost.clear()
-                    store.write(f"features-{at}", **arrays)
-                    store.write(f"lost-{at}", lost=arrays["lost"])
+                    store.write(f"features-{at}", features=as_array(features))
                     yield
                 if number == len(plan.rects):
                     return
@@ -156,8 +156,8 @@ class DenseEngine(Engine):
         logits, maps = self._explained(name, hidden)
         if name == ADDITIVE:
             sums = as_array(self.evidence(logits) / self.window**2)
-            shift = self._shifts[1] - self._shifts[0] * stage.taken
-            maps = np.stack([_conserved(*pair, stage.taken, shift) for pair in zip(maps, sums, strict=True)])
+            # In the image's own squares, or what its last cells say would lie outside.
+            maps = np.stack([conserve(*pair, stage.taken) for pair in zip(maps, sums, strict=True)])
         return as_array(self.probability(_window_mean(logits, self.window))), maps
 
     def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
@@ -367,17 +367,6 @@ def _mean(batches: Iterable[Tensor]) -> Tensor:
 def _together(parts: list[np.ndarray]) -> np.ndarray:
     """Rows and columns (n, 2) of all parts, each once."""
     return np.unique(np.concatenate([np.zeros((0, 2), np.int32), *parts]), axis=0)
-
-
-def _conserved(detail: Floats, sums: Floats, side: int, shift: int) -> Floats:
-    """`conserve` of one image, whose first square begins `shift` map pixels before the image (or -shift behind)."""
-    before = shift % side
-    lead = (shift - before) // side
-    assert lead in (0, -1), "a feature cell looks at most a square away from itself"
-    padded = np.pad(detail, ((before, side - before), (before, side - before)), constant_values=np.nan)
-    sums = np.pad(sums, ((-lead, 1 + lead), (-lead, 1 + lead)), constant_values=np.nan)
-    kept = conserve(padded, sums, side)
-    return kept[before : before + detail.shape[0], before : before + detail.shape[1]]
 
 
 def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> float:

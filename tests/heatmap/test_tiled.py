@@ -18,6 +18,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.tiled import TiledEngine, blend_window
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
+from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
 
 MASK = MapSettings(("mask",))
@@ -345,3 +346,32 @@ def test_mask_maps_are_the_stages_masks(masking):
     expected = (F.interpolate(masks[0], scale_factor=2, mode="nearest") + masks[1])[:, 0] / 2
     np.testing.assert_array_equal(found, expected.numpy())
     assert 0 < found.mean() < 1
+
+
+@pytest.mark.parametrize(("kind", "layer", "channels"), [("squeezing", "blocks.2", 32), ("masking", "layer2", 48)])
+@pytest.mark.parametrize("smoothing", ["none", "backward_hook"])
+def test_deeplift_sums_to_the_log_odds_of_each_tile(request, kind, layer, channels, smoothing):
+    """Against any reference, whatever masks and squeeze-excite leave."""
+    network = request.getfixturevalue(kind)
+    engine = TiledEngine(
+        network,
+        64,
+        1.0,
+        settings=MapSettings(("deeplift", "gradient"), layer, smoothing),
+        temperature=1.7,
+        reference=NeutralReference(layer, (0.3,) * channels, 0.0, 0.5, "tile", "made up"),
+    )
+    tiles = torch.from_numpy(np.stack([noise(64, 64, seed) for seed in (1, 2, 3)])).permute(0, 3, 1, 2)
+    probability, maps = engine.run(tiles)
+    with torch.no_grad():
+        logits = network(tiles).double() / 1.7
+    size = np.abs(maps).sum(axis=(1, 2))
+    assert maps.std() > 0
+    assert (np.abs(maps.sum(axis=(1, 2)) - (logits[:, 1] - logits[:, 0]).numpy()) <= 1e-4 * size).all()
+    np.testing.assert_allclose(probability, logits.softmax(dim=1)[:, 1], rtol=1e-4, atol=1e-7)
+
+
+def test_masks_are_asked_for_alone(masking):
+    for methods in (("mask", "gradient"), ("gradient", "mask")):
+        with pytest.raises(ConfigError, match="'mask' has a grid of its own; ask for it alone"):
+            TiledEngine(masking, 64, 1.0, settings=MapSettings(methods, "layer2"))
