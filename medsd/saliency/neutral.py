@@ -89,7 +89,8 @@ def find_neutral(evidence_of: Callable[[Tensor], float], low: Tensor, high: Tens
     if not changes:
         raise NetworkError(
             f"neutral reference: the evidence is {min(values):.3g} to {max(values):.3g} from tissue against the target "
-            "to tissue for it and beyond, never 0; check that the network tells the classes apart"
+            "to tissue for it and beyond, never 0; check that the network tells the classes apart, or choose a method "
+            "without a reference"
         )
     step = min(changes, key=lambda it: abs(places[it] + places[it + 1] - 1))
     (left, right), before = (places[step], places[step + 1]), values[step]
