@@ -311,10 +311,11 @@ class Engine(ABC):
         if name not in self._methods:
             options: dict[str, Any] = {}
             if name == ADDITIVE:
-                if self.reference is None or self.reference.layer != self.settings.layer:
+                known = None if self.reference is None else (self.reference.layer, self.reference.extent == "plane")
+                if self.reference is None or known != (self.settings.layer, plane):
                     raise ConfigError(
                         f"method '{ADDITIVE}': these weights have no neutral reference at layer "
-                        f"'{self.settings.layer}'; run the stage 'finetune' again, or choose 'gradient_x_activation'"
+                        f"'{self.settings.layer}', mapped this way; run the stage 'finetune' again, or choose 'gradient_x_activation'"
                     )
                 vector = torch.tensor(self.reference.vector, device=self.classifier.device)
                 options = {"reference": vector, "plane": True} if plane else {"reference": vector}

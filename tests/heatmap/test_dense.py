@@ -235,9 +235,12 @@ def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("encoder", "layer", "window", "smoothing", "classes"),
     [
+        ("test_resnet", "layer2", 3, "backward_hook", 2),
         ("test_resnet", "layer4", 2, "none", 3),
         ("resnet10t", "layer3", 3, "none", 2),
+        ("resnet18", "layer2", 2, "backward_hook", 2),
         ("convnext_atto", "stages.2", 3, "backward_hook", 3),
+        ("efficientnet_lite0", "blocks.2", 2, "backward_hook", 2),
     ],
 )
 def test_deeplift_sums_to_the_log_odds_of_every_tile(array_slide, encoder, layer, window, smoothing, classes):
