@@ -315,7 +315,8 @@ class Engine(ABC):
                 if self.reference is None or known != (self.settings.layer, plane):
                     raise ConfigError(
                         f"method '{ADDITIVE}': these weights have no neutral reference at layer "
-                        f"'{self.settings.layer}', mapped this way; run the stage 'finetune' again, or choose 'gradient_x_activation'"
+                        f"'{self.settings.layer}' for maps that are {'dense' if plane else 'tiled'}; run the stage "
+                        "'finetune' again, or choose 'gradient_x_activation'"
                     )
                 vector = torch.tensor(self.reference.vector, device=self.classifier.device)
                 options = {"reference": vector, "plane": True} if plane else {"reference": vector}

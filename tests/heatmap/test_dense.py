@@ -370,7 +370,12 @@ def test_bad_methods_are_named(classifier, array_slide):
     with pytest.raises(ConfigError, match="did you mean 'deeplift'"):
         MapSettings(("gradient", "deeplit"))
     slide = array_slide(noise(64, 64))
-    for reference in (None, NeutralReference("layer3", (0.0,) * 64, 0.0, 0.5, "plane", "noise")):
+    vector = (0.0,) * 32
+    others = (("layer3", vector, 0.0, 0.5, "plane"), ("layer2", vector, 0.0, 0.5, "tile"))
+    for reference in (None, *(NeutralReference(*of, "noise") for of in others)):
         engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(layer="layer2"), reference=reference)
-        with pytest.raises(ConfigError, match=r"no neutral reference at layer 'layer2'; run the stage 'finetune'"):
+        with pytest.raises(
+            ConfigError,
+            match=r"no neutral reference at layer 'layer2' for maps that are dense; run the stage 'finetune'",
+        ):
             engine.map(slide, all_tissue(slide))
