@@ -3,6 +3,7 @@
 
 python scripts/evidence.py finetune PATCHES --seeds 5
 python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
+python scripts/evidence.py maps DATA --run runs/pcam
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from studies import finetune, saliency
+from studies import finetune, maps, saliency
 from tqdm import tqdm
 
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency}
-Job = finetune.Job | saliency.Job
+STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency, "maps": maps}
+Job = finetune.Job | saliency.Job | maps.Job
 
 
 def main() -> None:
@@ -31,7 +32,6 @@ def main() -> None:
     studies = parser.add_subparsers(dest="study", required=True)
     for name, study in STUDIES.items():
         of_study = studies.add_parser(name, help=study.__doc__.partition("\n")[0])
-        of_study.add_argument("patches", type=Path, help="Folder of PatchCamelyon patches with labels.csv.")
         of_study.add_argument("--out", type=Path, default=Path("runs/evidence"))
         of_study.add_argument("--processes", type=int, default=2)
         of_study.add_argument("--tables", action="store_true", help="Compute nothing; tables of what is there.")

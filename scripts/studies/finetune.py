@@ -153,6 +153,7 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
+    parser.add_argument("patches", type=Path, help="Folder of PatchCamelyon patches with labels.csv.")
     parser.add_argument("--seeds", type=int, default=5)
 
 

@@ -145,6 +145,7 @@ CASCADE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
+    parser.add_argument("patches", type=Path, help="Folder of PatchCamelyon patches with labels.csv.")
     parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of SqueezeNet (.npz).")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Holds runs of the bundles.")
 
