@@ -42,11 +42,12 @@ from medsd.slides.tissue import TissueMask
 __all__ = ["PARTS", "add_arguments", "draw", "jobs_of", "key_of", "prepare", "recipe_of", "run_job", "tables"]
 
 PARTS = tuple(GROUPS)
-PLAIN: Literal["none"] = "none"
-METHODS: dict[Literal["none", "backward_hook"], tuple[str, ...]] = {
-    PLAIN: ("deeplift", "gradient_x_activation", "gradient", "gradcam"),
-    "backward_hook": ("deeplift", "gradient_x_activation"),
-}
+RUNS: tuple[tuple[Literal["none", "backward_hook"], tuple[str, ...]], ...] = (
+    ("none", ("deeplift", "gradient_x_activation", "gradient")),
+    ("backward_hook", ("deeplift", "gradient_x_activation")),
+    ("none", ("gradcam",)),  # looks at a whole tile, so it goes tile by tile
+)
+"""Smoothings, and the methods that are mapped at once under each."""
 AFTER_UM = 24.0  # deviation of the Gaussian; chosen among 8, 16, 24, 32 and 48 on the tiles that choose
 PROBABILITY, OCCLUSION = "probability", "occlusion"
 _SCORED, _STEPS = 4, 8  # fields and steps of insertion and deletion
@@ -108,7 +109,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
     weights = Path(job.weights)
     return {
         "version": VERSION,
-        "methods": {smoothing: list(names) for smoothing, names in METHODS.items()},
+        "methods": [[smoothing, *methods] for smoothing, methods in RUNS],
         "after_um": AFTER_UM,
         "scored": [_SCORED, _STEPS],
         "weights": sha256_of(weights) if weights.is_file() else None,
@@ -143,7 +144,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     found: dict[str, Any] = {
         "chooses": field.chooses,
         "share": float(field.tumour.mean()),
-        "map_um": {layer: engine.strides[1] * card.mpp for (layer, _), engine in engines.items()},
+        "map_um": {engine.settings.layer: engine.strides[1] * card.mpp for engine in engines},
         "maps": {},
     }
     scored, drawn = (names.index(job.field) < count for count in (_SCORED, _DRAWN))
@@ -162,47 +163,42 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     return job, found
 
 
-Key = tuple[str, Literal["none", "backward_hook"]]
-"""A layer and a smoothing."""
-
-
 @lru_cache(maxsize=1)
-def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, ModelCard, dict[Key, Engine]]:
+def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, ModelCard, tuple[Engine, ...]]:
     """The classifier, and its engines; the neutral reference is that of PatchCamelyon's validation patches."""
     classifier, card = fields.load_subject(Path(weights))
     images, labels = fields.patches(Path(data), 1, SUBJECTS[network].scale)
     temperature = card.calibration.temperature if card.calibration else 1.0
-    engines: dict[Key, Engine] = {}
+    engines = []
     for layer in SUBJECTS[network].layers:
-        for smoothing, methods in METHODS.items():
+        reference = None
+        for smoothing, methods in RUNS:
             settings = MapSettings(methods, layer, smoothing)
-            engine = make_engine(classifier, card.tile_px, card.mpp, settings=settings, temperature=temperature)
-            if smoothing == PLAIN:
+            engine = make_engine(classifier, card.tile_px, card.mpp, 1, settings, temperature, reference)
+            if reference is None:
                 normal, tumour = (images[labels == label].split(_BATCH) for label in (0, 1))
-                engine.reference = engine.neutral(normal, tumour, "PatchCamelyon, validation patches")
-            else:
-                engine.reference = engines[layer, PLAIN].reference
-            engines[layer, smoothing] = engine
-    return classifier, card, engines
+                reference = engine.reference = engine.neutral(normal, tumour, "PatchCamelyon, validation patches")
+            engines.append(engine)
+    return classifier, card, tuple(engines)
 
 
 def _maps(
-    slide: Slide, engines: dict[Key, Engine], judged: _Judged
+    slide: Slide, engines: tuple[Engine, ...], judged: _Judged
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], ValueMap | None]]:
     """Every map of the slide by name, "layer/method/smoothing" or without a layer; its values at the judged squares.
 
     The probability is taken linear between its pixels, the best that showing it larger can do. What adds up is judged
     once more after a Gaussian, as a reader would look for regions.
     """
-    width, height = slide.dimensions
-    everything = TissueMask(np.ones((1, 1), np.bool_), float(max(width, height)))
-    for number, ((layer, smoothing), engine) in enumerate(engines.items()):
+    everything = TissueMask(np.ones((1, 1), np.bool_), 2.0 * max(slide.dimensions))
+    for engine in engines:
         maps = engine.map(slide, everything)
-        if not number:
+        layer, smoothing = engine.settings.layer, engine.settings.smoothing
+        if engine is engines[0]:
             yield PROBABILITY, judged.at_places(maps.probability, linear=True), None
         for method, value_map in maps.explanations.items():
             yield f"{layer}/{method}/{smoothing}", judged.at_places(value_map), value_map
-            if (method, smoothing) == ("deeplift", PLAIN):
+            if (method, smoothing) == ("deeplift", "none"):
                 blurred = gaussian_filter(value_map.values, AFTER_UM / value_map.mpp)
                 smoothed = replace(value_map, values=blurred)
                 yield f"{layer}/{method}/after", judged.at_places(smoothed), smoothed
@@ -234,7 +230,7 @@ class _Judged:
         self.log_odds = evidence(logits / temperature)[:, 1].numpy()
 
     def _tiles(self, slide: Slide) -> tuple[list[tuple[int, int]], Tensor]:
-        """Top left corners (row, column), in tiles from the slide's origin, of those inside the field; and the tiles."""
+        """Top left corners (row, column), in tiles from the slide's origin, inside the field; and the tiles."""
         side, margin = self.card.tile_px * self.ratio, self.field.margin_px
         height, width = self.field.tumour.shape
         first = int(np.ceil(margin / side))

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from studies.fields import SUBJECTS
 
-from medsd.heatmap.scale import SALIENCY_COLORMAP
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.files import atomic_path
+from medsd.heatmap.scale import SALIENCY_COLORMAP
 
 Results = dict[tuple[str, str, str], dict[str, Any]]
 Floats = npt.NDArray[np.float64]
