@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import map_coordinates
 from studies import fields
 from studies.fields import GROUPS, SUBJECTS, Field
 from studies.maps_tables import draw, tables
@@ -27,7 +27,7 @@ from torch import Tensor
 from medsd.evaluate.scores import auc
 from medsd.files import atomic_path, make_folder, sha256_of
 from medsd.heatmap.engine import Engine, make_engine
-from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.maps import MapSettings, blurred
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard
@@ -150,9 +150,11 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     scored, drawn = (names.index(job.field) < count for count in (_SCORED, _DRAWN))
     example: dict[str, Any] = {"image": field.image, "tumour": field.tumour}
     with open_slide(_slide_of(Path(job.folder), job.part, field.name)) as slide:
-        judged = _Judged(slide, field, classifier, card, scored)
+        judged = _Judged(slide, field, classifier, card)
         for name, values, value_map in _maps(slide, engines, judged):
             found["maps"][name] = judged.measures(values, value_map)
+            if scored and name.partition("/")[0] in (PROBABILITY, OCCLUSION, SUBJECTS[job.network].layers[-1]):
+                found["maps"][name] |= judged.faithfulness(values)
             example[name] = values
     if drawn:
         with (
@@ -199,8 +201,8 @@ def _maps(
         for method, value_map in maps.explanations.items():
             yield f"{layer}/{method}/{smoothing}", judged.at_places(value_map), value_map
             if (method, smoothing) == ("deeplift", "none"):
-                blurred = gaussian_filter(value_map.values, AFTER_UM / value_map.mpp)
-                smoothed = replace(value_map, values=blurred)
+                values = blurred(value_map.values, AFTER_UM / value_map.mpp)
+                smoothed = replace(value_map, values=values)
                 yield f"{layer}/{method}/after", judged.at_places(smoothed), smoothed
     yield OCCLUSION, judged.occlusion(), None
 
@@ -212,11 +214,10 @@ class _Judged:
         slide: the field in its margin.
         field: with its mask.
         classifier, card: that is mapped.
-        scored: whether insertion and deletion are measured.
     """
 
-    def __init__(self, slide: Slide, field: Field, classifier: TileClassifier, card: ModelCard, scored: bool) -> None:
-        self.field, self.classifier, self.card, self.scored = field, classifier, card, scored
+    def __init__(self, slide: Slide, field: Field, classifier: TileClassifier, card: ModelCard) -> None:
+        self.field, self.classifier, self.card = field, classifier, card
         self.rows, self.columns, self.tumour = field.places()
         self.ratio = card.mpp / field.mpp
         margin = field.margin_px
@@ -269,8 +270,6 @@ class _Judged:
             found["sign"] = float((np.sign(sums[sure]) == np.sign(self.log_odds[sure])).sum())
             found["sure"] = float(sure.sum())
             found["apart"] = float(np.abs(sums - self.log_odds).mean() / np.abs(self.log_odds).mean())
-        if self.scored:
-            found |= self._faithfulness(of_map)
         return found
 
     def _inside(self, value_map: ValueMap) -> Tensor:
@@ -289,10 +288,10 @@ class _Judged:
             ]
         )
 
-    def _faithfulness(self, values: Tensor) -> dict[str, float]:
+    def faithfulness(self, values: npt.NDArray[np.float32]) -> dict[str, float]:
         """Areas of insertion into and deletion to a blurred field, of the classifier's tumour probability of it all."""
         x = self.classifier.normalise(self.image)
-        pixels = F.interpolate(values[None], x.shape[2:])[0]
+        pixels = F.interpolate(torch.from_numpy(values)[None, None], x.shape[2:])[0]
         how = Perturbation("blur", -(-x.shape[2] * x.shape[3] // _STEPS), torch.Generator().manual_seed(0))
         areas = {}
         for name, curve in (("insertion", insertion_curve), ("deletion", deletion_curve)):

@@ -40,7 +40,7 @@ def tables(results: Results) -> str:
 
 def _table(part: str, name: str, found: list[dict[str, Any]]) -> str:
     chooses = np.array([of_field["chooses"] for of_field in found])
-    judged = ~chooses
+    judged = ~chooses if not chooses.all() else chooses  # a study that has only begun
     words = f"{len(chooses)} fields" + (f", {chooses.sum()} of them to choose on" if chooses.any() else "")
     head = ["map", "um a pixel", *(["AUC, choosing"] if chooses.any() else []), "pixel AUC", "less the probability's"]
     head += ["energy pointing %", "sign right %", "sum apart %", "TV", "insertion", "deletion"]
