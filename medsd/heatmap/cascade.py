@@ -27,7 +27,7 @@ from medsd.networks.segment import Segment, segments
 from medsd.slides.readers.base import Bools
 
 # Of the CPU: the whole process then stays below 4 GiB.
-_CPU_BYTES = 1_500_000_000
+_CPU_BYTES = 2_200_000_000
 # Of what a device has left.
 _DEVICE_SHARE = 0.5
 # Earlier stages have so many numbers a pixel that keeping them costs more memory than their halo.
@@ -128,8 +128,10 @@ class Cascade:
     def _plan(self, number: int, needed: Bools, frame: Rect, size: tuple[int, int], block_px: int | None) -> list[Node]:
         stage = self.stages[number]
         largest = stage.largest(block_px, self.features.stride, self.classifier.device)
+        # What a rectangle needs is computed for it alone, so its halo costs as far as the image.
+        reach = sum(below.halo for below in self.stages[: number + 1])
         nodes = []
-        for found in partition(needed, stage.halo, largest):
+        for found in partition(needed, reach, largest):
             rect = found.moved(frame.left, frame.top)
             crop = rect.grown(stage.halo, size)
             below: list[Node] = []

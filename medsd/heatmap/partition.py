@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ from scipy import ndimage
 
 from medsd.slides.readers.base import Bools
 
-# Bands that are tried beyond the fewest; more find little.
-_MORE_BANDS = 6
+# Steps in which the borders of bands are tried, of the side of the largest rectangle.
+_STEPS = 16
 
 
 class Rect(NamedTuple):
@@ -70,66 +69,79 @@ def grown(cells: Bools, by: int) -> Bools:
     return wide
 
 
-def _any(cells: Bools, axis: int) -> Bools:
-    held: Bools = np.asarray(cells.any(axis=axis))
-    return held
-
-
 def partition(wanted: Bools, halo: int, largest: int) -> list[Rect]:
-    """Rectangles that cover the wanted cells, none twice, from top to bottom or from left to right.
+    """Rectangles that cover the wanted cells, none twice.
 
-    Bands of even height, each cut into even pieces where it holds wanted cells, each piece shrunk to what it holds; or
-    bands of columns. Of several numbers of bands in both directions the one with the fewest cells, halos included, is
-    taken (our choice).
+    The grid is cut into bands so that the rectangles around what each band holds cost least, halos included; each band
+    is cut the other way in the same manner, and so on while that pays (our choice). Rows or columns go first, whichever
+    ends with fewer cells.
 
     Args:
         wanted: (height, width) bool.
         halo: cells computed beside a rectangle on each side.
         largest: most cells of a rectangle with its halo, where that leaves one cell without.
     """
-    side = max(1, math.isqrt(largest) - 2 * halo)
-    choices = []
-    for across in (False, True):
-        turned: Bools = wanted.T if across else wanted
-        held = np.flatnonzero(_any(turned, 1))
-        if not held.size:
-            return []
-        bands = math.ceil((held[-1] + 1 - held[0]) / side)
-        for count in range(bands, bands + _MORE_BANDS):
-            rects = [
-                rect
-                for top, bottom in _runs(_any(turned, 1), halo, count=count)
-                for rect in _pieces(turned, top, bottom, halo, largest)
-            ]
-            choices.append([Rect(*rect[1::-1], *rect[:1:-1]) for rect in rects] if across else rects)
-    return min(choices, key=lambda rects: sum(_cost(rect, halo) for rect in rects))
+    choices = [_cut(wanted, halo, largest, first=True), [_turned(r) for r in _cut(wanted.T, halo, largest, first=True)]]
+    return min(choices, key=lambda rects: sum((rect.height + 2 * halo) * (rect.width + 2 * halo) for rect in rects))
 
 
-def _pieces(wanted: Bools, top: int, bottom: int, halo: int, largest: int) -> Iterator[Rect]:
-    """A band in pieces, each shrunk to the wanted cells it holds."""
-    longest = max(1, largest // (bottom - top + 2 * halo) - 2 * halo)
-    for left, right in _runs(_any(wanted[top:bottom], 0), halo, longest=longest):
-        rows = np.flatnonzero(wanted[top:bottom, left:right].any(axis=1)) + top
-        if rows.size:  # a part may lie in a gap
-            yield Rect(left, int(rows[0]), right, int(rows[-1]) + 1)
+def _cut(wanted: Bools, halo: int, largest: int, first: bool = False, whole: bool = False) -> list[Rect]:
+    """Bands of rows, each cut into columns and so on.
 
-
-def _runs(held: Bools, halo: int, longest: int | None = None, count: int | None = None) -> Iterator[tuple[int, int]]:
-    """Runs of the cells of a line that are held, without the gaps that are wider than two halos.
-
-    They are cut into equal parts: as few as make none longer than `longest`, or so that there are about `count` in all.
+    Args:
+        first: bands may hold more than the largest, since they are cut again.
+        whole: nothing was gained by cutting into columns; if rows gain nothing either, it stays as it is.
     """
-    cells = np.flatnonzero(held)
-    if not cells.size:
-        return
-    starts = np.flatnonzero(np.diff(cells, prepend=cells[0] - 2 * halo - 2) > 2 * halo + 1)
-    for group in np.split(cells, starts[1:]):
-        first, last = int(group[0]), int(group[-1]) + 1
-        longest_here = longest or math.ceil((cells[-1] + 1 - cells[0]) / (count or 1))
-        parts = math.ceil((last - first) / longest_here)
-        edges = [first + (last - first) * part // parts for part in range(parts + 1)]
-        yield from pairwise(edges)
+    rows, columns = (np.flatnonzero(wanted.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
+        return []
+    left, top = int(columns[0]), int(rows[0])
+    box = wanted[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
+    edges = _bands(box, halo, largest, first)
+    if whole and len(edges) == 2:
+        return [Rect(0, 0, box.shape[1], box.shape[0]).moved(left, top)]
+    return [
+        _turned(rect).moved(left, top + start)
+        for start, end in pairwise(edges)
+        for rect in _cut(box[start:end].T, halo, largest, whole=not first and len(edges) == 2)
+    ]
 
 
-def _cost(rect: Rect, halo: int) -> int:
-    return (rect.height + 2 * halo) * (rect.width + 2 * halo)
+def _bands(box: Bools, halo: int, largest: int, first: bool) -> list[int]:
+    """Borders of the bands of rows that cost least together, by dynamic programming over their last rows."""
+    height, width = box.shape
+    side = max(1, math.isqrt(largest) - 2 * halo)
+    highest = max(1, largest // ((1 if first else width) + 2 * halo) - 2 * halo)
+    step = max(1, min(height, side, highest) // _STEPS)
+    borders = np.unique([*range(0, height, step), height])
+    strips = [box[start:end] for start, end in pairwise(borders)]
+    held = [np.flatnonzero(strip.any(axis=0)) for strip in strips]
+    lefts, rights = (
+        np.array([cells[end] if cells.size else none for cells in held]) for end, none in ((0, width), (-1, -1))
+    )
+    rows = [np.flatnonzero(strip.any(axis=1)) for strip in strips]
+    tops, bottoms = (
+        np.array([start + cells[end] if cells.size else none for start, cells in zip(borders, rows, strict=False)])
+        for end, none in ((0, height), (-1, -1))
+    )
+    costs, before = np.zeros(len(borders)), np.zeros(len(borders), int)
+    for end in range(1, len(borders)):
+        start = min(end - 1, int(np.searchsorted(borders, borders[end] - highest)))
+        # Of bands that begin at any of the strips, the rectangles around what they hold.
+        past = slice(start, end)
+        left, top = (np.minimum.accumulate(ends[past][::-1])[::-1] for ends in (lefts, tops))
+        right, bottom = (np.maximum.accumulate(ends[past][::-1])[::-1] + 1 for ends in (rights, bottoms))
+        high, wide = np.maximum(0, bottom - top) + 2 * halo, np.maximum(0, right - left)
+        parts = np.ceil(wide / np.maximum(1, largest // np.maximum(1, high) - 2 * halo))
+        found = costs[past] + high * (wide + 2 * halo * parts)
+        before[end] = start + int(np.argmin(found))
+        costs[end] = found[before[end] - start]
+    edges = [len(borders) - 1]
+    while edges[-1]:
+        edges.append(int(before[edges[-1]]))
+    return [int(borders[edge]) for edge in reversed(edges)]
+
+
+def _turned(rect: Rect) -> Rect:
+    """Rows and columns exchanged."""
+    return Rect(rect.top, rect.left, rect.bottom, rect.right)

@@ -1,0 +1,293 @@
+#!/usr/bin/env python
+"""What a slide's map costs: operations over those of the tissue's own pixels, time, and memory.
+
+python scripts/bench_heatmap.py --part operations
+python scripts/bench_heatmap.py --part time captum --threads 1 --rounds 3
+python scripts/bench_heatmap.py --memory
+
+Probability and DeepLift at layer3 of a ResNet-18 with random weights, which cost what trained ones do. The slide is a
+phantom of 4,096 px at 0.5 um/px, the network's own scale; larger ones are its pixels repeated, for operations follow
+from where the tissue is, not from what it looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from medsd.heatmap.cascade import Node
+from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.maps import MapGrid, MapSettings
+from medsd.heatmap.partition import Rect, grown
+from medsd.heatmap.value_map import Floats
+from medsd.networks.classifier import TileClassifier
+from medsd.phantom import PhantomSpec, draw_phantom
+from medsd.phantom.files import write_pyramid
+from medsd.saliency.neutral import NeutralReference
+from medsd.slides.slide import Slide, open_slide
+from medsd.slides.tissue import TissueMask, find_tissue
+
+SMALL_PX, LARGE_PX, MPP = 4096, 16384, 0.5
+# Most operations over those of the tissue's own pixels that we want.
+WANTED = {SMALL_PX: 1.4, LARGE_PX: 1.25}
+WANTED_PEAK, WANTED_GIB = 1.3, 4
+_BATCH = 8
+Options = argparse.Namespace
+
+
+def main() -> None:
+    """Run the parts and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=PARTS, nargs="*", default=[])
+    parser.add_argument("--memory", action="store_true", help="Peak memory of a small and a large slide.")
+    parser.add_argument("--slide", type=Path, help="Map this slide and print the peak; --memory calls it.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.slide:
+        peak_of(options.slide)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"CPU, {options.threads} thread(s), torch {torch.__version__}")
+        image = draw_phantom(PhantomSpec(0, True, SMALL_PX, MPP)).image
+        path = Path(folder, f"{SMALL_PX}.tif")
+        write_pyramid(path, image, MPP, 2)
+        for part in options.part:
+            with open_slide(path) as slide:
+                PARTS[part](slide, options)
+        if options.memory:
+            large = Path(folder, f"{LARGE_PX}.tif")
+            factor = LARGE_PX // SMALL_PX
+            write_pyramid(large, image.repeat(factor, 0).repeat(factor, 1), MPP, 2)
+            memory([path, large], options.threads)
+
+
+def engine_of(kind: type[DenseEngine] = DenseEngine, tile_px: int = 64, method: str = "deeplift") -> DenseEngine:
+    """An engine with random weights; a reference costs the same whatever it is."""
+    torch.manual_seed(0)
+    engine = kind(TileClassifier("resnet18").eval(), tile_px, MPP, settings=MapSettings((method,)))
+    vector = tuple(torch.rand(engine.cascade.channels[-1]).tolist())
+    engine.reference = NeutralReference(engine.settings.layer, vector, 0.0, 0.5, "plane", "random numbers")
+    return engine
+
+
+def operations(slide: Slide, _options: Options) -> None:
+    """Counted while the small slide is mapped; that the plan's areas give the same number carries over to the large."""
+    engine, tissue = engine_of(), find_tissue(slide)
+    with FlopCounterMode(display=False) as counter:
+        engine.map(slide, tissue)
+    cell, call = stage_costs(engine)
+    print("\n| slide | tissue | operations over the tissue's own | wanted |\n|---|---|---|---|")
+    lines = []
+    for size in (SMALL_PX, LARGE_PX):
+        wider = TissueMask(tissue.mask, tissue.level0_px * size / SMALL_PX)
+        crops, rects, cells = planned(engine, size, wider)
+        total = sum(sum(areas) * a + len(areas) * b for areas, a, b in zip(crops, cell, call, strict=True))
+        if size == SMALL_PX:
+            assert total == counter.get_total_flops(), (total, counter.get_total_flops())
+        own = tissue.mask.mean() * (size / engine.strides[0]) ** 2
+        ratio = total / (own * sum(cell))
+        verdict = "met" if ratio <= WANTED[size] else "MISSED"
+        print(f"| {size} px | {tissue.mask.mean():.0%} | {ratio:.3f} | <= {WANTED[size]}: {verdict} |")
+        least = bound(engine, cells)
+        for number, name in enumerate([*(stage.network.end for stage in engine.cascade.stages), "above, both ways"]):
+            parts = least[number], sum(rects[number]), sum(crops[number])
+            figures = " | ".join(f"{part / own:.2f}" for part in parts)
+            lines.append(f"| {size} px | {name} | {cell[number] / sum(cell):.0%} | {len(crops[number])} | {figures} |")
+        floor = sum(a * b for a, b in zip(least, cell, strict=True)) / (own * sum(cell))
+        lines.append(f"| {size} px | all | | | {floor:.3f} | | {ratio:.3f} |")
+    print("\n| slide | up to | share | rectangles | needed, any shape | given by rectangles | computed |")
+    print("|---|---|---|---|---|---|---|", *lines, sep="\n")
+
+
+def stage_costs(engine: DenseEngine) -> tuple[list[int], list[int]]:
+    """Operations of each stage for a feature cell, and for a call beside them; of the last, both ways."""
+    counts = []
+    for side in (4, 8):
+        x, found = torch.zeros(1, 3, side * engine.strides[0], side * engine.strides[0]), []
+        for stage in engine.cascade.stages:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                x = stage.network(x)
+            found.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            engine._explained(engine.settings.methods[0], x)
+        counts.append([*found, counter.get_total_flops()])
+    cell = [(large - small) // (8**2 - 4**2) for small, large in zip(*counts, strict=True)]
+    return cell, [small - 4**2 * a for small, a in zip(counts[0], cell, strict=True)]
+
+
+def planned(engine: DenseEngine, size: int, tissue: TissueMask) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
+    """Feature cells of each crop and of what each gives, by stage; the tissue's cells."""
+
+    class Empty:
+        dimensions, mpp = (size, size), MPP
+
+    grids = [MapGrid.over(Empty(), MPP, stride) for stride in engine.strides]  # type: ignore[arg-type]
+    plan = engine._plan(grids, tissue, None)
+    stages = len(engine.cascade.stages)
+    pairs: list[tuple[int, Rect, Rect]] = [(stages, *pair) for pair in plan.rects]
+    pairs += [(node.stage, node.rect, node.crop) for node in all_nodes(plan.nodes)]
+    crops = [[crop.area for stage, _, crop in pairs if stage == number] for number in range(stages + 1)]
+    rects = [[rect.area for stage, rect, _ in pairs if stage == number] for number in range(stages + 1)]
+    return crops, rects, plan.tissue
+
+
+def all_nodes(nodes: Iterable[Node]) -> Iterator[Node]:
+    for node in nodes:
+        yield node
+        yield from all_nodes(node.parts)
+
+
+def bound(engine: DenseEngine, cells: np.ndarray) -> list[int]:
+    """Feature cells that each stage would compute if parts of any shape cost nothing but what they need."""
+    needed, counts = grown(cells, engine.window // 2), []
+    for stage in (engine.cascade.top, *reversed(engine.cascade.stages)):
+        needed = grown(needed, stage.halo)
+        counts.append(int(needed.sum()))
+    return counts[::-1]
+
+
+class ForwardOnly(DenseEngine):
+    """The same engine without the backward pass: its probability is right, its saliency empty."""
+
+    def _explained(self, name: str, hidden: Tensor) -> tuple[Tensor, Floats]:
+        with torch.no_grad():
+            cells = self._windows.cells(hidden) + self.classifier.head.bias[:, None, None]
+        return cells, np.zeros((1, *hidden.shape[2:]), np.float32)
+
+
+def timing(slide: Slide, options: Options) -> None:
+    """A map from the file against the network on the same blocks in memory, and against probability alone."""
+    engine, forward, tissue = engine_of(), engine_of(ForwardOnly), find_tissue(slide)
+    works = {
+        "map": lambda: engine.map(slide, tissue).probability.values,
+        "network": network_alone(engine, slide, tissue),
+        "probability": lambda: forward.map(slide, tissue).probability.values,
+    }
+    np.testing.assert_allclose(works["map"](), works["probability"](), rtol=0, atol=1e-5)
+    seconds = in_turns(works, options.rounds)
+    print("\n| what | seconds | against | times (range) | wanted |\n|---|---|---|---|---|")
+    for words, against, wanted in (("map", "network", 1.10), ("map", "probability", 1.4)):
+        print(line(words, seconds[words], against, seconds[against], f"<= {wanted}"))
+
+
+def network_alone(engine: DenseEngine, slide: Slide, tissue: TissueMask) -> Callable[[], object]:
+    """The passes that a map makes, with the pixels of its blocks in memory and nothing kept."""
+    grids = [MapGrid.over(slide, MPP, stride) for stride in engine.strides]
+    plan = engine._plan(grids, tissue, None)
+    lost: list[np.ndarray] = []
+    leaves = (leaf.crop for node in plan.nodes for leaf in node.leaves())
+    images = list(engine._images(slide, leaves, grids[1], lost))
+    scale, channels = engine.cascade.top.taken, engine.cascade.channels[-1]
+
+    def run() -> None:
+        waiting = iter(images)
+        for node in plan.nodes:
+            with torch.no_grad():
+                engine.cascade.compute(node, waiting)
+        for _, crop in plan.rects:
+            engine._explained(
+                engine.settings.methods[0], torch.ones(1, channels, crop.height * scale, crop.width * scale)
+            )
+
+    return run
+
+
+def captum(slide: Slide, options: Options) -> None:
+    """Model time alone: the dense passes against tiles of half overlap through captum, timed on one batch."""
+    from captum.attr import LayerGradientXActivation
+
+    side = 224
+    engine, tissue = engine_of(tile_px=side, method="gradient_x_activation"), find_tissue(slide)
+    network = engine.classifier
+    starts = np.arange(0, slide.dimensions[0] - side + 1, side // 2)
+    left, top = (places.ravel() for places in np.meshgrid(starts, starts))
+    held = np.flatnonzero(tissue.share(left, top, side) > 0)
+    chosen = held[np.linspace(0, len(held) - 1, _BATCH).astype(int)]
+    tiles = torch.stack([torch.from_numpy(slide.read(left[n], top[n], side, side)).permute(2, 0, 1) for n in chosen])
+    method = LayerGradientXActivation(lambda x: logit_difference(network(x)), network.encoder.layer3)
+
+    def batch() -> Tensor:
+        with torch.no_grad():  # captum gives no logits
+            network(tiles)
+        attributed: Tensor = method.attribute(network.normalise(tiles))
+        return attributed.detach().mean(dim=1)
+
+    plain = DenseEngine(network, side, MPP, settings=MapSettings(("gradient_x_activation",), smoothing="none"))
+    theirs = batch().numpy()
+    np.testing.assert_allclose(plain.run(tiles)[1], theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    seconds = in_turns({"dense": network_alone(engine, slide, tissue), "batch": batch}, options.rounds)
+    whole = seconds["batch"] * (len(held) / _BATCH)
+    print("\n| what | seconds | against | times (range) | wanted |\n|---|---|---|---|---|")
+    print(
+        line(
+            f"captum, {len(held)} tiles of {side} px from one batch of {_BATCH}",
+            whole,
+            "dense",
+            seconds["dense"],
+            ">= 10",
+        )
+    )
+
+
+def logit_difference(logits: Tensor) -> Tensor:
+    return logits[:, 1] - logits[:, 0]
+
+
+def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each work in each round; the first call of each is not counted."""
+    seconds: dict[str, list[float]] = {words: [] for words in works}
+    for number in range(rounds + 1):
+        for words, work in works.items():
+            started = time.perf_counter()
+            work()
+            if number:
+                seconds[words].append(time.perf_counter() - started)
+    return {words: np.array(times) for words, times in seconds.items()}
+
+
+def line(words: str, ours: np.ndarray, against: str, theirs: np.ndarray, wanted: str) -> str:
+    ratios, (sign, limit) = ours / theirs, wanted.split()
+    times = float(np.median(ratios))
+    verdict = "met" if (times <= float(limit) if sign == "<=" else times >= float(limit)) else "MISSED"
+    span = f"{times:.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+    return f"| {words} | {np.median(ours):.1f} | {against}, {np.median(theirs):.1f} s | {span} | {wanted}: {verdict} |"
+
+
+def memory(slides: list[Path], threads: int) -> None:
+    """Peak memory of processes that map one slide each."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--slide"]
+    peaks = [float(subprocess.check_output([*command, str(slide)], text=True)) for slide in slides]
+    ratio = peaks[1] / peaks[0]
+    verdicts = ["met" if met else "MISSED" for met in (ratio <= WANTED_PEAK, max(peaks) < WANTED_GIB)]
+    print("\n| slides | peak, GiB | ratio | wanted |\n|---|---|---|---|")
+    print(
+        f"| {' and '.join(slide.stem for slide in slides)} px | {peaks[0]:.2f}, {peaks[1]:.2f} | {ratio:.2f} "
+        f"| <= {WANTED_PEAK}: {verdicts[0]}; < {WANTED_GIB} GiB: {verdicts[1]} |"
+    )
+
+
+def peak_of(path: Path) -> None:
+    """Print the most memory that this process held, in GiB, when it has mapped a slide."""
+    with open_slide(path) as slide:
+        engine_of().map(slide, find_tissue(slide))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+PARTS: dict[str, Callable[[Slide, Options], None]] = {"operations": operations, "time": timing, "captum": captum}
+
+
+if __name__ == "__main__":
+    main()
