@@ -131,7 +131,8 @@ class Cascade:
         # What a rectangle needs is computed for it alone, so its halo costs as far as the image.
         reach = sum(below.halo for below in self.stages[: number + 1])
         nodes = []
-        for found in partition(needed, reach, largest):
+        wider = (math.isqrt(largest) + 2 * (reach - stage.halo)) ** 2
+        for found in partition(needed, reach, wider):
             rect = found.moved(frame.left, frame.top)
             crop = rect.grown(stage.halo, size)
             below: list[Node] = []
