@@ -369,11 +369,11 @@ def _together(parts: list[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.zeros((0, 2), np.int32), *parts]), axis=0)
 
 
-def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> float:
+def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> int:
     """Where the canvas starts, in pixels at the model's mpp from the slide's origin (0 or negative).
 
     A cell of a ResNet looks at the top left of its own square, not at its middle. The canvas is shifted so that
-    what a hidden cell looks at is centred on a map pixel exactly, and what a feature cell looks at as nearly as the
+    what a hidden cell looks at is centred on a map pixel, to a pixel, and what a feature cell looks at as nearly as the
     hidden grid allows.
     """
     exact = hidden.stride / 2 - hidden.centre
@@ -381,7 +381,8 @@ def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> float:
     origin = exact + hidden.stride * round((wish - exact) / hidden.stride)
     while origin > 0:
         origin -= features.stride
-    return origin
+    # Between pixels every block would be read blurred: cells look at a middle to half a pixel.
+    return math.floor(origin)
 
 
 def _shift(field: ReceptiveField, origin_px: float) -> int:
