@@ -48,7 +48,7 @@ def explain_images(
     out: str | Path,
     settings: ExplainSettings = _DEFAULT,
     masks: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = "cpu",
     progress: Progress = no_progress,
 ) -> Summary:
     """Explain images with several methods; leave sheets, tables and maps in `out` (see `medsd.explain.outputs`).
@@ -62,7 +62,7 @@ def explain_images(
         out: folder to write to; images in it are not explained.
         settings: methods, layer, class, smoothing.
         masks: folder of PNGs named as the images (0 is background), which localisation is measured with.
-        device: where the network runs.
+        device: where the network runs; None for the first GPU, or the CPU where there is none.
         progress: shows the images.
 
     Raises:

@@ -93,7 +93,7 @@ class Model:
         raise ConfigError(f"target '{name}': {self.path} has no such class{hint}")
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> Model:
+def load_model(path: str | Path, device: torch.device | str | None = "cpu") -> Model:
     """The network of `save_classifier`'s or `save_encoder`'s file.
 
     Raises:

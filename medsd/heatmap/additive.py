@@ -26,11 +26,6 @@ def conserve(detail: Floats, sums: Floats, side: int) -> Floats:
 
     Returns:
         (h, w) float32.
-
-    Example:
-        >>> spread = conserve(np.zeros((4, 4), np.float32), np.array([[1, 1], [1, 5]], np.float32), 2)
-        >>> spread[:2, :2].sum().round(6), spread[2:, 2:].sum().round(6)
-        (np.float32(1.0), np.float32(5.0))
     """
     height, width = detail.shape
     rows, columns = sums.shape

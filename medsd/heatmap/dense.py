@@ -278,6 +278,7 @@ class DenseEngine(Engine):
         if ADDITIVE in explanations:
             detail = explanations[ADDITIVE]
             sums = as_array(self.evidence(cells) / self.window**2)[0]
+            sums[~plan.tissue] = np.nan  # which cells are known beside the tissue depends on the blocks
             explanations[ADDITIVE] = conserve(detail, grids[0].placed(sums, self._shifts[0]), scale)
             tissue = grids[1].placed(plan.tissue.repeat(scale, 0).repeat(scale, 1).astype(np.float32), self._shifts[1])
             change, size = (

@@ -139,7 +139,7 @@ METHODS: dict[str, MethodCard] = {
             "what changed the output from the baseline or reference, by DeepLift's rules",
             "deeplift.DeepLift",
             "2 forward, 1 backward",
-            "if all functions are linear or have a rule",
+            "if every function has a rule",
         ),
         MethodCard(
             "integrated_gradients",
