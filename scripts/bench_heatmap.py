@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medsd.heatmap.cascade import Node
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.maps import MapGrid, MapSettings
+from medsd.heatmap.grid import MapGrid
+from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.partition import Rect, grown
 from medsd.heatmap.value_map import Floats
 from medsd.networks.classifier import TileClassifier

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from medsd.heatmap.value_map import Floats
@@ -26,6 +28,11 @@ def conserve(detail: Floats, sums: Floats, side: int) -> Floats:
 
     Returns:
         (h, w) float32.
+
+    Example:
+        >>> spread = conserve(np.zeros((4, 4), np.float32), np.array([[1, 1], [1, 5]], np.float32), 2)
+        >>> [round(float(square.sum()), 5) for square in (spread[:2, :2], spread[2:, 2:])]
+        [1.0, 5.0]
     """
     height, width = detail.shape
     rows, columns = sums.shape
@@ -46,6 +53,33 @@ def conserve(detail: Floats, sums: Floats, side: int) -> Floats:
     values += known * _spread_evenly(lacking * per_pixel, side)
     out: Floats = torch.where(known, values, torch.nan)[:height, :width].float().numpy()
     return out
+
+
+def blurred(values: Floats, deviation: float) -> Floats:
+    """Values (h, w) spread by a Gaussian over the pixels that are seen (not NaN), so that their sum stays.
+
+    Args:
+        values: a map.
+        deviation: in map pixels; 0 changes nothing.
+    """
+    if not deviation:
+        return values
+    seen = np.isfinite(values)
+    reached = ndimage.gaussian_filter(seen.astype(np.float64), deviation, mode="constant")
+    shares = np.divide(values, reached, out=np.zeros(values.shape), where=seen)
+    spread: Floats = np.where(seen, ndimage.gaussian_filter(shares, deviation, mode="constant"), np.nan)
+    return spread.astype(np.float32)
+
+
+def change_of_sums(exact: Floats, changed: Floats, side: int) -> float | None:
+    """Mean absolute change of the sums over squares of `side` pixels, over their mean absolute value."""
+    side = min(side, *exact.shape)
+    squares = [
+        np.lib.stride_tricks.sliding_window_view(values, (side, side))[::side, ::side].sum(axis=(2, 3))
+        for values in (exact, changed)
+    ]
+    size = np.nanmean(np.abs(squares[0])) if np.isfinite(squares[0]).any() else 0.0
+    return float(np.nanmean(np.abs(squares[1] - squares[0])) / size) if size else None
 
 
 def _square_sums(values: Tensor, side: int) -> Tensor:

@@ -86,8 +86,9 @@ class Cascade:
 
     Attributes:
         features, hidden: where the cells of the encoder's output and of the layer look.
-        stages: from the image to the layer; `channels` of what each gives.
+        stages: from the image to the layer.
         top: from the layer to the output, with its gradient.
+        channels: of what each stage gives.
 
     Raises:
         NetworkError: no such layer, a path leads around it, or the network has global operations.
@@ -101,7 +102,7 @@ class Cascade:
         finer = [name for name in layers[:-1] if _LEAST_STRIDE <= fields[name].stride < self.hidden.stride]
         networks = segments(encoder, [*finer, layer])
         seen = [ReceptiveField(1, 0, 0), *(fields[name] for name in finer), self.hidden, self.features]
-        stages = []
+        stages, channels = [], []
         x = torch.zeros((1, 3, *2 * [_PROBE_CELLS * self.features.stride]), device=classifier.device)
         for network, below, above in zip(networks, seen, seen[1:], strict=False):
             last = above is self.features
@@ -110,9 +111,10 @@ class Cascade:
             widened = taken - 1 if last and smoothed else 0
             with evaluating(encoder), torch.set_grad_enabled(last), _Allocated() as memory:
                 x = network(x.requires_grad_(last))
+            channels.append(x.shape[1])
             stages.append(Stage(network, taken, given, _halo(below, above, taken, widened), memory.at_work(last)))
         *self.stages, self.top = stages
-        self.channels = _channels(encoder, self.stages)
+        *self.channels, _ = channels
         self.classifier = classifier
 
     def plan(self, needed: Bools, block_px: int | None) -> list[Node]:
@@ -181,16 +183,6 @@ def _cuts(classifier: TileClassifier, layer: str) -> list[str]:
         segments(classifier.encoder, [layer])
         return [layer]
     return [*below, layer]
-
-
-def _channels(encoder: torch.nn.Module, stages: list[Stage]) -> list[int]:
-    x = next(encoder.parameters()).new_zeros((1, 3, 64, 64))
-    channels = []
-    with evaluating(encoder), torch.no_grad():
-        for stage in stages:
-            x = stage.network(x)
-            channels.append(x.shape[1])
-    return channels
 
 
 def _halo(below: ReceptiveField, above: ReceptiveField, taken: int, widened: int) -> int:

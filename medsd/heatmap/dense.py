@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from medsd.errors import NetworkError
 from medsd.heatmap.additive import conserve
 from medsd.heatmap.cascade import Cascade, Node
+from medsd.heatmap.grid import MapGrid, block_any
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.legend import ADDITIVE, BY_PARTS
-from medsd.heatmap.maps import Assembled, Engine, MapGrid, as_array, block_any
+from medsd.heatmap.maps import Assembled, Engine, as_array
 from medsd.heatmap.partition import Rect, grown, partition
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats
+from medsd.heatmap.windows import Windows, window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import ReceptiveField
 from medsd.networks.modes import evaluating, recorded
-from medsd.networks.segment import Segment
 from medsd.progress import Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence
 from medsd.slides.readers.base import RGB, Bools
@@ -81,7 +81,7 @@ class DenseEngine(Engine):
         if self.tile_px % stride:
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {stride}")
         self.window = self.tile_px // stride
-        self._windows = _Windows(self.cascade.top.network, self.classifier, self.window)
+        self._windows = Windows(self.cascade.top.network, self.classifier, self.window)
         fields = self.cascade.features, self.cascade.hidden
         self.origin_px = _canvas_origin(*fields)
         # Map pixel of the canvas's first cell, for either map.
@@ -158,7 +158,7 @@ class DenseEngine(Engine):
             sums = as_array(self.evidence(logits) / self.window**2)
             # In the image's own squares, or what its last cells say would lie outside.
             maps = np.stack([conserve(*pair, stage.taken) for pair in zip(maps, sums, strict=True)])
-        return as_array(self.probability(_window_mean(logits, self.window))), maps
+        return as_array(self.probability(window_mean(logits, self.window))), maps
 
     def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
         bias = self.classifier.head.bias
@@ -271,7 +271,7 @@ class DenseEngine(Engine):
             for name, values in maps.items():
                 values[crop.times(scale).within(fine)] += arrays[name]
         cells = torch.from_numpy(logits)[None]
-        probability = as_array(self.probability(_window_mean(cells, self.window)))[0]
+        probability = as_array(self.probability(window_mean(cells, self.window)))[0]
         maps |= self._label_free(plan, store)
         explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in self.settings.methods}
         moved = None
@@ -314,46 +314,6 @@ class _Kept(Sequence[tuple[Tensor, Tensor]]):
         return features[0], self.tissue[self.places[at]]
 
 
-class _Cells(nn.Module):
-    """Logits (B, K, h, w) of each feature cell, without the bias, of hidden features."""
-
-    def __init__(self, top: Segment, classifier: TileClassifier) -> None:
-        super().__init__()
-        self.top, self.classifier = top, classifier
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.conv2d(self.top(hidden), self.classifier.head.weight[:, :, None, None])
-
-
-class _Windows(nn.Module):
-    """Logits (B, K) whose gradient is that of a tile's, averaged over the tiles that hold a place.
-
-    Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum over windows
-    weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
-
-    Attributes:
-        seeds: (h, w) bool, the cells that count; None for all. On maps of another size, as of the uniform plane that
-            DeepLift records, all do.
-    """
-
-    def __init__(self, top: Segment, classifier: TileClassifier, window: int) -> None:
-        super().__init__()
-        self.cells = _Cells(top, classifier)
-        self.seeds: Tensor | None = None
-        # A convolution, for on a plane nothing but sums may follow the last map.
-        share = torch.eye(len(classifier.classes), device=classifier.device) / window**2
-        self.register_buffer("share", share[:, :, None, None])
-
-    share: Tensor
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        cells = self.cells(hidden)
-        if self.seeds is not None and self.seeds.shape == cells.shape[2:]:
-            cells = torch.where(self.seeds, cells, 0.0)
-        logits: Tensor = F.conv2d(cells, self.share).sum(dim=(2, 3))
-        return logits
-
-
 def _mean(batches: Iterable[Tensor]) -> Tensor:
     """Mean (C,) over images and places of (B, C, h, w), float64."""
     total, count = torch.zeros(()), 0
@@ -388,18 +348,3 @@ def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> int:
 
 def _shift(field: ReceptiveField, origin_px: float) -> int:
     return round((field.centre + origin_px) / field.stride - 0.5)
-
-
-def _window_mean(logits: Tensor, window: int) -> Tensor:
-    """Mean over the square of `window` cells around each cell (B, K, h, w), over the cells that exist (are not NaN).
-
-    A window of even size has no middle cell: its four placements around the cell are averaged.
-    """
-    taps = torch.ones(window + 1 - window % 2, device=logits.device, dtype=logits.dtype)
-    if window % 2 == 0:
-        taps[0] = taps[-1] = 0.5
-    kernel = (taps[:, None] * taps[None, :])[None, None]
-    stacked = logits.flatten(0, 1)[:, None]
-    known = (~stacked.isnan()).to(logits.dtype)
-    sums, weights = (F.conv2d(part, kernel, padding=len(taps) // 2) for part in (stacked.nan_to_num(), known))
-    return torch.where(known > 0, sums / weights, torch.nan).view_as(logits)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from medsd.errors import ConfigError, NetworkError
+from medsd.heatmap.grid import MapGrid
 from medsd.heatmap.legend import ADDITIVE, MASK
-from medsd.heatmap.maps import Assembled, Engine, MapGrid, as_array
+from medsd.heatmap.maps import Assembled, Engine, as_array
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats
 from medsd.networks.aim import AimClassifier, stage_layer

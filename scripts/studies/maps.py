@@ -26,8 +26,9 @@ from torch import Tensor
 
 from medsd.evaluate.scores import auc
 from medsd.files import atomic_path, make_folder, sha256_of
+from medsd.heatmap.additive import blurred
 from medsd.heatmap.engine import Engine, make_engine
-from medsd.heatmap.maps import MapSettings, blurred
+from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard

@@ -14,8 +14,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.heatmap.dense import DenseEngine, _window_mean
-from medsd.heatmap.maps import MapGrid, MapSettings, seam_score
+from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.grid import MapGrid, seam_score
+from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.windows import window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
@@ -119,7 +121,7 @@ def test_maps_are_means_over_every_tile_position(classifier, window):
 
 def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
     for window in (1, 2, 3, 4, 5):
-        torch.testing.assert_close(_window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
+        torch.testing.assert_close(window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
 
 
 @pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.5)])

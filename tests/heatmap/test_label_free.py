@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.grid import MapGrid
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
-from medsd.heatmap.maps import MapGrid, MapSettings
+from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.partition import Rect
 from medsd.heatmap.store import BlockStore
 from medsd.saliency import label_free

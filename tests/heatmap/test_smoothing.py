@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medsd.heatmap.maps import blurred, change_of_sums
+from medsd.heatmap.additive import blurred, change_of_sums
 
 
 def test_the_sum_stays_also_at_the_edge_of_the_tissue():
