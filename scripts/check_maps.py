@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
 from medsd.errors import MedsdError
@@ -61,12 +62,17 @@ def row(folder: Path, tile_um: float) -> str:
     with np.errstate(divide="ignore"):
         log_odds = np.log(values / (1 - values))
     told = np.isfinite(sums) & (np.abs(log_odds) > 1) & (np.abs(log_odds) < _LARGEST)
-    sign = np.mean(np.sign(sums[told]) == np.sign(log_odds[told]))
+    sign = share(np.sign(sums[told]) == np.sign(log_odds[told]))
     miss = np.abs(sums[told] - log_odds[told]).max(initial=0.0)
     near = np.kron(values, np.ones((side, side)))
     seen = np.isfinite(fine)
-    shares = [np.mean(fine[seen & place] > 0) for place in (near > 0.9, near < 0.1)]
-    return f"| {folder.name} | {told.sum()} | {sign:.1%} | {miss:.2g} | {shares[0]:.0%} | {shares[1]:.0%} |"
+    shares = [share(fine[seen & place] > 0) for place in (near > 0.9, near < 0.1)]
+    return f"| {folder.name} | {told.sum()} | {sign} | {miss:.2g} | {shares[0]} | {shares[1]} |"
+
+
+def share(of: npt.NDArray[np.bool_]) -> str:
+    """Of what is true; a dash of nothing."""
+    return f"{of.mean():.1%}" if of.size else "-"
 
 
 if __name__ == "__main__":

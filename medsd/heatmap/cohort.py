@@ -270,7 +270,8 @@ class _MapWork(Work[SlideResult]):
             scale = "0 to 1, all masks closed to all open"
         sums = {}
         if name == ADDITIVE and maps.moved is not None:
-            sums = {"Adds up": f"to the log-odds of every tile; corrected for {maps.moved:.1%} of its absolute sum"}
+            before = "before it was smoothed, " if self.engine.settings.smooth_um else ""
+            sums = {"Adds up": f"to the log-odds of every tile, {before}by a correction of {maps.moved:.1%}"}
         seam = {} if maps.seam is None else {"Seams": f"{maps.seam:.2f} (jump across block borders over beside them)"}
         return {
             **sums,

@@ -14,6 +14,8 @@ from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
+_LEAST_JUMPS = 1000
+
 
 @dataclass(frozen=True)
 class MapGrid:
@@ -81,7 +83,9 @@ def block_any(values: Bools, side: int, shape: tuple[int, int]) -> Bools:
 
 
 def seam_score(values: Floats, owner: npt.NDArray[np.int32]) -> float | None:
-    """Mean jump of a map across the borders of blocks, over that one feature cell beside them; None without borders.
+    """Mean jump of a map across the borders of blocks, over that one feature cell beside them.
+
+    None without borders, and where fewer than 1,000 jumps would make its noise larger than 5 % (our choice).
 
     Args:
         values: (h, w), NaN where nothing is seen.
@@ -101,4 +105,4 @@ def seam_score(values: Floats, owner: npt.NDArray[np.int32]) -> float | None:
             found.append(jumps[:, : fine.shape[1]][fine])
     jump, usual = (np.concatenate(found) for found in (at, beside))
     jump, usual = jump[np.isfinite(jump)], usual[np.isfinite(usual)]
-    return float(jump.mean() / usual.mean()) if jump.size and usual.size and usual.any() else None
+    return float(jump.mean() / usual.mean()) if min(jump.size, usual.size) >= _LEAST_JUMPS and usual.any() else None

@@ -20,6 +20,7 @@ from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError
 from medsd.heatmap.additive import blurred, change_of_sums
 from medsd.heatmap.grid import MapGrid, block_any, seam_score
+from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats, ValueMap
@@ -76,8 +77,8 @@ class MapSettings:
             raise ConfigError(f"methods={self.methods!r}: give a list of different names, such as ['{ADDITIVE}']")
         object.__setattr__(self, "methods", tuple(self.methods))
         for name in self.methods:
-            if name != MASK:
-                method_card(name)
+            if name != MASK and not method_card(name).needs_label and name not in LABEL_FREE:
+                raise ConfigError(f"method '{name}': has no map of a whole slide; use one of {', '.join(LABEL_FREE)}")
         check_number("smooth_um", self.smooth_um, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.block_px is not None:
@@ -96,7 +97,7 @@ class SlideMaps:
         blocks: number of blocks (dense) or tiles (tiled) that the maps are made of.
         pixels_read: number of pixels read at the model's mpp, halos and overlaps included.
         seam: jump of the saliency across the borders of blocks over that beside them, 1 where nothing is to be seen;
-            None where there are no borders.
+            None where there are hardly any borders, see `seam_score`.
         moved: absolute sum of the correction to exact sums over that of the additive saliency, in tissue; None
             where there is no such map.
         missed: mean of what smoothing changes of a tile's sum, over the mean size of such a sum; None where there is no

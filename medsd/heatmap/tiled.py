@@ -19,6 +19,7 @@ from torch import Tensor
 
 from medsd.errors import ConfigError, NetworkError
 from medsd.heatmap.grid import MapGrid
+from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import Assembled, Engine, as_array
 from medsd.heatmap.store import BlockStore
@@ -29,7 +30,6 @@ from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, tile_evidence
-from medsd.saliency.registry import method_card
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -70,8 +70,11 @@ class TiledEngine(Engine):
         if MASK in methods and len(methods) > 1:
             raise ConfigError("methods: 'mask' has a grid of its own; ask for it alone")
         for name in methods:
-            if name != MASK and not method_card(name).needs_label:
-                raise ConfigError(f"method '{name}': takes features of the whole slide apart; use way 'dense'")
+            if name in LABEL_FREE:
+                raise ConfigError(
+                    f"method '{name}': takes features of the whole slide apart, but this network, or another method, "
+                    "is mapped tile by tile; ask for it alone, or choose one that explains a class"
+                )
         self.hidden = measure_effective_field(
             self.classifier, _finest_stage(self.classifier) if MASK in methods else self.settings.layer
         )

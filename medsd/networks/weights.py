@@ -198,7 +198,9 @@ def read_tensors(path: Path) -> TensorFile:
 
 def unreadable_card(path: Path, reason: Exception) -> WeightsError:
     """The error of a file whose card does not hold what it should."""
-    return WeightsError(f"{path}: its card cannot be read ({reason}); written by another version?")
+    return WeightsError(
+        f"{path}: its card cannot be read ({reason}); written by another version? Run the stage 'finetune' again"
+    )
 
 
 def _card(path: Path, card: dict[str, Any]) -> ModelCard:
