@@ -271,7 +271,8 @@ class _Judged:
             found["sign"] = float((np.sign(sums[sure]) == np.sign(self.log_odds[sure])).sum())
             found["sure"] = float(sure.sum())
             found["apart"] = float(np.abs(sums - self.log_odds).mean() / np.abs(self.log_odds).mean())
-        return found
+        # Where there is nothing to measure, as no positive value to point with, JSON has no NaN.
+        return {name: value for name, value in found.items() if np.isfinite(value)}
 
     def _inside(self, value_map: ValueMap) -> Tensor:
         """The map's pixels inside the field, over the largest."""

@@ -74,11 +74,11 @@ def _of_tiles(found: list[dict[str, Any]], key: str, judged: npt.NDArray[np.bool
         _values(found, key, measure)[judged] for measure in ("sign", "sure", "apart", "variation")
     )
     signs = f"{100 * right.sum() / sure.sum():.1f} of {sure.sum():.0f}" if sure.sum() else "none sure"
-    return [signs, f"{100 * apart.mean():.0f}", f"{variation.mean():.2f}"]
+    return [signs, f"{100 * np.nanmean(apart):.0f}", f"{np.nanmean(variation):.2f}"]
 
 
 def _values(found: list[dict[str, Any]], key: str, measure: str) -> Floats:
-    return np.array([of_field["maps"][key][measure] for of_field in found], np.float64)
+    return np.array([of_field["maps"][key].get(measure, np.nan) for of_field in found], np.float64)
 
 
 def _name(key: str) -> str:
