@@ -78,6 +78,16 @@ def first_of_processes(values: Tensor) -> Tensor:
     return values
 
 
+def all_of_processes(values: Tensor) -> Tensor:
+    """Every process's `values` (B, ...), the same shape on all, joined in the order of their ranks; without graph."""
+    values = values.detach().contiguous()
+    if not _is_distributed():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
 def group_channels(order: Tensor, group_size: int | None) -> tuple[Tensor, ...]:
     """Channel numbers `order` (d,) cut into groups of at most `group_size`, whose sizes differ by at most one.
 

@@ -24,10 +24,19 @@ def augment(images: Tensor, generator: torch.Generator, stain: float = 0.1) -> T
     batch = images.shape[0]
     symmetry = torch.randint(8, (batch,), generator=generator)
     gain = 1 + stain * (2 * torch.rand((batch, 3, 1, 1), generator=generator) - 1)
-    turned = images.clone()
-    for number in range(8):
-        chosen = symmetry == number
-        part = images[chosen].rot90(number % 4, dims=(2, 3))
-        turned[chosen] = part.flip(3) if number >= 4 else part
+    turned = turn(images, symmetry)
     transmitted = (turned.to(torch.float32) + 1) / 256
     return (transmitted.pow(gain.to(images.device)) * 256 - 1).round().clamp(0, 255).to(torch.uint8)
+
+
+def turn(images: Tensor, symmetry: Tensor) -> Tensor:
+    """Images (B, C, S, S) under symmetries of the square, a number of 0 to 7 each (B,): new ones of the same kind.
+
+    A number k below 4 is k quarter turns counter-clockwise; k + 4 is the same, then mirrored left to right.
+    """
+    turned = images.clone()
+    for number in range(8):
+        chosen = (symmetry == number).to(images.device)
+        part = images[chosen].rot90(number % 4, dims=(2, 3))
+        turned[chosen] = part.flip(3) if number >= 4 else part
+    return turned
