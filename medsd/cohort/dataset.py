@@ -91,21 +91,74 @@ class TileDataset(Dataset[Sample]):
         return slide
 
 
-class SlideGroupedSampler(Sampler[int]):
+class GroupedSampler(Sampler[int]):
+    """Draws the same number of items (to one) from every group, such as a slide, in runs by group.
+
+    A run of tiles of one slide reads through one open handle, which pays on slides too many to keep open. Items are
+    drawn without replacement until a group is used up, then anew. The draw depends on the seed and the epoch alone, so
+    that a resumed training sees what the whole one would have.
+
+    Args:
+        groups: (n,) group of each item.
+        samples: items drawn an epoch.
+        run: items of one group in a row.
+        seed: start of the random draw.
+    """
+
+    def __init__(self, groups: npt.NDArray[np.str_], samples: int, run: int = 1, seed: int = 0) -> None:
+        self.samples, self.run, self.seed = samples, run, seed
+        self.epoch, self._done = 0, 0
+        self._group = np.unique(groups, return_inverse=True)[1]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the draw of epoch `epoch` (counted from 0), without the first `done` items that it would give."""
+        self.epoch, self._done = epoch, done
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.draw()[self._done :]
+
+    def draw(self) -> list[int]:
+        """All items of the epoch, in their order."""
+        generator = np.random.default_rng((self.seed, self.epoch))
+        pools = self._by_group(np.arange(len(self._group)))
+        return self._shuffled(self._evenly(pools, self.samples, generator), generator)
+
+    def _evenly(
+        self, pools: list[npt.NDArray[np.intp]], count: int, generator: np.random.Generator
+    ) -> list[npt.NDArray[np.intp]]:
+        """`count` items of the pools, as many of each, in runs."""
+        runs: list[npt.NDArray[np.intp]] = []
+        share, left_over = divmod(count, len(pools))
+        for rank, number in enumerate(generator.permutation(len(pools))):
+            runs += self._runs(_draw(pools[number], share + (rank < left_over), generator))
+        return runs
+
+    def _shuffled(self, runs: list[npt.NDArray[np.intp]], generator: np.random.Generator) -> list[int]:
+        return [item for number in generator.permutation(len(runs)) for item in runs[number].tolist()]
+
+    def _by_group(self, items: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        """The items of each group that has some, in the order of the groups' names and then as given."""
+        group = self._group[items]
+        order = np.argsort(group, kind="stable")
+        return np.split(items[order], np.flatnonzero(np.diff(group[order])) + 1)
+
+    def _runs(self, drawn: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
+        return [drawn[start : start + self.run] for start in range(0, len(drawn), self.run)]
+
+
+class SlideGroupedSampler(GroupedSampler):
     """Draws as many tumour as normal items, the same number (to one) from every slide of a class, in runs by slide.
 
-    A run of tiles of one slide reads through one open handle, which pays on slides too many to keep open. A run is of
-    one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should hold
-    eight runs or more. Items are drawn without replacement until a slide is used up, then anew. The
-    draw depends on the seed, the epoch and the hard items alone, so that a resumed training sees what the whole one
-    would have.
+    A run is of one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should
+    hold eight runs or more. The draw depends on the hard items, too.
 
     Args:
         labels: (n,) class of each item, 0 or 1.
         groups: (n,) slide of each item.
-        samples: items drawn an epoch.
-        run: items of one slide and class in a row.
-        seed: start of the random draw.
+        samples, run, seed: as in `GroupedSampler`; a run is of one slide and class.
 
     Raises:
         DatasetError: a class has no item.
@@ -114,25 +167,16 @@ class SlideGroupedSampler(Sampler[int]):
     def __init__(
         self, labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], samples: int, run: int = 1, seed: int = 0
     ) -> None:
-        self.samples, self.run, self.seed = samples, run, seed
-        self.epoch = 0
-        self._slide = np.unique(groups, return_inverse=True)[1]
+        super().__init__(groups, samples, run, seed)
         self._labels = labels
         self._pools: list[list[npt.NDArray[np.intp]]] = []
         for label, word in ((0, "normal"), (1, "tumour")):
             items = np.flatnonzero(labels == label)
             if not len(items):
                 raise DatasetError(f"no {word} tiles to train on; training needs both classes")
-            self._pools.append(self._by_slide(items))
+            self._pools.append(self._by_group(items))
         self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
         self._hard_share = 0.0
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the draw of epoch `epoch` (counted from 0)."""
-        self.epoch = epoch
 
     def set_hard(self, items: npt.ArrayLike, share: float) -> None:
         """From now on, take `share` of the normal draws of an epoch from `items`, evenly over them.
@@ -154,29 +198,18 @@ class SlideGroupedSampler(Sampler[int]):
             raise DatasetError("hard negatives: some items are not normal tiles of this data set; find them again")
         self._hard, self._hard_share = hard, share
 
-    def __iter__(self) -> Iterator[int]:
+    def draw(self) -> list[int]:
+        """All items of the epoch, in their order."""
         generator = np.random.default_rng((self.seed, self.epoch))
         tumour = self.samples // 2
         normal = self.samples - tumour
         hard = round(self._hard_share * normal) if len(self._hard) else 0
         runs: list[npt.NDArray[np.intp]] = []
         for pools, of_class in zip(self._pools, (normal - hard, tumour), strict=True):
-            share, left_over = divmod(of_class, len(pools))
-            for rank, number in enumerate(generator.permutation(len(pools))):
-                runs += self._runs(_draw(pools[number], share + (rank < left_over), generator))
-        for drawn in self._by_slide(_draw(self._hard, hard, generator)) if hard else ():
+            runs += self._evenly(pools, of_class, generator)
+        for drawn in self._by_group(_draw(self._hard, hard, generator)) if hard else ():
             runs += self._runs(drawn)
-        for number in generator.permutation(len(runs)):
-            yield from runs[number].tolist()
-
-    def _by_slide(self, items: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-        """The items of each slide that has some, in the order of the slides' names and then as given."""
-        slide = self._slide[items]
-        order = np.argsort(slide, kind="stable")
-        return np.split(items[order], np.flatnonzero(np.diff(slide[order])) + 1)
-
-    def _runs(self, drawn: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-        return [drawn[start : start + self.run] for start in range(0, len(drawn), self.run)]
+        return self._shuffled(runs, generator)
 
 
 def _draw(pool: npt.NDArray[np.intp], count: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medsd.checks import check_number
 from medsd.errors import OutputError, TrainingError
 from medsd.files import atomic_path, write_json
 from medsd.networks.start import UNREADABLE
@@ -21,7 +22,9 @@ class TrainingState:
     """Where a training stands.
 
     Attributes:
-        epoch, steps: epochs and steps done.
+        epoch, steps: whole epochs and steps done.
+        epoch_length: steps an epoch.
+        sums: of each term of the loss, over the steps of the epoch that is not whole yet, divided by `epoch_length`.
         best_metric: the best validation metric, -1 before the first.
         best_epoch: the epoch that gave it.
         best_network: state of the network at that epoch.
@@ -30,6 +33,8 @@ class TrainingState:
 
     epoch: int = 0
     steps: int = 0
+    epoch_length: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
     best_metric: float = -1.0
     best_epoch: int = 0
     best_network: dict[str, torch.Tensor] | None = None
@@ -45,10 +50,16 @@ class Checkpoint:
     Args:
         folder: holds `checkpoint.pt`, and `settings.json` for people to read.
         parts: objects with `state_dict` and `load_state_dict` by name, as for ignite's `to_save`; None is left out.
+        save_every: steps between two saves within an epoch; None saves whole epochs alone.
+
+    Raises:
+        ConfigError: `save_every` is below 1.
     """
 
-    def __init__(self, folder: str | Path, parts: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, parts: Mapping[str, Any], save_every: int | None = None) -> None:
+        if save_every is not None:
+            check_number("save_every", save_every, "[1, inf)", whole=True, hint="null saves whole epochs alone")
+        self.folder, self.save_every = Path(folder), save_every
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.path = self.folder / "checkpoint.pt"
 

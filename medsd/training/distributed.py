@@ -13,18 +13,34 @@ import numpy.typing as npt
 import torch
 
 from medsd.checks import check_number
-from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.cohort.dataset import GroupedSampler, SlideGroupedSampler
 from medsd.errors import ConfigError
 
 
-class Labelled(Protocol):
-    """Items with their columns: labels (n,) int8 and groups (n,) str."""
+class Grouped(Protocol):
+    """Items with their groups (n,) str, such as slides."""
 
-    labels: npt.NDArray[np.int8]
     groups: npt.NDArray[np.str_]
 
 
-class BalancedSampler(SlideGroupedSampler):
+class Labelled(Grouped, Protocol):
+    """Items with their labels (n,) int8, too."""
+
+    labels: npt.NDArray[np.int8]
+
+
+class _Dealt(GroupedSampler):
+    """A sampler whose items are dealt out to the processes that train together."""
+
+    def __len__(self) -> int:
+        return self.samples // idist.get_world_size()
+
+    def __iter__(self) -> Iterator[int]:
+        processes = idist.get_world_size()
+        yield from self.draw()[idist.get_rank() : len(self) * processes : processes][self._done :]
+
+
+class BalancedSampler(_Dealt, SlideGroupedSampler):
     """Draws by class and slide (see `SlideGroupedSampler`), dealt out to the processes that train together.
 
     Args:
@@ -43,20 +59,48 @@ class BalancedSampler(SlideGroupedSampler):
     def __init__(
         self, dataset: Labelled, samples: int, batch_size: int, run: int = 1, by_group: bool = True, seed: int = 0
     ) -> None:
-        check_number("tiles_in_a_row", run, "[1, inf)", whole=True)
-        processes = idist.get_world_size()
-        hint = f"an epoch has samples_per_epoch={samples}" + (f" of {processes} processes" if processes > 1 else "")
-        check_number("batch_size", batch_size, f"[2, {samples // processes}]", whole=True, hint=hint)
-        groups = dataset.groups if by_group else np.zeros_like(dataset.groups)
-        super().__init__(dataset.labels, groups, samples, run, seed)
+        _check(samples, batch_size, run, "batch_size", f"samples_per_epoch={samples}")
+        super().__init__(dataset.labels, _groups(dataset, by_group), samples, run, seed)
         self.batch_size, self.by_group = batch_size, by_group
 
-    def __len__(self) -> int:
-        return self.samples // idist.get_world_size()
 
-    def __iter__(self) -> Iterator[int]:
-        processes = idist.get_world_size()
-        yield from list(super().__iter__())[idist.get_rank() : len(self) * processes : processes]
+class UnlabelledSampler(_Dealt):
+    """Draws whatever the class (see `GroupedSampler`), dealt out to the processes that train together.
+
+    Args:
+        dataset: the items.
+        samples: items an epoch, of all processes, what does not deal out evenly being left out; None for as many as
+            there are.
+        batch_size, run, by_group, seed: as in `BalancedSampler`.
+
+    Raises:
+        ConfigError: a number out of its range, or a batch larger than an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Grouped,
+        samples: int | None,
+        batch_size: int,
+        run: int = 1,
+        by_group: bool = True,
+        seed: int = 0,
+    ) -> None:
+        samples = len(dataset.groups) if samples is None else samples
+        _check(samples, batch_size, run, "pretrain_batch_size", f"pretrain_samples={samples}")
+        super().__init__(_groups(dataset, by_group), samples, run, seed)
+        self.batch_size, self.by_group = batch_size, by_group
+
+
+def _check(samples: int, batch_size: int, run: int, key: str, epoch: str) -> None:
+    check_number("tiles_in_a_row", run, "[1, inf)", whole=True)
+    processes = idist.get_world_size()
+    hint = f"an epoch has {epoch}" + (f" of {processes} processes" if processes > 1 else "")
+    check_number(key, batch_size, f"[2, {samples // processes}]", whole=True, hint=hint)
+
+
+def _groups(dataset: Grouped, by_group: bool) -> npt.NDArray[np.str_]:
+    return dataset.groups if by_group else np.zeros_like(dataset.groups)
 
 
 def start_processes(timeout_minutes: float = 60.0) -> torch.device:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sized
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from medsd.checks import check_number
-from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.cohort.dataset import GroupedSampler, SlideGroupedSampler
 from medsd.errors import TrainingError
 from medsd.files import make_folder
 from medsd.tables import read_table, write_table
@@ -72,25 +72,30 @@ def _plain(thing: object) -> Any:
 
 def run_training(
     trainer: SupervisedTrainer,
-    evaluator: SupervisedEvaluator,
+    evaluator: SupervisedEvaluator | None,
     checkpoint: Checkpoint,
     settings: dict[str, Any],
     early_stop: EarlyStopping | None = None,
     hard_negatives: HardNegativeRound | None = None,
+    stage: str = "finetune",
 ) -> TrainingState:
-    """Train to `max_epochs`, or go on from the last whole epoch; the network ends as the best one on validation.
+    """Train to `max_epochs`, or go on from the last step saved; the network ends as the best one on validation.
+
+    Without an evaluator it ends as the last one. What the trainer's handlers put into `state.metrics` by the end of an
+    epoch goes into its row of the history.
 
     Leaves `checkpoint.pt`, `settings.json`, `history.csv` and `pace.csv` (a row an epoch) in the checkpoint's folder. A
     finished training is not repeated. Of several processes the first writes; all validate, on all validation data.
 
     Args:
-        trainer: its iterations give the loss and its parts as floats (`ObjectiveStep`), its sampler is a
-            `SlideGroupedSampler`, and its handlers validate (MONAI's `ValidationHandler`) and step the schedule.
-        evaluator: the handler's; its key metric, higher is better, chooses the best network.
+        trainer: its iterations give the loss and its parts as floats (`OptimiserStep`), its sampler is a
+            `GroupedSampler`, and its handlers validate (MONAI's `ValidationHandler`) and step the schedule.
+        evaluator: the handler's; its key metric, higher is better, chooses the best network. None keeps the last one.
         checkpoint: of the network, the optimiser and all else that must be put back to resume.
         settings: what must be equal for a training to be resumed.
         early_stop: ends the training, when validated; one of the checkpoint's parts.
         hard_negatives: from its epoch on, false positives among the training items are drawn more often.
+        stage: its name in the progress bar and the log.
 
     Raises:
         TrainingError: another training's folder, a damaged checkpoint, or a loss or metric that is not finite.
@@ -103,21 +108,23 @@ def run_training(
     folder = make_folder(checkpoint.folder)
     state = checkpoint.load(settings)
     if state.epoch < trainer.state.max_epochs and not (early_stop and early_stop.counter >= early_stop.patience):
-        if state.epoch:
-            logger.info("resuming after epoch %d of %d", state.epoch, trainer.state.max_epochs)
+        if state.steps:
+            done = (stage, state.steps, state.epoch, trainer.state.max_epochs)
+            logger.info("%s: resuming after step %d, epoch %d of %d", *done)
         # With ignite's pausing on, a trainer that once failed would return from a second run having done nothing.
         trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch
-        epochs = _Epochs(trainer, evaluator, checkpoint, state, hard_negatives)
-        if state.steps != state.epoch * epochs.length:
+        epochs = _Epochs(trainer, evaluator, checkpoint, state, hard_negatives, stage)
+        if state.steps and state.epoch_length != epochs.length:
             raise TrainingError(
-                f"{folder}: had {state.steps // state.epoch} steps an epoch, now {epochs.length}; start as many "
-                "processes as before, or choose another output_dir"
+                f"{folder}: had {state.epoch_length} steps an epoch, now {epochs.length}; start as many processes as "
+                "before, or choose another output_dir"
             )
+        state.epoch_length = epochs.length
         trainer.state.iteration = state.steps
         with ExitStack() as stack:
             stack.callback(epochs.bar.close)
-            if early_stop is not None:
+            if early_stop is not None and evaluator is not None:
                 stack.enter_context(evaluator.add_event_handler(Events.COMPLETED, early_stop))
             for event, handler in (
                 (Events.EPOCH_STARTED, epochs.start),
@@ -126,9 +133,10 @@ def run_training(
             ):
                 stack.enter_context(trainer.add_event_handler(event, handler))
             trainer.run()
-    if state.best_network is None:
-        raise TrainingError(f"{folder}: no epoch was validated; raise max_epochs")
-    trainer.network.load_state_dict(state.best_network)
+    if evaluator is not None:
+        if state.best_network is None:
+            raise TrainingError(f"{folder}: no epoch was validated; raise max_epochs")
+        trainer.network.load_state_dict(state.best_network)
     return state
 
 
@@ -138,21 +146,23 @@ class _Epochs:
     def __init__(
         self,
         trainer: SupervisedTrainer,
-        evaluator: SupervisedEvaluator,
+        evaluator: SupervisedEvaluator | None,
         checkpoint: Checkpoint,
         state: TrainingState,
         hard_negatives: HardNegativeRound | None,
+        stage: str,
     ) -> None:
         self.trainer, self.evaluator = trainer, evaluator
         self.checkpoint, self.state, self.hard_negatives = checkpoint, state, hard_negatives
-        self.sampler = cast(SlideGroupedSampler, cast(DataLoader[Any], trainer.data_loader).sampler)
-        self.length = len(cast(Sized, trainer.data_loader))
-        self.sums: dict[str, float] = {}
+        self.loader = cast(DataLoader[Any], trainer.data_loader)
+        self.sampler = cast(GroupedSampler, self.loader.sampler)
+        self.length = len(self.loader)
+        self.steps = 0  # of the epoch, in this process
         self.started = self.seconds = 0.0
         self.bar = tqdm(
-            desc="finetune",
+            desc=stage,
             total=trainer.state.max_epochs * self.length,
-            initial=state.epoch * self.length,
+            initial=state.steps,
             unit=" step",
             disable=True if idist.get_rank() else None,  # off, too, when standard error is not a terminal
             dynamic_ncols=True,
@@ -166,45 +176,59 @@ class _Epochs:
                 found = torch.from_numpy(hard.find(self.trainer.network)) if idist.get_rank() == 0 else None
                 self.state.hard = cast(torch.Tensor, idist.broadcast(found, src=0, safe_mode=True)).cpu()
                 logger.info("epoch %d: %d hard negatives", epoch + 1, len(self.state.hard))
-            self.sampler.set_hard(self.state.hard.numpy(), hard.share)
-        self.sampler.set_epoch(epoch)
-        self.sums = {}
+            cast(SlideGroupedSampler, self.sampler).set_hard(self.state.hard.numpy(), hard.share)
+        done = self.trainer.state.iteration - epoch * self.length
+        self.sampler.set_epoch(epoch, done * cast(int, self.loader.batch_size))
+        self.steps = 0
         self.started = time.perf_counter()
 
     def step(self) -> None:
-        output, self.seconds = self.trainer.state.output, time.perf_counter() - self.started
+        state, output = self.state, self.trainer.state.output
+        self.steps, self.seconds = self.steps + 1, time.perf_counter() - self.started
         for term, value in output.items():
             if term not in _NOT_TERMS:
-                self.sums[term] = self.sums.get(term, 0.0) + value / self.length
+                state.sums[term] = state.sums.get(term, 0.0) + value / self.length
         self.bar.set_postfix(epoch=self.trainer.state.epoch, loss=f"{output['loss']:.3f}", refresh=False)
         self.bar.update()
+        state.steps, every = self.trainer.state.iteration, self.checkpoint.save_every
+        # A whole epoch is saved when it has been validated.
+        if every and state.steps % every == 0 and state.steps % self.length and idist.get_rank() == 0:
+            self.checkpoint.save(state)
 
     def end(self) -> None:
-        state, trainer, validated = self.state, self.trainer, self.evaluator.state
-        state.epoch, state.steps = trainer.state.epoch, trainer.state.iteration
-        row: dict[str, float | None] = {"epoch": state.epoch, **self.sums, "validation_auc": None}
-        if validated.epoch == state.epoch:  # the handler's interval may leave epochs out
-            metric = row["validation_auc"] = float(validated.metrics[validated.key_metric_name])
-            if not math.isfinite(metric):
-                raise TrainingError(
-                    f"validation metric is {metric} in epoch {state.epoch}; validation data need items of both classes"
-                )
-            if metric > state.best_metric:
-                network = {name: tensor.detach().cpu().clone() for name, tensor in trainer.network.state_dict().items()}
-                state.best_metric, state.best_epoch, state.best_network = metric, state.epoch, network
-            logger.info("epoch %d: loss %.4f, validation AUC %.4f", state.epoch, self.sums["loss"], metric)
+        state, metrics = self.state, self.trainer.state.metrics
+        state.epoch = self.trainer.state.epoch
+        row: dict[str, float | None] = {"epoch": state.epoch, **state.sums, **metrics, **self._validated()}
+        logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
+        state.sums = {}
         if idist.get_rank() == 0:
             # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
             _append_row(self.checkpoint.folder / "history.csv", row)
             # In a file of its own: a resumed training's history equals the whole one's, its pace does not.
-            _append_row(
-                self.checkpoint.folder / "pace.csv",
-                {"epoch": state.epoch, "seconds_per_step": self.seconds / self.length},
-            )
+            pace = {"epoch": state.epoch, "seconds_per_step": self.seconds / self.steps}
+            _append_row(self.checkpoint.folder / "pace.csv", pace)
             self.checkpoint.save(state)
 
+    def _validated(self) -> dict[str, float | None]:
+        """The key metric of the epoch, None where it was not validated; the best network is kept."""
+        if self.evaluator is None:
+            return {}
+        state, validated = self.state, self.evaluator.state
+        if validated.epoch != state.epoch:  # the handler's interval may leave epochs out
+            return {"validation_auc": None}
+        metric = float(validated.metrics[validated.key_metric_name])
+        if not math.isfinite(metric):
+            raise TrainingError(
+                f"validation metric is {metric} in epoch {state.epoch}; validation data need items of both classes"
+            )
+        if metric > state.best_metric:
+            network = self.trainer.network.state_dict().items()
+            state.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network}
+            state.best_metric, state.best_epoch = metric, state.epoch
+        return {"validation_auc": metric}
 
-def _append_row(path: Path, row: dict[str, float | None]) -> None:
+
+def _append_row(path: Path, row: Mapping[str, float | None]) -> None:
     """Add a row to the history; rows of this epoch and later ones, left by a killed run, are dropped."""
     before = read_table(path).to_dict("records") if path.is_file() else []
     kept = [line for line in before if int(line["epoch"]) < int(row["epoch"] or 0)]

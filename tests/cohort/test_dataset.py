@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from medsd.cohort import dataset as dataset_module
-from medsd.cohort.dataset import SlideGroupedSampler, TileDataset
+from medsd.cohort.dataset import GroupedSampler, SlideGroupedSampler, TileDataset
 from medsd.cohort.index import TileIndex
 from medsd.errors import ConfigError, DatasetError, MissingMppError, SlideError
 from medsd.slides.slide import open_slide
@@ -179,6 +179,33 @@ def test_the_draw_depends_on_seed_and_epoch_alone() -> None:
 
     assert draw(1, 3) == draw(1, 3, again=True)
     assert len({tuple(draw(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    samples=st.integers(1, 100),
+    run=st.integers(1, 9),
+    epoch=st.integers(0, 9),
+    done=st.integers(0, 100),
+)
+def test_draws_without_labels_are_even_over_the_groups(
+    sizes: list[int], samples: int, run: int, epoch: int, done: int
+) -> None:
+    groups = np.array([f"s{number}" for number, size in enumerate(sizes) for _ in range(size)])
+    sampler = GroupedSampler(groups, samples, run, seed=2)
+    sampler.set_epoch(epoch)
+    drawn = list(sampler)
+    counts = Counter(groups[drawn].tolist())
+    by_group = [counts[f"s{number}"] for number in range(len(sizes))]
+    assert sum(by_group) == len(sampler) == samples and max(by_group) - min(by_group) <= 1
+    for number, size in enumerate(sizes):  # nobody is drawn twice before all of the group are drawn once
+        times = [drawn.count(int(item)) for item in np.flatnonzero(groups == f"s{number}")]
+        assert len(times) == size and max(times) - min(times) <= 1
+    sampler.set_epoch(epoch, done)
+    assert list(sampler) == drawn[done:] and len(sampler) == samples
+    sampler.set_epoch(epoch + 1)
+    assert samples < 20 or max(sizes) < 5 or list(sampler) != drawn
 
 
 @settings(deadline=None, max_examples=60)

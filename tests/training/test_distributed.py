@@ -23,7 +23,7 @@ import medsd.training.step as step_module
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.training.distributed import BalancedSampler, start_processes
+from medsd.training.distributed import BalancedSampler, UnlabelledSampler, start_processes
 from medsd.training.step import ObjectiveStep
 
 BATCH = 8
@@ -134,6 +134,21 @@ def test_draws_may_follow_the_items_and_not_their_groups() -> None:
     uneven.groups = np.array(["a"] * 28 + ["b"] * 2)
     by_group, plain = (list(BalancedSampler(uneven, 200, 2, by_group=by_group)) for by_group in (True, False))
     assert sum(item >= 28 for item in by_group) == 100 and sum(item >= 28 for item in plain) < 20
+
+
+def test_draws_without_labels() -> None:
+    uneven = items()
+    uneven.groups = np.array(["a"] * 28 + ["b"] * 2)
+    every = UnlabelledSampler(uneven, None, 2, by_group=False)
+    assert sorted(every) == list(range(30)) and len(every) == 30
+    assert sum(item >= 28 for item in UnlabelledSampler(uneven, 200, 2)) == 100
+    every.set_epoch(0, 28)
+    assert len(list(every)) == 2
+
+
+def test_a_batch_without_labels_fits_into_an_epoch() -> None:
+    with pytest.raises(ConfigError, match=r"pretrain_batch_size=31: .* from 2 to 30; an epoch has pretrain_samples=30"):
+        UnlabelledSampler(items(), None, 31)
 
 
 @pytest.mark.parametrize("batch_size", [1, 22, 2.0])

@@ -260,3 +260,18 @@ def test_a_compiled_encoder_trains_as_it_does_without() -> None:
     assert output["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert compiled.network.state_dict().keys() == plain.network.state_dict().keys()
     torch.testing.assert_close(compiled.network.head.weight, plain.network.head.weight)
+
+
+def test_dropout_draws_from_seed_and_iteration_too() -> None:
+    def run(noise: int) -> torch.Tensor:
+        trainer = engine(Recorded())
+        trainer.network.encoder.layer2.register_forward_hook(
+            lambda _module, _inputs, output: torch.nn.functional.dropout(output, 0.5)
+        )
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        ObjectiveStep()(trainer, batch())
+        assert torch.equal(torch.get_rng_state(), before)
+        return trainer.network.head.weight.detach().clone()
+
+    assert torch.equal(run(1), run(2))

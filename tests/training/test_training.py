@@ -64,12 +64,17 @@ class Training:
     step: ObjectiveStep | None = None
 
     def run(
-        self, folder: Path, settings: dict[str, Any] | None = None, patience: int | None = None, **more: Any
+        self,
+        folder: Path,
+        settings: dict[str, Any] | None = None,
+        patience: int | None = None,
+        save_every: int | None = None,
+        **more: Any,
     ) -> Any:
         trainer, evaluator = self.trainer, self.evaluator
         stop = None if patience is None else EarlyStopping(patience, score, trainer)
         parts = {"network": trainer.network, "optimizer": trainer.optimizer, "scheduler": self.scheduler}
-        checkpoint = Checkpoint(folder, {**parts, "step": self.step, "early_stop": stop})
+        checkpoint = Checkpoint(folder, {**parts, "step": self.step, "early_stop": stop}, save_every)
         return run_training(trainer, evaluator, checkpoint, SETTINGS if settings is None else settings, stop, **more)
 
     @property
@@ -217,17 +222,31 @@ def test_the_metric_is_the_auc_of_the_tumour_probability(tmp_path: Path) -> None
     assert state.best_metric == pytest.approx(float((pairs > 0).double().mean() + (pairs == 0).double().mean() / 2))
 
 
-@pytest.mark.parametrize(("stopped_after", "workers"), [(1, 0), (2, 0), (1, 1)])
+@pytest.mark.parametrize(
+    ("stopped_in", "save_every", "saved", "workers"),
+    [(5, None, 3, 0), (8, None, 6, 0), (6, 1, 5, 0), (9, 2, 8, 1)],
+)
 def test_a_resumed_training_equals_the_whole_one_bit_for_bit(
-    tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any], stopped_after: int, workers: int
+    tmp_path: Path,
+    whole: tuple[Path, dict[str, torch.Tensor], Any],
+    stopped_in: int,
+    save_every: int | None,
+    saved: int,
+    workers: int,
 ) -> None:
+    """Epochs have 3 steps; where steps are saved, it goes on in the middle of one."""
     folder, _, _ = whole
     first = training(noise=1, workers=workers)
-    stop_after(first, stopped_after)
+    stop_in(first, stopped_in)
     with pytest.raises(KeyboardInterrupt):
-        first.run(tmp_path)
-    assert checkpoint(tmp_path)["state"]["epoch"] == stopped_after
-    training(noise=2, workers=workers).run(tmp_path)
+        first.run(tmp_path, save_every=save_every)
+    state = checkpoint(tmp_path)["state"]
+    assert (state["epoch"], state["steps"]) == (saved // 3, saved)
+    again = training(noise=2, workers=workers)
+    steps: list[int] = []
+    again.trainer.add_event_handler(Events.ITERATION_STARTED, lambda engine: steps.append(engine.state.iteration))
+    again.run(tmp_path)
+    assert steps == list(range(saved + 1, 10))
 
     expected, resumed = checkpoint(folder), checkpoint(tmp_path)
     assert equal(resumed["network"], expected["network"])
@@ -240,14 +259,8 @@ def test_a_resumed_training_equals_the_whole_one_bit_for_bit(
     assert (tmp_path / "history.csv").read_bytes() == (folder / "history.csv").read_bytes()
 
 
-def stop_after(run: Training, epochs: int) -> None:
-    """Interrupt in the middle of the epoch that follows."""
-
-    def interrupt(engine: Any) -> None:
-        if engine.state.iteration == epochs * 3 + 2:
-            raise KeyboardInterrupt
-
-    run.trainer.add_event_handler(Events.ITERATION_STARTED, interrupt)
+def stop_in(run: Training, step: int) -> None:
+    run.trainer.add_event_handler(Events.ITERATION_STARTED(once=step), interrupt_now)
 
 
 def test_longer_and_finished_trainings(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
@@ -454,11 +467,11 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(tmp_path: Path, monke
 
 def die_in_epoch_three(folder: Path) -> None:
     run = training()
-    run.trainer.add_event_handler(Events.EPOCH_STARTED(once=3), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    run.run(folder)
+    run.trainer.add_event_handler(Events.ITERATION_STARTED(once=9), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run.run(folder, save_every=2)
 
 
-def test_killed_by_the_system_between_epochs(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
+def test_killed_by_the_system_within_an_epoch(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
     # A new process, not a fork: OpenMP's threads do not survive a fork, and the child would wait for them for ever.
     code = f"""
 import importlib.util, pathlib, sys
@@ -476,9 +489,10 @@ module.die_in_epoch_three(pathlib.Path({str(tmp_path)!r}))
         "pace.csv",
         "settings.json",
     ]
-    assert checkpoint(tmp_path)["state"]["epoch"] == 2
+    assert checkpoint(tmp_path)["state"]["steps"] == 8
     training().run(tmp_path)
     assert equal(checkpoint(tmp_path)["network"], checkpoint(whole[0])["network"])
+    assert (tmp_path / "history.csv").read_bytes() == (whole[0] / "history.csv").read_bytes()
 
 
 def test_patience_stops_a_training_that_no_longer_improves(tmp_path: Path) -> None:
@@ -504,6 +518,28 @@ def test_epochs_may_go_without_validation(tmp_path: Path) -> None:
     state = training(interval=2).run(tmp_path)
     assert state.epoch == 3 and state.best_epoch == 2
     assert [bool(row["validation_auc"]) for row in rows(tmp_path)] == [False, True, False]
+
+
+def test_without_an_evaluator_the_last_network_is_kept_and_handlers_speak_in_the_history(tmp_path: Path) -> None:
+    run = training(epochs=2)
+    run.evaluator = None
+    run.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(rank=float(engine.state.epoch))
+    )
+    state = run.run(tmp_path, stage="pretrain")
+    assert (state.epoch, state.best_network) == (2, None)
+    assert list(rows(tmp_path)[0]) == ["epoch", "loss", "cross_entropy", "consistency", "decorrelation", "rank"]
+    assert [row["rank"] for row in rows(tmp_path)] == ["1", "2"]
+    assert equal(run.state, checkpoint(tmp_path)["network"])
+    again = training(epochs=2)
+    again.evaluator = None
+    again.run(tmp_path)
+    assert equal(again.state, run.state)
+
+
+def test_steps_between_saves_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_every=0: must be a whole number from 1 on; null saves whole epochs"):
+        Checkpoint(tmp_path, {}, save_every=0)
 
 
 def test_settings_are_read_off_the_objects() -> None:
