@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.networks.classifier import TileClassifier
+from medsd.networks.classifier import Classifier
 from medsd.networks.modes import map_of_layer, recorded
 
 _PROBE_HEIGHT_PX = 32
@@ -70,15 +70,13 @@ class Geometry:
         return (math.ceil((above + whole) / self.features.stride) + 1) * self.features.stride
 
 
-def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
+def measure_geometry(classifier: Classifier, layer: str) -> Geometry:
     """The fields of the features and of one layer; errors as `measure_fields`."""
     hidden, features = measure_fields(classifier, [layer])
     return Geometry(features, hidden[layer])
 
 
-def measure_fields(
-    classifier: TileClassifier, layers: Sequence[str]
-) -> tuple[dict[str, ReceptiveField], ReceptiveField]:
+def measure_fields(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[str, ReceptiveField], ReceptiveField]:
     """Measure receptive fields on the network: NaN put into one image column marks every cell that depends on it.
 
     NaN survives any weight, gate and pooling, so what is found is the structure, not the present weights (our choice).
@@ -126,7 +124,7 @@ def measure_fields(
     )
 
 
-def _check_shifts(classifier: TileClassifier, field: ReceptiveField) -> None:
+def _check_shifts(classifier: Classifier, field: ReceptiveField) -> None:
     """That a crop whose edges are multiples of the stride gives the whole image's features, but for what edges reach.
 
     Noise, with one stride left out at the left and at the right: padding by the image's size, as in TensorFlow, is
@@ -152,7 +150,7 @@ def _check_shifts(classifier: TileClassifier, field: ReceptiveField) -> None:
             )
 
 
-def _reached(classifier: TileClassifier, layers: Sequence[str], marks: list[slice], width: int) -> list[Tensor]:
+def _reached(classifier: Classifier, layers: Sequence[str], marks: list[slice], width: int) -> list[Tensor]:
     """Which cells of the features and of each layer (images, cells along x) see each image's marked columns."""
     probe = torch.zeros(len(marks), 3, _PROBE_HEIGHT_PX, width)
     for image, columns in enumerate(marks):

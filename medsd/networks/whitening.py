@@ -35,6 +35,35 @@ def inverse_root(covariance: Tensor, eps: float) -> Tensor:
     return root
 
 
+def newton_inverse_root(covariance: Tensor, eps: float, iterations: int) -> Tensor:
+    """An approach to (S + eps I)^(-1/2) by Newton's iteration in its coupled form, which is stable in float32.
+
+    What IterNorm (arXiv 1904.03441) calls P_T / sqrt(tr S): few iterations whiten the directions of most variance
+    alone. For one direction, of the share r of the whole variance, what is left is p_T^2 r of
+    p <- 1.5 p - 0.5 p^3 r, p_0 = 1. Both forms are the same polynomial in S; the plain one, P <- 1.5 P - 0.5 P^3 S,
+    is wrong in float32 after ten iterations. Differentiable any number of times.
+
+    Args:
+        covariance: (..., d, d) symmetric, no negative eigenvalues but for rounding; float32 or float64.
+        eps: above 0, added to the diagonal first.
+        iterations: from 1 on; 15 come close to the root for condition numbers to 1e4.
+
+    Raises:
+        ConfigError: `eps` or `iterations` is out of its range.
+    """
+    check_number("eps", eps, "(0, inf)")
+    check_number("iterations", iterations, "[1, inf)", whole=True)
+    with torch.autocast(covariance.device.type, enabled=False):
+        identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        covariance = covariance + eps * identity
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+        root, inverse = covariance / trace, identity.expand_as(covariance)
+        for _ in range(iterations):
+            step = (3 * identity - inverse @ root) / 2
+            root, inverse = root @ step, step @ inverse
+        return inverse / trace.sqrt()
+
+
 class WhitenedHead(nn.Module):
     """Logits linear in whitened features, in place of a classifier's linear head; costs nothing after training.
 
