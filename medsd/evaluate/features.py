@@ -10,10 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medsd.errors import DatasetError
-
-_DEAD_SHARE = 1e-3
-_FLOAT32_ROUNDING = 1e-6
+from medsd.pretrain.collapse import (
+    checked_features,
+    constant_channels,
+    effective_rank,
+    living_channels,
+    mean_abs_correlation,
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,8 @@ class FeatureHealth:
 def feature_health(features: Tensor | npt.NDArray[np.floating]) -> FeatureHealth:
     """Measures of features (N, d), N >= 2, of one process, computed in float64.
 
-    A channel is dead when its variance is below 1e-3 of the channels' mean variance, so that networks whose features
-    differ in scale compare, or its deviation is below 1e-6 of its mean, the rounding of float32 (our choice).
-    Effective rank: Roy and Vetterli, EUSIPCO 2007, of the covariance's eigenvalues where they take singular values.
+    Dead channels are those that `medsd.pretrain.collapse.living_channels` leaves out; effective rank as there, of the
+    covariance's eigenvalues. Features are taken as they are, not of unit length as in `spectrum`.
 
     Raises:
         DatasetError: fewer than two samples, or features that are not finite.
@@ -48,30 +50,17 @@ def feature_health(features: Tensor | npt.NDArray[np.floating]) -> FeatureHealth
         >>> feature_health(np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]])).mean_abs_correlation  # one says the other
         1.0
     """
-    values = torch.as_tensor(features).detach().to("cpu", torch.float64).numpy()
-    if values.ndim != 2 or len(values) < 2:
-        raise DatasetError(f"features: shape {values.shape}; give (N, d) of at least 2 samples")
-    if not np.isfinite(values).all():
-        raise DatasetError("features: not all are finite; check the weights and compute them in float32")
-    mean = values.mean(axis=0)
-    centred = values - mean
-    covariance = centred.T @ centred / (len(values) - 1)
+    values = checked_features(features)
+    mean, covariance = values.mean(dim=0), torch.cov(values.T).reshape(values.shape[1], -1)
     variances = covariance.diagonal()
-    constant = variances <= (_FLOAT32_ROUNDING * mean) ** 2
-    alive = np.flatnonzero((variances >= _DEAD_SHARE * variances.mean()) & ~constant)
-    dead = len(variances) - len(alive)
-    if constant.all():
+    living = living_channels(mean, variances)
+    dead = len(variances) - len(living)
+    if constant_channels(mean, variances).all():
         return FeatureHealth(math.nan, math.nan, math.nan, dead)
-    correlation = math.nan
-    if len(alive) > 1:
-        deviations = np.sqrt(variances[alive])
-        among = np.abs(covariance[np.ix_(alive, alive)] / np.outer(deviations, deviations))
-        correlation = float((among.sum() - among.trace()) / (len(alive) * (len(alive) - 1)))
-    shares = np.linalg.eigvalsh(covariance).clip(0)
-    shares = shares[shares > 0] / shares.sum()
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     return FeatureHealth(
-        mean_abs_correlation=correlation,
-        effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),
-        top_eigenvalue_share=float(shares.max()),
+        mean_abs_correlation=mean_abs_correlation(covariance, living),
+        effective_rank=float(effective_rank(eigenvalues)),
+        top_eigenvalue_share=float(eigenvalues.max() / eigenvalues.sum()),
         dead_channels=dead,
     )
