@@ -3,6 +3,7 @@
 
 python scripts/bench_heatmap.py --part operations
 python scripts/bench_heatmap.py --part time captum --threads 1 --rounds 3
+python scripts/bench_heatmap.py --part peers --rounds 3
 python scripts/bench_heatmap.py --memory
 
 Probability and DeepLift at layer3 of a ResNet-18 with random weights, which cost what trained ones do. The slide is a
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from studies.slide_peers import Tiles, by_monai, by_tiatoolbox
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,6 +42,7 @@ from medsd.slides.slide import Slide, open_slide
 from medsd.slides.tissue import TissueMask, find_tissue
 
 SMALL_PX, LARGE_PX, MPP = 4096, 16384, 0.5
+TILE_PX = 224  # of the peers
 # Most operations over those of the tissue's own pixels that we want.
 WANTED = {SMALL_PX: 1.4, LARGE_PX: 1.25}
 WANTED_PEAK, WANTED_GIB = 1.3, 4
@@ -138,7 +141,7 @@ def planned(engine: DenseEngine, size: int, tissue: TissueMask) -> tuple[list[li
         dimensions, mpp = (size, size), MPP
 
     grids = [MapGrid.over(Empty(), MPP, stride) for stride in engine.strides]  # type: ignore[arg-type]
-    plan = engine._plan(grids, tissue, None)
+    plan = engine._plan(grids, tissue)
     stages = len(engine.cascade.stages)
     pairs: list[tuple[int, Rect, Rect]] = [(stages, *pair) for pair in plan.rects]
     pairs += [(node.stage, node.rect, node.crop) for node in all_nodes(plan.nodes)]
@@ -189,7 +192,7 @@ def timing(slide: Slide, options: Options) -> None:
 def network_alone(engine: DenseEngine, slide: Slide, tissue: TissueMask) -> Callable[[], object]:
     """The passes that a map makes, with the pixels of its blocks in memory and nothing kept."""
     grids = [MapGrid.over(slide, MPP, stride) for stride in engine.strides]
-    plan = engine._plan(grids, tissue, None)
+    plan = engine._plan(grids, tissue)
     lost: list[np.ndarray] = []
     leaves = (leaf.crop for node in plan.nodes for leaf in node.leaves())
     images = list(engine._images(slide, leaves, grids[1], lost))
@@ -212,7 +215,7 @@ def captum(slide: Slide, options: Options) -> None:
     """Model time alone: the dense passes against tiles of half overlap through captum, timed on one batch."""
     from captum.attr import LayerGradientXActivation
 
-    side = 224
+    side = TILE_PX
     engine, tissue = engine_of(tile_px=side, method="gradient_x_activation"), find_tissue(slide)
     network = engine.classifier
     starts = np.arange(0, slide.dimensions[0] - side + 1, side // 2)
@@ -236,6 +239,40 @@ def captum(slide: Slide, options: Options) -> None:
     print("\n| what | seconds | against | times (range) | wanted |\n|---|---|---|---|---|")
     words = f"captum, {len(held)} tiles, from a batch of {_BATCH}"
     print(line(words, whole, "dense", seconds["dense"], ">= 10"))
+
+
+def peers(slide: Slide, options: Options) -> None:
+    """Probability with the tissue mask, from the file to the map, against others' tiles of half overlap."""
+    engine, folder = engine_of(ForwardOnly, tile_px=TILE_PX), Path(tempfile.mkdtemp(dir=slide.path.parent))
+    network = engine.classifier
+    found: dict[str, Tiles] = {}
+
+    def keep(name: str, make: Callable[[], Tiles]) -> None:
+        found[name] = make()
+
+    works = {
+        "medsd": lambda: engine.map(slide, find_tissue(slide)).probability.values,
+        "tiatoolbox": lambda: keep("tiatoolbox", lambda: by_tiatoolbox(network, slide.path, TILE_PX, MPP, folder)),
+        "monai": lambda: keep("monai", lambda: by_monai(network, slide.path, TILE_PX)),
+    }
+    seconds, ours, tissue = in_turns(works, options.rounds), works["medsd"](), find_tissue(slide)
+    print("\n| what | seconds | against | times (range) | wanted |\n|---|---|---|---|---|")
+    for name, tiles in found.items():
+        held = np.flatnonzero(tissue.share(*tiles.corners.T, TILE_PX) > 0)
+        for at in held[:: max(1, len(held) // 4)]:  # they read the same pixels and put them at the same place
+            image = torch.from_numpy(slide.read(*map(int, tiles.corners[at]), TILE_PX, TILE_PX)).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                probability = network(network.normalise(image)).softmax(dim=1)[0, 1]
+            np.testing.assert_allclose(tiles.probability[at], probability, rtol=0, atol=1e-4)
+        column, row = ((tiles.corners[held] + TILE_PX / 2) / engine.strides[0] - 0.5).round().astype(int).T
+        known = np.flatnonzero((row < ours.shape[0]) & (column < ours.shape[1]))
+        pair = ours[row[known], column[known]], tiles.probability[held[known]]
+        seen = ~np.isnan(pair[0])
+        alike = np.corrcoef(pair[0][seen], pair[1][seen])[0, 1]
+        # MONAI looks at glass as well, which is not counted.
+        share = len(held) / len(tiles.corners) if name == "monai" else 1.0
+        words = f"{name}, {len(held) if name == 'monai' else len(tiles.corners)} tiles, correlation {alike:.3f}"
+        print(line(words, seconds[name] * share, "medsd", seconds["medsd"], ">= 10"))
 
 
 def logit_difference(logits: Tensor) -> Tensor:
@@ -282,7 +319,12 @@ def peak_of(path: Path) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-PARTS: dict[str, Callable[[Slide, Options], None]] = {"operations": operations, "time": timing, "captum": captum}
+PARTS: dict[str, Callable[[Slide, Options], None]] = {
+    "operations": operations,
+    "time": timing,
+    "captum": captum,
+    "peers": peers,
+}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ since a gradient is linear in what it is of.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,12 @@ from medsd.slides.reading import read_ahead
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
+logger = logging.getLogger(__name__)
+
 _READ_AHEAD = 2
+_LEAST_BLOCK_PX = 256
+# Halved where memory runs out before anything was said of blocks.
+_FIRST_BLOCK_PX = 4096
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class DenseEngine(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # After the device ran out of memory, for all slides that follow.
+        self._smaller_px: int | None = None
         for name in self.settings.methods:
             if name not in (*BY_PARTS, *LABEL_FREE):
                 raise NetworkError(f"method '{name}': looks at whole tiles, mapped tile by tile (way 'auto')")
@@ -88,6 +97,11 @@ class DenseEngine(Engine):
         self._shifts = [_shift(field, self.origin_px) for field in fields]
 
     @property
+    def block_px(self) -> int | None:
+        """Side of what is computed at once, as in `MapSettings`."""
+        return self._smaller_px or self.settings.block_px
+
+    @property
     def strides(self) -> tuple[int, int]:
         return self.cascade.features.stride, self.cascade.hidden.stride
 
@@ -95,13 +109,12 @@ class DenseEngine(Engine):
     def tiles(self) -> str:
         return f"dense, mean over tiles of {self.tile_px} px at {self.mpp:g} um/px"
 
-    def assemble(
-        self, slide: Slide, tissue: TissueMask, block_px: int | None, store: BlockStore, progress: Progress
-    ) -> Assembled:
+    def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
+        blocks = BlockStore(store / f"blocks-{self.block_px or 'auto'}")
         grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
-        plan = self._plan(grids, tissue, block_px)
-        store.belongs_to(np.array([*(rect for rect, _ in plan.rects), *(node.rect for node in plan.nodes)], np.int32))
-        todo = [number for number, _ in enumerate(plan.rects) if not store.has(f"maps-{number}")]
+        plan = self._plan(grids, tissue)
+        blocks.belongs_to(np.array([*(rect for rect, _ in plan.rects), *(node.rect for node in plan.nodes)], np.int32))
+        todo = [number for number, _ in enumerate(plan.rects) if not blocks.has(f"maps-{number}")]
         # A rectangle's features are computed before it, and let go behind the last that needs them.
         users = {
             at: [number for number in todo if plan.rects[number][1].meets(node.rect)]
@@ -110,7 +123,7 @@ class DenseEngine(Engine):
         free = [name for name in self.settings.methods if name in LABEL_FREE]
         if free:  # features are needed to the end
             users = {at: wanted or [len(plan.rects)] for at, wanted in users.items()}
-        missing = [at for at, wanted in users.items() if wanted and not store.has(f"features-{at}")]
+        missing = [at for at, wanted in users.items() if wanted and not blocks.has(f"features-{at}")]
         missing.sort(key=lambda at: users[at][0])
         lost: list[np.ndarray] = []
         leaves = (leaf.crop for at in missing for leaf in plan.nodes[at].leaves())
@@ -124,21 +137,29 @@ class DenseEngine(Engine):
                     with evaluating(self.classifier), torch.no_grad():
                         features = self.cascade.compute(plan.nodes[at], images)
                     # Before the features, for those that are there are not computed again.
-                    store.write(f"lost-{at}", lost=_together(lost))
+                    blocks.write(f"lost-{at}", lost=_together(lost))
                     lost.clear()
-                    store.write(f"features-{at}", features=as_array(features))
+                    blocks.write(f"features-{at}", features=as_array(features))
                     yield
                 if number == len(plan.rects):
                     return
-                store.write(f"maps-{number}", **self._maps(plan, number, store))
+                blocks.write(f"maps-{number}", **self._maps(plan, number, blocks))
                 for at, wanted in users.items():
                     if wanted and wanted[-1] == number and not free:
-                        store.remove(f"features-{at}")
+                        blocks.remove(f"features-{at}")
                 yield
 
         for _ in progress(work(), len(missing) + len(todo), "block"):
             pass
-        return self._assembled(plan, grids, store)
+        return self._assembled(plan, grids, blocks)
+
+    def use_less_memory(self) -> bool:
+        before = self.block_px or _FIRST_BLOCK_PX
+        if before <= _LEAST_BLOCK_PX:
+            return False
+        self._smaller_px = max(_LEAST_BLOCK_PX, before // 2)
+        logger.warning("out of memory: goes on with blocks of %d px", self._smaller_px)
+        return True
 
     def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
         """Maps of whole images (B, 3, H, W) uint8, sides multiples of the stride, without any placing.
@@ -174,7 +195,7 @@ class DenseEngine(Engine):
         vector, log_odds, position = find_neutral(evidence_of, low, high)
         return NeutralReference(self.settings.layer, tuple(vector.tolist()), log_odds, position, "plane", source)
 
-    def _plan(self, grids: list[MapGrid], tissue: TissueMask, block_px: int | None) -> _Plan:
+    def _plan(self, grids: list[MapGrid], tissue: TissueMask) -> _Plan:
         stage, (shift, hidden_shift) = self.cascade.top, self._shifts
         size = [
             max(cells - shift, math.ceil((finer - hidden_shift) / stage.taken))
@@ -188,10 +209,10 @@ class DenseEngine(Engine):
         place[...] = inner[: place.shape[0], : place.shape[1]]
         # A probability is the mean over the cells of the windows around it.
         wanted = grown(cells, self.window // 2)
-        largest = stage.largest(block_px, self.cascade.features.stride, self.classifier.device)
+        largest = stage.largest(self.block_px, self.cascade.features.stride, self.classifier.device)
         canvas = size[0], size[1]
         rects = [(rect, rect.grown(stage.halo, canvas)) for rect in partition(wanted, stage.halo, largest)]
-        return _Plan(canvas, cells, rects, self.cascade.plan(grown(wanted, stage.halo), block_px))
+        return _Plan(canvas, cells, rects, self.cascade.plan(grown(wanted, stage.halo), self.block_px))
 
     def _images(self, slide: Slide, crops: Iterator[Rect], grid: MapGrid, lost: list[np.ndarray]) -> Iterator[Tensor]:
         """The pixels of crops, read ahead, as (1, 3, H, W); places that could not be decoded are added to `lost`."""

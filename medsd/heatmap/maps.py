@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,9 +21,9 @@ from medsd.heatmap.additive import blurred, change_of_sums
 from medsd.heatmap.grid import MapGrid, block_any, seam_score
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
-from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats, ValueMap
 from medsd.networks.classifier import Classifier
+from medsd.networks.modes import is_out_of_memory
 from medsd.networks.weights import Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
@@ -35,12 +34,7 @@ from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-logger = logging.getLogger(__name__)
-
 Way = Literal["auto", "dense", "tiled"]
-_LEAST_BLOCK_PX = 256
-# Halved where memory runs out before anything was said of blocks.
-_FIRST_BLOCK_PX = 4096
 
 
 @dataclass(frozen=True)
@@ -170,8 +164,6 @@ class Engine(ABC):
     settings: MapSettings = MapSettings()
     temperature: float = 1.0
     reference: NeutralReference | None = None
-    # Side of blocks after the device ran out of memory; for all slides that follow.
-    _block_px: int | None = field(default=None, init=False)
     _methods: dict[str, ClassMethod] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -183,7 +175,7 @@ class Engine(ABC):
         """Probability and explanations of the slide's tissue; NaN where there is none.
 
         What cannot be decoded is white to the network, and NaN in the maps (its own pixels; our choice). Where memory
-        runs out, blocks are halved, also for the slides that follow.
+        runs out, half as much is computed at once, also for the slides that follow.
 
         Args:
             slide: read at the model's mpp.
@@ -197,23 +189,21 @@ class Engine(ABC):
         """
         with TemporaryDirectory(prefix="medsd-") if store is None else nullcontext(store) as folder:
             while True:
-                block_px = self._block_px or self.settings.block_px
                 try:
-                    blocks = BlockStore(Path(folder) / f"blocks-{block_px or 'auto'}")
-                    return self._finished(slide, tissue, self.assemble(slide, tissue, block_px, blocks, progress))
+                    return self._finished(slide, tissue, self.assemble(slide, tissue, Path(folder), progress))
                 except RuntimeError as error:  # torch has a class of its own for devices only
-                    if not is_out_of_memory(error) or (block_px is not None and block_px <= _LEAST_BLOCK_PX):
+                    if not is_out_of_memory(error) or not self.use_less_memory():
                         raise
-                    self._block_px = max(_LEAST_BLOCK_PX, (block_px or _FIRST_BLOCK_PX) // 2)
-                    logger.warning("out of memory: goes on with blocks of %d px", self._block_px)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
     @abstractmethod
-    def assemble(
-        self, slide: Slide, tissue: TissueMask, block_px: int | None, store: BlockStore, progress: Progress
-    ) -> Assembled:
+    def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
         """Make the blocks that the store lacks, then the maps of all; arguments as in `map`."""
+
+    @abstractmethod
+    def use_less_memory(self) -> bool:
+        """Compute half as much at once from now on; False if it is the least already."""
 
     @abstractmethod
     def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
@@ -329,11 +319,6 @@ class Engine(ABC):
             unseen,
             lost,
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the machine had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def as_array(values: Tensor) -> Floats:

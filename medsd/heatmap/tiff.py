@@ -6,7 +6,9 @@ Layout after the OME-TIFF 6 specification (levels in SubIFDs), as read by QuPath
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -89,9 +91,12 @@ def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
     # ASCII JSON: XML has no place for control characters, and a slide's or a class's name may hold any.
     record = json.dumps(fields, allow_nan=False)
     title = printable(f"{value_map.quantity} {value_map.target}")
+    # A drawn one would hold the machine's address, and make two files of one map.
+    digest = sha256(np.ascontiguousarray(value_map.values, np.float32).tobytes() + record.encode()).hexdigest()
     about = printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
     return {
         "axes": "YX",
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, digest)),
         "Name": title,
         "Description": f"{about}. {RESEARCH_USE_ONLY}",
         "PhysicalSizeX": value_map.mpp,

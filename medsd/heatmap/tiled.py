@@ -6,10 +6,12 @@ makes a block exact. The raised-cosine window along each axis is the usual one o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,8 @@ from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activati
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
+
+logger = logging.getLogger(__name__)
 
 _PROBE_PX = 256
 # Tiles a side that are computed and kept together.
@@ -63,6 +67,8 @@ class TiledEngine(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Smaller after the device ran out of memory, for all slides that follow.
+        self._batch = self.settings.batch
         self.stride = _total_stride(self.classifier)
         if self.tile_px % self.stride:
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {self.stride}")
@@ -94,16 +100,15 @@ class TiledEngine(Engine):
     def tiles(self) -> str:
         return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
 
-    def assemble(
-        self, slide: Slide, tissue: TissueMask, _block_px: int | None, store: BlockStore, progress: Progress
-    ) -> Assembled:
+    def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
+        blocks = BlockStore(store / "blocks")
         grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
         groups = self._groups(grids, tissue)
-        todo = [number for number, _ in enumerate(groups) if not store.has(f"maps-{number}")]
+        todo = [number for number, _ in enumerate(groups) if not blocks.has(f"maps-{number}")]
 
         def work() -> Iterator[None]:
             for number in todo:
-                store.write(f"maps-{number}", **(yield from self._blended(slide, groups[number], grids)))
+                blocks.write(f"maps-{number}", **(yield from self._blended(slide, groups[number], grids)))
 
         tiles = sum(len(groups[number].left) for number in todo)
         for _ in progress(work(), tiles, "tile"):
@@ -113,7 +118,7 @@ class TiledEngine(Engine):
         weights = [np.zeros_like(sums[name]) for name in names[:2]]
         lost = [np.zeros((0, 2), np.int32)]
         for number, _ in enumerate(groups):
-            arrays = store.read(f"maps-{number}")
+            arrays = blocks.read(f"maps-{number}")
             lost.append(arrays["lost"])
             for grid, (name, weight) in enumerate(zip(("weight", "fine_weight"), weights, strict=True)):
                 _add(weight, arrays[name], *arrays["corners"][grid])
@@ -127,6 +132,13 @@ class TiledEngine(Engine):
         probability = sums.pop("probability")
         lost_pixels = np.unique(np.concatenate(lost), axis=0)
         return Assembled(probability, sums, lost_pixels, count, count * self.tile_px**2)
+
+    def use_less_memory(self) -> bool:
+        if self._batch == 1:
+            return False
+        self._batch //= 2
+        logger.warning("out of memory: goes on with %d tile(s) at once", self._batch)
+        return True
 
     def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
         """Tiles (B, 3, tile_px, tile_px) uint8, each on its own.
@@ -217,7 +229,7 @@ class TiledEngine(Engine):
         window = np.outer(
             *2 * [blend_window((np.arange(cells) + 0.5) * self.hidden.stride, self.tile_px, self.step_px)]
         )
-        while batch := list(islice(tiles, self.settings.batch)):
+        while batch := list(islice(tiles, self._batch)):
             images = torch.from_numpy(np.stack([tile.pixels for tile in batch])).permute(0, 3, 1, 2)
             values, maps = self._run(images.to(self.classifier.device))
             for number, tile in enumerate(batch):

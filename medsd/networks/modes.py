@@ -129,3 +129,9 @@ def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
         handle.remove()
     if not outputs:
         raise NetworkError(f"layer '{layer}': not reached by the forward pass; choose another layer")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left for a tensor."""
+    # For the machine's own memory torch has no class.
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -129,8 +129,6 @@ class DeepLift(ClassMethod):
     def _both_logits(self, both: Tensor, batch: int) -> Tensor:
         try:
             output = self.network(both)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             if len(both) == batch or "must match" not in str(error):
                 raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
@@ -16,7 +18,6 @@ from medsd.saliency.method import Output, Target, check_logits, evidence, explai
 from medsd.saliency.plane import plane_output
 
 _FIRST, _LAST, _STEPS = -2.0, 3.0, 50  # the line that is scanned, 0 against and 1 for the target
-_HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -77,35 +78,25 @@ def find_neutral(evidence_of: Callable[[Tensor], float], low: Tensor, high: Tens
         NetworkError: the evidence has one sign all along.
     """
     low, high = low.detach().double(), high.detach().double()
+    values: dict[float, float] = {}
 
     def at(place: float) -> float:
-        return float(evidence_of(low + place * (high - low)))
+        if place not in values:
+            values[place] = float(evidence_of(low + place * (high - low)))
+        return values[place]
 
-    places = [_FIRST + (_LAST - _FIRST) * step / _STEPS for step in range(_STEPS + 1)]
-    values = [at(place) for place in places]
-    changes = [
-        step for step in range(_STEPS) if values[step] * values[step + 1] <= 0 and values[step] != values[step + 1]
-    ]
-    if not changes:
-        raise NetworkError(
-            f"neutral reference: the evidence is {min(values):.3g} to {max(values):.3g} from tissue against the target "
-            "to tissue for it and beyond, never 0; check that the network tells the classes apart, or choose a method "
-            "without a reference"
-        )
-    step = min(changes, key=lambda it: abs(places[it] + places[it + 1] - 1))
-    (left, right), before = (places[step], places[step + 1]), values[step]
-    best = min((abs(values[it]), places[it], values[it]) for it in (step, step + 1))
-    for _ in range(_HALVINGS):
-        if best[0] <= 1e-6 * (max(values) - min(values)) / 100:
-            break
-        middle = (left + right) / 2
-        value = at(middle)
-        best = min(best, (abs(value), middle, value))
-        if (value < 0) == (before < 0):
-            left = middle
-        else:
-            right = middle
-    return low + best[1] * (high - low), best[2], best[1]
+    steps = [_FIRST + (_LAST - _FIRST) * step / _STEPS for step in range(_STEPS + 1)]
+    # From the middle of the two outwards, for a point beyond them is seldom needed.
+    for left, right in sorted(pairwise(steps), key=lambda ends: abs(sum(ends) - 1)):
+        if at(left) * at(right) <= 0 and at(left) != at(right):
+            brentq(at, left, right, xtol=1e-9)
+            place = min(values, key=lambda it: abs(values[it]))
+            return low + place * (high - low), values[place], place
+    raise NetworkError(
+        f"neutral reference: the evidence is {min(values.values()):.3g} to {max(values.values()):.3g} from tissue "
+        "against the target to tissue for it and beyond, never 0; check that the network tells the classes apart, or "
+        "choose a method without a reference"
+    )
 
 
 def plane_evidence(

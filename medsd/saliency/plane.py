@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from medsd.errors import NetworkError
+from medsd.networks.modes import is_out_of_memory
 from medsd.saliency.rescale import Call, OnPlane
 from medsd.saliency.rules import Pair
 
@@ -142,9 +143,9 @@ def _settled(record: Callable[[int], list[Call]]) -> list[Call]:
         try:
             small, large = (record(side) for side in sides)
             return [_one_place(*pair) for pair in zip(small, large, strict=True)]
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, NetworkError) as error:  # also maps smaller than a kernel
+            if is_out_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0]
     raise NetworkError(f"plane: the network is no function of cells and their neighbours ({reason}); map it by tiles")
 

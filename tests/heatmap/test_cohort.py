@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record, top_mean
 from medsd.heatmap.overlay import layout
 from medsd.heatmap.report import SlideResult
+from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
 from medsd.networks.weights import Calibration, save_classifier
@@ -178,6 +183,62 @@ def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, small_s
     assert not (folder / "record.json").exists() and not list(folder.glob(".*"))
     assert map_here([small_slide], green_weights, tmp_path)[0].status == "ok"
     assert (folder / "record.json").is_file()
+
+
+DIES_IN_ITS_25TH_GROUP = """
+import os, signal, sys
+from pathlib import Path
+import zarr
+from medsd.cohort.entry import SlideEntry
+from medsd.heatmap.cohort import map_slides
+
+create, left = zarr.create_group, [24]
+
+def dying(store):
+    group = create(store)
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return group
+
+zarr.create_group = dying
+slide, weights, output = map(Path, sys.argv[1:])
+map_slides([SlideEntry(slide.stem, slide)], weights, output, block_px=64, device="cpu", isolate=False)
+"""
+
+
+def test_kill_9_costs_the_block_in_flight_only(tmp_path, small_slide, green_weights, monkeypatch):
+    killed, other, clean = (tmp_path / name for name in ("killed", "other", "clean"))
+    arguments = [sys.executable, "-c", DIES_IN_ITS_25TH_GROUP, str(small_slide), str(green_weights), str(killed)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    folder = killed / "small"
+    assert not (folder / "record.json").exists() and list((folder / "blocks").rglob(".*-*.zarr.zip"))
+    kept = {path.name.removesuffix(".zarr.zip") for path in (folder / "blocks").rglob("[!.]*.zarr.zip")}
+    shutil.copytree(killed, other)
+    written: list[str] = []
+    write = BlockStore.write
+
+    def counted(store, name, **arrays):
+        written.append(name)
+        write(store, name, **arrays)
+
+    monkeypatch.setattr(BlockStore, "write", counted)
+    names = {}
+    for output, options in ((clean, {}), (killed, {}), (other, {"max_unseen": 0.5})):
+        written.clear()
+        assert map_here([small_slide], green_weights, output, block_px=64, device="cpu", **options)[0].status == "ok"
+        names[output] = set(written)
+        assert not (output / "small" / "blocks").exists() and not list(output.rglob(".*"))
+        for file in ("probability.ome.tif", "saliency.ome.tif", "regions.geojson"):
+            assert (output / "small" / file).read_bytes() == (clean / "small" / file).read_bytes()
+    features, lasting = (
+        {name for name in names[clean] & kept if name.startswith("features") == at} for at in (True, False)
+    )
+    assert any(name.startswith("maps") for name in lasting) and lasting | names[killed] >= names[clean] - features
+    # Marks of what could not be decoded are written before the features that the kill cost.
+    assert len(lasting & names[killed]) <= 1 and len(names[killed]) < len(names[clean])
+    assert names[other] == names[clean]  # blocks of another recipe are not taken
 
 
 def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_classifier, green_card):

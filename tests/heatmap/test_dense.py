@@ -225,7 +225,7 @@ def log_odds(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
     """Of each probability pixel's cell (h, w), from one pass over the slide in one piece."""
     grids = [MapGrid.over(slide, 1.0, stride) for stride in engine.strides]
-    width, height = engine._plan(grids, all_tissue(slide), None).size
+    width, height = engine._plan(grids, all_tissue(slide)).size
     pixels = slide.read(engine.origin_px, engine.origin_px, width * 32, height * 32)
     features = engine.classifier.feature_map(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
     logits = engine.classifier.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -61,7 +61,7 @@ def test_a_slide_equals_the_decomposition_of_its_stitched_features(array_slide, 
     # The stitched features, of the cells that are tissue: a rectangle here.
     grids = [MapGrid.over(slide, 1.0, stride) for stride in engine.strides]
     plan, store = (
-        engine._plan(grids, all_tissue(slide), block_px),
+        engine._plan(grids, all_tissue(slide)),
         BlockStore(tmp_path / f"blocks-{block_px or 'auto'}"),
     )
     assert len(plan.nodes) > 1 or block_px is None

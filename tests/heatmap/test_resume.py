@@ -177,18 +177,38 @@ def test_blocks_are_halved_where_memory_runs_out(classifier, array_slide, monkey
     assert len(asked) == refused + found.blocks
 
 
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_where_memory_runs_out_fewer_tiles_are_computed_at_once(classifier, array_slide, monkeypatch, error):
+    slide, expected = array_slide(PIXELS), tiled(classifier).map(array_slide(PIXELS), TISSUE)
+    engine, sizes, run = tiled(classifier), [], TiledEngine._run
+
+    def greedy(engine, images):
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise error
+        return run(engine, images)
+
+    monkeypatch.setattr(TiledEngine, "_run", greedy)
+    found = engine.map(slide, TISSUE)
+    assert sizes[:4] == [32, 16, 8, 4] and set(sizes[4:]) <= {1, 2}
+    np.testing.assert_allclose(found.probability.values, expected.probability.values, rtol=0, atol=1e-6)
+    for name, value_map in expected.explanations.items():
+        np.testing.assert_allclose(found.explanations[name].values, value_map.values, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("error", [*NO_MEMORY, RuntimeError("sizes do not match")])
 @pytest.mark.parametrize("make", [dense, tiled])
 def test_what_halving_does_not_help_is_raised(classifier, array_slide, monkeypatch, caplog, error, make):
     tries, engine = [], make(classifier)
-    engine.settings = replace(engine.settings, block_px=None)
+    engine.settings, engine._batch = replace(engine.settings, block_px=None), 4
 
     def greedy(*_arguments):
-        tries.append(engine._block_px)
+        tries.append(engine.block_px if make is dense else engine._batch)
         raise error
 
     monkeypatch.setattr(type(engine), "_maps" if make is dense else "_run", greedy)
     with pytest.raises(type(error)) as raised:
         engine.map(array_slide(PIXELS), TISSUE)
     assert raised.value is error
-    assert tries == ([None, 2048, 1024, 512, 256] if error in NO_MEMORY else [None])
+    expected = [None, 2048, 1024, 512, 256] if make is dense else [4, 2, 1]
+    assert tries == (expected if error in NO_MEMORY else expected[:1])
