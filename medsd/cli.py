@@ -292,7 +292,7 @@ def explain(
     kind, output = cast(ImageSmoothing, smoothing), cast(Output, explained)
     trained = str(surrogate) if surrogate else None
     settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
-    summary = explain_images(images, weights, out, settings, masks, device, progress_bar("explain"))
+    summary = explain_images(images, weights, out, settings, masks, _computing_on(device), progress_bar("explain"))
     print(summary.in_words())
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.images} image(s){failed}; see {out}")

@@ -21,14 +21,17 @@ from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 from medsd.explain.model import Model, load_model
 from medsd.explain.outputs import ExplainedImage, ExplainedImages, Summary, write_outputs
+from medsd.explain.reference import found_reference, known_reference
 from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
 from medsd.explain.sheet import small_picture
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import make_folder
+from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
-from medsd.saliency.method import Method, check_logits, targets_of
+from medsd.saliency.method import Method, check_logits, explained_output, targets_of
+from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import METHODS, make_method, method_card
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
@@ -56,6 +59,10 @@ def explain_images(
     An image that cannot be read is told and left out, and the others are done. Maps are made under the smoothing;
     predictions and measures are the network's own. Images of one size share a batch, which changes no map.
 
+    "deeplift" compares with a neutral reference: the weights' own, or, where they have none of that layer, one found
+    from the images, which the network must answer in either way. Its maps are in log-odds as those of slides, at the
+    weights' temperature; what they lack of the image's log-odds is told for each image.
+
     Args:
         places: image files, and folders of them.
         weights: a classifier's or encoder's .safetensors.
@@ -68,25 +75,30 @@ def explain_images(
     Raises:
         DatasetError: no images, none that can be read, masks of none of them, or one mask of several.
         WeightsError: weights that cannot be used.
-        ConfigError: no such method, class or device, or a method that needs a class of an encoder.
-        NetworkError: no such layer, or a method that the network does not allow.
+        ConfigError: no such method, class or device, a method that needs a class of an encoder, or "deeplift" without
+            a reference and images to find one from.
+        NetworkError: no such layer, a method that the network does not allow, or no reference of log-odds 0.
         OutputError: `out` cannot be written to.
     """
     folder, left_out = Path(out), [Path(path) for path in (out, masks) if path is not None]
     paths = find_images([Path(place) for place in places], left_out)
     model = load_model(weights, device)
-    settings, methods = _methods(model, settings)
-    explainer = _Explainer(model, methods, settings, _smoothing(model, settings))
+    settings, smoothing = _with_methods(model, settings), _smoothing(model, settings)
     found_masks = {} if masks is None else _find_masks(Path(masks), paths)
-    make_folder(folder)
     done: dict[str, ExplainedImage] = {}
     failed: dict[str, str] = {}
+    reference = None
+    if ADDITIVE in settings.methods:
+        batches = (model.input(_pixels(batch)) for batch in _batches(paths, {}, model.smallest_px, failed, progress))
+        reference = known_reference(model, settings) or found_reference(model, settings, batches)
+    explainer = _Explainer(model, _methods(model, settings, reference), settings, smoothing, reference)
+    make_folder(folder)
     for batch in _batches(paths, found_masks, model.smallest_px, failed, progress):
         done |= {image.name: image for image in explainer.explain(batch)}
     if not done:
         raise DatasetError(f"none of {len(paths)} image(s) can be explained; the first: {next(iter(failed.values()))}")
     images = tuple(done[name] for name in image_names(paths) if name in done)
-    return write_outputs(folder, ExplainedImages(model, settings, images, failed, masks is not None))
+    return write_outputs(folder, ExplainedImages(model, settings, images, failed, masks is not None, reference))
 
 
 @dataclass(frozen=True)
@@ -104,14 +116,19 @@ class _Explainer:
     methods: dict[str, Method]
     settings: ExplainSettings
     smoothing: Callable[[], AbstractContextManager[None]]
+    reference: NeutralReference | None
 
     def explain(self, batch: Sequence[_Loaded]) -> list[ExplainedImage]:
         """Maps and measures of images of one size."""
-        pixels = torch.from_numpy(np.stack([image.pixels for image in batch]))
-        x = self.model.normalise(pixels.permute(0, 3, 1, 2).to(self.model.device))
-        predicted, probability, target = self._predict(x)
+        x = self.model.input(_pixels(batch))
+        predicted, probability, target, explained = self._predict(x)
         with self.smoothing():
             maps = {name: method(x, target) for name, method in self.methods.items()}
+        unexplained = None
+        if self.reference is not None and explained is not None:
+            # The sum over channels and not their mean, at the temperature, as of slides.
+            maps[ADDITIVE] = maps[ADDITIVE] * (len(self.reference.vector) / self.model.temperature)
+            unexplained = explained - maps[ADDITIVE].sum(dim=(1, 2))
         measured = self._measure(x, target, maps, batch)
         alike = agreement(maps).cpu().numpy()
         return [
@@ -123,6 +140,8 @@ class _Explainer:
                 predicted="" if predicted is None else self.model.classes[int(predicted[row])],
                 explained="" if target is None else self.model.classes[int(target[row])],
                 probability=math.nan if probability is None else float(probability[row]),
+                output=math.nan if explained is None else float(explained[row]),
+                unexplained=math.nan if unexplained is None else float(unexplained[row]),
                 maps={name: values[row].cpu().numpy() for name, values in maps.items()},
                 measures={
                     method: {name: float(values[row]) for name, values in of_method.items()}
@@ -133,14 +152,15 @@ class _Explainer:
             for row, image in enumerate(batch)
         ]
 
-    def _predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Predicted classes (B,), their probabilities (B,), and the classes to explain (B,); None for an encoder."""
+    def _predict(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Predicted classes (B,), their probability, the classes to explain, their output; None for an encoder."""
         if not self.model.classes:
-            return None, None, None
+            return None, None, None, None
         with evaluating(self.model.network), torch.no_grad():
-            logits = check_logits(self.model.network(x), len(x))
-        probability, predicted = (logits / self.model.temperature).softmax(dim=1).max(dim=1)
-        return predicted, probability, targets_of(logits, self.model.target(self.settings.target))
+            logits = check_logits(self.model.network(x), len(x)) / self.model.temperature
+        probability, predicted = logits.softmax(dim=1).max(dim=1)
+        target = targets_of(logits, self.model.target(self.settings.target))
+        return predicted, probability, target, explained_output(logits, target, self.settings.output)
 
     def _measure(
         self, x: Tensor, target: Tensor | None, maps: dict[str, Tensor], batch: Sequence[_Loaded]
@@ -158,20 +178,30 @@ class _Explainer:
         return measure_maps(self.model.network, x, target, maps, names, region, asked).of
 
 
-def _methods(model: Model, settings: ExplainSettings) -> tuple[ExplainSettings, dict[str, Method]]:
-    """The settings with the methods and layer that are used, and those methods by name."""
-    names = settings.methods or (CLASS_METHODS if model.classes else LABEL_FREE_METHODS)
-    layer = model.layer(settings.layer)
+def _with_methods(model: Model, settings: ExplainSettings) -> ExplainSettings:
+    """The settings with the methods that are used, which fit the network."""
+    names = settings.methods or LABEL_FREE_METHODS
+    if model.classes and not settings.methods:
+        names = CLASS_METHODS if known_reference(model, settings) is None else (ADDITIVE, *CLASS_METHODS)
     model.target(settings.target)
-    methods = {}
     for name in names:
-        methods[name] = make_method(name, model.network, layer, settings.output)
         if method_card(name).needs_label and not model.classes:
             free = ", ".join(card.name for card in METHODS.values() if not card.needs_label)
             raise ConfigError(
                 f"method '{name}' explains a class, {model.path} is an encoder without any; use label-free ones: {free}"
             )
-    return replace(settings, methods=tuple(names)), methods
+    settings = replace(settings, methods=tuple(names))
+    _methods(model, settings, None)
+    return settings
+
+
+def _methods(model: Model, settings: ExplainSettings, reference: NeutralReference | None) -> dict[str, Method]:
+    layer = model.layer(settings.layer)
+    vector = None if reference is None else torch.tensor(reference.vector, device=model.device)
+    return {
+        name: make_method(name, model.network, layer, settings.output, reference=vector if name == ADDITIVE else None)
+        for name in settings.methods
+    }
 
 
 def _smoothing(model: Model, settings: ExplainSettings) -> Callable[[], AbstractContextManager[None]]:
@@ -201,12 +231,18 @@ def _find_masks(folder: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     return found
 
 
+def _pixels(batch: Sequence[_Loaded]) -> Tensor:
+    """(B, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
+
+
 def _batches(
     paths: Sequence[Path], masks: dict[Path, Path], smallest_px: int, failed: dict[str, str], progress: Progress
 ) -> Iterator[list[_Loaded]]:
-    """Images of one size at a time; what cannot be read goes into `failed`."""
+    """Images of one size at a time; what cannot be read goes into `failed`, and is told when it is new there."""
     waiting: dict[tuple[int, ...], list[_Loaded]] = {}
     waiting_px = 0
+    known = set(failed)
     for name, path in progress(list(zip(image_names(paths), paths, strict=True)), len(paths), "image"):
         try:
             pixels = read_image(path, smallest_px)
@@ -226,6 +262,6 @@ def _batches(
             elif waiting_px > _WAITING_PX:
                 yield from waiting.values()
                 waiting, waiting_px = {}, 0
-        if name in failed:
+        if name in failed.keys() - known:
             logger.error("%s", failed[name])
     yield from waiting.values()

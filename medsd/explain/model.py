@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.classifier import ImageNetInput, create_encoder
@@ -56,6 +56,11 @@ class Model:
     def smallest_px(self) -> int:
         """The least side of an image that is known to pass through the network."""
         return min(_TRIED_PX, self.card.tile_px) if self.card else _TRIED_PX
+
+    def input(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 as the network takes them, on its device."""
+        x: Tensor = self.normalise(images.to(self.device))
+        return x
 
     def layer(self, name: str | None) -> str | None:
         """The full name of a layer, such as "encoder.layer3" for "layer3"; None for "input".

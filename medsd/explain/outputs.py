@@ -22,9 +22,11 @@ from medsd.explain.model import INPUT, Model
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
+from medsd.heatmap.legend import ADDITIVE, meaning
 from medsd.heatmap.scale import ColourScale, saliency_scale
 from medsd.networks.weights import save_tensors
 from medsd.saliency import CAPTUM
+from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import method_card
 from medsd.slides.readers.base import RGB, Bools
 from medsd.tables import write_table
@@ -37,7 +39,7 @@ _UNITS = {
     "gradient": "{output} per unit of {layer}",
     "smoothgrad": "{output} per unit of {layer}",
     "gradient_x_activation": "{output}, mean of channels",
-    "deeplift": "{output}, mean of channels",
+    ADDITIVE: "{output}",
     "integrated_gradients": "{output}, mean of channels",
     "gradcam": "{output}, sum of channels",
     "multivec_eigencam": "activation squared",
@@ -58,6 +60,8 @@ class ExplainedImage:
         region: its mask at that small size, or None.
         predicted, explained: names of classes; "" for an encoder.
         probability: of the predicted class; nan for an encoder.
+        output: what is explained, of the explained class and at the weights' temperature; nan for an encoder.
+        unexplained: what the map of "deeplift" lacks of that when it is summed; nan without that method.
         maps: (h, w) float32 by method, signed, not normalised, at the size of the layer.
         measures: by method and name; nan where undefined.
         agreement: (M, M) Spearman's correlations of the methods' maps.
@@ -70,6 +74,8 @@ class ExplainedImage:
     predicted: str
     explained: str
     probability: float
+    output: float
+    unexplained: float
     maps: dict[str, npt.NDArray[np.float32]]
     measures: dict[str, dict[str, float]]
     agreement: npt.NDArray[np.float64]
@@ -90,6 +96,7 @@ class ExplainedImages:
         images: in the order they were given.
         failed: reasons by name of the image.
         masked: whether masks were given.
+        reference: what "deeplift" compared with; None without that method.
     """
 
     model: Model
@@ -97,6 +104,13 @@ class ExplainedImages:
     images: tuple[ExplainedImage, ...]
     failed: dict[str, str]
     masked: bool
+    reference: NeutralReference | None
+
+    @property
+    def output(self) -> str:
+        """What is explained, in words."""
+        of_two = self.settings.output == "evidence" and len(self.model.classes) == 2
+        return "log-odds" if of_two else self.settings.output
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class Summary:
             mask, say) are left out, and a measure without any is missing.
         agreement: mean over images of Spearman's correlation between two methods' maps, by both their names.
         scales: limits and unit of every method's colours.
+        reference: what "deeplift" compared with, but for its vector; None without that method.
         meaning: what each measure is, and which direction is better.
         notes: how to read the sheet.
     """
@@ -125,6 +140,7 @@ class Summary:
     measures: dict[str, dict[str, Interval]]
     agreement: dict[str, dict[str, float]]
     scales: dict[str, dict[str, Any]]
+    reference: dict[str, Any] | None
     meaning: dict[str, str]
     notes: list[str]
 
@@ -150,7 +166,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     """Write the files, each whole or not at all; those of an earlier call are replaced.
 
     `maps.safetensors` holds the map (h, w) float32 of "image/method", signed, not normalised; its metadata's "card" is
-    JSON with the settings and each image's classes.
+    JSON with the settings, each image's classes, and the neutral reference.
 
     Raises:
         OutputError: `folder` cannot be written to.
@@ -159,6 +175,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     columns = [_column(name, explained) for name in settings.methods]
     notes = list(_notes(explained, columns))
     layer = model.layer(settings.layer) or INPUT
+    reference = None if explained.reference is None else asdict(explained.reference)
     summary = Summary(
         weights=model.path.name,
         weights_sha256=model.sha256,
@@ -169,16 +186,28 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         measures={method: _means(images, method, settings.seed) for method in settings.methods},
         agreement=_agreement(explained),
         scales={column.name: {**asdict(column.scale), "source": column.source} for column in columns},
+        reference=None if reference is None else {key: reference[key] for key in reference if key != "vector"},
         meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
         notes=notes,
     )
     draw_sheets(folder, [_row(image, settings) for image in images], columns, _title(explained, layer), notes)
     known = {name for image in images for measures in image.measures.values() for name in measures}
-    heads = ["image", "width_px", "height_px", "predicted", "probability", "explained", "method"]
+    heads = [
+        "image",
+        "width_px",
+        "height_px",
+        "predicted",
+        "probability",
+        "explained",
+        "output",
+        "method",
+        "unexplained",
+    ]
     table = [
         {"image": image.name, "width_px": image.size_px[1], "height_px": image.size_px[0], **image.classes()}
-        | {"method": method}
-        | {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in measures.items()}
+        | {"output": _number(image.output), "method": method}
+        | {"unexplained": _number(image.unexplained) if method == ADDITIVE else ""}
+        | {name: _number(value) for name, value in measures.items()}
         for image in images
         for method, measures in image.measures.items()
     ]
@@ -186,7 +215,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     tensors = {f"{image.name}/{name}": torch.from_numpy(image.maps[name]) for image in images for name in image.maps}
     shown = [{"image": image.name, "size_px": image.size_px, **image.classes()} for image in images]
     card = {"weights_sha256": model.sha256, "layer": layer, "settings": asdict(settings), "images": shown}
-    save_tensors(folder / "maps.safetensors", tensors, MAPS_FORMAT, card)
+    save_tensors(folder / "maps.safetensors", tensors, MAPS_FORMAT, card | {"reference": reference})
     write_json(folder / "metrics.json", as_json(summary))
     return summary
 
@@ -199,10 +228,9 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
     |map|. Maps for and against a class diverge from 0; of label-free ones the signed are centred there, the others
     start.
     """
-    settings, classes = explained.settings, explained.model.classes
-    output = "log-odds" if settings.output == "evidence" and len(classes) == 2 else settings.output
+    settings = explained.settings
     unit = _UNITS.get(name, "as captum gives it" if name.startswith(CAPTUM) else "activation").format(
-        output=output, layer="input" if settings.layer == "input" else "activation"
+        output=explained.output, layer="input" if settings.layer == "input" else "activation"
     )
     strengths = np.abs(np.concatenate([image.maps[name].ravel() for image in explained.images]))
     limit, source = _calibrated_limit(name, explained), "limit: kept with the weights"
@@ -212,10 +240,10 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
     if not limit > 0:
         limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
     if method_card(name).needs_label:
-        return SheetColumn(name, saliency_scale(limit, unit), source, True)
+        return SheetColumn(name, saliency_scale(limit, unit), source, "brown: for" if name == ADDITIVE else "explains")
     # Other colours than for and against a class, signed or not.
     least = -limit if method_card(name).signed else 0.0
-    return SheetColumn(name, ColourScale(least, limit, _LABEL_FREE_COLORMAP, "Strength", unit), source, False)
+    return SheetColumn(name, ColourScale(least, limit, _LABEL_FREE_COLORMAP, "Strength", unit), source, "")
 
 
 def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
@@ -223,10 +251,10 @@ def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
     if card is None or card.calibration is None or len(model.classes) != 2 or settings.output != "evidence":
         return None
     known = card.calibration
-    asked = name, model.layer(settings.layer), settings.smoothing, {image.size_px for image in explained.images}
-    main = next(iter(known.limits))
-    holds = main, model.layer(known.layer), known.smoothing, {(card.tile_px, card.tile_px)}
-    return known.limits[main] if asked == holds else None
+    asked = model.layer(settings.layer), settings.smoothing, {image.size_px for image in explained.images}
+    holds = model.layer(known.layer), known.smoothing, {(card.tile_px, card.tile_px)}
+    blurred = name == ADDITIVE and known.smooth_um > 0
+    return known.limits.get(name) if asked == holds and not blurred else None
 
 
 def _row(image: ExplainedImage, settings: ExplainSettings) -> SheetRow:
@@ -249,15 +277,19 @@ def _notes(explained: ExplainedImages, columns: Sequence[SheetColumn]) -> Iterat
     settings, card, images = explained.settings, explained.model.card, explained.images
     sizes = [image.size_px for image in images]
     yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
-    if any(column.of_class for column in columns):
-        yield "Brown speaks for the class named below the map, teal against it."
+    methods: dict[str, list[str]] = {}
+    for name in settings.methods:
+        methods.setdefault(meaning(name, "the class below its map", "an image", explained.output), []).append(name)
+    yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
+    if explained.reference is not None:
+        yield _about(explained.reference, explained)
+    if any(column.caption for column in columns):
+        yield "Brown is above 0, teal below."
         if len({image.explained for image in images}) > 1:
             yield (
                 "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
                 "target to compare them."
             )
-    if not all(column.of_class for column in columns):
-        yield "Maps without a class named below show where activations are strong or unusual, for no class."
     if "eigencam_reference" in settings.methods:
         yield "The sign of eigencam_reference is arbitrary, image by image."
     yield (
@@ -286,6 +318,22 @@ def _notes(explained: ExplainedImages, columns: Sequence[SheetColumn]) -> Iterat
             yield "Masks are compared with maps of the predicted class; name the masks' class as target."
     if explained.failed:
         yield f"{len(explained.failed)} image(s) could not be read and are left out."
+
+
+def _about(reference: NeutralReference, explained: ExplainedImages) -> str:
+    """What DeepLift compared with, and how far its maps add up."""
+    lacking = [image.unexplained for image in explained.images]
+    least, most = (f"{value:+.2g}" for value in (min(lacking), max(lacking)))
+    extent = {"plane": "an endless plane", "tile": "a map of a tile's size"}[reference.extent]
+    return (
+        f"{ADDITIVE} compares with the neutral reference from {reference.source}, whose {explained.output} as {extent} "
+        f"is {reference.log_odds:.1g}. An image's map lacks {least if least == most else f'{least} to {most}'} of its "
+        f"{explained.output}: the reference's own at that size, and what smoothing and DeepLift's rules leave."
+    )
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def _means(images: Sequence[ExplainedImage], method: str, seed: int) -> dict[str, Interval]:

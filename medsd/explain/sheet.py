@@ -54,13 +54,13 @@ class SheetColumn:
         name: of the method.
         scale: for all images.
         source: where the scale's limit comes from, in a few words.
-        of_class: whether its maps speak for or against a class.
+        caption: what stands before the class below each of its maps; "" where they explain none.
     """
 
     name: str
     scale: ColourScale
     source: str
-    of_class: bool
+    caption: str
 
 
 def small_picture(pixels: RGB, resample: Image.Resampling = Image.Resampling.LANCZOS) -> RGB:
@@ -129,8 +129,8 @@ def _draw_page(
             picture.text(_MARGIN_PX, below + 13 * line, caption, 11, colour, width=CELL_PX)
         for (x, column), values in zip(places, row.maps, strict=True):
             picture.paste(_blended(row, values, column), x, y)
-            meaning = f"brown: for {row.explained}" if column.of_class else "for no class"
-            picture.text(x, below, meaning, 11, width=CELL_PX)
+            caption = f"{column.caption} {row.explained}" if column.caption else "for no class"
+            picture.text(x, below, caption, 11, width=CELL_PX)
     for number, sentence in enumerate(foot):
         picture.text(_MARGIN_PX, bottom + _LINE_PX * (number + 1), sentence, 12, FAINT)
     picture.save(path, title)

@@ -19,7 +19,7 @@ _UNITS = {
     MASK: "share of masks open",
 }
 _MEANINGS = {
-    ADDITIVE: "Above 0 speaks for {target}, below 0 against it; the values over a tile add up to its log-odds.",
+    ADDITIVE: "Above 0 speaks for {target}, below 0 against it; the values over {whole} add up to its {output}.",
     "gradient": "How the answer would change with more activation. Its sign is no evidence for or against {target}, "
     "and the values do not add up.",
     "gradient_x_activation": "Slope times activation: what the model reacts to. Its sign is no evidence for or against "
@@ -53,9 +53,19 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
     card = method_card(method)
     name = {ADDITIVE: "DeepLift against a neutral reference"}.get(method, method.replace("_", " "))
     smoothed = ", smoothed at strided convolutions" if smoothing == "backward_hook" and card.needs_gradient else ""
-    if not card.needs_label:
-        meaning = "What the network's features hold, whatever the class: no evidence for or against any."
-        return Legend("saliency", "no class", f"{name} at {layer}, {tiles}", "arbitrary", meaning)
+    made, unit = f"{name} at {layer}{smoothed}, {tiles}", _UNITS.get(method, "arbitrary")
+    return Legend("saliency", target if card.needs_label else "no class", made, unit, meaning(method, target))
+
+
+def meaning(method: str, target: str, whole: str = "a tile", output: str = "log-odds") -> str:
+    """What a reader may take a map's values for, in sentences: what their sign says, and whether they add up.
+
+    Args:
+        method: a saliency method.
+        target: the class, in words.
+        whole, output: what an additive map adds up over, and to.
+    """
+    if not method_card(method).needs_label:
+        return "What the network's features hold, whatever the class: no evidence for or against any."
     other = "What the model reacts to. Its sign is no evidence for or against {target}, and the values do not add up."
-    meaning = _MEANINGS.get(method, other).format(target=target)
-    return Legend("saliency", target, f"{name} at {layer}{smoothed}, {tiles}", _UNITS.get(method, "arbitrary"), meaning)
+    return _MEANINGS.get(method, other).format(target=target, whole=whole, output=output)

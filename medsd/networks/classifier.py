@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -44,6 +44,7 @@ class Classifier(nn.Module):
         feature_dim: channels of the features.
         head: linear, features to logits.
         pretrained, encoder_weights: whether it was made with timm's weights, and the file it started from.
+        neutral: fields of a layer's `medsd.saliency.neutral.NeutralReference`, as a model card keeps them.
     """
 
     architecture: ClassVar[Literal["tile", "aim"]]
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
     head: nn.Linear | WhitenedHead
     pretrained: bool = False
     encoder_weights: str | None = None
+    neutral: dict[str, Any] | None = None
 
     def __init__(self, encoder: str, classes: Sequence[str]) -> None:
         super().__init__()

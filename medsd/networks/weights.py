@@ -113,7 +113,7 @@ def written_state(classifier: Classifier) -> dict[str, Tensor]:
 
 
 def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tuple[Classifier, ModelCard, str]:
-    """The classifier in eval mode, its card, and the SHA-256 of its tensors and card.
+    """The classifier in eval mode with its neutral reference, its card, and the SHA-256 of its tensors and card.
 
     Raises:
         WeightsError: no such file, not safetensors, not medsd's, altered, or not fitting its own network.
@@ -133,6 +133,7 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
         raise WeightsError(
             f"{path}: weights of another network than '{card.encoder}' ({reason}); train again"
         ) from error
+    classifier.neutral = card.calibration.reference if card.calibration else None
     return classifier.to(device).eval(), card, file.sha256
 
 

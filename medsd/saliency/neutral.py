@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -42,16 +42,18 @@ class NeutralReference:
 
 
 def neutral_of(network: nn.Module, layer: str | None) -> NeutralReference:
-    """The network's own neutral reference of a layer: its attribute `neutral`, as loaded weights set it.
+    """The network's own neutral reference of a layer: its attribute `neutral`, as `load_classifier` sets it.
 
     Raises:
         ConfigError: it has none, or one of another layer.
     """
-    neutral = getattr(network, "neutral", None)
-    if not isinstance(neutral, NeutralReference):
+    kept = getattr(network, "neutral", None)
+    if kept is None:
         raise ConfigError(
-            "reference 'neutral': the network has none; find one with medsd.saliency.neutral.neutral_from_images"
+            "reference 'neutral': the network has none; load weights that were calibrated with 'deeplift', or find one "
+            "with medsd.saliency.neutral.neutral_from_images"
         )
+    neutral = NeutralReference(**kept) if isinstance(kept, Mapping) else kept
     if layer is None or _name(network, neutral.layer) != _name(network, layer):
         raise ConfigError(
             f"reference 'neutral': the network's is of layer '{neutral.layer}', not '{layer or 'input'}'; choose that "
@@ -161,34 +163,42 @@ def mean_activation(network: nn.Module, layer: str, batches: Iterable[Tensor]) -
 
 
 def neutral_from_images(
-    network: nn.Module, layer: str, images: Tensor, output: Output, target: int, labels: Tensor | None = None
+    network: nn.Module, layer: str, batches: Iterable[Tensor], output: Output, target: int
 ) -> NeutralReference:
-    """A neutral reference of extent "tile" from images (B, C, H, W) at hand.
+    """A neutral reference of extent "tile" from images at hand, split by the sign of what is explained of each.
 
     Args:
-        network, layer, output, target: as a class method's.
-        images: as the network takes them.
-        labels: (B,) class numbers; None splits the images by the sign of what is explained.
+        network, layer, output, target: as a class method's; the layer is hidden.
+        batches: images (B, C, H, W) as the network takes them. The reference is neutral at the size of the first.
 
     Raises:
-        ConfigError: all images are on one side.
-        NetworkError: no vector on the line has evidence 0.
+        ConfigError: no images, or all on one side.
+        NetworkError: no such layer, or no vector on the line has evidence 0.
     """
-    if labels is None:
-        with evaluating(network), torch.no_grad():
-            logits = check_logits(network(images), len(images))
-        chosen = explained_output(logits, targets_of(logits, target), output) > 0
-        source = "the images given, by what the network says of them"
-    else:
-        chosen, source = labels.to(images.device) == target, "the images given, by their labels"
-    if bool(chosen.all()) or not bool(chosen.any()):
-        side = "for" if bool(chosen.all()) else "against"
+    totals, places, images = [torch.zeros(()), torch.zeros(())], [0, 0], 0
+    shape: tuple[int, int, int] | None = None
+    for batch in batches:
+        shape = shape or (batch.shape[1], batch.shape[2], batch.shape[3])
+        with evaluating(network), torch.no_grad(), recorded(network, layer) as outputs:
+            logits = check_logits(network(batch), len(batch))
+        above = explained_output(logits, targets_of(logits, target), output) > 0
+        for number, chosen in enumerate((~above, above)):
+            found = outputs[0][chosen].double()
+            totals[number] = totals[number] + found.sum(dim=(0, 2, 3)).cpu()
+            places[number] += len(found) * found.shape[2:].numel()
+        images += len(batch)
+    if shape is None:
+        raise ConfigError("neutral reference: no images; give some that the network answers in either way")
+    if not all(places):
+        side, fix = ("for", "against") if places[1] else ("against", "for")
         raise ConfigError(
-            f"neutral reference: all {len(images)} images are {side} class {target}; give images of either side"
+            f"neutral reference: all {images} images are {side} class {target} by the network's answer; give some that "
+            f"are {fix} it as well, or choose a method that compares with nothing, such as gradient_x_activation"
         )
-    low, high = (mean_activation(network, layer, [images[side]]) for side in (~chosen, chosen))
-    of = tile_evidence(network, layer, output, target, (images.shape[1], images.shape[2], images.shape[3]))
+    low, high = (total / count for total, count in zip(totals, places, strict=True))
+    of = tile_evidence(network, layer, output, target, shape)
     vector, log_odds, position = find_neutral(of, low, high)
+    source = f"{images} images, by the network's answers"
     return NeutralReference(layer, tuple(vector.tolist()), log_odds, position, "tile", source)
 
 

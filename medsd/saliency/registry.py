@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medsd.checks import check_options
 from medsd.errors import ConfigError, nearest
 from medsd.saliency import CAPTUM
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from medsd.saliency.method import Method, Output
 
@@ -59,6 +59,7 @@ def make_method(
     layer: str | None = None,
     output: Output = "logit",
     options: Mapping[str, Any] | None = None,
+    reference: Tensor | Literal["neutral"] | None = None,
 ) -> Method:
     """The method of that name.
 
@@ -68,6 +69,7 @@ def make_method(
         layer: a module's name in the network; None is the input.
         output: what class methods explain; label-free ones do not look at it.
         options: of the method's class or function by keyword, such as `{"steps": 100}` of integrated gradients.
+        reference: what "deeplift" compares with, see `DeepLift`; the same as the option of that name.
 
     Raises:
         ConfigError: no such method, option or output, or no layer where the method needs one.
@@ -87,7 +89,7 @@ def make_method(
     if layer is None and not card.at_input:
         raise ConfigError(f"layer: method '{name}' needs a hidden layer; name a module that gives a map (B, C, h, w)")
     check_output(output)
-    chosen = {**card.options, **(options or {})}
+    chosen = {**card.options, **(options or {})} | ({} if reference is None else {"reference": reference})
     module, _, kind = card.home.rpartition(".")
     made: Any = getattr(import_module(f"medsd.saliency.{module}"), kind)
     if name.startswith(CAPTUM):

@@ -12,8 +12,8 @@ from medsd.explain.sheet import CELL_PX, OPACITY, SheetColumn, SheetRow, draw_sh
 from medsd.heatmap.scale import ColourScale, saliency_scale
 
 COLUMNS = (
-    SheetColumn("gradient", saliency_scale(2.0, "log-odds"), "limit: given", True),
-    SheetColumn("tsm", ColourScale(0.0, 4.0, "cividis", "Strength", "activation"), "limit: given", False),
+    SheetColumn("gradient", saliency_scale(2.0, "log-odds"), "limit: given", "explains"),
+    SheetColumn("tsm", ColourScale(0.0, 4.0, "cividis", "Strength", "activation"), "limit: given", ""),
 )
 SIGNED = np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)
 POSITIVE = np.array([[0.0, 1.0], [2.0, 4.0]], np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import timm
@@ -158,24 +159,35 @@ def test_the_neutral_reference_is_neutral_and_turns_with_the_head(lively: Lively
         network.fc.weight *= 100
         logits = network(x)
         network.fc.bias[1] -= (logits[:, 1] - logits[:, 0]).mean()
-    network.neutral = neutral_from_images(network, "layer2", x, "evidence", 1)
+    network.neutral = neutral_from_images(network, "layer2", x.split(3), "evidence", 1)
     vector = torch.tensor(network.neutral.vector)
     assert abs(tile_evidence(network, "layer2", "evidence", 1, (3, 64, 64))(vector)) < 1e-4
-    found = make_method("deeplift", network, "layer2", "evidence", {"reference": "neutral"})(x, 1)
+    found = make_method("deeplift", network, "layer2", "evidence", reference="neutral")(x, 1)
+    given = make_method("deeplift", network, "layer2", "evidence", reference=vector)(x, 1)
+    torch.testing.assert_close(given, found)
     with torch.no_grad():
         network.fc.weight.neg_(), network.fc.bias.neg_()
-    turned = make_method("deeplift", network, "layer2", "evidence", {"reference": "neutral"})(x, 1)
+    network.neutral = asdict(network.neutral)  # as a model card keeps it
+    turned = make_method("deeplift", network, "layer2", "evidence", reference="neutral")(x, 1)
     torch.testing.assert_close(turned, -found, rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match="is of layer 'layer2', not 'layer3'"):
-        make_method("deeplift", network, "layer3", options={"reference": "neutral"})
+        make_method("deeplift", network, "layer3", reference="neutral")
+    with pytest.raises(ConfigError, match="reference"):
+        make_method("gradient", network, "layer3", reference="neutral")
 
 
 def test_one_class_or_no_reference_is_told(lively: Lively) -> None:
     network = drawn("resnet10t", lively)
     with pytest.raises(ConfigError, match="the network has none"):
         DeepLift(network, "layer2", reference="neutral")
-    with pytest.raises(ConfigError, match="all 2 images are for class 1"):
-        neutral_from_images(network, "layer2", torch.randn(2, 3, 64, 64), "evidence", 1, torch.tensor([1, 1]))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        favoured = int(network(x).argmax())
+    for target, side in ((favoured, "for"), (1 - favoured, "against")):
+        with pytest.raises(ConfigError, match=f"all 2 images are {side} class {target} by.*or choose a method"):
+            neutral_from_images(network, "layer2", [x, x], "evidence", target)
+    with pytest.raises(ConfigError, match="no images"):
+        neutral_from_images(network, "layer2", [], "evidence", 1)
     with pytest.raises(NetworkError, match="never 0"):
         find_neutral(lambda vector: 1.0, torch.zeros(2), torch.ones(2))
     with pytest.raises(ConfigError, match="baseline and reference"):
