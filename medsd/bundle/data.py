@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +19,9 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, NetworkError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
-from medsd.heatmap.engine import Engine
+from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.weights import Calibration
 from medsd.phantom import write_phantom_dataset
@@ -30,7 +31,10 @@ from medsd.slides.stain import StainProfile, profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.training.predict import predict
 
+logger = logging.getLogger(__name__)
+
 _PARTS = ("training", "validation", "testing")
+_WITHOUT_REFERENCE = "gradient_x_activation"
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,9 @@ class SlideData:
         return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
 
     def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scales from the validation slides' maps, and the engine's reference before them."""
+        """Threshold and scales from the validation slides' maps, see `with_reference`."""
         prepared = self._prepared
-        set_reference(engine, self.part("validation"))
+        engine = with_reference(engine, self.part("validation"))
         slides = [prepared.entry(name) for name in prepared.validation]
         return calibrate_on_slides(engine, slides, progress_bar("calibrate"), self._normaliser)
 
@@ -225,9 +229,9 @@ class PatchData:
         return PatchDataset(self._parts[name], side_px=self.tile_px)
 
     def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scales from the validation patches, and the engine's reference before them."""
+        """Threshold and scales from the validation patches, see `with_reference`."""
         validation = self.part("validation")
-        set_reference(engine, validation)
+        engine = with_reference(engine, validation)
         probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
         return calibrate_on_patches(engine, validation, validation.labels, probabilities)
 
@@ -246,12 +250,29 @@ class PatchData:
         return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
 
 
-def set_reference(engine: Engine, validation: TileDataset | PatchDataset) -> None:
-    """Give an engine that needs one the neutral reference of validation tiles."""
-    if ADDITIVE in engine.settings.methods:
-        engine.reference = find_reference(
-            engine, validation, validation.labels, f"{len(validation.labels)} validation tiles"
+def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:
+    """The engine with the neutral reference of validation tiles, where a method of it needs one.
+
+    A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
+    """
+    methods = engine.settings.methods
+    if ADDITIVE not in methods:
+        return engine
+    try:
+        source = f"{len(validation.labels)} validation tiles"
+        engine.reference = find_reference(engine, validation, validation.labels, source)
+    except NetworkError as reason:
+        logger.warning(
+            "%s; the weights are kept, with maps by %s, which do not add up: for maps that do, train longer or on more",
+            reason,
+            _WITHOUT_REFERENCE,
         )
+        others = dict.fromkeys(_WITHOUT_REFERENCE if name == ADDITIVE else name for name in methods)
+        settings = replace(engine.settings, methods=tuple(others))
+        return make_engine(
+            engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, temperature=engine.temperature
+        )
+    return engine
 
 
 # What the stages ask of a data set is what both offer.

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from medsd.networks.weights import load_classifier
+from medsd.bundle.data import PatchData
+from medsd.cohort.entry import SlideEntry
+from medsd.heatmap.cohort import map_slides
+from medsd.heatmap.engine import make_engine
+from medsd.heatmap.maps import MapSettings
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.weights import ModelCard, load_classifier, save_classifier
+from medsd.phantom import PhantomSpec, draw_phantom
+from medsd.phantom.files import write_pyramid
 
 FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {"encoder": "test_resnet", "max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
@@ -82,3 +91,24 @@ def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):
     table.write_text(good)
     shutil.rmtree(patch_folder / "images")
     assert "no patch named" in refusal(patch_folder)
+
+
+def test_a_network_without_a_neutral_reference_is_calibrated_all_the_same(patch_folder, tmp_path, caplog):
+    """Whose training would be lost otherwise; what it lacks is one line, and its weights map slides."""
+    classifier = TileClassifier("test_resnet")
+    torch.nn.init.zeros_(classifier.head.weight)
+    torch.nn.init.constant_(classifier.head.bias, 1.0)
+    classifier.head.bias.data[0] = -1.0
+    data = PatchData(str(patch_folder), 64, 1.0)
+    settings = MapSettings(("deeplift", "gradient"), "layer2", "none", smooth_um=8.0)
+    calibration = data.calibrate(make_engine(classifier, 64, 1.0, settings=settings, temperature=2.0))
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "never 0" in line and "weights are kept, with maps by gradient_x_activation" in line and "train" in line
+    assert list(calibration.limits) == ["gradient_x_activation", "gradient"] and calibration.reference is None
+    assert (calibration.temperature, calibration.layer) == (2.0, "layer2")
+    card = ModelCard("test_resnet", classifier.classes, 64, 1.0, "noise", calibration)
+    save_classifier(tmp_path / "model.safetensors", classifier, card)
+    slide = tmp_path / "slide.tif"
+    write_pyramid(slide, draw_phantom(PhantomSpec(seed=1, tumour=False, size_px=512)).image, 0.5, 2)
+    (row,) = map_slides([SlideEntry("slide", slide)], tmp_path / "model.safetensors", tmp_path / "out", isolate=False)
+    assert row.status == "ok"
