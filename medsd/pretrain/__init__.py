@@ -1,1 +1,1 @@
-"""Self-supervised pre-training of the encoder (Med-MoCo): the stage between prepare and finetune, not built yet."""
+"""Self-supervised pre-training of the encoder: Med-MoCo, its views, and the measures of collapse."""
