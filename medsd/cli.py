@@ -202,12 +202,18 @@ def stain(
 @app.command()
 def heatmap(
     slides: Annotated[list[Path], typer.Argument(help="Slide files, or manifests (.csv) that list them.")],
-    weights: Annotated[Path, typer.Option(help="A calibrated classifier (.safetensors).")],
+    weights: Annotated[Path, typer.Option(help="A calibrated classifier, or an encoder alone (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
     mpp: MppOption = None,
     methods: Annotated[
         list[str] | None,
         typer.Option("--method", help="Saliency methods, the option once for each; the weights' own when not given."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer of an encoder alone, such as layer3; its last stage when not given.")
+    ] = None,
+    network_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
     ] = None,
     block_px: Annotated[
         int | None,
@@ -215,26 +221,30 @@ def heatmap(
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue."""
+    """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue.
+
+    Of an encoder alone: label-free maps, overlay, report.
+    """
     from dataclasses import replace
 
     from medsd.cohort.entry import SlideEntry
     from medsd.cohort.manifest import read_manifest
     from medsd.cohort.runner import count_by_status
     from medsd.heatmap.cohort import map_slides
+    from medsd.heatmap.model import MapRequest
     from medsd.progress import progress_bar
 
     entries: list[SlideEntry] = []
     for path in slides:
         listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
         entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
-    progress = progress_bar("heatmap")
-    results = map_slides(entries, weights, out, block_px, _computing_on(device), progress, methods=methods or ())
+    request = MapRequest(methods or (), layer, network_mpp, block_px)
+    results = map_slides(entries, weights, out, request, _computing_on(device), progress_bar("heatmap"))
     counts = count_by_status(results)
     for result in results:
-        if result.score is None:
+        if result.status != "ok":
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
-        elif len(results) <= _LISTED:
+        elif result.score is not None and len(results) <= _LISTED:
             area = f"{result.region_area_mm2:.2f} mm2"
             print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}")
     total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)

@@ -16,6 +16,7 @@ import medsd
 from medsd import cli, doctor
 from medsd.cohort.entry import SlideEntry
 from medsd.heatmap import cohort
+from medsd.heatmap.model import MapRequest
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import fit_slide
@@ -128,6 +129,16 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
     (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
     assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
     assert asked == [SlideEntry(slide.stem, slide, mpp=0.25), SlideEntry(slide.stem, slide)]
+
+
+def test_heatmap_hands_on_what_an_encoder_needs(monkeypatch, capsys, slide, tmp_path):
+    asked = []
+    row = cohort.SlideResult("a", "ok", "")  # without classes, so without a score
+    monkeypatch.setattr(cohort, "map_slides", lambda _jobs, _weights, _out, request, *_: asked.append(request) or [row])
+    options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512"]
+    code, out, err = run(monkeypatch, capsys, "heatmap", slide, "--weights", "w", "--out", "o", *options)
+    assert (code, err) == (0, "") and "1 ok; see" in out and "score" not in out
+    assert asked == [MapRequest(["tsm"], "layer3", 0.5, 512)]
 
 
 def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):

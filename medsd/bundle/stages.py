@@ -29,6 +29,7 @@ from medsd.files import atomic_path, make_folder, sha256_of, write_json
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.model import MapRequest
 from medsd.networks.classifier import Classifier
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
 from medsd.progress import progress_bar
@@ -158,7 +159,8 @@ def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int | N
     jobs = data.jobs()
     if jobs:
         folder = Path(output_dir) / HEATMAPS
-        map_slides(jobs, Path(output_dir) / WEIGHTS, folder, block_px, device, progress_bar("heatmap"))
+        request = MapRequest(block_px=block_px)
+        map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 
 def check_slides(data: Data, output_dir: str) -> None:

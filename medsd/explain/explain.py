@@ -16,11 +16,12 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor
 
-from medsd.errors import ConfigError, DatasetError, MedsdError
+from medsd.errors import DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
+from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 from medsd.explain.model import Model, load_model
-from medsd.explain.outputs import ExplainedImage, ExplainedImages, Summary, write_outputs
+from medsd.explain.outputs import Summary, write_outputs
 from medsd.explain.reference import found_reference, known_reference
 from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, ExplainSettings
 from medsd.explain.sheet import small_picture
@@ -32,7 +33,7 @@ from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
 from medsd.saliency.method import Method, check_logits, explained_output, targets_of
 from medsd.saliency.neutral import NeutralReference
-from medsd.saliency.registry import METHODS, make_method, method_card
+from medsd.saliency.registry import check_label_free, make_method
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
 
@@ -184,12 +185,8 @@ def _with_methods(model: Model, settings: ExplainSettings) -> ExplainSettings:
     if model.classes and not settings.methods:
         names = CLASS_METHODS if known_reference(model, settings) is None else (ADDITIVE, *CLASS_METHODS)
     model.target(settings.target)
-    for name in names:
-        if method_card(name).needs_label and not model.classes:
-            free = ", ".join(card.name for card in METHODS.values() if not card.needs_label)
-            raise ConfigError(
-                f"method '{name}' explains a class, {model.path} is an encoder without any; use label-free ones: {free}"
-            )
+    if not model.classes:
+        check_label_free(names, model.path)
     settings = replace(settings, methods=tuple(names))
     _methods(model, settings, None)
     return settings

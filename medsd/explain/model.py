@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError, nearest
-from medsd.networks.classifier import ImageNetInput, create_encoder
+from medsd.errors import ConfigError, nearest
+from medsd.networks.classifier import ImageNetInput
 from medsd.networks.modes import full_name, usable_device
-from medsd.networks.start import ENCODER_FORMAT, load_encoder
-from medsd.networks.weights import ModelCard, load_classifier, read_tensors, unreadable_card
+from medsd.networks.start import last_stage, open_encoder
+from medsd.networks.weights import ModelCard, load_classifier
 
 # Every encoder has been tried at this size when it was made (`create_encoder`).
 _TRIED_PX = 64
@@ -74,11 +74,8 @@ class Model:
         if name == INPUT:
             return None
         calibrated = self.card.calibration.layer if self.card and self.card.calibration else None
-        stages = getattr(self.encoder, "feature_info", None)
-        wanted = name or calibrated or (str(stages[-1]["module"]) if stages else None)
-        if wanted is None:
-            raise NetworkError(f"layer: {self.name} does not name its stages; name one with 'layer'")
         inside = "" if self.encoder is self.network else "encoder"
+        wanted = name or calibrated or last_stage(self.encoder, self.name)
         return full_name(self.network, wanted, inside, also=[INPUT])
 
     def target(self, name: str) -> int | None:
@@ -106,16 +103,10 @@ def load_model(path: str | Path, device: torch.device | str | None = "cpu") -> M
         ConfigError: the device does not exist here.
     """
     path, place = Path(path), usable_device(device)
-    file = read_tensors(path)
-    if file.kind != ENCODER_FORMAT:
+    found = open_encoder(path, place)
+    if found is None:
         classifier, card, digest = load_classifier(path, place)
         name, classes = classifier.encoder_name, classifier.classes
         return Model(path, classifier, classifier.encoder, name, classes, card, digest, classifier.normalise, place)
-    try:
-        name = str(file.card["encoder"])
-    except KeyError as error:
-        raise unreadable_card(path, error) from error
-    encoder, _ = create_encoder(name, pretrained=False)
-    load_encoder(encoder, path)
-    encoder = encoder.to(place).eval()
-    return Model(path, encoder, encoder, name, (), None, file.sha256, ImageNetInput().to(place), place)
+    network = found.network
+    return Model(path, network, network, found.name, (), None, found.sha256, ImageNetInput().to(place), place)

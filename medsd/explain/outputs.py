@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -18,23 +17,20 @@ from medsd.evaluate.calibration import SCALE_PERCENTILE
 from medsd.evaluate.measures import MEASURES, mean_of_known
 from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
-from medsd.explain.model import INPUT, Model
+from medsd.explain.explained import ExplainedImage, ExplainedImages
+from medsd.explain.model import INPUT
+from medsd.explain.notes import reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
-from medsd.explain.sheet import OPACITY, SheetColumn, SheetRow, draw_sheets
+from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
-from medsd.heatmap.legend import ADDITIVE, meaning
-from medsd.heatmap.scale import ColourScale, saliency_scale
+from medsd.heatmap.legend import ADDITIVE
+from medsd.heatmap.scale import explanation_scale
 from medsd.networks.weights import save_tensors
 from medsd.saliency import CAPTUM
-from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import method_card
-from medsd.slides.readers.base import RGB, Bools
 from medsd.tables import write_table
 
 MAPS_FORMAT = "medsd-maps-1"
-# An image this many times larger or smaller than the tiles of the training shows other things than they did.
-_FAR = 2.0
-_LABEL_FREE_COLORMAP = "cividis"
 _UNITS = {
     "gradient": "{output} per unit of {layer}",
     "smoothgrad": "{output} per unit of {layer}",
@@ -47,70 +43,6 @@ _UNITS = {
     "channel_energy": "activation squared",
 }
 _SIGNS = {"higher": " +", "lower": " -", "": ""}
-
-
-@dataclass(frozen=True)
-class ExplainedImage:
-    """One image with what became of it.
-
-    Attributes:
-        name: in tables.
-        size_px: height and width.
-        picture: a small one.
-        region: its mask at that small size, or None.
-        predicted, explained: names of classes; "" for an encoder.
-        probability: of the predicted class; nan for an encoder.
-        output: what is explained, of the explained class and at the weights' temperature; nan for an encoder.
-        unexplained: what the map of "deeplift" lacks of that when it is summed; nan without that method.
-        maps: (h, w) float32 by method, signed, not normalised, at the size of the layer.
-        measures: by method and name; nan where undefined.
-        agreement: (M, M) Spearman's correlations of the methods' maps.
-    """
-
-    name: str
-    size_px: tuple[int, int]
-    picture: RGB
-    region: Bools | None
-    predicted: str
-    explained: str
-    probability: float
-    output: float
-    unexplained: float
-    maps: dict[str, npt.NDArray[np.float32]]
-    measures: dict[str, dict[str, float]]
-    agreement: npt.NDArray[np.float64]
-
-    def classes(self) -> dict[str, Any]:
-        """What tables say of its classes."""
-        probability = round(self.probability, 6) if self.predicted else ""
-        return {"predicted": self.predicted, "probability": probability, "explained": self.explained}
-
-
-@dataclass(frozen=True)
-class ExplainedImages:
-    """What a call made.
-
-    Attributes:
-        model: that was explained.
-        settings: with the methods that were chosen.
-        images: in the order they were given.
-        failed: reasons by name of the image.
-        masked: whether masks were given.
-        reference: what "deeplift" compared with; None without that method.
-    """
-
-    model: Model
-    settings: ExplainSettings
-    images: tuple[ExplainedImage, ...]
-    failed: dict[str, str]
-    masked: bool
-    reference: NeutralReference | None
-
-    @property
-    def output(self) -> str:
-        """What is explained, in words."""
-        of_two = self.settings.output == "evidence" and len(self.model.classes) == 2
-        return "log-odds" if of_two else self.settings.output
 
 
 @dataclass(frozen=True)
@@ -173,7 +105,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     """
     model, settings, images = explained.model, explained.settings, explained.images
     columns = [_column(name, explained) for name in settings.methods]
-    notes = list(_notes(explained, columns))
+    notes = list(reading_notes(explained))
     layer = model.layer(settings.layer) or INPUT
     reference = None if explained.reference is None else asdict(explained.reference)
     summary = Summary(
@@ -239,11 +171,9 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
         source = f"limit: {SCALE_PERCENTILE:g}th percentile of all images"
     if not limit > 0:
         limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
-    if method_card(name).needs_label:
-        return SheetColumn(name, saliency_scale(limit, unit), source, "brown: for" if name == ADDITIVE else "explains")
-    # Other colours than for and against a class, signed or not.
-    least = -limit if method_card(name).signed else 0.0
-    return SheetColumn(name, ColourScale(least, limit, _LABEL_FREE_COLORMAP, "Strength", unit), source, "")
+    of_class = "brown: for" if name == ADDITIVE else "explains"
+    caption = of_class if method_card(name).needs_label else ""
+    return SheetColumn(name, explanation_scale(name, limit, unit), source, caption)
 
 
 def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
@@ -270,66 +200,6 @@ def _title(explained: ExplainedImages, layer: str) -> str:
     where = "the input" if layer == INPUT else layer.removeprefix("encoder.")
     smoothed = "no smoothing" if smoothing == "none" else f"smoothing: {smoothing.replace('_', ' ')}"
     return f"{RESEARCH_USE_ONLY} {model.name} {model.sha256[:8]}, maps at {where}, {smoothed}"
-
-
-def _notes(explained: ExplainedImages, columns: Sequence[SheetColumn]) -> Iterator[str]:
-    """What a reader of the sheet must know."""
-    settings, card, images = explained.settings, explained.model.card, explained.images
-    sizes = [image.size_px for image in images]
-    yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
-    methods: dict[str, list[str]] = {}
-    for name in settings.methods:
-        methods.setdefault(meaning(name, "the class below its map", "an image", explained.output), []).append(name)
-    yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
-    if explained.reference is not None:
-        yield _about(explained.reference, explained)
-    if any(column.caption for column in columns):
-        yield "Brown is above 0, teal below."
-        if len({image.explained for image in images}) > 1:
-            yield (
-                "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
-                "target to compare them."
-            )
-    if "eigencam_reference" in settings.methods:
-        yield "The sign of eigencam_reference is arbitrary, image by image."
-    yield (
-        "A column has one scale for all images; colours of two columns do not compare. Bars are in full colour, maps "
-        f"at {OPACITY:.0%} over the picture in light grey; their squares are the cells of the layer."
-    )
-    if len(set(sizes)) > 1:
-        yield "The images differ in size, and values with it: compare the colours of images of one size only."
-    if card is None:
-        yield "The weights do not say which scale (µm per pixel) they expect."
-    else:
-        yield (
-            f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
-            f"(tiles of {card.tile_px} px, trained on {card.trained_on})."
-        )
-        far = sum(not 1 / _FAR <= math.sqrt(height * width) / card.tile_px <= _FAR for height, width in sizes)
-        if far:
-            yield f"{far} image(s) are over {_FAR:g} times larger or smaller than those tiles."
-        if card.stain_target is not None:
-            yield "The weights were trained on stain-normalised tiles; these images are taken as they are."
-    if explained.masked and not any(image.region is not None and image.region.any() for image in images):
-        yield "No mask marks anything, so nothing is compared with masks."
-    elif explained.masked:
-        yield "Black and white outline: the mask."
-        if settings.target == "predicted":
-            yield "Masks are compared with maps of the predicted class; name the masks' class as target."
-    if explained.failed:
-        yield f"{len(explained.failed)} image(s) could not be read and are left out."
-
-
-def _about(reference: NeutralReference, explained: ExplainedImages) -> str:
-    """What DeepLift compared with, and how far its maps add up."""
-    lacking = [image.unexplained for image in explained.images]
-    least, most = (f"{value:+.2g}" for value in (min(lacking), max(lacking)))
-    extent = {"plane": "an endless plane", "tile": "a map of a tile's size"}[reference.extent]
-    return (
-        f"{ADDITIVE} compares with the neutral reference from {reference.source}, whose {explained.output} as {extent} "
-        f"is {reference.log_odds:.1g}. An image's map lacks {least if least == most else f'{least} to {most}'} of its "
-        f"{explained.output}: the reference's own at that size, and what smoothing and DeepLift's rules leave."
-    )
 
 
 def _number(value: float) -> str:

@@ -1,19 +1,90 @@
-"""Which of the two ways to a slide's maps a network takes."""
+"""Which of the two ways to a slide's maps a network takes, and a method."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from medsd.errors import NetworkError
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.maps import Engine, MapSettings
+from medsd.heatmap.label_free import LABEL_FREE
+from medsd.heatmap.legend import BY_PARTS, MASK
+from medsd.heatmap.maps import Assembled, Engine, MapSettings
 from medsd.heatmap.tiled import TiledEngine
+from medsd.heatmap.value_map import Floats
 from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.progress import Progress
 from medsd.saliency.neutral import NeutralReference
+from medsd.slides.slide import Slide
+from medsd.slides.tissue import TissueMask
 
 __all__ = ["Engine", "make_engine"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, repr=False)
+class MixedEngine(Engine):
+    """Maps slides with each method its best way, on one grid: dense, or tile by tile where it looks at whole tiles.
+
+    The probability is the dense one. Arguments and errors as `Engine`; there are methods of either kind.
+    """
+
+    classifier: TileClassifier
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_tiles = _of_tiles(self.settings)
+        dense = tuple(name for name in self.settings.methods if name not in of_tiles)
+        rest = self.classifier, self.tile_px, self.mpp, self.target
+        self._dense = DenseEngine(*rest, replace(self.settings, methods=dense), self.temperature)
+        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles), self.temperature)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self._dense.strides
+
+    @property
+    def tiles(self) -> str:
+        return self._dense.tiles
+
+    def maker_of(self, method: str) -> Engine:
+        self._dense.reference = self.reference
+        return self._tiled if method in self._tiled.settings.methods else self._dense
+
+    def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
+        self._dense.reference = self.reference
+        whole, tiles = (engine.assemble(slide, tissue, store, progress) for engine in (self._dense, self._tiled))
+        found, first = {**whole.explanations, **tiles.explanations}, self.settings.methods[0]
+        return replace(
+            whole,
+            explanations={name: found[name] for name in self.settings.methods},
+            lost=np.unique(np.concatenate([whole.lost, tiles.lost]), axis=0),
+            blocks=whole.blocks + tiles.blocks,
+            pixels_read=whole.pixels_read + tiles.pixels_read,
+            owner=whole.owner if first in whole.explanations else None,  # tiles have no borders
+        )
+
+    def use_less_memory(self) -> bool:
+        # Whichever of them ran out of it.
+        return any([self._dense.use_less_memory(), self._tiled.use_less_memory()])
+
+    def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
+        name = method or self.settings.methods[0]
+        return self.maker_of(name).run(images, name)
+
+    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+        return self._dense.neutral(normal, tumour, source)
+
+
+def _of_tiles(settings: MapSettings) -> tuple[str, ...]:
+    """The methods that look at whole tiles."""
+    return tuple(name for name in settings.methods if name not in (*BY_PARTS, *LABEL_FREE))
 
 
 def make_engine(
@@ -27,8 +98,9 @@ def make_engine(
 ) -> Engine:
     """The engine for a network: as `settings.way` says, and for "auto" the dense one where the network allows it.
 
-    An `AimClassifier`, whose masks depend on the whole tile, and a network with global operations (squeeze-excite,
-    attention) have no dense map and are mapped tile by tile. The maps name the way that was taken.
+    Methods that look at whole tiles are then mapped tile by tile beside the others. An `AimClassifier`, whose masks
+    depend on the whole tile, and a network with global operations (squeeze-excite, attention) have no dense map and are
+    mapped tile by tile. The maps name the way that was taken.
 
     Args:
         classifier, tile_px, mpp, target, settings, temperature, reference: as `Engine` takes them.
@@ -43,8 +115,11 @@ def make_engine(
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
     if settings.way == "tiled" or not isinstance(classifier, TileClassifier):
         return TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference)
+    of_tiles = _of_tiles(settings)
+    mixed = settings.way == "auto" and MASK not in of_tiles and 0 < len(of_tiles) < len(settings.methods)
+    kind = MixedEngine if mixed else DenseEngine
     try:
-        return DenseEngine(classifier, tile_px, mpp, target, settings, temperature, reference)
+        return kind(classifier, tile_px, mpp, target, settings, temperature, reference)
     except NetworkError as reason:
         if settings.way == "dense":
             raise

@@ -12,6 +12,15 @@ MASK = "mask"
 # Methods whose map is linear in the gradient, so that the maps of parts of a slide add up to that of the whole.
 BY_PARTS = (ADDITIVE, "gradient", "gradient_x_activation")
 
+_NAMES = {
+    ADDITIVE: "DeepLift",
+    "gradcam": "Grad-CAM",
+    "smoothgrad": "SmoothGrad",
+    "eigencam": "EigenCAM",
+    "multivec_eigencam": "Multivec-EigenCAM",
+    "tsm": "TSM",
+    "mtsm": "MTSM",
+}
 _UNITS = {
     ADDITIVE: "log-odds",
     "gradient": "log-odds per unit activation",
@@ -51,10 +60,16 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
         # A mask is drawn before there is an answer, and belongs to none.
         return Legend("mask", "all classes", f"mean of the stages' masks, {tiles}", _UNITS[MASK], _MEANINGS[MASK])
     card = method_card(method)
-    name = {ADDITIVE: "DeepLift against a neutral reference"}.get(method, method.replace("_", " "))
+    name = name_of(method) + (" against a neutral reference" if method == ADDITIVE else "")
     smoothed = ", smoothed at strided convolutions" if smoothing == "backward_hook" and card.needs_gradient else ""
-    made, unit = f"{name} at {layer}{smoothed}, {tiles}", _UNITS.get(method, "arbitrary")
+    where = tiles if card.needs_label else "of the slide's features as a whole"
+    made, unit = f"{name} at {layer}{smoothed}, {where}", _UNITS.get(method, "arbitrary")
     return Legend("saliency", target if card.needs_label else "no class", made, unit, meaning(method, target))
+
+
+def name_of(method: str) -> str:
+    """What a saliency method is called, in headings."""
+    return _NAMES.get(method, method.replace("_", " "))
 
 
 def meaning(method: str, target: str, whole: str = "a tile", output: str = "log-odds") -> str:

@@ -236,6 +236,10 @@ class Engine(ABC):
     def tiles(self) -> str:
         """The way that is taken and the tiles, in words."""
 
+    def maker_of(self, _method: str) -> Engine:
+        """The engine that makes a method's map."""
+        return self
+
     def patch_saliency(self, images: Tensor, method: str | None = None) -> Floats:
         """A method's map (B, h, w) of images (B, 3, tile_px, tile_px) uint8, in the values of the slide's map."""
         return self.run(images.to(self.classifier.device), method)[1]
@@ -293,7 +297,10 @@ class Engine(ABC):
         probability = Legend("probability", target, self.tiles, "probability", "")
         explanations = {
             name: finished(
-                grids[1], seen[1], values, legend(name, settings.layer, settings.smoothing, target, self.tiles)
+                grids[1],
+                seen[1],
+                values,
+                legend(name, settings.layer, settings.smoothing, target, self.maker_of(name).tiles),
             )
             for name, values in made.explanations.items()
         }

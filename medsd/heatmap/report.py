@@ -20,10 +20,8 @@ from PIL import Image
 from medsd import RESEARCH_USE_ONLY
 from medsd.cohort.runner import SlideRow, count_by_status
 from medsd.files import write_text
-from medsd.heatmap.overlay import MappedSlide
-from medsd.heatmap.scale import ColourScale
+from medsd.heatmap.overlay import MappedSlide, ShownMap
 from medsd.heatmap.tiff import shrink
-from medsd.heatmap.value_map import ValueMap
 
 MAX_MAP_SIDE_PX = 1536
 MAX_THUMBNAIL_SIDE_PX = 2048
@@ -38,7 +36,7 @@ class SlideResult(SlideRow):
     """What became of a slide: a row of `slides.csv`.
 
     Attributes:
-        score: mean of the highest 1 % of the probability map's tissue; None unless ok.
+        score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         regions: number of regions at the threshold.
         region_area_mm2: their area.
     """
@@ -71,38 +69,42 @@ def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
 def write_report(path: str | Path, slide: MappedSlide) -> None:
     """Write `report.html`, atomically: one file, no network, nothing beside it.
 
-    Maps with a side above 1,536 px are halved (means of what is seen) until they fit; the page names the resolution it
-    shows. Values under the cursor are exact to the stated step.
+    A menu chooses the map that is shown, its colour bar and what its values mean. Maps with a side above 1,536 px are
+    halved (means of what is seen) until they fit; the page names the resolution it shows. Values under the cursor
+    are exact to the stated step.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    layers = {name: _layer(*shown) for name, shown in zip(("probability", "saliency"), slide.maps, strict=True)}
+    layers = {shown.key: _layer(shown) for shown in slide.maps}
+    found = slide.findings
     picture, picture_width, picture_height = _jpeg(slide.thumbnail, MAX_THUMBNAIL_SIDE_PX)
     height, width = slide.thumbnail.shape[:2]
-    shown = slide.regions[:MAX_REGIONS]
+    regions = [] if found is None else found.regions[:MAX_REGIONS]
+    pictures = [] if found is None else found.region_pictures[: len(regions)]
     side = slide.thumbnail_level0_px
     data = {
         "width": slide.dimensions[0],
         "height": slide.dimensions[1],
         "mpp": slide.mpp,
         "thumbnail": {"width": width * side, "height": height * side},
-        "threshold": slide.threshold,
+        "threshold": None if found is None else found.threshold,
         "layers": layers,
-        "boxes": [region.polygon.bounds for region in shown],
+        "first": slide.maps[0].key,
+        "boxes": [region.polygon.bounds for region in regions],
     }
     _write_page(
         path,
         "report.html.j2",
         slide=slide,
+        found=found,
         data=data,
         slide_picture=picture,
         picture_width=picture_width,
         picture_height=picture_height,
-        maps=[_legend(name, layers[name]) for name in ("saliency", "probability")],
-        explanation=layers["saliency"],
-        regions=shown,
-        region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in slide.region_pictures[: len(shown)]],
+        maps=[_legend(shown, layers[shown.key]) for shown in slide.maps],
+        regions=regions,
+        region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in pictures],
     )
 
 
@@ -127,8 +129,8 @@ def area_text(area_um2: float) -> str:
     return f"{area_um2:,.0f} µm²" if area_um2 < 1e4 else f"{area_um2 / 1e6:.3g} mm²"
 
 
-def _layer(value_map: ValueMap, scale: ColourScale) -> dict[str, Any]:
-    value_map = shrink(value_map, MAX_MAP_SIDE_PX)
+def _layer(shown: ShownMap) -> dict[str, Any]:
+    value_map, scale = shrink(shown.value_map, MAX_MAP_SIDE_PX), shown.scale
     rows, columns = value_map.values.shape
     return {
         "rows": rows,
@@ -138,18 +140,16 @@ def _layer(value_map: ValueMap, scale: ColourScale) -> dict[str, Any]:
         **pack_values(value_map.values),
         "vmin": scale.vmin,
         "vmax": scale.vmax,
-        "unit": scale.unit,
-        "label": scale.label,
-        "title": scale.title,
+        "title": shown.title,
         "colours": scale.colours().ravel().tolist(),
     }
 
 
-def _legend(name: str, layer: dict[str, Any]) -> dict[str, Any]:
+def _legend(shown: ShownMap, layer: dict[str, Any]) -> dict[str, Any]:
     colours = np.reshape(layer["colours"], (-1, 3))[::16]
     stops = ", ".join(f"rgb({red},{green},{blue})" for red, green, blue in colours)
     ticks = [f"{tick:.3g}" for tick in np.linspace(layer["vmin"], layer["vmax"], 5)]
-    return {"name": name, "stops": stops, "ticks": ticks, **layer}
+    return {"shown": shown, "stops": stops, "ticks": ticks, **layer}
 
 
 def _jpeg(picture: npt.NDArray[np.uint8], max_side_px: int) -> tuple[str, int, int]:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from medsd.checks import check_choice
 from medsd.errors import ConfigError
-from medsd.heatmap.value_map import ValueMap
+from medsd.heatmap.legend import MASK
+from medsd.saliency.registry import method_card
 
 # An odd count, so that the middle of a diverging scale has a colour of its own.
 STEPS = 257
@@ -26,6 +27,8 @@ SALIENCY_COLORMAP = "BrBG_r"
 PROBABILITY_COLORMAP = "viridis"
 # Closed masks veil the tissue in white, open ones are green, which H&E has not: another scale than the probability's.
 MASK_COLORMAP = "Greens"
+# What speaks of no class has other colours than what is for or against one, signed or not.
+LABEL_FREE_COLORMAP = "cividis"
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,23 @@ def probability_scale() -> ColourScale:
     return ColourScale(0.0, 1.0, PROBABILITY_COLORMAP, "Probability", "")
 
 
-def explanation_scale(value_map: ValueMap, limit: float) -> ColourScale:
-    """The scale of an explanation: masks run from 0, all closed, to 1, all open; saliency as `saliency_scale`.
+def explanation_scale(method: str, limit: float, unit: str) -> ColourScale:
+    """The scale of a method's map.
+
+    Masks run from 0, all closed, to 1, all open; maps of a class as `saliency_scale`; label-free ones to the limit,
+    from -limit where they are signed and else from 0.
+
+    Args:
+        method: a saliency method or "mask".
+        limit: as of `saliency_scale`.
+        unit: unit of the values.
 
     Raises:
-        ConfigError: `limit` of a saliency is not positive and finite.
+        ConfigError: no such method; `limit` of a saliency is not positive and finite.
     """
-    if value_map.quantity == "mask":
-        return ColourScale(0.0, 1.0, MASK_COLORMAP, "Mask", value_map.unit)
-    return saliency_scale(limit, value_map.unit)
+    if method == MASK:
+        return ColourScale(0.0, 1.0, MASK_COLORMAP, "Mask", unit)
+    card = method_card(method)
+    if card.needs_label:
+        return saliency_scale(limit, unit)
+    return ColourScale(-limit if card.signed else 0.0, limit, LABEL_FREE_COLORMAP, "Strength", unit)

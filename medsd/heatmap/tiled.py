@@ -78,8 +78,8 @@ class TiledEngine(Engine):
         for name in methods:
             if name in LABEL_FREE:
                 raise ConfigError(
-                    f"method '{name}': takes features of the whole slide apart, but this network, or another method, "
-                    "is mapped tile by tile; ask for it alone, or choose one that explains a class"
+                    f"method '{name}': takes features of the whole slide apart, but this network is mapped tile by "
+                    "tile; choose one that explains a class"
                 )
         self.hidden = measure_effective_field(
             self.classifier, _finest_stage(self.classifier) if MASK in methods else self.settings.layer

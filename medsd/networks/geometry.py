@@ -97,6 +97,7 @@ def measure_fields(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[
             a feature map or does not see the image.
 
     Example:
+        >>> from medsd.networks.classifier import TileClassifier
         >>> fields, features = measure_fields(TileClassifier("test_resnet"), ["layer1", "layer2"])
         >>> fields["layer1"].stride, fields["layer2"].stride, features.stride
         (4, 8, 32)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import WeightsError
+from medsd.errors import NetworkError, WeightsError
+from medsd.networks.classifier import create_encoder
 from medsd.networks.weights import FORMAT, read_tensors, save_tensors, unreadable_card
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,52 @@ def save_encoder(path: str | Path, encoder: nn.Module, name: str, source: str) -
         OutputError: the file cannot be written.
     """
     return save_tensors(path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder alone, from its file.
+
+    Attributes:
+        name: timm name.
+        network: without pooling and head, in eval mode; images as `ImageNetInput` gives them to a map (B, d, h, w).
+        sha256: of its tensors, name and source.
+    """
+
+    name: str
+    network: nn.Module
+    sha256: str
+
+
+def open_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder | None:
+    """The encoder of `save_encoder`'s file; None of a file of another kind.
+
+    Raises:
+        WeightsError: no such file, altered, or not fitting its own network.
+        NetworkError: timm has no such network.
+    """
+    file = read_tensors(Path(path))
+    if file.kind != ENCODER_FORMAT:
+        return None
+    try:
+        name = str(file.card["encoder"])
+    except KeyError as error:
+        raise unreadable_card(Path(path), error) from error
+    network, _ = create_encoder(name, pretrained=False)
+    load_encoder(network, path)
+    return Encoder(name, network.to(device).eval(), file.sha256)
+
+
+def last_stage(encoder: nn.Module, name: str) -> str:
+    """The layer that gives a timm encoder's last stage, where maps of its features are usually looked at.
+
+    Raises:
+        NetworkError: it does not name its stages.
+    """
+    stages = getattr(encoder, "feature_info", None)
+    if not stages:
+        raise NetworkError(f"layer: {name} does not name its stages; name one with 'layer'")
+    return str(stages[-1]["module"])
 
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> None:

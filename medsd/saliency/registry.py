@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -14,6 +14,8 @@ from medsd.errors import ConfigError, nearest
 from medsd.saliency import CAPTUM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from medsd.saliency.method import Method, Output
@@ -117,6 +119,16 @@ def method_card(name: str) -> MethodCard:
     if name not in METHODS:
         raise ConfigError(f"method '{name}': use one of {', '.join(METHODS)}{nearest(name, METHODS)}")
     return METHODS[name]
+
+
+def check_label_free(names: Iterable[str], weights: Path) -> None:
+    """Raises ConfigError: a method that explains a class, of weights without any."""
+    for name in names:
+        if method_card(name).needs_label:
+            free = ", ".join(card.name for card in METHODS.values() if not card.needs_label)
+            raise ConfigError(
+                f"method '{name}' explains a class, {weights} is an encoder without any; use label-free ones: {free}"
+            )
 
 
 def table() -> list[tuple[str, ...]]:

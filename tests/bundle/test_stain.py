@@ -14,6 +14,7 @@ from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.prepare import load_prepared
 from medsd.heatmap.cohort import map_slides, read_slide_record
+from medsd.heatmap.model import MapRequest
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.weights import load_classifier, save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
@@ -99,7 +100,10 @@ def test_maps_hardly_depend_on_the_stain_any_more(finished, tmp_path):
     jobs = [SlideEntry(name, tmp_path / f"{name}.tif") for name in ("none", "tint")]
     apart = {}
     for kind, file in (("normalised", weights), ("raw", tmp_path / "raw.safetensors")):
-        assert all(result.status == "ok" for result in map_slides(jobs, file, tmp_path / kind, 512, isolate=False))
+        assert all(
+            result.status == "ok"
+            for result in map_slides(jobs, file, tmp_path / kind, MapRequest(block_px=512), isolate=False)
+        )
         maps = [read_ome_tiff(tmp_path / kind / job.name / "probability.ome.tif").values for job in jobs]
         both = np.isfinite(maps[0]) & np.isfinite(maps[1])
         apart[kind] = float(np.abs(maps[0][both] - maps[1][both]).mean())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ import torch
 from PIL import Image
 
 import medsd.heatmap.cohort as cohort
+import medsd.heatmap.findings as findings
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
-from medsd.heatmap.cohort import map_slides, read_results, read_slide_record, top_mean
+from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
+from medsd.heatmap.findings import top_mean
+from medsd.heatmap.model import MapRequest
 from medsd.heatmap.overlay import layout
 from medsd.heatmap.report import SlideResult
 from medsd.heatmap.store import BlockStore
@@ -50,9 +54,9 @@ def small_slide(tmp_path_factory) -> Path:
     return path
 
 
-def map_here(slides: list[Path], weights: Path, output: Path, **options: float) -> list[SlideResult]:
+def map_here(slides: list[Path], weights: Path, output: Path, **asked: Any) -> list[SlideResult]:
     """Map slides without a process for each."""
-    return map_slides([job_of(path) for path in slides], weights, output, isolate=False, **options)
+    return map_slides([job_of(path) for path in slides], weights, output, MapRequest(**asked), isolate=False)
 
 
 def blank_slide(path: Path) -> Path:
@@ -87,7 +91,7 @@ def test_the_overlay_shows_the_fiducials_at_their_place(mapped, fiducials, fiduc
     """In the probability panel the yellow end of the scale lies over the discs, nowhere else."""
     with Image.open(mapped / "overlay.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(float)
-    box = layout(3, 1.0)[0][1]
+    box = layout(3, 1.0)[0][2]
     panel = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     level0_px = fiducial_spec.size_px / box.width
     # Viridis at its end is the only colour here with green and red far above blue.
@@ -153,7 +157,7 @@ def test_what_nobody_foresaw_costs_one_slide_too(tmp_path, small_slide, green_we
     def full(*_arguments):
         raise MemoryError("cannot allocate")
 
-    monkeypatch.setattr(cohort, "find_regions", full)
+    monkeypatch.setattr(findings, "find_regions", full)
     (result,) = map_here([small_slide], green_weights, tmp_path)
     assert result.status == "failed" and "MemoryError" in result.reason and "\n" not in result.reason
     assert (tmp_path / "index.html").is_file()
@@ -191,6 +195,7 @@ from pathlib import Path
 import zarr
 from medsd.cohort.entry import SlideEntry
 from medsd.heatmap.cohort import map_slides
+from medsd.heatmap.model import MapRequest
 
 create, left = zarr.create_group, [24]
 
@@ -203,7 +208,7 @@ def dying(store):
 
 zarr.create_group = dying
 slide, weights, output = map(Path, sys.argv[1:])
-map_slides([SlideEntry(slide.stem, slide)], weights, output, block_px=64, device="cpu", isolate=False)
+map_slides([SlideEntry(slide.stem, slide)], weights, output, MapRequest(block_px=64), "cpu", isolate=False)
 """
 
 
@@ -227,7 +232,7 @@ def test_kill_9_costs_the_block_in_flight_only(tmp_path, small_slide, green_weig
     names = {}
     for output, options in ((clean, {}), (killed, {}), (other, {"max_unseen": 0.5})):
         written.clear()
-        assert map_here([small_slide], green_weights, output, block_px=64, device="cpu", **options)[0].status == "ok"
+        assert map_here([small_slide], green_weights, output, block_px=64, **options)[0].status == "ok"
         names[output] = set(written)
         assert not (output / "small" / "blocks").exists() and not list(output.rglob(".*"))
         for file in ("probability.ome.tif", "saliency.ome.tif", "regions.geojson"):
@@ -258,7 +263,7 @@ def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_c
     with pytest.raises(ConfigError, match="device 'cuda:99'"):
         map_slides([job], green_weights, tmp_path, device="cuda:99")
     with pytest.raises(ConfigError, match="block_px=0"):
-        map_slides([job], green_weights, tmp_path, block_px=0)
+        map_slides([job], green_weights, tmp_path, MapRequest(block_px=0))
     with pytest.raises(DatasetError, match="run the stage 'heatmap'"):
         read_results(tmp_path / "nowhere")
 
@@ -283,7 +288,7 @@ def hurt_tiles(slide: Path, copy: Path, level: int, numbers: list[int]) -> None:
 def test_what_cannot_be_decoded_is_not_judged_and_said_so(tmp_path, mapped, fiducial_slide, green_weights):
     damaged = tmp_path / fiducial_slide.name
     hurt_tiles(fiducial_slide, damaged, 1, [2 * 4 + 1])  # level-0 pixels 512 to 1024 across, 1024 to 1536 down
-    (result,) = map_slides([job_of(damaged)], green_weights, tmp_path / "out", max_unseen=0.3)
+    (result,) = map_slides([job_of(damaged)], green_weights, tmp_path / "out", MapRequest(max_unseen=0.3))
     assert result.status == "ok" and "of the tissue could not be decoded" in result.reason
     folder = tmp_path / "out" / result.slide
     assert 0 < read_slide_record(folder)["unseen_share"] < 0.3

@@ -14,12 +14,14 @@ from PIL import Image
 
 from medsd.errors import OutputError
 from medsd.heatmap.overlay import (
+    Findings,
     MappedSlide,
     Panel,
     draw_overlay,
     layout,
     length_text,
     round_length_um,
+    shown_explanation,
 )
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import probability_scale
@@ -43,6 +45,7 @@ def draw(
     shape: tuple[int, int] = (300, 400),
     name: str = "slide_1",
     opacity: float = 0.45,
+    methods: Sequence[str] = ("gradient",),
 ) -> npt.NDArray[np.uint8]:
     height, width = shape
     slide = MappedSlide(
@@ -53,14 +56,8 @@ def draw(
         thumbnail=np.full((*shape, 3), GREY, np.uint8),
         thumbnail_level0_px=LEVEL0,
         damaged=False,
-        probability=probability,
-        saliency=replace(BLANK, quantity="saliency"),
-        saliency_limit=1.0,
-        threshold=0.5,
-        threshold_source="fixed on a test",
-        regions=regions,
-        region_pictures=[],
-        score=0.0,
+        explanations=[shown_explanation(method, replace(BLANK, quantity="saliency"), 1.0, "") for method in methods],
+        findings=Findings(probability, 0.5, "fixed on a test", regions, [], 0.0),
         provenance={},
         caveats=[],
     )
@@ -81,7 +78,7 @@ def hot_block(side: float = 100.0) -> ValueMap:
 
 def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
     picture = draw(tmp_path / "o.png", hot_block())
-    first, second, _ = layout(3, 400 / 300)[0]
+    first, _, second = layout(3, 400 / 300)[0]
     assert second.left > first.left
     changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
@@ -94,7 +91,7 @@ def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> No
 
 def test_the_colour_is_the_scale_blended_at_the_opacity(tmp_path: Path) -> None:
     picture = draw(tmp_path / "o.png", hot_block(), opacity=0.3)
-    box = layout(3, 400 / 300)[0][1]
+    box = layout(3, 400 / 300)[0][2]
     found = panel(picture, box)[round(box.height * 15 / 60), round(box.width * 60 / 80)]
     assert found == pytest.approx(0.3 * probability_scale().colours()[-1] + 0.7 * GREY, abs=2)
 
@@ -103,7 +100,7 @@ def test_a_map_larger_than_the_picture_and_the_slide_stays_aligned(tmp_path: Pat
     values = np.full((4001, 5335), np.nan)
     values[2000:2400, 1000:1600] = 1.0
     picture = draw(tmp_path / "o.png", as_map(values, 1.5))
-    first, second, _ = layout(3, 400 / 300)[0]
+    first, _, second = layout(3, 400 / 300)[0]
     changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert (rows[0], rows[-1] + 1) == pytest.approx((second.height * 3000 / 6000, second.height * 3600 / 6000), abs=2)
@@ -122,6 +119,26 @@ def test_contours_are_on_every_panel_along_the_region(tmp_path: Path) -> None:
         assert np.flatnonzero(top).mean() == pytest.approx(box.height * 1000 / 6000, abs=1.5)
         left = dark[box.height // 3, : box.width // 2]
         assert np.flatnonzero(left).mean() == pytest.approx(box.width * 2000 / 8000, abs=1.5)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(2, 2), (3, 3), (4, 2), (5, 3), (7, 3)])
+def test_panels_stand_in_even_rows(count: int, columns: int) -> None:
+    boxes, bottom = layout(count, 1.0)
+    assert len({box.left for box in boxes}) == columns and len(boxes) == count
+    assert len({box.top for box in boxes}) == -(-count // columns)
+    corners = {(box.left, box.top) for box in boxes}
+    assert len(corners) == count and all(box.top + box.height < bottom for box in boxes)
+
+
+def test_every_method_has_a_panel(tmp_path: Path) -> None:
+    region = Region(shapely.box(2000, 1000, 6000, 3000), 1.0, 1.0, 1.0, None)
+    picture = draw(tmp_path / "o.png", hot_block(), [region], methods=("deeplift", "gradcam", "tsm"))
+    boxes = layout(5, 400 / 300)[0]
+    for box in boxes:
+        top = panel(picture, box).max(axis=2)[: box.height // 3, box.width // 2] < 100
+        assert np.flatnonzero(top).mean() == pytest.approx(box.height * 1000 / 6000, abs=1.5)
+    hot = [panel(picture, box)[round(box.height * 15 / 60), round(box.width * 65 / 80)] for box in boxes]
+    assert [np.abs(colour - GREY).max() > 8 for colour in hot] == [False, False, False, False, True]
 
 
 def test_the_scale_bar_has_the_length_it_says(tmp_path: Path) -> None:

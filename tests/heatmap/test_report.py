@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from medsd.heatmap.overlay import MappedSlide
+from medsd.heatmap.overlay import Findings, MappedSlide, shown_explanation
 from medsd.heatmap.regions import find_regions
 from medsd.heatmap.report import SlideResult, area_text, pack_values, write_index, write_report
 from medsd.heatmap.value_map import ValueMap
@@ -49,14 +49,28 @@ class Page(HTMLParser):
         return " ".join(" ".join(text.split()) for tag, text in self.texts if tag not in ("script", "style"))
 
 
+def drawn(words: str, target: str, meaning: str) -> ValueMap:
+    values = np.random.default_rng(1).normal(size=(120, 160)).astype(np.float32)
+    values[:10] = np.nan
+    return ValueMap(values, 50.0, 12.5, "saliency", target, words, "logit", meaning)
+
+
+SALIENCY = drawn("gradient", "tumour", "Its sign is no evidence.")
+FEATURES = drawn("TSM at layer3", "no class", "What the features hold.")
+
+
+def judged() -> Findings:
+    found = content().findings
+    assert found is not None
+    return found
+
+
 def content() -> MappedSlide:
     rng = np.random.default_rng(0)
     probability = np.full((60, 80), np.nan, np.float32)
     probability[5:55, 5:75] = rng.random((50, 70)) * 0.3
     probability[20:30, 20:40] = 0.9
     probability[40:45, 60:65] = 0.8
-    saliency = rng.normal(size=(120, 160)).astype(np.float32)
-    saliency[:10] = np.nan
     value_map = ValueMap(probability, 100.0, 25.0, "probability", "tumour", "dense", "")
     return MappedSlide(
         name="slide_1",
@@ -66,14 +80,18 @@ def content() -> MappedSlide:
         thumbnail=rng.integers(0, 255, (300, 400, 3), dtype=np.uint8),
         thumbnail_level0_px=20.0,
         damaged=False,
-        probability=value_map,
-        saliency=ValueMap(saliency, 50.0, 12.5, "saliency", "tumour", "gradient", "logit", "Its sign is no evidence."),
-        saliency_limit=2.0,
-        threshold=0.5,
-        threshold_source="best F1 on validation slides",
-        regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
-        score=0.9704,
-        region_pictures=[np.zeros((300, 500, 3), np.uint8)],
+        explanations=[
+            shown_explanation("gradient", SALIENCY, 2.0, "The same on every slide."),
+            shown_explanation("tsm", FEATURES, 3.0, "Of this slide."),
+        ],
+        findings=Findings(
+            probability=value_map,
+            threshold=0.5,
+            threshold_source="best F1 on validation slides",
+            regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
+            score=0.9704,
+            region_pictures=[np.zeros((300, 500, 3), np.uint8)],
+        ),
         provenance={"Weights": "abc"},
         caveats=["Trained on two hospitals."],
     )
@@ -121,14 +139,16 @@ def test_is_one_file_that_asks_for_nothing(page: tuple[str, Page], tmp_path: Pat
 
 def test_embedded_maps_are_the_maps_within_half_a_step(page: tuple[str, Page]) -> None:
     data, report = data_of(page[0]), content()
-    for name, value_map in (("probability", report.probability), ("saliency", report.saliency)):
+    assert list(data["layers"]) == ["gradient", "probability", "tsm"] and data["first"] == "gradient"
+    for name, _, value_map, _, _ in report.maps:
         layer = data["layers"][name]
         found = unpack(layer)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(value_map.values))
         assert np.nanmax(np.abs(found - value_map.values)) <= layer["step"] / 2 * 1.001
         assert layer["step"] == pytest.approx(np.ptp(value_map.values[value_map.seen]) / 65534)
         assert (layer["side"], layer["mpp"]) == (value_map.level0_px, value_map.mpp)
-    assert (data["layers"]["saliency"]["vmin"], data["layers"]["saliency"]["vmax"]) == (-2.0, 2.0)
+    assert (data["layers"]["gradient"]["vmin"], data["layers"]["gradient"]["vmax"]) == (-2.0, 2.0)
+    assert (data["layers"]["tsm"]["vmin"], data["layers"]["tsm"]["vmax"]) == (0.0, 3.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,8 +169,8 @@ def test_any_map_is_packed_within_half_a_step(values: npt.NDArray[np.float32]) -
 
 def test_a_large_map_is_halved_and_says_so(tmp_path: Path) -> None:
     large = ValueMap(np.ones((1000, 2000), np.float32), 4.0, 1.0, "saliency", "tumour", "gradient", "")
-    text, parsed = write(tmp_path, replace(content(), saliency=large))
-    layer = data_of(text)["layers"]["saliency"]
+    text, parsed = write(tmp_path, replace(content(), explanations=[shown_explanation("gradient", large, 2.0, "")]))
+    layer = data_of(text)["layers"]["gradient"]
     assert (layer["rows"], layer["columns"], layer["side"], layer["mpp"]) == (500, 1000, 8.0, 2.0)
     assert "one map pixel is 2 µm wide here" in parsed.words
 
@@ -167,17 +187,19 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
         content(),
         name=NASTY,
         mpp_source=NASTY,
-        threshold_source=NASTY,
         provenance={NASTY: NASTY},
         caveats=[NASTY],
-        probability=replace(content().probability, method=NASTY, target=NASTY),
-        saliency=replace(content().saliency, method=NASTY, target=NASTY, unit=NASTY),
+        findings=replace(
+            judged(), threshold_source=NASTY, probability=replace(judged().probability, method=NASTY, target=NASTY)
+        ),
+        explanations=[
+            shown_explanation("gradient", replace(SALIENCY, method=NASTY, target=NASTY, unit=NASTY), 2.0, NASTY)
+        ],
     )
     text, parsed = write(tmp_path, report)
     assert "alert(1)" in text and "<script>alert" not in text
     assert len(parsed.all("script")) == len(write(tmp_path, content())[1].all("script"))
     assert NASTY in "".join(data for _, data in parsed.texts)
-    assert data_of(text)["layers"]["saliency"]["unit"] == NASTY
 
 
 def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
@@ -189,7 +211,11 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
         "best F1 on validation slides",
         "0.25 µm per pixel (vendor)",
         "one map pixel is 25 µm wide here",
-        "Saliency (logit)",
+        "Saliency: gradient (logit)",
+        "Strength: TSM (logit)",
+        "The same on every slide.",
+        "What the features hold.",
+        "Of this slide.",
         "8,000 × 6,000 px",
         "Slide score 0.970 (mean of the highest 1% of the probability in tissue)",
         "abc",
@@ -199,7 +225,7 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
 
 def test_regions_are_listed_with_a_button_that_shows_them(page: tuple[str, Page]) -> None:
     text, parsed = page
-    regions = content().regions
+    regions = judged().regions
     assert [button["data-region"] for button in parsed.all("button") if "data-region" in button] == ["0", "1"]
     assert data_of(text)["boxes"] == [list(region.polygon.bounds) for region in regions]
     assert area_text(regions[0].area_um2) in parsed.words
@@ -210,15 +236,25 @@ def test_controls_start_at_the_agreed_values(page: tuple[str, Page]) -> None:
     inputs = {each.get("id"): each for each in page[1].all("input") if each.get("id")}
     assert inputs["opacity"]["value"] == "45"
     assert inputs["threshold"]["value"] == "0.5"
-    radios = [each for each in page[1].all("input") if each["type"] == "radio"]
-    assert [each["value"] for each in radios] == ["saliency", "probability", "none"]
+    options = [each["value"] for each in page[1].all("option")]
+    assert options == ["gradient", "tsm", "probability", "none"]
+    bars = {each["id"]: "hidden" in each for each in page[1].all("figure")}
+    assert bars == {"bar-gradient": False, "bar-tsm": True, "bar-probability": True}
     labels = {label.get("for") for label in page[1].all("label")}
-    assert {"opacity", "threshold"} <= labels
+    assert {"opacity", "threshold", "layer"} <= labels
+
+
+def test_an_encoder_alone_has_maps_and_nothing_that_is_judged(tmp_path: Path) -> None:
+    text, parsed = write(tmp_path, replace(content(), findings=None, explanations=content().explanations[1:]))
+    assert list(data_of(text)["layers"]) == ["tsm"] and data_of(text)["threshold"] is None
+    assert not re.search("robability|hreshold|Regions|Slide score", parsed.words)
+    assert "Strength: TSM" in parsed.words and {each.get("id") for each in parsed.all("input")} == {"opacity"}
 
 
 def test_a_slide_without_regions_or_sight_has_a_report(tmp_path: Path) -> None:
-    blind = replace(content().probability, values=np.full((60, 80), np.nan, np.float32))
-    text, parsed = write(tmp_path, replace(content(), probability=blind, regions=[], region_pictures=[]))
+    blind = replace(judged().probability, values=np.full((60, 80), np.nan, np.float32))
+    found = replace(judged(), probability=blind, regions=[], region_pictures=[])
+    text, parsed = write(tmp_path, replace(content(), findings=found))
     assert "No region has a probability above 0.5." in parsed.words
     assert np.isnan(unpack(data_of(text)["layers"]["probability"])).all()
 
@@ -264,9 +300,13 @@ def test_names_that_are_not_text_are_written(tmp_path: Path) -> None:
 
 def test_masks_are_called_masks(page: tuple[str, Page], tmp_path: Path) -> None:
     report = content()
-    masks = replace(report.saliency, values=np.abs(report.saliency.values).clip(0, 1), quantity="mask", unit="share")
-    regions = find_regions(report.probability, 0.5, 0.25, (8000, 6000), masks)
-    _, parsed = write(tmp_path, replace(report, saliency=masks, regions=regions))
+    masks = replace(
+        SALIENCY, values=np.abs(SALIENCY.values).clip(0, 1), quantity="mask", unit="share", meaning="Masks."
+    )
+    found = judged()
+    regions = find_regions(found.probability, 0.5, 0.25, (8000, 6000), masks)
+    explanations = [shown_explanation("mask", masks, 1.0, "")]
+    _, parsed = write(tmp_path, replace(report, explanations=explanations, findings=replace(found, regions=regions)))
     assert "aliency" in page[1].words and "aliency" not in parsed.words
     assert "Mean mask" in parsed.words and "Mask (share)" in parsed.words
     assert f"{regions[0].mean_saliency:.3g}" in parsed.words and "+0." not in parsed.words

@@ -8,7 +8,6 @@ import pytest
 
 from medsd.errors import ConfigError
 from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale, saliency_scale
-from medsd.heatmap.value_map import ValueMap
 
 
 def test_zero_has_the_middle_colour_of_a_diverging_scale() -> None:
@@ -72,10 +71,10 @@ def test_refuses_an_unknown_colormap_and_names_the_nearest() -> None:
 
 
 def test_masks_run_from_0_to_1_whatever_the_limit_and_saliency_is_centred() -> None:
-    mask, saliency = (
-        explanation_scale(ValueMap(np.zeros((2, 2), np.float32), 1.0, 1.0, quantity, "", "", "unit"), 0.3)
-        for quantity in ("mask", "saliency")
-    )
+    mask, saliency = (explanation_scale(method, 0.3, "unit") for method in ("mask", "gradient"))
+    first, positive = (explanation_scale(method, 0.3, "unit") for method in ("eigencam", "tsm"))
+    assert (first.vmin, first.vmax, positive.vmin, positive.vmax) == (-0.3, 0.3, 0.0, 0.3)
+    assert first.colormap == positive.colormap not in (mask.colormap, saliency.colormap)
     assert (mask.vmin, mask.vmax) == (0.0, 1.0)
     assert (saliency.vmin, saliency.vmax) == (-0.3, 0.3) and saliency.title == "Saliency (unit)"
     assert len({scale.colormap for scale in (mask, saliency, probability_scale())}) == 3

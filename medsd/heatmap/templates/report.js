@@ -5,7 +5,9 @@ const viewer = byId("viewer"), canvas = byId("canvas"), slide = byId("slide");
 const context = canvas.getContext("2d");
 // scale: CSS pixels per level-0 pixel; x, y: the level-0 point in the viewer's top left corner.
 const view = { scale: 1, x: 0, y: 0 };
-const state = { layer: "saliency", opacity: 0.45, threshold: data.threshold, outline: true, mask: false };
+// An encoder alone has no probability: no threshold and nothing outlined.
+const judged = "probability" in data.layers;
+const state = { layer: data.first, opacity: 0.45, threshold: data.threshold, outline: judged, mask: false };
 let outline = new Path2D(), frame = 0;
 // fitted: what the view was last fitted to, null once the reader has moved; cross: the keyboard reads values at the centre.
 let fitted = null, cross = false;
@@ -153,13 +155,15 @@ function drawScaleBar(width) {
 
 function showValues(x, y) {
   const inside = x >= 0 && y >= 0 && x < data.width && y < data.height;
-  const probability = inside ? valueAt(data.layers.probability, x, y) : NaN;
-  const saliency = inside ? valueAt(data.layers.saliency, x, y) : NaN;
   const seen = (value, text) => (Number.isNaN(value) ? "not seen" : text);
   byId("at-mm").textContent = inside ? `${((x * data.mpp) / 1000).toFixed(3)}, ${((y * data.mpp) / 1000).toFixed(3)} mm` : "–";
   byId("at-px").textContent = inside ? `${Math.floor(x)}, ${Math.floor(y)} px` : "–";
-  byId("at-probability").textContent = inside ? seen(probability, probability.toFixed(3)) : "–";
-  byId("at-saliency").textContent = inside ? seen(saliency, (saliency > 0 && data.layers.saliency.vmin < 0 ? "+" : "") + saliency.toPrecision(3)) : "–";
+  for (const [name, layer] of Object.entries(data.layers)) {
+    const value = valueAt(layer, x, y), sign = value > 0 && layer.vmin < 0 ? "+" : "";
+    byId(`at-${name}`).textContent = inside ? seen(value, sign + (name === "probability" ? value.toFixed(3) : value.toPrecision(3))) : "–";
+  }
+  if (!judged) return;
+  const probability = valueAt(data.layers.probability, x, y);
   byId("above").textContent = inside ? seen(probability, probability > state.threshold ? "yes" : "no") : "–";
 }
 
@@ -219,12 +223,14 @@ function readAtCentre() {
 function update() {
   byId("opacity").value = Math.round(100 * state.opacity);
   byId("opacity-text").textContent = `${Math.round(100 * state.opacity)} %`;
-  byId("threshold").value = state.threshold;
-  byId("threshold-text").textContent = state.threshold.toFixed(3);
-  byId("outline").checked = state.outline;
-  byId("mask").checked = state.mask;
-  for (const radio of document.getElementsByName("layer")) radio.checked = radio.value === state.layer;
-  for (const name of Object.keys(data.layers)) byId(`bar-${name}`).classList.toggle("off", name !== state.layer);
+  byId("layer").value = state.layer;
+  for (const name of Object.keys(data.layers)) byId(`bar-${name}`).hidden = name !== state.layer;
+  if (judged) {
+    byId("threshold").value = state.threshold;
+    byId("threshold-text").textContent = state.threshold.toFixed(3);
+    byId("outline").checked = state.outline;
+    byId("mask").checked = state.mask;
+  }
   redraw();
 }
 
@@ -242,13 +248,14 @@ function setMask(on) {
 }
 
 function listen() {
-  for (const radio of document.getElementsByName("layer"))
-    radio.addEventListener("change", () => { state.layer = radio.value; update(); });
+  byId("layer").addEventListener("change", (event) => { state.layer = event.target.value; update(); });
   byId("opacity").addEventListener("input", (event) => { state.opacity = event.target.value / 100; update(); });
-  byId("threshold").addEventListener("input", (event) => setThreshold(Number(event.target.value)));
-  byId("reset").addEventListener("click", () => setThreshold(data.threshold));
-  byId("outline").addEventListener("change", (event) => { state.outline = event.target.checked; update(); });
-  byId("mask").addEventListener("change", (event) => setMask(event.target.checked));
+  if (judged) {
+    byId("threshold").addEventListener("input", (event) => setThreshold(Number(event.target.value)));
+    byId("reset").addEventListener("click", () => setThreshold(data.threshold));
+    byId("outline").addEventListener("change", (event) => { state.outline = event.target.checked; update(); });
+    byId("mask").addEventListener("change", (event) => setMask(event.target.checked));
+  }
   byId("zoom-in").addEventListener("click", () => zoomBy(1.5));
   byId("zoom-out").addEventListener("click", () => zoomBy(1 / 1.5));
   byId("fit").addEventListener("click", () => fit());
@@ -309,10 +316,10 @@ function readAddress() {
     const value = parseFloat(wanted.get(name));
     return Number.isFinite(value) ? Math.min(most, Math.max(least, value)) : null;
   };
-  if (["saliency", "probability", "none"].includes(wanted.get("layer"))) state.layer = wanted.get("layer");
+  if (["none", ...Object.keys(data.layers)].includes(wanted.get("layer"))) state.layer = wanted.get("layer");
   state.opacity = (number("opacity", 0, 100) ?? 45) / 100;
   state.threshold = number("threshold", 0, 1) ?? data.threshold;
-  state.mask = wanted.get("mask") === "1";
+  state.mask = judged && wanted.get("mask") === "1";
   const region = number("region", 1, data.boxes.length);
   return data.boxes.length && region ? data.boxes[Math.floor(region) - 1] : null;
 }
@@ -321,7 +328,7 @@ async function start() {
   const box = readAddress();
   await Promise.all([...Object.values(data.layers).map(unpack), slide.decode()]);
   Object.values(data.layers).forEach(paint);
-  trace();
+  if (judged) trace();
   listen();
   update();
   fit(box);

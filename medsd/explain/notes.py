@@ -1,0 +1,76 @@
+"""How to read a contact sheet: the sentences at its foot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from medsd import RESEARCH_USE_ONLY
+from medsd.explain.explained import ExplainedImages
+from medsd.explain.sheet import OPACITY
+from medsd.heatmap.legend import ADDITIVE, meaning
+from medsd.saliency.neutral import NeutralReference
+from medsd.saliency.registry import method_card
+
+# An image this many times larger or smaller than the tiles of the training shows other things than they did.
+_FAR = 2.0
+
+
+def reading_notes(explained: ExplainedImages) -> Iterator[str]:
+    """What a reader of the sheet must know."""
+    settings, card, images = explained.settings, explained.model.card, explained.images
+    sizes = [image.size_px for image in images]
+    yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
+    methods: dict[str, list[str]] = {}
+    for name in settings.methods:
+        methods.setdefault(meaning(name, "the class below its map", "an image", explained.output), []).append(name)
+    yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
+    if explained.reference is not None:
+        yield _about(explained.reference, explained)
+    if any(method_card(name).needs_label for name in settings.methods):
+        yield "Brown is above 0, teal below."
+        if len({image.explained for image in images}) > 1:
+            yield (
+                "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
+                "target to compare them."
+            )
+    if "eigencam_reference" in settings.methods:
+        yield "The sign of eigencam_reference is arbitrary, image by image."
+    yield (
+        "A column has one scale for all images; colours of two columns do not compare. Bars are in full colour, maps "
+        f"at {OPACITY:.0%} over the picture in light grey; their squares are the cells of the layer."
+    )
+    if len(set(sizes)) > 1:
+        yield "The images differ in size, and values with it: compare the colours of images of one size only."
+    if card is None:
+        yield "The weights do not say which scale (µm per pixel) they expect."
+    else:
+        yield (
+            f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
+            f"(tiles of {card.tile_px} px, trained on {card.trained_on})."
+        )
+        far = sum(not 1 / _FAR <= math.sqrt(height * width) / card.tile_px <= _FAR for height, width in sizes)
+        if far:
+            yield f"{far} image(s) are over {_FAR:g} times larger or smaller than those tiles."
+        if card.stain_target is not None:
+            yield "The weights were trained on stain-normalised tiles; these images are taken as they are."
+    if explained.masked and not any(image.region is not None and image.region.any() for image in images):
+        yield "No mask marks anything, so nothing is compared with masks."
+    elif explained.masked:
+        yield "Black and white outline: the mask."
+        if settings.target == "predicted":
+            yield "Masks are compared with maps of the predicted class; name the masks' class as target."
+    if explained.failed:
+        yield f"{len(explained.failed)} image(s) could not be read and are left out."
+
+
+def _about(reference: NeutralReference, explained: ExplainedImages) -> str:
+    """What DeepLift compared with, and how far its maps add up."""
+    lacking = sorted(image.unexplained for image in explained.images)
+    least, most = f"{lacking[0]:+.2g}", f"{lacking[-1]:+.2g}"
+    extent = {"plane": "an endless plane", "tile": "a map of a tile's size"}[reference.extent]
+    return (
+        f"{ADDITIVE} compares with the neutral reference from {reference.source}, whose {explained.output} as {extent} "
+        f"is {reference.log_odds:.1g}. An image's map lacks {least if least == most else f'{least} to {most}'} of its "
+        f"{explained.output}: the reference's own at that size, and what smoothing and DeepLift's rules leave."
+    )

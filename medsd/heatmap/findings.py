@@ -1,0 +1,127 @@
+"""What a slide's maps come to, for the eye: regions, score, colour scales, where all of it comes from, caveats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from medsd.heatmap.legend import ADDITIVE, MASK
+from medsd.heatmap.maps import SlideMaps
+from medsd.heatmap.model import MapModel
+from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
+from medsd.heatmap.regions import Region, find_regions
+from medsd.heatmap.value_map import ValueMap
+from medsd.networks.weights import Calibration, ModelCard
+from medsd.slides.readers.base import RGB
+from medsd.slides.slide import Slide, hatched
+
+_PERCENTILE = 99.5
+_TOP_SHARE = 0.01
+_TOP_REGIONS = 8
+_REGION_PICTURE_PX = 192
+
+
+def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, level0_px: float) -> MappedSlide:
+    """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
+    if maps.lost is not None:
+        scale = level0_px / maps.saliency.level0_px
+        rows, columns = (((np.arange(size) + 0.5) * scale).astype(np.int64) for size in picture.shape[:2])
+        inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
+        picture = hatched(picture, maps.lost[np.ix_(*inside)])
+    card, calibration = model.card, model.calibration
+    return MappedSlide(
+        name=slide.path.stem,
+        dimensions=slide.dimensions,
+        mpp=slide.mpp,
+        mpp_source=slide.mpp_source,
+        thumbnail=picture,
+        thumbnail_level0_px=level0_px,
+        damaged=maps.lost is not None,
+        explanations=[_shown(name, shown, calibration) for name, shown in maps.explanations.items()],
+        findings=None if card is None or calibration is None else _findings(slide, maps, card, calibration),
+        provenance=_provenance(slide, maps, model),
+        caveats=list(_caveats(slide, maps, model)),
+    )
+
+
+def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
+    """Slide score: the mean of the highest 1 % of the tissue's probabilities, at least one (our choice).
+
+    The single highest would follow one odd place; the mean of all would lose a small metastasis.
+    """
+    count = max(1, round(_TOP_SHARE * len(probabilities)))
+    return float(np.partition(probabilities, -count)[-count:].mean(dtype=np.float64))
+
+
+def _findings(slide: Slide, maps: SlideMaps, card: ModelCard, calibration: Calibration) -> Findings:
+    probability, threshold = maps.probability, calibration.threshold
+    # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
+    smallest_um2 = (card.tile_px * card.mpp) ** 2
+    regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, maps.saliency, smallest_um2)
+    return Findings(
+        probability=probability,
+        threshold=threshold,
+        threshold_source=f"fixed on {calibration.source}",
+        regions=regions,
+        region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
+        score=top_mean(probability.values[probability.seen]),
+    )
+
+
+def _shown(name: str, shown: ValueMap, calibration: Calibration | None) -> ShownMap:
+    """A map on the scale of the weights, or, of a method that they do not know, on one of its own."""
+    if name == MASK:
+        return shown_explanation(name, shown, 1.0, "From all masks closed to all open.")
+    known = calibration.limits.get(name) if calibration else None
+    if known and calibration:
+        where, compared = calibration.source, "the same colours on every slide of this model"
+    else:
+        known = float(np.percentile(np.abs(shown.values[shown.seen]), _PERCENTILE)) or 1.0
+        where, compared = "this slide", "compare no colours between slides"
+    limits = f"The scale ends at the {_PERCENTILE:g}th percentile of absolute values in {where}: {compared}."
+    return shown_explanation(name, shown, known, limits)
+
+
+def _caveats(slide: Slide, maps: SlideMaps, model: MapModel) -> Iterator[str]:
+    if maps.unseen:
+        yield (
+            f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded and was "
+            "not judged."
+        )
+    if slide.mpp > 1.1 * model.engine.mpp:
+        yield (
+            f"The slide ({slide.mpp:g} µm per pixel) is coarser than the network expects ({model.engine.mpp:g}): it "
+            "was enlarged, and detail that the network looks for is missing."
+        )
+    if model.card is None:
+        yield "The encoder has learned no classes: its maps show what its features hold, not where tumour is."
+    else:
+        yield f"The classifier was trained on {model.card.trained_on}; on other material its scores mean little."
+
+
+def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, str]:
+    engine, card = model.engine, model.card
+    found = {}
+    if ADDITIVE in maps.explanations and maps.moved is not None:
+        before = "before it was smoothed, " if engine.settings.smooth_um else ""
+        found["Adds up"] = f"to the log-odds of every tile, {before}by a correction of {maps.moved:.1%}"
+    if maps.seam is not None:
+        found["Seams"] = f"{maps.seam:.2f} (jump across block borders over beside them)"
+    found["Slide file"] = f"{slide.path.name}, read by {slide.reader}"
+    if card is None:
+        found["Encoder"] = f"{model.name} at {engine.mpp:g} µm per pixel"
+    else:
+        found["Classifier"] = f"{model.name}, tiles of {card.tile_px} px at {card.mpp:g} µm per pixel"
+    return found | {"Weights SHA-256": model.sha256}
+
+
+def _region_picture(slide: Slide, region: Region) -> RGB:
+    """The region with a margin, as a small square picture."""
+    left, top, right, bottom = region.polygon.bounds
+    side = 1.2 * max(right - left, bottom - top, _REGION_PICTURE_PX)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    size = _REGION_PICTURE_PX, _REGION_PICTURE_PX
+    pixels, seen = slide.read_seen(x, y, *size, mpp=slide.mpp * side / _REGION_PICTURE_PX)
+    return pixels if seen is None else hatched(pixels, ~seen)

@@ -1,0 +1,120 @@
+"""A weights file as what maps slides: a calibrated classifier, or an encoder without classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medsd.checks import check_number
+from medsd.errors import ConfigError, WeightsError
+from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.maps import MapSettings
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.geometry import measure_geometry
+from medsd.networks.start import Encoder, last_stage, open_encoder
+from medsd.networks.weights import Calibration, ModelCard, load_classifier
+from medsd.saliency.neutral import NeutralReference
+from medsd.saliency.registry import check_label_free
+
+_OF_ENCODER = ("tsm",)
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """What is asked of slides' maps beside what the weights say.
+
+    Attributes:
+        methods: see `MapSettings`; none for those of the weights, and "tsm" of an encoder alone. The scale of a method
+            that was not calibrated ends at the 99.5th percentile of the slide itself.
+        layer: hidden layer, of an encoder alone, whose weights name none; None for its last stage.
+        network_mpp: micrometres per pixel that an encoder alone takes.
+        block_px: see `MapSettings`.
+        max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
+
+    Raises:
+        ConfigError: a scale or share that is none.
+    """
+
+    methods: Sequence[str] = ()
+    layer: str | None = None
+    network_mpp: float | None = None
+    block_px: int | None = None
+    max_unseen: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.network_mpp is not None:
+            check_number("network_mpp", self.network_mpp, "(0, inf)", hint="micrometres per pixel")
+        check_number("max_unseen", self.max_unseen, "[0, 1]")
+
+
+@dataclass(frozen=True)
+class MapModel:
+    """A network that maps slides.
+
+    Attributes:
+        engine: makes the maps.
+        name: timm name of the encoder.
+        sha256: of the weights and what their file says.
+        card: of a classifier, calibrated; None of an encoder alone, whose probability says nothing.
+    """
+
+    engine: Engine
+    name: str
+    sha256: str
+    card: ModelCard | None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What validation data fixed; None of an encoder alone."""
+        return None if self.card is None else self.card.calibration
+
+
+def load_map_model(weights: str | Path, request: MapRequest, device: torch.device) -> MapModel:
+    """The network of `save_classifier`'s or `save_encoder`'s file.
+
+    Raises:
+        WeightsError: weights that cannot be used, or a classifier that was never calibrated.
+        ConfigError: an encoder without its mpp, a method that it has no classes for, or a classifier whose layer and
+            mpp are given.
+        NetworkError: no such layer, or an encoder whose maps are no functions of places.
+    """
+    encoder = open_encoder(weights, device)
+    if encoder is not None:
+        return _of_encoder(Path(weights), encoder, request)
+    classifier, card, digest = load_classifier(weights, device)
+    calibration = card.calibration
+    if calibration is None:
+        raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
+    for name, given in (("layer", request.layer), ("network_mpp", request.network_mpp)):
+        if given is not None:
+            raise ConfigError(f"{name}={given}: {weights} says it itself; leave it out")
+    names = tuple(request.methods or calibration.limits)
+    smoothing, smooth_um = calibration.smoothing, calibration.smooth_um
+    engine = make_engine(
+        classifier,
+        card.tile_px,
+        card.mpp,
+        settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px),
+        temperature=calibration.temperature,
+        reference=None if calibration.reference is None else NeutralReference(**calibration.reference),
+    )
+    return MapModel(engine, card.encoder, digest, card)
+
+
+def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
+    names = request.methods or _OF_ENCODER
+    check_label_free(names, path)
+    if request.network_mpp is None:
+        raise ConfigError(f"network_mpp: {path} is an encoder and does not say its scale; give its um per pixel")
+    network = encoder.network
+    # A head that nothing looks at, for the engine's sake; no probability, so a tile is a single cell.
+    classifier = TileClassifier(encoder.name, ("no class",)).to(next(network.parameters()).device).eval()
+    classifier.encoder = network
+    layer = request.layer or last_stage(network, encoder.name)
+    settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense")
+    tile_px = measure_geometry(classifier, layer).features.stride
+    engine = make_engine(classifier, tile_px, request.network_mpp, 0, settings)
+    return MapModel(engine, encoder.name, encoder.sha256, None)

@@ -1,0 +1,69 @@
+"""Each method of a slide goes its best way, and all share a grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.engine import make_engine
+from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.tiled import TiledEngine
+from medsd.networks.classifier import TileClassifier
+from medsd.saliency.neutral import NeutralReference
+from medsd.slides.tissue import TissueMask
+
+METHODS = ("gradcam", "deeplift", "tsm", "smoothgrad")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> TileClassifier:
+    torch.manual_seed(0)
+    return TileClassifier("test_resnet").eval()
+
+
+@pytest.fixture(scope="module")
+def reference(classifier) -> NeutralReference:
+    channels = classifier.encoder.feature_info[-3]["num_chs"]
+    vector = torch.rand(channels, generator=torch.Generator().manual_seed(1))
+    return NeutralReference("layer2", tuple(vector.tolist()), 0.0, 0.5, "plane", "noise")
+
+
+def test_methods_of_either_way_stand_side_by_side_as_they_are_alone(classifier, reference, array_slide):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 264, 3), dtype=np.uint8)
+    slide, tissue = array_slide(pixels), TissueMask(np.ones((1, 1), bool), 512.0)
+    engine = make_engine(classifier, 64, 1.0, settings=MapSettings(METHODS, "layer2"), reference=reference)
+    maps = engine.map(slide, tissue)
+    assert tuple(maps.explanations) == METHODS and maps.seam is None
+    assert len({(shown.values.shape, shown.level0_px, shown.mpp) for shown in maps.explanations.values()}) == 1
+    whole = DenseEngine(
+        classifier, 64, 1.0, settings=MapSettings(("deeplift", "tsm"), "layer2"), reference=reference
+    ).map(slide, tissue)
+    tiles = TiledEngine(classifier, 64, 1.0, settings=MapSettings(("gradcam", "smoothgrad"), "layer2")).map(
+        slide, tissue
+    )
+    for alone, words in ((whole, "dense"), (tiles, "tiled")):
+        for name, shown in alone.explanations.items():
+            np.testing.assert_array_equal(maps.explanations[name].values, shown.values)
+            assert (name == "tsm") or words in maps.explanations[name].method
+    np.testing.assert_array_equal(maps.probability.values, whole.probability.values)
+    assert maps.blocks == whole.blocks + tiles.blocks and maps.pixels_read == whole.pixels_read + tiles.pixels_read
+    assert maps.moved == whole.moved
+
+
+def test_tiles_and_references_are_asked_of_the_way_that_a_method_goes(classifier, reference):
+    settings = MapSettings(METHODS, "layer2")
+    engine = make_engine(classifier, 64, 1.0, settings=settings)
+    tiles = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    engine.reference = reference  # as calibration gives it, after the engine was made
+    for name, kind in (("gradcam", TiledEngine), ("deeplift", DenseEngine)):
+        alone = kind(classifier, 64, 1.0, settings=MapSettings((name,), "layer2"), reference=reference)
+        np.testing.assert_array_equal(engine.patch_saliency(tiles, name), alone.patch_saliency(tiles, name))
+
+
+def test_a_network_without_dense_maps_goes_by_tiles_with_all_its_methods():
+    engine = make_engine(
+        TileClassifier("test_efficientnet"), 64, 1.0, settings=MapSettings(("gradient", "gradcam"), "blocks.1")
+    )
+    assert isinstance(engine, TiledEngine)
