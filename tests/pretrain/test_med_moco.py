@@ -156,6 +156,22 @@ def test_each_batch_norm_sees_each_batch_once_and_keys_take_no_gradient() -> Non
     assert 1 <= float(terms.parts["rank"]) <= 3
 
 
+@pytest.mark.parametrize(
+    "change", [{"regions": 2}, {"decorrelation": "w1", "local_layer": "0"}, {"reading": "b", "regions": 2}]
+)
+def test_statistics_and_losses_are_in_single_precision_under_autocast(change: dict[str, Any]) -> None:
+    moco = made(tiny(), **change).float().train()
+    first, second, *places = pairs()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = moco(first.float(), second.float(), *places, torch.full((4,), -1), torch.Generator())
+    terms.total.backward()
+    assert terms.total.dtype == terms.keys.dtype == torch.float32
+    gradients = [p.grad for p in moco.parameters() if p.requires_grad]
+    assert all(each is not None and bool(each.isfinite().all()) for each in gradients)
+    exact = moco(first.float(), second.float(), *places, torch.full((4,), -1), torch.Generator())
+    torch.testing.assert_close(terms.total, exact.total, rtol=0.05, atol=0.05)
+
+
 def test_forward_changes_neither_queue_nor_twins() -> None:
     moco = made(tiny(norm=False), regions=2).train()
     before = copy.deepcopy(moco.state_dict())
