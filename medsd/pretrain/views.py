@@ -138,10 +138,10 @@ def _to_source(boxes: Tensor, symmetry: Tensor, size_px: int) -> Tensor:
         [torch.stack([wide / size_px, zero, left], 1), torch.stack([zero, high / size_px, top], 1)], dim=1
     )
     last_row = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    return crop @ torch.cat([_untwisted(size_px)[symmetry], last_row.expand(len(boxes), 1, 3)], dim=1)
+    return crop @ torch.cat([_before_turn(size_px)[symmetry], last_row.expand(len(boxes), 1, 3)], dim=1)
 
 
-def _untwisted(size_px: int) -> Tensor:
+def _before_turn(size_px: int) -> Tensor:
     """(8, 2, 3): places of a turned view to places before the turn, for the numbers of `turn`."""
     side = float(size_px)
     rows = torch.tensor([[0.0, 0, 1]], dtype=torch.float64)
