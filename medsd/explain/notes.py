@@ -23,7 +23,8 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
     yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
     methods: dict[str, list[str]] = {}
     for name in settings.methods:
-        methods.setdefault(meaning(name, "the class below its map", "an image", explained.output), []).append(name)
+        output = f"{explained.output}, but for what its map lacks"
+        methods.setdefault(meaning(name, "the class below its map", "an image", output), []).append(name)
     yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
     if explained.reference is not None:
         yield _about(explained.reference, explained)

@@ -14,7 +14,7 @@ from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
 
-METHODS = ("gradcam", "deeplift", "tsm", "smoothgrad")
+METHODS = ("gradcam", "deeplift", "tsm", "captum.LayerGradientXActivation")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_methods_of_either_way_stand_side_by_side_as_they_are_alone(classifier, 
     whole = DenseEngine(
         classifier, 64, 1.0, settings=MapSettings(("deeplift", "tsm"), "layer2"), reference=reference
     ).map(slide, tissue)
-    tiles = TiledEngine(classifier, 64, 1.0, settings=MapSettings(("gradcam", "smoothgrad"), "layer2")).map(
+    tiles = TiledEngine(classifier, 64, 1.0, settings=MapSettings((METHODS[0], METHODS[3]), "layer2")).map(
         slide, tissue
     )
     for alone, words in ((whole, "dense"), (tiles, "tiled")):
