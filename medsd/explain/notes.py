@@ -9,11 +9,12 @@ from medsd import RESEARCH_USE_ONLY
 from medsd.explain.explained import ExplainedImages
 from medsd.explain.sheet import OPACITY
 from medsd.heatmap.legend import ADDITIVE, meaning
-from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import method_card
 
 # An image this many times larger or smaller than the tiles of the training shows other things than they did.
 _FAR = 2.0
+# Log-odds from which the network has an answer (our choice): the sign of smaller ones turns with rounding.
+_SURE = 1.0
 
 
 def reading_notes(explained: ExplainedImages) -> Iterator[str]:
@@ -27,7 +28,7 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
         methods.setdefault(meaning(name, "the class below its map", "an image", output), []).append(name)
     yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
     if explained.reference is not None:
-        yield _about(explained.reference, explained)
+        yield additivity(explained)
     if any(method_card(name).needs_label for name in settings.methods):
         yield "Brown is above 0, teal below."
         if len({image.explained for image in images}) > 1:
@@ -65,13 +66,19 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
         yield f"{len(explained.failed)} image(s) could not be read and are left out."
 
 
-def _about(reference: NeutralReference, explained: ExplainedImages) -> str:
-    """What DeepLift compared with, and how far its maps add up."""
+def additivity(explained: ExplainedImages) -> str:
+    """What DeepLift compared with, and how far its maps add up; "" without that method."""
+    reference, output = explained.reference, explained.output
+    if reference is None:
+        return ""
     lacking = sorted(image.unexplained for image in explained.images)
     least, most = f"{lacking[0]:+.2g}", f"{lacking[-1]:+.2g}"
     extent = {"plane": "an endless plane", "tile": "a map of a tile's size"}[reference.extent]
+    sure = [image for image in explained.images if abs(image.output) > _SURE]
+    alike = sum((image.output - image.unexplained) * image.output > 0 for image in sure)
+    signs = f" Its sum has the sign of that in {alike} of {len(sure)} image(s) beyond +-{_SURE:g}." if sure else ""
     return (
-        f"{ADDITIVE} compares with the neutral reference from {reference.source}, whose {explained.output} as {extent} "
-        f"is {reference.log_odds:.1g}. An image's map lacks {least if least == most else f'{least} to {most}'} of its "
-        f"{explained.output}: the reference's own at that size, and what smoothing and DeepLift's rules leave."
+        f"{ADDITIVE} compares with the neutral reference from {reference.source}, whose {output} as {extent} is "
+        f"{reference.log_odds:.1g}. An image's map lacks {least if least == most else f'{least} to {most}'} of its "
+        f"{output}: the reference's own at that size, and what smoothing and DeepLift's rules leave.{signs}"
     )

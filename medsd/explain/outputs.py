@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.model import INPUT
-from medsd.explain.notes import reading_notes
+from medsd.explain.notes import additivity, reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
@@ -42,6 +43,7 @@ _UNITS = {
     "mtsm": "activation squared",
     "channel_energy": "activation squared",
 }
+_COLUMNS = 100
 _SIGNS = {"higher": " +", "lower": " -", "": ""}
 
 
@@ -59,6 +61,7 @@ class Summary:
         agreement: mean over images of Spearman's correlation between two methods' maps, by both their names.
         scales: limits and unit of every method's colours.
         reference: what "deeplift" compared with, but for its vector; None without that method.
+        additivity: how far its maps add up, in words.
         meaning: what each measure is, and which direction is better.
         notes: how to read the sheet.
     """
@@ -73,11 +76,12 @@ class Summary:
     agreement: dict[str, dict[str, float]]
     scales: dict[str, dict[str, Any]]
     reference: dict[str, Any] | None
+    additivity: str
     meaning: dict[str, str]
     notes: list[str]
 
     def in_words(self) -> str:
-        """The means and the agreement as plain text, a table a kind of measure, about 100 columns wide."""
+        """Means, agreement and additivity as plain text, a table a kind of measure, about 100 columns wide."""
         found = pd.DataFrame.from_dict(self.measures, orient="index").map(_cell)
         parts = []
         for kind in dict.fromkeys(measure.kind for measure in MEASURES.values()):
@@ -91,6 +95,7 @@ class Summary:
             numbered = {name: f"{number}  {name}" for number, name in enumerate(self.agreement, start=1)}
             alike = alike.rename(index=numbered, columns={name: text.split()[0] for name, text in numbered.items()})
             parts.append(alike.to_string(float_format="{:.2f}".format, na_rep="-"))
+        parts += [textwrap.fill(self.additivity, _COLUMNS)] if self.additivity else []
         return "\n\n".join(parts)
 
 
@@ -119,6 +124,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         agreement=_agreement(explained),
         scales={column.name: {**asdict(column.scale), "source": column.source} for column in columns},
         reference=None if reference is None else {key: reference[key] for key in reference if key != "vector"},
+        additivity=additivity(explained),
         meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
         notes=notes,
     )

@@ -105,6 +105,10 @@ def test_a_map_and_what_it_lacks_are_the_log_odds(write, network, pixels, folder
         "extent": "plane",
         "source": "64 validation tiles",
     }
+    sums = {name: float(maps[f"{name}/deeplift"].sum()) for name in rows}
+    sure = [name for name in rows if abs(float(rows[name]["output"])) > 1]
+    alike = sum(sums[name] * float(rows[name]["output"]) > 0 for name in sure)
+    assert sure and f"sign of that in {alike} of {len(sure)} image(s)" in " ".join(summary.in_words().split())
     assert card["reference"]["vector"] == pytest.approx(vector.tolist())
     assert summary.scales["deeplift"]["unit"] == "log-odds"
 
