@@ -1,6 +1,7 @@
 """What the bundles' JSON refers to and the library does not have: stages, data sets, the check of a configuration."""
 
 from medsd.bundle.config import check, check_config, mistake
+from medsd.bundle.pretraining import pretrain
 from medsd.bundle.stages import check_slides, evaluate, explain, finetune, heatmap, prepare, report, summary
 from medsd.bundle.surrogates import surrogate
 
@@ -14,6 +15,7 @@ __all__ = [
     "heatmap",
     "mistake",
     "prepare",
+    "pretrain",
     "report",
     "summary",
     "surrogate",

@@ -25,6 +25,7 @@ from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.weights import Calibration
 from medsd.phantom import write_phantom_dataset
+from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict
@@ -138,6 +139,12 @@ class SlideData:
         prepared = self._prepared
         return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
 
+    def unlabelled(self, part: str) -> UnlabelledImages:
+        """All tiles of the part "training" or "validation", those too that no label can be given to."""
+        index = self._prepared.index
+        chosen = np.isin(np.array(index.names)[index.slide], getattr(self._prepared, part))
+        return UnlabelledImages(TileDataset(index.rows(chosen), self.cache, self._normaliser))
+
     def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scales from the validation slides' maps, see `with_reference`."""
         prepared = self._prepared
@@ -227,6 +234,10 @@ class PatchData:
     def part(self, name: str) -> PatchDataset:
         """The patches of the part "training", "validation" or "testing"."""
         return PatchDataset(self._parts[name], side_px=self.tile_px)
+
+    def unlabelled(self, part: str) -> UnlabelledImages:
+        """The patches of the part "training" or "validation", whatever their labels."""
+        return UnlabelledImages(self.part(part))
 
     def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scales from the validation patches, see `with_reference`."""

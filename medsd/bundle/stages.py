@@ -17,6 +17,7 @@ from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 
 from medsd.bundle.data import Data
+from medsd.bundle.pretraining import ENCODER
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
@@ -31,6 +32,7 @@ from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
 from medsd.networks.classifier import Classifier
+from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
@@ -65,10 +67,12 @@ def finetune(
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
+    weights = network.encoder_weights
     settings = settings_of(
         trainer,
         network={"encoder": network.encoder_name, "architecture": network.architecture, "options": network.options},
-        start={"pretrained": network.pretrained, "encoder_weights": network.encoder_weights},
+        # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
+        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)},
         head=network.head,
         # Training patches of one split are test patches of another: a training belongs to its split.
         data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
@@ -94,6 +98,7 @@ def finetune(
         tile_px=data.tile_px,
         mpp=data.mpp,
         trained_on=data.description,
+        start=_start_of(network),
         calibration=data.calibrate(engine),
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -104,6 +109,14 @@ def finetune(
     )
     save_classifier(path, network, card)
     write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
+
+
+def _start_of(network: Classifier) -> str:
+    """What the encoder started from, in words."""
+    if network.encoder_weights is None:
+        return "ImageNet weights (timm)" if network.pretrained else "random weights"
+    path = Path(network.encoder_weights)
+    return f"{path.name}, SHA-256 {weights_sha256(path)}"
 
 
 def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, ModelCard, str]:
@@ -211,7 +224,12 @@ def summary(output_dir: str) -> str:
             lines.append(f"  slide AUC    {_number(slides['slide_auc'])} ({len(slides['slides'])} slides)")
             what = "open masks" if slides.get("quantity") == "mask" else "positive saliency"
             lines.append(f"  pointing     {what} in tumour: {ratio} times tumour's share of the tissue")
-    for label, name in (("weights", WEIGHTS), ("heatmaps", f"{HEATMAPS}/index.html"), ("figure", "summary.png")):
+    for label, name in (
+        ("encoder", ENCODER),
+        ("weights", WEIGHTS),
+        ("heatmaps", f"{HEATMAPS}/index.html"),
+        ("figure", "summary.png"),
+    ):
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")
     return "\n".join(lines)

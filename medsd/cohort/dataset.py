@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -74,6 +75,19 @@ class TileDataset(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slides": OrderedDict(), "_cache": None if self._cache is None else {}}
+
+    def place(self, item: int) -> str:
+        """The file of an item, and where in it."""
+        index = self.index
+        return f"{index.paths[index.slide[item]]}: tile at ({index.x[item]}, {index.y[item]})"
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of which tiles these are, whatever their labels."""
+        index, target = self.index, self._normaliser and self._normaliser.target
+        digest = hashlib.sha256(f"{index.tile_px} {index.mpp} {index.names} {target}".encode())
+        for column in (index.slide, index.x, index.y):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def _read(self, item: int) -> npt.NDArray[np.uint8]:
         index = self.index

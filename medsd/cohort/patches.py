@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,15 @@ class PatchDataset(Dataset[Sample]):
             top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
             pixels = pixels[top : top + self.side_px, left : left + self.side_px]
         return as_sample(pixels, self.labels[item])
+
+    def place(self, item: int) -> str:
+        """The file of an item."""
+        return str(self.table.paths[item])
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of which patches these are, whatever their labels."""
+        names = [path.name for path in self.table.paths]
+        return hashlib.sha256(f"{self.side_px} {names}".encode()).hexdigest()
 
 
 def split_groups(

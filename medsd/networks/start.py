@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import NetworkError, WeightsError
+from medsd.files import sha256_of
 from medsd.networks.classifier import create_encoder
 from medsd.networks.weights import FORMAT, read_tensors, save_tensors, unreadable_card
 
@@ -100,6 +101,18 @@ def last_stage(encoder: nn.Module, name: str) -> str:
     return str(stages[-1]["module"])
 
 
+def weights_sha256(path: str | Path) -> str:
+    """The SHA-256 of what a file of encoder weights holds.
+
+    Of medsd's own it is that of tensors and card: the bytes of a file that is written anew may come in another order.
+
+    Raises:
+        WeightsError: no such file, or damaged.
+    """
+    path = Path(path)
+    return (read_tensors(path).sha256 if path.suffix == ".safetensors" else "") or sha256_of(path)
+
+
 def load_encoder(encoder: nn.Module, path: str | Path) -> None:
     """Put pre-trained weights into a timm encoder: all of its tensors are replaced, or none where it raises.
 
@@ -114,7 +127,7 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such encoder weights; check the path")
+        raise WeightsError(f"{path}: no such encoder weights; check the path, or run the stage 'pretrain'")
     if path.suffix == ".safetensors":
         state = _read_safetensors(path, encoder)
     elif path.suffix in (".pt", ".pth"):

@@ -65,6 +65,7 @@ class ModelCard:
         tile_px: side of the tiles it was trained on, in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles.
         trained_on: the training data, in words.
+        start: what the encoder started from, in words; empty where nobody said.
         calibration: None until validation data have fixed it.
         data_sha256: of the items and labels of its training, validation and test parts.
         settings_sha256: of the settings it was trained with.
@@ -85,6 +86,7 @@ class ModelCard:
     stain_target: dict[str, Any] | None = None
     architecture: Architecture = "tile"
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    start: str = ""
 
 
 def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:

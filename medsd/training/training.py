@@ -67,7 +67,12 @@ def _plain(thing: object) -> Any:
         return {key: _plain(value) for key, value in thing.items()}
     names = [field.name for field in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else vars(thing)
     values = {name: getattr(thing, name) for name in names if not name.startswith("_")}
-    return {"name": type(thing).__name__, **{name: v for name, v in values.items() if isinstance(v, _PLAIN)}}
+    kept = {name: v if isinstance(v, _PLAIN) else _plain(v) for name, v in values.items() if _is_settings(v)}
+    return {"name": type(thing).__name__, **kept}
+
+
+def _is_settings(value: object) -> bool:
+    return isinstance(value, _PLAIN) or dataclasses.is_dataclass(value)
 
 
 def run_training(

@@ -20,6 +20,7 @@ from medsd.bundle import check_slides, summary
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import SlideError
 from medsd.heatmap.tiff import read_ome_tiff
+from medsd.networks.start import weights_sha256
 from medsd.networks.weights import load_classifier
 from medsd.tables import write_table
 
@@ -29,6 +30,11 @@ SMALL = {
     "phantom_slides": 6,
     "phantom_size_px": 1024,
     "encoder": "test_resnet",
+    "pretrain_epochs": 1,
+    "pretrain_samples": 32,
+    "pretrain_batch_size": 16,
+    "queue": 16,
+    "pretraining::settings::group_size": 8,
     "max_epochs": 2,
     "samples_per_epoch": 128,
     "batch_size": 16,
@@ -65,6 +71,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_every_promised_file_is_there(finished):
     out = finished / "out"
+    assert (out / "encoder.safetensors").is_file() and (out / "pretraining" / "history.csv").is_file()
     for name in ("model.safetensors", "scores.json", "summary.png", "training/history.csv", "prepared/tiles.npz"):
         assert (out / name).is_file(), name
     for slide in ("test_001", "test_002"):
@@ -110,16 +117,21 @@ def test_settings_are_those_that_the_training_followed(finished):
         "name": "ObjectiveStep", "seed": 0, "stain": 0.1, "stain_apart": 0.0, "amp": "none", "accumulation": 1
     }  # fmt: skip
     assert settings["sampler"]["samples"] == 128 and settings["network"]["encoder"] == "test_resnet"
-    assert settings["start"] == {"pretrained": False, "encoder_weights": None}
+    assert settings["start"] == {
+        "pretrained": False, "encoder_weights": weights_sha256(finished / "out" / "encoder.safetensors")
+    }  # fmt: skip
+    _, card, _ = load_classifier(finished / "out" / "model.safetensors")
+    assert card.start == f"encoder.safetensors, SHA-256 {settings['start']['encoder_weights']}"
 
 
 def test_running_again_keeps_what_is_done_in_another_process_too(finished, run_bundle):
     """What a process starts from does not matter either: the same settings find their training, and go on from it."""
     files = [path for path in (finished / "phantom").rglob("*") if path.is_file()]
     files += [*(finished / "out" / "heatmaps").glob("*/*"), finished / "out" / "training" / "checkpoint.pt"]
-    files += [finished / "out" / "model.safetensors"]
+    files += [finished / "out" / "model.safetensors", finished / "out" / "encoder.safetensors"]
+    files += [finished / "out" / "pretraining" / "checkpoint.pt"]
     before = {path: path.stat().st_mtime_ns for path in files}
-    flow = run_bundle(BUNDLE, "prepare", "finetune", "heatmap", **SMALL, **places(finished))
+    flow = run_bundle(BUNDLE, "prepare", "pretrain", "finetune", "heatmap", **SMALL, **places(finished))
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert flow.check_properties() == []
 
@@ -137,6 +149,7 @@ def test_damaged_weights_are_written_anew_and_equal(finished, tmp_path, run_bund
     ("stage", "overrides", "words"),
     [
         ("prepare", {"dataset_dir": "nowhere"}, ["nowhere", "no such folder"]),
+        ("pretrain", {}, ["prepared", "run the stage 'prepare'"]),
         ("finetune", {}, ["prepared", "run the stage 'prepare'"]),
         ("evaluate", {}, ["model.safetensors", "finetune"]),
         ("heatmap", {}, ["model.safetensors", "finetune"]),
@@ -163,7 +176,7 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, run_bundle, stage,
         pytest.param({"tensorboard": True}, ["TensorBoardStatsHandler: ", "tensorboard"], marks=WITHOUT_TENSORBOARD),
         ({"weight_decay": -1.0}, ["weight_decay=-1.0"]),
         ({"max_epochs": 0}, ["total_steps"]),
-        ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors"]),
+        ({"encoder_weights": "nowhere.safetensors", "pretrain_epochs": 0}, ["nowhere.safetensors"]),
         ({"layer": "layr1"}, ["layr1", "layer1"]),
         ({"tile_px": 32}, ["other slides or settings", "prepare"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),

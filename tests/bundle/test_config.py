@@ -163,7 +163,7 @@ def test_a_mistake_is_found_in_a_chain_of_exceptions():
 @pytest.mark.parametrize("bundle", [BUNDLE, str(ROOT / "bundles" / "explain.json")])
 def test_json_keeps_choices(bundle):
     """Bundle files stay short; their targets are classes and functions of libraries, with no wrapper between."""
-    assert len(Path(bundle).read_text().splitlines()) <= 190
+    assert len(Path(bundle).read_text().splitlines()) <= 250
     parser = ConfigParser(ConfigParser.load_config_files(bundle))
     targets = [value["_target_"] for value in _dicts(parser.get()) if "_target_" in value]
     assert targets and not any(target.startswith("medsd.bundle.") and target.count(".") < 3 for target in targets)

@@ -1,0 +1,100 @@
+"""The stage pretrain: Med-MoCo on images without labels, and the encoder that the stage finetune starts from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import ignite.distributed as idist
+import torch
+from monai.engines import SupervisedTrainer
+from torch.utils.data import DataLoader
+
+from medsd.errors import ConfigError
+from medsd.files import sha256_of
+from medsd.networks.start import save_encoder, weights_sha256
+from medsd.pretrain.images import Unlabelled, UnlabelledImages
+from medsd.pretrain.med_moco import MedMoCo
+from medsd.pretrain.start import EncoderStart
+from medsd.record import read_record, write_record
+from medsd.training.checkpoint import Checkpoint
+from medsd.training.training import run_training, settings_of
+
+ENCODER = "encoder.safetensors"
+
+
+class PretrainData(Protocol):
+    """What the stage asks of a data set: `SlideData`, `PatchData`, and those of `medsd.bundle.unlabelled`."""
+
+    @property
+    def description(self) -> str:
+        """The data in words."""
+        ...
+
+    def prepare(self) -> None:
+        """Make what `unlabelled` reads."""
+        ...
+
+    def unlabelled(self, part: str) -> UnlabelledImages:
+        """The images of the part "training", or those held out, "validation"."""
+        ...
+
+
+def pretrain(
+    data: PretrainData, start: EncoderStart, trainer: SupervisedTrainer | None, checkpoint: Checkpoint | None
+) -> None:
+    """Stage pretrain: train the encoder (or go on), then write it beside the checkpoint's folder.
+
+    `encoder.safetensors` holds plain timm names, which the classifier, `medsd explain` and segmentation-models-pytorch
+    read. Torch's own generators are left as they were, so that a run of several stages equals the stages one by one.
+
+    Args:
+        data: described in what is written.
+        start: the encoder that was pre-trained.
+        trainer: of a `MedMoCo` on `UnlabelledImages`, with a `PretrainStep`; None does nothing.
+        checkpoint: of the network, the optimiser, the schedule and the step.
+
+    Raises:
+        ConfigError: a queue that is no multiple of the batch of all processes, or larger than a quarter of the images.
+    """
+    if trainer is None or checkpoint is None:
+        return
+    network, loader = cast(MedMoCo, trainer.network), cast("DataLoader[Unlabelled]", trainer.data_loader)
+    images = cast(UnlabelledImages, loader.dataset)
+    _check_queue(network, len(images), cast(int, loader.batch_size))
+    weights = start.weights and weights_sha256(start.weights)
+    settings = settings_of(
+        trainer,
+        network=network.settings,
+        start={**asdict(start), "weights": weights},
+        data=images.fingerprint(),
+        **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
+    )
+    with torch.random.fork_rng():
+        state = run_training(trainer, None, checkpoint, settings, stage="pretrain")
+    if idist.get_rank() == 0:
+        before = "ImageNet" if start.pretrained else "random weights" if weights is None else f"weights {weights}"
+        done = f"{state.epoch} epochs of {state.epoch_length} steps"
+        recipe = {"settings": settings, "source": f"Med-MoCo from {before}, {done} on {data.description}"}
+        _write_encoder(checkpoint.folder, network, start.encoder, recipe)
+    idist.barrier()  # the other processes read it next
+
+
+def _write_encoder(folder: Path, network: MedMoCo, name: str, recipe: dict[str, Any]) -> None:
+    """Write the encoder, unless it is there and what the same training gave."""
+    path, record = folder.parent / ENCODER, folder / "encoder.json"
+    written = read_record(record, recipe)
+    if written is None or sha256_of(path) != written["sha256"]:
+        save_encoder(path, network.plain_encoder(), name, recipe["source"])
+        write_record(record, recipe, [f"../{ENCODER}"], sha256=sha256_of(path))
+
+
+def _check_queue(network: MedMoCo, images: int, batch_size: int) -> None:
+    network.queue.check_batch(batch_size * idist.get_world_size())
+    queue = network.settings.queue
+    if 4 * queue > images:
+        raise ConfigError(
+            f"queue={queue}: more than a quarter of the {images} images, so that the keys told apart would often be of "
+            f"the image itself; at most {images // 4}"
+        )

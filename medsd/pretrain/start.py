@@ -1,0 +1,46 @@
+"""Where pre-training starts from: an encoder by name, from scratch or with weights, made ready on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from medsd.networks.classifier import create_encoder
+from medsd.networks.start import load_encoder
+from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
+
+
+@dataclass(frozen=True)
+class EncoderStart:
+    """The encoder that is pre-trained, and its weights before.
+
+    Attributes:
+        encoder: a timm name whose features are a map, such as "resnet18".
+        pretrained: start from timm's ImageNet weights (downloads them); the paper starts from weights, too.
+        weights: start from this file, see `load_encoder`; None for none.
+        channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
+        seed: draws the other weights.
+    """
+
+    encoder: str
+    pretrained: bool = False
+    weights: str | None = None
+    channels_last: bool = False
+    seed: int = 0
+
+    def network(self, settings: MedMoCoSettings, device: torch.device) -> MedMoCo:
+        """Query and key encoder with their heads, on the device; torch's own generators are left as they were.
+
+        Raises:
+            NetworkError: timm has no such encoder, or its features are not a map.
+            WeightsError: the file holds no weights of it.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            encoder, _ = create_encoder(self.encoder, self.pretrained)
+            if self.weights is not None:
+                load_encoder(encoder, self.weights)
+            if self.channels_last:
+                encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return MedMoCo(encoder, settings).to(device)

@@ -1,0 +1,93 @@
+"""Collapse made visible while training: a handler for MONAI's trainer that measures features of held-out images."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from medsd.checks import check_number
+from medsd.networks.modes import evaluating
+from medsd.pretrain.collapse import alignment, collapse_warning, spectrum, uniformity
+from medsd.pretrain.images import UnlabelledImages
+from medsd.pretrain.med_moco import MedMoCo
+from medsd.pretrain.views import ViewSettings, draw_views
+
+logger = logging.getLogger(__name__)
+
+
+class CollapseHandler:
+    """At the end of each epoch, measures of the features go into the trainer's `state.metrics`, and so into its logs.
+
+    Of the query encoder's pooled features in evaluation mode, before whitening: `effective_rank`,
+    `participation_ratio`, `mean_abs_correlation`; of the embeddings `embedding_rank`, `alignment` of two views and
+    `uniformity`. See `medsd.pretrain.collapse`. Held-out images are taken whole and unchanged, but for the views. A
+    rank below a tenth of the dimensions is told in words. Of several processes the first measures.
+
+    Args:
+        dataset: images that are not trained on.
+        images: the most that are measured (whole batches), drawn by the seed; a spectrum wants five times as many as
+            dimensions.
+        batch_size: images at once.
+        views: as in training.
+        seed: draws images and views.
+
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    def __init__(
+        self, dataset: UnlabelledImages, images: int, batch_size: int, views: ViewSettings, seed: int = 0
+    ) -> None:
+        check_number("images", images, "[2, inf)", whole=True)
+        check_number("batch_size", batch_size, "[1, inf)", whole=True)
+        self.views, self.seed = views, seed
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:images])
+        kept = Subset(dataset, cast(list[int], chosen.tolist()))
+        # The embeddings of "w2" are whitened by their batch, for which what is left over may be too few.
+        self.loader: DataLoader[Any] = DataLoader(kept, batch_size, drop_last=len(kept) >= batch_size)
+
+    def attach(self, engine: Engine) -> None:
+        """Measure after every epoch of the engine."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Measure now."""
+        if idist.get_rank() > 0:
+            return
+        network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
+        features, first, second = self._embedded(network)
+        of_features, of_embeddings = spectrum(features), spectrum(first)
+        for found, what in ((of_features, "features"), (of_embeddings, "embeddings")):
+            warning = collapse_warning(found, what)
+            if warning:
+                logger.warning("epoch %d: %s", engine.state.epoch, warning)
+        engine.state.metrics |= {
+            "effective_rank": of_features.effective_rank,
+            "participation_ratio": of_features.participation_ratio,
+            "mean_abs_correlation": of_features.mean_abs_correlation,
+            "embedding_rank": of_embeddings.effective_rank,
+            "alignment": alignment(first, second),
+            "uniformity": uniformity(first),
+        }
+
+    def _embedded(self, network: MedMoCo) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the images, and embeddings of two views of each."""
+        draws, device = torch.Generator().manual_seed(self.seed), next(network.parameters()).device
+        features: list[Tensor] = []
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        with evaluating(network), torch.inference_mode():
+            for batch in self.loader:
+                images = batch["image"].to(device)
+                features.append(network.embed(network.normalise(images))[0].cpu())
+                for embedded in (first, second):
+                    views = draw_views(images, draws, self.views).images
+                    embedded.append(network.embed(network.normalise(views))[1].cpu())
+        return torch.cat(features), torch.cat(first), torch.cat(second)

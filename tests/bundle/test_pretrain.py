@@ -1,0 +1,212 @@
+"""The stage pretrain: what it leaves, where it goes, what it refuses; slides, folders and volumes without labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from segmentation_models_pytorch.encoders import get_encoder
+
+from medsd.bundle.data import SlideData
+from medsd.bundle.unlabelled import CtVolumes, UnlabelledFolders, UnlabelledSlides
+from medsd.cohort.index import TileGrid
+from medsd.explain.model import load_model
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.start import load_encoder, save_encoder, weights_sha256
+from medsd.networks.weights import load_classifier
+from medsd.phantom import write_phantom_dataset
+from medsd.pretrain.med_moco import MedMoCoSettings
+from medsd.pretrain.start import EncoderStart
+from medsd.pretrain.volumes import SliceSettings
+
+FILES = "bundles/camelyon.json,configs/pcam.json"
+SMALL = {
+    "encoder": "test_resnet",
+    "tile_px": 32,
+    "pretrain_epochs": 2,
+    "pretrain_samples": 32,
+    "pretrain_batch_size": 8,
+    "queue": 8,
+    "pretraining::settings::group_size": 8,
+    "max_epochs": 1,
+    "samples_per_epoch": 32,
+    "batch_size": 16,
+    "methods": ["gradient_x_activation"],
+}
+Run = Callable[..., Any]
+
+
+def write_patches(folder: Path, count: int = 96) -> None:
+    """Coarse noise in groups of eight."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    with open(folder / "labels.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["id", "label", "stain_cluster"])
+        for number in range(count):
+            coarse = generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((32, 32)).save(folder / f"p{number}.png")
+            writer.writerow([f"p{number}", number % 2, number // 8])
+
+
+@pytest.fixture(scope="module")
+def stage(run_bundle: Run) -> Run:
+    def run(folder: Path, *stages: str, **overrides: Any) -> Any:
+        places = {"dataset_dir": str(folder / "patches"), "output_dir": str(folder / "out")}
+        return run_bundle(FILES, *stages, **{**places, **SMALL, **overrides})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    write_patches(folder / "patches")
+    stage(folder, "pretrain", "finetune")
+    return folder
+
+
+def test_the_encoder_is_plain_and_says_where_it_comes_from(finished: Path) -> None:
+    out = finished / "out"
+    network = TileClassifier("test_resnet")
+    assert load_file(out / "encoder.safetensors").keys() == network.encoder.state_dict().keys()
+    load_encoder(network.encoder, out / "encoder.safetensors")
+    record = json.loads((out / "pretraining" / "encoder.json").read_text())
+    assert record["recipe"]["source"].startswith("Med-MoCo from random weights, 2 epochs of 4 steps on ")
+    settings = json.loads((out / "pretraining" / "settings.json").read_text())
+    assert settings["network"]["queue"] == 8 and settings["step"]["views"]["size_px"] == 32
+    assert settings["start"]["weights"] is None and settings["sampler"]["samples"] == 32
+    checkpoint = torch.load(out / "pretraining" / "checkpoint.pt", weights_only=True)["network"]
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, checkpoint[f"encoder.{name}"]), name
+
+
+def test_the_stage_finetune_starts_from_it(finished: Path, tmp_path: Path, stage: Run) -> None:
+    _, card, _ = load_classifier(finished / "out" / "model.safetensors")
+    assert card.start.startswith("encoder.safetensors, SHA-256 ")
+    shutil.copytree(finished / "patches", tmp_path / "patches")
+    with pytest.raises(SystemExit, match=r"encoder\.safetensors: .* run the stage 'pretrain'"):
+        stage(tmp_path, "finetune")
+    flow = stage(tmp_path, "finetune", pretrain_epochs=0, max_epochs=1)
+    assert load_classifier(tmp_path / "out" / "model.safetensors")[1].start == "random weights"
+    assert not (tmp_path / "out" / "pretraining").exists()
+    assert flow.parser.get_parsed_content("network").encoder_weights is None
+
+
+def test_a_finished_run_is_kept_and_stages_one_by_one_equal_the_run(finished: Path, tmp_path: Path, stage: Run) -> None:
+    shutil.copytree(finished / "patches", tmp_path / "patches")
+    stage(tmp_path, "run", run=["@pretrain", "@finetune"])
+    one, other = (load_file(folder / "out" / "model.safetensors") for folder in (finished, tmp_path))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    stage(tmp_path, "pretrain", "finetune")
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    path = tmp_path / "out" / "encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    stage(tmp_path, "pretrain")  # written anew from the checkpoint
+    assert weights_sha256(path) == weights_sha256(finished / "out" / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"queue": 12}, ["queue=12", "multiple", "batch_size"]),
+        ({"queue": 1024}, ["queue=1024", "more than a quarter of the", "images"]),
+        ({"pretrain_batch_size": 64}, ["pretrain_batch_size=64", "pretrain_samples=32"]),
+        ({"pretrain_lr": 0.5}, ["another optimizer::lr, scheduler::base_lrs", "output_dir"]),
+        ({"pretraining::settings::temperature": 0}, ["temperature=0"]),
+        ({"pretraining::settings::decorrelation": "w3"}, ["decorrelation='w3'"]),
+        ({"local_layer": "layr2"}, ["layr2", "layer2"]),
+        ({"encoder": "vit_tiny_patch16_224"}, ["vit_tiny_patch16_224"]),
+        ({"save_every": 0}, ["save_every=0"]),
+        ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such encoder weights"]),
+        ({"pretraining::views::kind": "ct"}, ["kind='ct'"]),
+    ],
+)
+def test_a_wrong_choice_is_told_in_a_line(
+    finished: Path, stage: Run, overrides: dict[str, Any], words: list[str]
+) -> None:
+    checkpoint = finished / "out" / "pretraining" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        stage(finished, "pretrain", **overrides)
+    assert all(word in str(stop.value) for word in words), stop.value
+    assert checkpoint.read_bytes() == before
+
+
+def test_segmentation_models_pytorch_and_explain_take_the_encoder(tmp_path: Path) -> None:
+    moco = EncoderStart("resnet18").network(MedMoCoSettings(queue=8), torch.device("cpu")).eval()
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, moco.plain_encoder(), "resnet18", "a test")
+    theirs = get_encoder("resnet18", weights=None).eval()
+    theirs.load_state_dict(load_file(path))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = moco.encoder(images)
+        torch.testing.assert_close(theirs(images)[-1], expected)
+        torch.testing.assert_close(load_model(path).network(images), expected)
+
+
+def test_slides_are_read_whatever_their_labels(tmp_path: Path) -> None:
+    write_phantom_dataset(tmp_path / "phantom", slides=4, size_px=1024)
+    slides, grid = tmp_path / "phantom" / "training", TileGrid(64, 64, 1.0)
+    data = UnlabelledSlides(str(slides), str(tmp_path / "work"), grid, held_out=0.3)
+    data.prepare()
+    training, held_out = data.unlabelled("training"), data.unlabelled("validation")
+    names = set(training.groups.tolist()), set(held_out.groups.tolist())
+    assert names[1] and not names[0] & names[1] and training.fingerprint() != held_out.fingerprint()
+    assert training[0]["image"].shape == (3, 64, 64) and data.description == "2 slides of training"
+
+
+def test_tiles_that_no_label_fits_are_trained_on_too(tmp_path: Path) -> None:
+    """Those that an outline cuts."""
+    write_phantom_dataset(tmp_path / "phantom", slides=6, size_px=1024)
+    grid = TileGrid(64, 64, 1.0)
+    data = SlideData(str(tmp_path / "phantom"), None, str(tmp_path / "work"), grid)  # type: ignore[arg-type]
+    data.prepare()
+    assert len(data.unlabelled("training")) > len(data.part("training"))
+    assert set(data.unlabelled("training").groups) == set(data.part("training").groups)
+
+
+def test_folders_and_volumes_are_data_too(tmp_path: Path) -> None:
+    write_patches(tmp_path / "patches", 32)
+    folders = UnlabelledFolders([str(tmp_path / "patches")], 24, ["stain_cluster"], 0.25)
+    folders.prepare()
+    assert (len(folders.unlabelled("training")), len(folders.unlabelled("validation"))) == (24, 8)
+    assert folders.unlabelled("training")[0]["image"].shape == (3, 24, 24)
+    (tmp_path / "ct").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "ct" / f"{name}.npy", np.random.default_rng(0).integers(-500, 500, (16, 16, 6)))
+    volumes = CtVolumes(str(tmp_path / "ct"), str(tmp_path / "slices"), SliceSettings(side_px=16), 0.5)
+    volumes.prepare()
+    assert len(volumes.unlabelled("training")) == len(volumes.unlabelled("validation")) == 2
+    assert volumes.description == "2 CT volumes of ct"
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "words"),
+    [
+        ("bundles/pretrain.json", {}, ["dataset_dir: not set"]),
+        ("bundles/pretrain.json", {"dataset_dir": "nowhere"}, ["nowhere"]),
+        ("bundles/pretrain.json,configs/image_folders.json", {}, ["image_dirs: empty"]),
+        ("bundles/pretrain.json,configs/image_folders.json", {"image_dirs": ["nowhere"]}, ["nowhere", "image_dirs"]),
+        ("bundles/pretrain.json,configs/abdomenct.json", {"dataset_dir": "nowhere"}, ["nowhere", "no volumes"]),
+        ("bundles/pretrain.json,configs/abdomenct.json", {"slices::window": [5, 1]}, ["window=[5, 1]"]),
+    ],
+)
+def test_the_full_job_says_what_it_lacks(
+    tmp_path: Path, run_bundle: Run, files: str, overrides: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_bundle(f"bundles/camelyon.json,{files}", "prepare", output_dir=str(tmp_path), **overrides)
+    assert all(word in str(stop.value) for word in words), stop.value
