@@ -28,7 +28,8 @@ class CollapseHandler:
     Of the query encoder's pooled features in evaluation mode, before whitening: `effective_rank`,
     `participation_ratio`, `mean_abs_correlation`; of the embeddings `embedding_rank`, `alignment` of two views and
     `uniformity`. See `medsd.pretrain.collapse`. Held-out images are taken whole and unchanged, but for the views. A
-    rank below a tenth of the dimensions is told in words. Of several processes the first measures.
+    rank below a tenth of the dimensions is told in words. Of several processes all measure the same images, since
+    whitening takes its moments over all of them.
 
     Args:
         dataset: images that are not trained on.
@@ -59,14 +60,12 @@ class CollapseHandler:
 
     def __call__(self, engine: Engine) -> None:
         """Measure now."""
-        if idist.get_rank() > 0:
-            return
         network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
         features, first, second = self._embedded(network)
         of_features, of_embeddings = spectrum(features), spectrum(first)
         for found, what in ((of_features, "features"), (of_embeddings, "embeddings")):
             warning = collapse_warning(found, what)
-            if warning:
+            if warning and idist.get_rank() == 0:
                 logger.warning("epoch %d: %s", engine.state.epoch, warning)
         engine.state.metrics |= {
             "effective_rank": of_features.effective_rank,

@@ -1,4 +1,7 @@
-"""The step and the loop of pre-training: what a step does to queue and key encoder, and resuming to the very step."""
+"""The step and the loop of pre-training: what a step does to queue and key encoder, and resuming to the very step.
+
+Run as a script, this file is one of two processes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
@@ -64,13 +70,15 @@ def network(settings: MedMoCoSettings = SETTINGS) -> MedMoCo:
 def trainer_of(noise: int = 0) -> SupervisedTrainer:
     """Two epochs of 3 steps, as the bundle builds them; `noise` moves torch's own generator, which must not matter."""
     torch.manual_seed(noise)
-    data, moco = UnlabelledImages(Noise()), network()
+    data, moco, batch_size = UnlabelledImages(Noise()), network(), 8 // idist.get_world_size()
     optimizer = torch.optim.SGD([p for p in moco.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
     trainer = SupervisedTrainer(
         device=CPU,
         max_epochs=2,
-        train_data_loader=DataLoader(data, 8, sampler=UnlabelledSampler(data, 24, 8, seed=1), drop_last=True),
+        train_data_loader=DataLoader(
+            data, batch_size, sampler=UnlabelledSampler(data, 24, batch_size, seed=1), drop_last=True
+        ),
         network=moco,
         optimizer=optimizer,
         loss_function=None,
@@ -100,6 +108,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("whole")
     pretrain(trainer_of(), folder)
     return folder
+
+
+def run_process(number: int, meeting: Path, out: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=number, world_size=2, timeout=timedelta(seconds=120)
+    )
+    trainer = trainer_of(noise=number)
+    pretrain(trainer, out / "run")
+    torch.save(trainer.network.state_dict(), out / f"{number}.pt")
+    idist.finalize()
 
 
 def die_in_step_five(folder: Path) -> None:
@@ -141,6 +159,20 @@ def test_the_history_shows_the_terms_and_what_the_features_use(whole: Path) -> N
     assert {"mean_abs_correlation", "embedding_rank", "alignment", "uniformity"} < rows[0].keys()
     assert float(rows[0]["loss"]) == pytest.approx(float(rows[0]["contrast"]) + 0.5 * float(rows[0]["local"]), rel=1e-4)
     assert 1 <= float(rows[1]["effective_rank"]) <= 11 and float(rows[1]["uniformity"]) < 0
+
+
+def test_two_processes_train_one_network_and_one_queue(tmp_path: Path) -> None:
+    """Epoch ends with measures included; what two processes compute is tested with `MedMoCo`."""
+    command = [sys.executable, __file__]
+    running = [subprocess.Popen([*command, str(number), str(tmp_path / "meeting"), str(tmp_path)]) for number in (0, 1)]
+    assert [process.wait(240) for process in running] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
+    for name, tensor in one.items():
+        if "running_" not in name:  # each has its own batches since the last exchange
+            assert torch.equal(tensor, other[name]), name
+    assert int(one["queue.filled"]) == 16 and checkpoint(tmp_path / "run")["state"]["steps"] == 6
+    with open(tmp_path / "run" / "history.csv", newline="", encoding="utf-8") as handle:
+        assert "effective_rank" in list(csv.DictReader(handle))[1]
 
 
 def engine(moco: MedMoCo, iteration: int = 1, lr: float = 0.05) -> Any:
@@ -245,3 +277,7 @@ def test_the_start_draws_by_its_seed_alone_and_leaves_the_generator() -> None:
 def test_measures_of_no_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="images=1: "):
         CollapseHandler(UnlabelledImages(Noise()), 1, 8, VIEWS)
+
+
+if __name__ == "__main__":
+    run_process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
