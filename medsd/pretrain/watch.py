@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, cast
 
 import ignite.distributed as idist
@@ -14,10 +16,11 @@ from torch.utils.data import DataLoader, Subset
 
 from medsd.checks import check_number
 from medsd.networks.modes import evaluating
-from medsd.pretrain.collapse import alignment, collapse_warning, spectrum, uniformity
+from medsd.pretrain.collapse import Spectrum, alignment, collapse_warning, spectrum, uniformity
 from medsd.pretrain.images import UnlabelledImages
 from medsd.pretrain.med_moco import MedMoCo
 from medsd.pretrain.views import ViewSettings, draw_views
+from medsd.tables import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +41,24 @@ class CollapseHandler:
         batch_size: images at once.
         views: as in training.
         seed: draws images and views.
+        folder: where `spectrum.csv` is kept, the singular values of the last epoch, largest first; None for nowhere.
 
     Raises:
         ConfigError: a number out of its range.
     """
 
     def __init__(
-        self, dataset: UnlabelledImages, images: int, batch_size: int, views: ViewSettings, seed: int = 0
+        self,
+        dataset: UnlabelledImages,
+        images: int,
+        batch_size: int,
+        views: ViewSettings,
+        seed: int = 0,
+        folder: str | None = None,
     ) -> None:
         check_number("images", images, "[2, inf)", whole=True)
         check_number("batch_size", batch_size, "[1, inf)", whole=True)
-        self.views, self.seed = views, seed
+        self.views, self.seed, self.folder = views, seed, folder
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:images])
         kept = Subset(dataset, cast(list[int], chosen.tolist()))
         # The embeddings of "w2" are whitened by their batch, for which what is left over may be too few.
@@ -63,10 +73,13 @@ class CollapseHandler:
         network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
         features, first, second = self._embedded(network)
         of_features, of_embeddings = spectrum(features), spectrum(first)
-        for found, what in ((of_features, "features"), (of_embeddings, "embeddings")):
-            warning = collapse_warning(found, what)
-            if warning and idist.get_rank() == 0:
-                logger.warning("epoch %d: %s", engine.state.epoch, warning)
+        if idist.get_rank() == 0:
+            for found, what in ((of_features, "features"), (of_embeddings, "embeddings")):
+                warning = collapse_warning(found, what)
+                if warning:
+                    logger.warning("epoch %d: %s", engine.state.epoch, warning)
+            if self.folder is not None:
+                _write_spectra(Path(self.folder) / "spectrum.csv", of_features, of_embeddings)
         engine.state.metrics |= {
             "effective_rank": of_features.effective_rank,
             "participation_ratio": of_features.participation_ratio,
@@ -90,3 +103,9 @@ class CollapseHandler:
                     views = draw_views(images, draws, self.views).images
                     embedded.append(network.embed(network.normalise(views))[1].cpu())
         return torch.cat(features), torch.cat(first), torch.cat(second)
+
+
+def _write_spectra(path: Path, features: Spectrum, embeddings: Spectrum) -> None:
+    columns = ("features", "embeddings")
+    rows = zip_longest(features.singular_values.tolist(), embeddings.singular_values.tolist())
+    write_table(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

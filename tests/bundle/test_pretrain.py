@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from segmentation_models_pytorch.encoders import get_encoder
 from medsd.bundle.data import SlideData
 from medsd.bundle.unlabelled import CtVolumes, UnlabelledFolders, UnlabelledSlides
 from medsd.cohort.index import TileGrid
+from medsd.errors import NoTissueError
 from medsd.explain.model import load_model
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import load_encoder, save_encoder, weights_sha256
 from medsd.networks.weights import load_classifier
 from medsd.phantom import write_phantom_dataset
+from medsd.phantom.files import write_pyramid
 from medsd.pretrain.med_moco import MedMoCoSettings
 from medsd.pretrain.start import EncoderStart
 from medsd.pretrain.volumes import SliceSettings
+from medsd.tables import read_table
 
 FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {
@@ -43,6 +47,9 @@ SMALL = {
     "methods": ["gradient_x_activation"],
 }
 Run = Callable[..., Any]
+
+
+WITHOUT_MLFLOW = pytest.mark.skipif(find_spec("mlflow") is not None, reason="MLflow is installed")
 
 
 def write_patches(folder: Path, count: int = 96) -> None:
@@ -82,6 +89,9 @@ def test_the_encoder_is_plain_and_says_where_it_comes_from(finished: Path) -> No
     load_encoder(network.encoder, out / "encoder.safetensors")
     record = json.loads((out / "pretraining" / "encoder.json").read_text())
     assert record["recipe"]["source"].startswith("Med-MoCo from random weights, 2 epochs of 4 steps on ")
+    spectra = read_table(out / "pretraining" / "spectrum.csv", ["features", "embeddings"])
+    values = spectra["features"][spectra["features"] != ""].astype(float).tolist()
+    assert values == sorted(values, reverse=True) and (spectra["embeddings"] != "").sum() == 128
     settings = json.loads((out / "pretraining" / "settings.json").read_text())
     assert settings["network"]["queue"] == 8 and settings["step"]["views"]["size_px"] == 32
     assert settings["start"]["weights"] is None and settings["sampler"]["samples"] == 32
@@ -131,11 +141,19 @@ def test_a_finished_run_is_kept_and_stages_one_by_one_equal_the_run(finished: Pa
         ({"save_every": 0}, ["save_every=0"]),
         ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such encoder weights"]),
         ({"pretraining::views::kind": "ct"}, ["kind='ct'"]),
+        ({"output_dir": "alone", "pretraining::settings::group_size": 64}, ["group_size=64"]),
+        pytest.param({"mlflow": True}, ["MLFlowHandler: ", "mlflow"], marks=WITHOUT_MLFLOW),
     ],
 )
 def test_a_wrong_choice_is_told_in_a_line(
-    finished: Path, stage: Run, overrides: dict[str, Any], words: list[str]
+    finished: Path,
+    stage: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, Any],
+    words: list[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     checkpoint = finished / "out" / "pretraining" / "checkpoint.pt"
     before = checkpoint.read_bytes()
     with pytest.raises(SystemExit) as stop:
@@ -176,6 +194,16 @@ def test_tiles_that_no_label_fits_are_trained_on_too(tmp_path: Path) -> None:
     data.prepare()
     assert len(data.unlabelled("training")) > len(data.part("training"))
     assert set(data.unlabelled("training").groups) == set(data.part("training").groups)
+
+
+def test_slides_without_tissue_are_told(tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    for name in ("one", "other"):
+        write_pyramid(tmp_path / "slides" / f"{name}.tif", np.full((1024, 1024, 3), 250, np.uint8), 0.5, 2)
+    data = UnlabelledSlides(str(tmp_path / "slides"), str(tmp_path / "work"), TileGrid(64, 64, 1.0))
+    data.prepare()
+    with pytest.raises(NoTissueError, match="slides: no tissue in any slide; look at the thumbnails in"):
+        data.unlabelled("training")
 
 
 def test_folders_and_volumes_are_data_too(tmp_path: Path) -> None:
