@@ -71,7 +71,7 @@ def pretrain(
         data=images.fingerprint(),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):  # of the loader; what draws on a GPU is the step, which leaves it as it was
         state = run_training(trainer, None, checkpoint, settings, stage="pretrain")
     if idist.get_rank() == 0:
         before = "ImageNet" if start.pretrained else "random weights" if weights is None else f"weights {weights}"

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "folder"
 _TABLES = ("labels.csv", "index.csv")
-_ROWS_OF_ONE_COLOUR = 64
+_IN_A_ROW = 64
 
 
 class Images(Protocol):
@@ -72,7 +72,7 @@ class UnlabelledImages(Dataset[Unlabelled]):
         return len(self.images)
 
     def __getitem__(self, item: int) -> Unlabelled:
-        for number in range(item, item + _ROWS_OF_ONE_COLOUR):
+        for number in range(item, item + _IN_A_ROW):
             number %= len(self)
             image = self.images[number]["image"]
             if (image != image[:, :1, :1]).any():
@@ -80,7 +80,7 @@ class UnlabelledImages(Dataset[Unlabelled]):
             if number not in self._told:
                 self._told.add(number)
                 logger.warning("%s: one colour throughout; left out, the next one takes its place", self.place(number))
-        raise DatasetError(f"{self.place(item)}: {_ROWS_OF_ONE_COLOUR} images from here on are of one colour each")
+        raise DatasetError(f"{self.place(item)}: {_IN_A_ROW} images from here on are of one colour each")
 
     def place(self, item: int) -> str:
         """The file of an item, and where in it."""

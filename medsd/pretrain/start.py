@@ -36,7 +36,7 @@ class EncoderStart:
             NetworkError: timm has no such encoder, or its features are not a map.
             WeightsError: the file holds no weights of it.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):  # made on the CPU
             torch.manual_seed(self.seed)
             encoder, _ = create_encoder(self.encoder, self.pretrained)
             if self.weights is not None:

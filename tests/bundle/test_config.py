@@ -52,6 +52,7 @@ def test_a_misspelt_key_is_refused_and_the_nearest_named(wrong, right):
         ("train#samplr", "train::sampler"),
         ("train::dataloader::num_worker", "num_workers"),
         ("optimizer::weigth_decay", "weight_decay"),
+        ("pretraining::settings::temperatur", "temperature"),
         ("validate::evaluator::val_data_loadr", "val_data_loader"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,13 @@ def test_every_draw_is_exact(sizes: list[tuple[int, int]], samples: int, run: in
             times = Counter(item for item in drawn if labels[item] == label and groups[item] == name)
             members = np.flatnonzero((labels == label) & (groups == name))
             assert max(times.values(), default=0) - min(times.get(int(m), 0) for m in members) <= 1
+
+
+def test_tiles_have_a_place_and_a_fingerprint_whatever_their_labels(index: TileIndex) -> None:
+    tiles = TileDataset(index)
+    assert tiles.place(4) == f"{index.paths[0]}: tile at ({index.x[4]}, {index.y[4]})"
+    assert TileDataset(replace(index, label=1 - index.label)).fingerprint() == tiles.fingerprint()
+    assert TileDataset(replace(index, x=index.x + 1)).fingerprint() != tiles.fingerprint()
 
 
 def test_items_come_in_runs_of_one_slide_and_class() -> None:
