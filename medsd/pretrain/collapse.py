@@ -90,7 +90,7 @@ def collapse_warning(found: Spectrum, what: str = "features") -> str | None:
         return f"{what}: collapsed, all are the same; lower the learning rate (lr) or start from given weights"
     return (
         f"{what}: collapsing, {found.effective_rank:.1f} of {dim} directions are in use (effective rank), less than a "
-        "tenth; decorrelation='w2' and local above 0 work against it"
+        "tenth; compare other values of decorrelation, local and temperature, or start from given weights"
     )
 
 
