@@ -14,6 +14,7 @@ from where the tissue is, not from what it looks like.
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from studies.slide_peers import Tiles, by_monai, by_tiatoolbox
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from medsd.heatmap.cascade import Node
+from medsd.heatmap.cascade import Cascade, Node
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.grid import MapGrid
 from medsd.heatmap.maps import MapSettings
@@ -94,13 +95,12 @@ def operations(slide: Slide, _options: Options) -> None:
     engine.run(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with FlopCounterMode(display=False) as counter:
         engine.map(slide, tissue)
-    cell, call = stage_costs(engine)
+    cell = stage_costs(engine)
     print("\n| slide | tissue | operations over the tissue's own | wanted |\n|---|---|---|---|")
     lines = []
     for size in (SMALL_PX, LARGE_PX):
         wider = TissueMask(tissue.mask, tissue.level0_px * size / SMALL_PX)
-        crops, rects, cells = planned(engine, size, wider)
-        total = sum(sum(areas) * a + len(areas) * b for areas, a, b in zip(crops, cell, call, strict=True))
+        crops, rects, cells, total = planned(engine, size, wider)
         if size == SMALL_PX:
             np.testing.assert_allclose(total, counter.get_total_flops(), rtol=1e-5)
         own = tissue.mask.mean() * (size / engine.strides[0]) ** 2
@@ -118,8 +118,8 @@ def operations(slide: Slide, _options: Options) -> None:
     print("|---|---|---|---|---|---|---|", *lines, sep="\n")
 
 
-def stage_costs(engine: DenseEngine) -> tuple[list[int], list[int]]:
-    """Operations of each stage for a feature cell, and for a call beside them; of the last, both ways."""
+def stage_costs(engine: DenseEngine) -> list[int]:
+    """Operations of each stage for a feature cell; of the last, both ways."""
     counts = []
     for side in (4, 8):
         x, found = torch.zeros(1, 3, side * engine.strides[0], side * engine.strides[0]), []
@@ -130,24 +130,42 @@ def stage_costs(engine: DenseEngine) -> tuple[list[int], list[int]]:
         with FlopCounterMode(display=False) as counter:
             engine._explained(engine.settings.methods[0], x)
         counts.append([*found, counter.get_total_flops()])
-    cell = [(large - small) // (8**2 - 4**2) for small, large in zip(*counts, strict=True)]
-    return cell, [small - 4**2 * a for small, a in zip(counts[0], cell, strict=True)]
+    return [(large - small) // (8**2 - 4**2) for small, large in zip(*counts, strict=True)]
 
 
-def planned(engine: DenseEngine, size: int, tissue: TissueMask) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
-    """Feature cells of each crop and of what each gives, by stage; the tissue's cells."""
+def planned(
+    engine: DenseEngine, size: int, tissue: TissueMask
+) -> tuple[list[list[int]], list[list[int]], np.ndarray, float]:
+    """Feature cells of each crop and of what each gives, by stage; the tissue's cells; operations of all."""
 
     class Empty:
         dimensions, mpp = (size, size), MPP
 
     grids = [MapGrid.over(Empty(), MPP, stride) for stride in engine.strides]  # type: ignore[arg-type]
     plan = engine._plan(grids, tissue)
-    stages = len(engine.cascade.stages)
-    pairs: list[tuple[int, Rect, Rect]] = [(stages, *pair) for pair in plan.rects]
+    cascade = engine.cascade
+    stages = [*cascade.stages, cascade.top]
+    pairs: list[tuple[int, Rect, Rect]] = [(len(stages) - 1, *pair) for pair in plan.rects]
     pairs += [(node.stage, node.rect, node.crop) for node in all_nodes(plan.nodes)]
-    crops = [[crop.area for stage, _, crop in pairs if stage == number] for number in range(stages + 1)]
-    rects = [[rect.area for stage, rect, _ in pairs if stage == number] for number in range(stages + 1)]
-    return crops, rects, plan.tissue
+    crops = [[crop.area for stage, _, crop in pairs if stage == number] for number, _ in enumerate(stages)]
+    rects = [[rect.area for stage, rect, _ in pairs if stage == number] for number, _ in enumerate(stages)]
+    total = sum(counted(cascade, number, rect, crop) for number, rect, crop in pairs)
+    return crops, rects, plan.tissue, total
+
+
+def counted(cascade: Cascade, number: int, rect: Rect, crop: Rect) -> float:
+    """Operations of one rectangle of a stage, from the shapes alone."""
+    stages, channels = [*cascade.stages, cascade.top], [3, *cascade.channels]
+    stage, place = stages[number], crop.times(stages[number].taken)
+    network, head = (
+        copy.deepcopy(it).to("meta").requires_grad_(False) for it in (stage.network, cascade.classifier.head)
+    )
+    x = torch.empty(1, channels[number], place.height, place.width, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        features = network(x.requires_grad_(stage is cascade.top), stage.kept(rect, crop))
+        if stage is cascade.top:
+            torch.nn.functional.conv2d(features, head.weight[:, :, None, None]).sum().backward()
+    return float(counter.get_total_flops())
 
 
 def all_nodes(nodes: Iterable[Node]) -> Iterator[Node]:

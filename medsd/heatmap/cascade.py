@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +35,20 @@ _LEAST_STRIDE = 4
 _PROBE_CELLS = 6
 
 
+class Inner(NamedTuple):
+    """A layer inside a stage, with the stride of the stage's output: behind it less of the map is needed.
+
+    Attributes:
+        name: in the encoder.
+        before, after: its cells left of or above a rectangle of the stage's output, and right of or below it, that the
+            layers behind it look at.
+    """
+
+    name: str
+    before: int
+    after: int
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of the encoder.
@@ -44,6 +58,7 @@ class Stage:
         taken, given: cells of its input (for the first: pixels) and of its output along a feature cell's side.
         halo: feature cells of the input needed on each side beyond those of the output.
         cell_bytes: memory at work for each feature cell, the input included.
+        inner: layers behind which the map is cut down to what is needed, in their order.
     """
 
     network: Segment
@@ -51,6 +66,17 @@ class Stage:
     given: int
     halo: int
     cell_bytes: float
+    inner: tuple[Inner, ...] = ()
+
+    def kept(self, rect: Rect, crop: Rect) -> dict[str, tuple[slice, slice]]:
+        """What is kept of the output of each inner layer, then of the stage's own, for `rect` of `crop`."""
+        wanted, held = rect.times(self.given), crop.times(self.given)
+        kept = {}
+        for name, before, after in (*self.inner, Inner(self.network.end or "", 0, 0)):
+            left, top, right, bottom = wanted
+            part = Rect(left - before, top - before, right + after, bottom + after).meets(held) or held
+            kept[name], held = part.within(held), part
+        return kept
 
     def largest(self, block_px: int | None, stride: int, device: torch.device, at_once: int = 1) -> int:
         """Most feature cells to compute at once, halo included, where so many stages hold their input at a time."""
@@ -97,7 +123,8 @@ class Cascade:
     def __init__(self, classifier: TileClassifier, layer: str, smoothed: bool) -> None:
         encoder = classifier.encoder
         layers = _cuts(classifier, layer)
-        fields, self.features = measure_fields(classifier, layers)
+        inside = _inside(encoder, layers)
+        fields, self.features = measure_fields(classifier, [*layers, *(name for names in inside for name in names)])
         self.hidden = fields[layer]
         finer = [name for name in layers[:-1] if _LEAST_STRIDE <= fields[name].stride < self.hidden.stride]
         networks = segments(encoder, [*finer, layer])
@@ -113,9 +140,15 @@ class Cascade:
             with evaluating(encoder), torch.set_grad_enabled(last), _Allocated() as memory:
                 x = network(x.requires_grad_(last))
             channels.append(x.shape[1])
-            stages.append(
-                Stage(network, taken, given, _halo(below, above, taken, widened), memory.at_work(taken_bytes, last))
+            halo, at_work = _halo(below, above, taken, widened), memory.at_work(taken_bytes, last)
+            # Of a stage whose own end was no cut, layers of another stride.
+            names = inside[layers.index(network.end)] if network.end else inside[-1]
+            inner = tuple(
+                Inner(name, (field.first - above.first) // field.stride, (above.last - field.last) // field.stride)
+                for name, field in ((name, fields[name]) for name in names)
+                if field.stride == above.stride
             )
+            stages.append(Stage(network, taken, given, halo, at_work, inner))
         *self.stages, self.top = stages
         *self.channels, _ = channels
         self.classifier = classifier
@@ -159,8 +192,8 @@ class Cascade:
             x = torch.zeros(shape, device=self.classifier.device)
             for part in node.parts:
                 x[..., *part.rect.times(stage.taken).within(crop)] = self.compute(part, images)
-        features: Tensor = stage.network(x)
-        return features[..., *node.rect.times(stage.given).within(node.crop.times(stage.given))]
+        features: Tensor = stage.network(x, stage.kept(node.rect, node.crop))
+        return features
 
     def whole(self, images: Tensor) -> Tensor:
         """Hidden features (B, C, h, w) of whole images (B, 3, H, W) uint8."""
@@ -186,6 +219,33 @@ def _cuts(classifier: TileClassifier, layer: str) -> list[str]:
         segments(classifier.encoder, [layer])
         return [layer]
     return [*below, layer]
+
+
+def _inside(encoder: nn.Module, cuts: list[str]) -> list[list[str]]:
+    """Layers inside each stage behind which the map can be cut down: what comes just before it, and its blocks."""
+    info = getattr(encoder, "feature_info", None)
+    ends = [*cuts, str(info[-1]["module"])] if info else cuts
+    found = []
+    for end in ends:
+        parent, _, own = end.rpartition(".")
+        siblings = [name for name, _ in encoder.get_submodule(parent).named_children()]
+        before = [f"{parent}.{name}".lstrip(".") for name in siblings[: siblings.index(own)][-1:]]
+        rows = {name: part for name, part in encoder.get_submodule(end).named_modules(prefix=end) if _is_row(part)}
+        shortest = min(rows, key=len, default="")
+        blocks = [f"{shortest}.{name}" for name, _ in rows[shortest].named_children()][:-1] if rows else []
+        found.append([name for name in (*before, *blocks) if name not in ends])
+    found += [[]] * (len(cuts) + 1 - len(ends))
+    try:
+        segments(
+            encoder, [name for names, end in zip(found, [*cuts, ""], strict=True) for name in (*names, end) if name]
+        )
+    except NetworkError:
+        return [[] for _ in found]
+    return found
+
+
+def _is_row(part: nn.Module) -> bool:
+    return isinstance(part, nn.Sequential) and len(part) > 1
 
 
 def _halo(below: ReceptiveField, above: ReceptiveField, taken: int, widened: int) -> int:

@@ -32,7 +32,7 @@ from medsd.heatmap.maps import Assembled, Engine, as_array
 from medsd.heatmap.partition import Rect, grown, partition
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats
-from medsd.heatmap.windows import Windows, window_mean
+from medsd.heatmap.windows import Part, Windows, window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import ReceptiveField
 from medsd.networks.modes import evaluating, recorded
@@ -113,6 +113,11 @@ class DenseEngine(Engine):
         blocks = BlockStore(store / f"blocks-{self.block_px or 'auto'}")
         grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
         plan = self._plan(grids, tissue)
+        for name in set(BY_PARTS).intersection(self.settings.methods).difference(self._methods):
+            # What is recorded once, of maps that are whole.
+            self.run(
+                torch.zeros((1, 3, self.tile_px, self.tile_px), dtype=torch.uint8, device=self.classifier.device), name
+            )
         blocks.belongs_to(np.array([*(rect for rect, _ in plan.rects), *(node.rect for node in plan.nodes)], np.int32))
         todo = [number for number, _ in enumerate(plan.rects) if not blocks.has(f"maps-{number}")]
         # A rectangle's features are computed before it, and let go behind the last that needs them.
@@ -173,7 +178,7 @@ class DenseEngine(Engine):
         with evaluating(self.classifier), torch.no_grad():
             hidden = self.cascade.whole(images)
         name, stage = method or self.settings.methods[0], self.cascade.top
-        self._windows.seeds = None
+        self._windows.cells.part = None
         logits, maps = self._explained(name, hidden)
         if name == ADDITIVE:
             sums = as_array(self.evidence(logits) / self.window**2)
@@ -235,13 +240,13 @@ class DenseEngine(Engine):
         hidden = torch.zeros((1, self.cascade.channels[-1], place.height, place.width), device=self.classifier.device)
         for at, node in enumerate(plan.nodes):
             if (common := node.rect.meets(crop)) is not None:
-                kept = torch.from_numpy(store.read(f"features-{at}")["features"])
+                features = torch.from_numpy(store.read(f"features-{at}")["features"])
                 common = common.times(scale)
-                part = kept[..., *common.within(node.rect.times(scale))]
+                part = features[..., *common.within(node.rect.times(scale))]
                 hidden[..., *common.within(place)] = part.to(hidden.device)
-        seeds = torch.zeros((crop.height, crop.width), dtype=torch.bool, device=self.classifier.device)
-        seeds[rect.within(crop)] = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(seeds)
-        self._windows.seeds = seeds
+        seeds = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(hidden.device)
+        kept = self.cascade.top.kept(rect, crop)
+        self._windows.cells.part = Part((place.height, place.width), kept, seeds)
         arrays, methods = {}, [name for name in self.settings.methods if name in BY_PARTS]
         for name in methods:
             logits, maps = self._explained(name, hidden)
@@ -249,7 +254,7 @@ class DenseEngine(Engine):
         if not methods:
             with evaluating(self.classifier), torch.no_grad():
                 logits = self._logits(self._windows.cells(hidden))
-        return arrays | {"logits": as_array(logits[0, :, *rect.within(crop)])}
+        return arrays | {"logits": as_array(logits[0])}
 
     def _explained(self, name: str, hidden: Tensor) -> tuple[Tensor, Floats]:
         """Logits (B, K, h, w) of cells and a method's maps; of "deeplift" the sums over channels, tempered."""

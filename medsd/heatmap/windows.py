@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,15 +13,39 @@ from medsd.networks.classifier import TileClassifier
 from medsd.networks.segment import Segment
 
 
+class Part(NamedTuple):
+    """A rectangle of cells, computed from hidden features of its crop.
+
+    Attributes:
+        size: (height, width) of those features; maps of another size, as the uniform ones that DeepLift records, are
+            computed whole.
+        kept: what is kept of each layer's output on the way, see `Segment`.
+        seeds: (h, w) bool, the rectangle's cells that count.
+    """
+
+    size: tuple[int, int]
+    kept: Mapping[str, tuple[slice, slice]]
+    seeds: Tensor
+
+
 class Cells(nn.Module):
-    """Logits (B, K, h, w) of each feature cell, without the bias, of hidden features."""
+    """Logits (B, K, h, w) of each feature cell, without the bias, of hidden features.
+
+    Attributes:
+        part: what is computed of them; None for all.
+    """
 
     def __init__(self, top: Segment, classifier: TileClassifier) -> None:
         super().__init__()
         self.top, self.classifier = top, classifier
+        self.part: Part | None = None
+
+    def part_of(self, hidden: Tensor) -> Part | None:
+        return self.part if self.part is not None and hidden.shape[2:] == self.part.size else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.conv2d(self.top(hidden), self.classifier.head.weight[:, :, None, None])
+        part = self.part_of(hidden)
+        return F.conv2d(self.top(hidden, part and part.kept), self.classifier.head.weight[:, :, None, None])
 
 
 class Windows(nn.Module):
@@ -26,16 +53,11 @@ class Windows(nn.Module):
 
     Every window holds window^2 cells at weight 1 / window^2 and as many windows hold a cell, so the sum over windows
     weighs a cell by 1, and the average over the tiles that hold a place by 1 / window^2.
-
-    Attributes:
-        seeds: (h, w) bool, the cells that count; None for all. On maps of another size, as of the uniform plane that
-            DeepLift records, all do.
     """
 
     def __init__(self, top: Segment, classifier: TileClassifier, window: int) -> None:
         super().__init__()
         self.cells = Cells(top, classifier)
-        self.seeds: Tensor | None = None
         # A convolution, for on a plane nothing but sums may follow the last map.
         share = torch.eye(len(classifier.classes), device=classifier.device) / window**2
         self.register_buffer("share", share[:, :, None, None])
@@ -44,8 +66,8 @@ class Windows(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         cells = self.cells(hidden)
-        if self.seeds is not None and self.seeds.shape == cells.shape[2:]:
-            cells = torch.where(self.seeds, cells, 0.0)
+        if (part := self.cells.part_of(hidden)) is not None:
+            cells = torch.where(part.seeds, cells, 0.0)
         logits: Tensor = F.conv2d(cells, self.share).sum(dim=(2, 3))
         return logits
 

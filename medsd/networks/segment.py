@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,19 @@ class Segment(nn.Module):
                 encoder(parameter.new_zeros((1, 3, _DUMMY_PX, _DUMMY_PX)))
             self._corner = outputs[0].shape[2:]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Mapping[str, tuple[slice, slice]] | None = None) -> Tensor:
         """What `end` gives (B, C, h, w) where `start` gave `x`, or of images `x` as the encoder takes them.
 
         Layers that work in place may write to `x`.
+
+        Args:
+            x: (B, C, h, w).
+            kept: by the names of layers in between, rows and columns of their outputs with which it goes on; of what is
+                given by the name of `end`, or "".
         """
         ended: list[Tensor] = []
+        kept = kept or {}
+        last = kept.get(self.end or "", (slice(None), slice(None)))
 
         def stop(_module: nn.Module, _inputs: object, output: object) -> Tensor:
             ended[:] = [map_of_layer(str(self.end), output)]
@@ -59,10 +67,19 @@ class Segment(nn.Module):
             if self.start is not None:
                 image = x.new_zeros((len(x), 3, _DUMMY_PX, _DUMMY_PX))
                 stack.callback(layer_named(self.encoder, self.start).register_forward_hook(lambda *_: x).remove)
+            for name, part in kept.items():
+                if name not in (self.end, ""):
+                    # Layers behind may work in place, which a view must not pass on.
+                    cut = partial(_cut, part=part)
+                    stack.callback(layer_named(self.encoder, name).register_forward_hook(cut).remove)
             if self.end is not None:
                 stack.callback(layer_named(self.encoder, self.end).register_forward_hook(stop).remove)
             output = self.encoder(image)
-        return ended[0] if ended else map_of_layer("output", output)
+        return (ended[0] if ended else map_of_layer("output", output))[..., *last]
+
+
+def _cut(_module: nn.Module, _inputs: object, output: Tensor, part: tuple[slice, slice]) -> Tensor:
+    return output[..., *part].clone()
 
 
 def segments(encoder: nn.Module, layers: Sequence[str]) -> list[Segment]:

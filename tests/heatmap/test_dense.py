@@ -14,9 +14,11 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from medsd.errors import ConfigError, NetworkError
+from medsd.heatmap.cascade import Inner
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.grid import MapGrid, seam_score
 from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.partition import Rect
 from medsd.heatmap.windows import window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
@@ -86,6 +88,26 @@ def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
     monkeypatch.setattr(engine.cascade, "top", replace(engine.cascade.top, halo=0))
     cut = engine.map(slide, all_tissue(slide)).saliency.values
     assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
+
+
+def test_behind_a_block_less_of_the_map_is_computed(array_slide, monkeypatch):
+    """As much as the layers behind it look at, no cell less; that the map stays the same is tested above."""
+    slide, network = array_slide(noise(500, 600)), trained_looking("resnet18")
+    engine = DenseEngine(network, 96, 1.0, settings=MapSettings(("gradient_x_activation",), block_px=2048))
+    whole = engine.map(slide, all_tissue(slide)).saliency.values
+    top = engine.cascade.top
+    assert top.inner == (Inner("layer4.0", 2, 2),)  # two convolutions of 3 x 3
+    # At the canvas's left edge there is no more.
+    assert top.kept(Rect(10, 10, 14, 16), Rect(10, 6, 18, 20))["layer4.0"] == (slice(2, 12), slice(0, 6))
+    sizes: set[torch.Size] = set()
+    engine.settings = replace(engine.settings, block_px=160)
+    handle = network.encoder.layer4[1].conv1.register_forward_hook(lambda _m, x, _o: sizes.add(x[0].shape))
+    cut = engine.map(slide, all_tissue(slide)).saliency.values
+    handle.remove()
+    assert max(size[2] for size in sizes) < 5 + 2 * top.halo
+    assert np.abs(whole - cut).max() <= 1e-5 * np.abs(whole).max()
+    monkeypatch.setattr(engine.cascade, "top", replace(top, inner=(Inner("layer4.0", 1, 1),)))
+    assert np.abs(whole - engine.map(slide, all_tissue(slide)).saliency.values).max() > 1e-3 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
