@@ -127,7 +127,10 @@ def draw(results: Results, folder: Path) -> None:
             axes.contour(tile["tumour"], [0.5], colors="#000000", linewidths=0.9)
             axes.set(xlim=(0, side), ylim=(side, 0))
             axes.set_axis_off()
-    grid[0, 0].set_title("tile of 512 um,\ntumour outlined", fontsize=9)
+    for axes, tile in zip(grid[:, 0], tiles, strict=False):
+        # An outline alone does not say which side of it is tumour.
+        axes.contourf(tile["tumour"], [-0.5, 0.5], colors="none", hatches=["////"])
+    grid[0, 0].set_title("tile of 512 um,\nhatched: no tumour", fontsize=9)
     for column, key in enumerate(keys, start=1):
         _draw_column([row[column] for row in grid], key, [tile[key] for tile in tiles], tiles[0]["image"].shape[0])
     with atomic_path(folder / "maps.png") as temporary:
