@@ -322,3 +322,17 @@ def compare(
     for run in compared:
         print(f"{run.folder}: {run.label}")
     print(f"{len(compared)} runs; see {out / 'compare.md'} and {out / 'compare.png'}")
+
+
+@app.command()
+def spectrum(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs with the stage pretrain.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: spectrum.md, spectrum.csv, spectrum.png.")],
+) -> None:
+    """Show how many directions pre-trained features use, runs in one figure: dimensional collapse made visible."""
+    from medsd.evaluate.spectra import compare_spectra
+
+    for run in compare_spectra(runs, out):
+        rank, dimensions = run.measures["effective_rank"], len(run.singular_values["features"])
+        print(f"{run.label}: effective rank {rank:.1f} of {dimensions}")
+    print(f"see {out / 'spectrum.md'} and {out / 'spectrum.png'}")

@@ -27,7 +27,7 @@ _TERMS = (
     ("mask_loss", "#17becf"),
 )
 # Okabe and Ito's colours without yellow and black; a marker with each, for those who see no colours.
-_RUNS = (
+RUN_STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
     ("#009E73", "^"),
@@ -173,7 +173,7 @@ def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
     for axes in grid[len(runs) :]:
         axes.axis("off")
     for number, (axes, run) in enumerate(zip(grid, runs, strict=False)):
-        colour, marker = _RUNS[number % len(_RUNS)]
+        colour, marker = RUN_STYLES[number % len(RUN_STYLES)]
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(textwrap.fill(run.label, 26), fontsize="small")
         _as_they_are(axes)
@@ -214,7 +214,7 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], key: str, chance: str | None) ->
             continue
         low, high = (estimate.value if math.isnan(end) else end for end in (estimate.low, estimate.high))
         ends += [low, high]
-        axes.barh(row, estimate.value, 0.6, color=_RUNS[row % len(_RUNS)][0], alpha=0.75)
+        axes.barh(row, estimate.value, 0.6, color=RUN_STYLES[row % len(RUN_STYLES)][0], alpha=0.75)
         axes.plot([low, high], [row, row], color="black", lw=1.5)
         axes.text(max(high, 0), row, f"  {number_text(estimate.value, max(high, -low))}", va="center", fontsize="small")
         by_chance = None if chance is None else run.estimate(chance)
