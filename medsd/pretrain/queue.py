@@ -53,7 +53,7 @@ class KeyQueue(nn.Module):
             below, above = size // max(batch, 1) * batch, (size // max(batch, 1) + 1) * batch
             near = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"queue={size}: must be a multiple of batch_size (of all processes: {batch}), such as {near}"
+                f"queue={size}: must be a multiple of pretrain_batch_size (of all processes: {batch}), such as {near}"
             )
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class ShuffledWhitening:
         if moments.count < features.shape[1]:
             raise TrainingError(
                 f"group_size={self.group_size}: a batch gives {moments.count} samples, fewer than the channels that "
-                "are whitened together; raise batch_size or lower group_size"
+                "are whitened together; raise pretrain_batch_size or lower group_size"
             )
         return (features - moments.mean) @ inverse_root(moments.covariance, self.eps)
 

@@ -300,7 +300,7 @@ def test_bad_networks_and_batches_in_words() -> None:
     with pytest.raises(NetworkError, match=r"no map \(B, C, h, w\)"):
         made(nn.Sequential(tiny(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     moco = made(tiny(), **PLAIN)
-    with pytest.raises(ConfigError, match=r"queue=16: must be a multiple of batch_size \(of all processes: 3\)"):
+    with pytest.raises(ConfigError, match=r"queue=16: .* multiple of pretrain_batch_size \(of all processes: 3\)"):
         moco.enqueue(torch.ones(3, 5), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TrainingError, match="cannot be whitened"):
         first, *rest = pairs()

@@ -59,7 +59,7 @@ def test_state_brings_everything_back() -> None:
 @pytest.mark.parametrize(("size", "batch", "near"), [(10, 4, "8 or 12"), (10, 16, "16")])
 def test_a_size_that_is_no_multiple_of_the_batch(size: int, batch: int, near: str) -> None:
     queue = KeyQueue(4, size)
-    words = rf"queue={size}: must be a multiple of batch_size \(of all processes: {batch}\), such as {near}$"
+    words = rf"queue={size}: must be a multiple of pretrain_batch_size \(of all processes: {batch}\), such as {near}$"
     with pytest.raises(ConfigError, match=words):
         queue.enqueue(keys(batch), torch.zeros(batch, dtype=torch.int64))
     assert int(queue.filled) == 0 and not queue.keys.any()
