@@ -110,17 +110,19 @@ def _markdown(runs: Sequence[Run]) -> str:
     labels = [run.label for run in runs]
     measured = [(metric, [run.estimate(metric.path) for run in runs]) for metric in METRICS]
     lines = [f"# {len(runs)} runs on {runs[0].node('tiles.items')} test tiles", ""]
-    lines += [_row("", "better", *labels), "| --- | --- |" + " ---: |" * len(runs)]
-    lines += [_row(metric.title, metric.better, *map(_cell, found)) for metric, found in measured if any(found)]
+    lines += [table_row("", "better", *labels), "| --- | --- |" + " ---: |" * len(runs)]
+    lines += [table_row(metric.title, metric.better, *map(_cell, found)) for metric, found in measured if any(found)]
     told = settings_that_differ(runs)
     if told:
-        lines += ["", _row("settings that differ", *labels), "| --- |" + " ---: |" * len(runs)]
+        lines += ["", table_row("settings that differ", *labels), "| --- |" + " ---: |" * len(runs)]
     for key in told:
-        lines.append(_row(key, *(setting_text(run.settings[key]) if key in run.settings else _DASH for run in runs)))
+        values = (setting_text(run.settings[key]) if key in run.settings else _DASH for run in runs)
+        lines.append(table_row(key, *values))
     return "\n".join([*lines, "", _NOTES, ""])
 
 
-def _row(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 

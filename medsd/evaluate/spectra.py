@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from medsd.drawing import save_figure
 from medsd.errors import DatasetError
+from medsd.evaluate.compare import table_row
 from medsd.evaluate.plots import RUN_STYLES
 from medsd.evaluate.runs import number_text
 from medsd.files import make_folder, write_text
@@ -100,13 +101,12 @@ def _read(folder: Path) -> SpectrumRun:
 
 
 def _markdown(runs: Sequence[SpectrumRun]) -> str:
-    lines = ["| | " + " | ".join(run.label for run in runs) + " |", "|---|" + "---|" * len(runs)]
-    lines.append("| epoch | " + " | ".join(str(run.epoch) for run in runs) + " |")
+    lines = [table_row("", *(run.label for run in runs)), "|---|" + "---|" * len(runs)]
+    lines.append(table_row("epoch", *(str(run.epoch) for run in runs)))
     for kind in ("features", "embeddings"):
-        counts = (str(len(run.singular_values[kind])) for run in runs)
-        lines.append(f"| dimensions of {kind} | " + " | ".join(counts) + " |")
+        lines.append(table_row(f"dimensions of {kind}", *(str(len(run.singular_values[kind])) for run in runs)))
     for name, title in _MEASURES.items():
-        lines.append(f"| {title} | " + " | ".join(number_text(run.measures[name]) for run in runs) + " |")
+        lines.append(table_row(title, *(number_text(run.measures[name]) for run in runs)))
     return "\n".join([*lines, "", _NOTES, ""])
 
 

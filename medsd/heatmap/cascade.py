@@ -223,8 +223,9 @@ def _cuts(classifier: TileClassifier, layer: str) -> list[str]:
 
 def _inside(encoder: nn.Module, cuts: list[str]) -> list[list[str]]:
     """Layers inside each stage behind which the map can be cut down: what comes just before it, and its blocks."""
-    info = getattr(encoder, "feature_info", None)
-    ends = [*cuts, str(info[-1]["module"])] if info else cuts
+    info: list[dict[str, Any]] = list(getattr(encoder, "feature_info", None) or [])
+    last = info[-1].get("module") if info else None
+    ends = [*cuts, str(last)] if last in dict(encoder.named_modules()) and last not in cuts else cuts
     found = []
     for end in ends:
         parent, _, own = end.rpartition(".")
