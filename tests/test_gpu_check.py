@@ -41,9 +41,17 @@ def test_every_part_is_right_without_what_a_bare_machine_lacks(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table.strip() == done.stdout.strip()
-    for case in ("test_resnet CE", "test_resnet SaliencyDecor", "test_resnet AIM", "one rank", "maps"):
+    for case in (
+        "test_resnet CE",
+        "test_resnet SaliencyDecor",
+        "test_resnet AIM",
+        "one rank",
+        "MoCo v2",
+        "Med-MoCo",
+        "deeplift",
+    ):
         assert case in table
-    assert table.count("| True |") == 5
+    assert table.count("| True |") == 10
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ def measured(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two cases whose measuring is counted; the second is wrong, or fails."""
     calls: list[str] = []
 
-    def cases(_device: object, small: bool) -> object:
+    def cases(_device: object, small: bool, _folder: object) -> object:
         def good() -> dict[str, object]:
             calls.append("good")
             return {"right": True}
