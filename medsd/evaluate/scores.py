@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,9 +69,7 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
         >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
         0.75
     """
-    positive, values = check_scores(labels, scores)
-    _, tie = np.unique(values, return_inverse=True)
-    return _weighted_auc(positive, tie, np.ones(len(tie)))
+    return weighted_auc(labels, scores)(np.ones(len(np.atleast_1d(scores))))
 
 
 def bootstrap_auc(
@@ -94,32 +93,67 @@ def bootstrap_auc(
         DatasetError: as `auc`, or `groups` of another length.
         ConfigError: `resamples` below 1.
     """
-    check_number("resamples", resamples, "[1, inf)", whole=True)
+    statistic = weighted_auc(labels, scores)
+    shape = np.shape(scores)
+    group = np.arange(*shape) if groups is None else np.asarray(groups)
+    if group.shape != shape:
+        raise DatasetError(f"scores: {group.shape} groups and {shape} scores; give one group an item")
+    return bootstrap_groups(statistic, group, resamples, seed)
+
+
+def weighted_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Callable[[Floats], float]:
+    """The AUC as a function of the items' weights (n,), for `bootstrap_groups`; nan where a class has no weight.
+
+    Arguments and errors as in `auc`.
+
+    Example:
+        >>> one, other = (weighted_auc([0, 0, 1], scores) for scores in ([0.1, 0.5, 0.4], [0.1, 0.2, 0.4]))
+        >>> bootstrap_groups(lambda weight: other(weight) - one(weight), ["a", "b", "c"]).value
+        0.5
+    """
     positive, values = check_scores(labels, scores)
-    value = auc(positive, values)
+    tie = np.unique(values, return_inverse=True)[1]  # ranked once: the AUC of a resample is linear in the items
+    return lambda weight: _auc_of_ties(positive, tie, weight)
+
+
+def bootstrap_groups(
+    statistic: Callable[[Floats], float], groups: npt.ArrayLike, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Any statistic with a 95 % percentile bootstrap interval (Efron 1979) over groups of items.
+
+    Two statistics of the same groups with the same seed are resampled alike, so that a difference of two is paired.
+
+    Args:
+        statistic: of the items' weights (n,), whole numbers that say how often each is there; nan where undefined.
+        groups: numbers or names that items of one slide (or patient) share, shape (n,).
+        resamples, seed: as in `bootstrap_auc`.
+
+    Raises:
+        ConfigError: `resamples` below 1.
+
+    Example:
+        >>> correct, slides = np.array([1, 1, 0, 1]), ["a", "a", "b", "b"]
+        >>> found = bootstrap_groups(lambda weight: float(weight @ correct / weight.sum()), slides)
+        >>> found.value, found.low, found.high
+        (0.75, 0.5, 1.0)
+    """
+    check_number("resamples", resamples, "[1, inf)", whole=True)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    value = statistic(np.ones(len(group)))
     if math.isnan(value):
         return _interval(math.nan, np.empty(0))
-    group = np.arange(len(values))
-    if groups is not None:
-        names = np.asarray(groups)
-        if names.shape != values.shape:
-            raise DatasetError(f"scores: {names.shape} groups and {values.shape} scores; give one group an item")
-        group = np.unique(names, return_inverse=True)[1]
-    # Sorted once: an AUC of a resample is then an AUC with whole-number weights, linear in the items.
-    order = np.argsort(values, kind="stable")
-    positive, group = positive[order], group[order]
-    tie = np.unique(values, return_inverse=True)[1][order]
-    random = np.random.default_rng(seed)
-    count = int(group.max()) + 1
+    random, count = np.random.default_rng(seed), len(names)
     drawn = np.empty(resamples)
     for index in range(resamples):
         times = np.bincount(random.integers(count, size=count), minlength=count)
-        drawn[index] = _weighted_auc(positive, tie, times[group].astype(np.float64))
+        drawn[index] = statistic(times[group].astype(np.float64))
     return _interval(value, drawn[~np.isnan(drawn)])
 
 
-def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of values (n,) with a 95 % percentile bootstrap interval (Efron 1979) over items; nan of nothing.
+def bootstrap_mean(
+    values: npt.ArrayLike, resamples: int = 2000, seed: int = 0, groups: npt.ArrayLike | None = None
+) -> Interval:
+    """Mean of values (n,) with a 95 % percentile bootstrap interval (Efron 1979) over items or groups; nan of nothing.
 
     Two runs on the same items, given in the same order and with the same seed, are resampled alike.
     Other arguments as in `bootstrap_auc`.
@@ -134,6 +168,10 @@ def bootstrap_mean(values: npt.ArrayLike, resamples: int = 2000, seed: int = 0) 
         raise DatasetError(f"mean of {items.shape} values: give (n,) finite ones, leave undefined items out")
     if not len(items):
         return _interval(math.nan, np.empty(0))
+    if groups is not None:
+        if np.shape(groups) != items.shape:
+            raise DatasetError(f"mean of {items.shape} values: {np.shape(groups)} groups; give one group an item")
+        return bootstrap_groups(lambda weight: float(weight @ items / weight.sum()), groups, resamples, seed)
     random = np.random.default_rng(seed)
     rows = max(1, _DRAWN_AT_ONCE // len(items))
     drawn = [
@@ -251,7 +289,7 @@ def check_scores(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, F
     return truth.astype(np.bool_), values
 
 
-def _weighted_auc(positive: Bools, tie: npt.NDArray[np.intp], weight: Floats) -> float:
+def _auc_of_ties(positive: Bools, tie: npt.NDArray[np.intp], weight: Floats) -> float:
     """AUC of weighted items; `tie` numbers the distinct scores, rising. nan where a class has no weight."""
     positives = np.bincount(tie, weight * positive)
     negatives = np.bincount(tie, weight * ~positive)

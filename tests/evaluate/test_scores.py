@@ -17,8 +17,11 @@ from medsd.evaluate.scores import (
     PointingShare,
     auc,
     bootstrap_auc,
+    bootstrap_groups,
+    bootstrap_mean,
     inside_share,
     roc_curve,
+    weighted_auc,
     youden_threshold,
 )
 
@@ -266,3 +269,20 @@ def test_pointing_refuses_other_shapes_and_infinity() -> None:
         inside_share(np.ones((2, 3)), yes, yes)
     with pytest.raises(DatasetError, match="infinite"):
         inside_share(np.array([[1, np.inf], [0, 0]]), yes, yes)
+
+
+def test_groups_are_resampled_whole_whatever_the_statistic() -> None:
+    rng = np.random.default_rng(0)
+    labels, groups = np.arange(60) % 2, np.arange(60) // 6
+    scores = rng.normal(labels, 1)
+    by_hand = bootstrap_groups(weighted_auc(labels, scores), groups, resamples=300, seed=4)
+    assert by_hand == bootstrap_auc(labels, scores, groups, resamples=300, seed=4)
+    values = rng.normal(size=10)[groups]
+    found = bootstrap_mean(values, groups=groups, resamples=500)
+    assert found.value == pytest.approx(values.mean())
+    assert found.high - found.low > 2 * (bootstrap_mean(values).high - bootstrap_mean(values).low)
+    weights: list[np.ndarray] = []
+    bootstrap_groups(lambda weight: float(weights.append(weight) or 0), groups, resamples=5)
+    assert all((weight.reshape(10, 6) == weight[::6, None]).all() and weight.sum() == 60 for weight in weights)
+    with pytest.raises(DatasetError, match="groups; give one group an item"):
+        bootstrap_mean([1.0, 2.0], groups=["a"])

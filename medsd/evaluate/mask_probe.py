@@ -1,0 +1,295 @@
+"""What frozen maps say of masks: a linear decoder, and what the maps' stride lets an oracle reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsd.checks import check_number
+from medsd.errors import DatasetError, TrainingError
+from medsd.evaluate.probes import frozen_maps
+from medsd.evaluate.scores import Interval, bootstrap_mean
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Maps of a frozen encoder with the masks of their images.
+
+    Attributes:
+        maps: (n, d, h, w) on the CPU, as `maps_of` gives them.
+        masks: (n, H, W) uint8 class numbers, 0 background.
+        groups: (n,) numbers or names that images of one slide, patient or organ share.
+
+    Raises:
+        DatasetError: unequal lengths, no images, or masks that are no class numbers.
+    """
+
+    maps: Tensor
+    masks: Tensor
+    groups: npt.NDArray[Any]
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.maps.shape), tuple(self.masks.shape), np.shape(self.groups)
+        if [len(shape) for shape in shapes] != [4, 3, 1] or len({shape[0] for shape in shapes}) > 1 or not shapes[2][0]:
+            raise DatasetError(
+                f"decoder: maps {shapes[0]}, masks {shapes[1]}, groups {shapes[2]}; give (n, d, h, w), (n, H, W), (n,)"
+            )
+        if self.masks.dtype != torch.uint8:
+            raise DatasetError(f"decoder: masks are {self.masks.dtype}; give uint8 class numbers, 0 background")
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """The schedule of the linear decoder, one for all encoders (numbers: our choice, by which Dice no longer rises).
+
+    Attributes:
+        steps, batch_size: of Adam, its learning rate falling from `lr` to 0 by a cosine.
+        lr: at the start, of weights on channels of unit variance.
+        weight_decay: Adam's.
+        seed: draws the batches; the weights start at 0.
+
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    steps: int = 150
+    batch_size: int = 16
+    lr: float = 0.02
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, "[1, inf)", whole=True)
+        check_number("batch_size", self.batch_size, "[1, inf)", whole=True)
+        check_number("lr", self.lr, "(0, inf)")
+        check_number("weight_decay", self.weight_decay, "[0, inf)")
+        check_number("seed", self.seed, "[0, inf)", whole=True)
+
+
+_DEFAULT = DecoderSettings()
+
+
+@dataclass(frozen=True)
+class MaskScores:
+    """How well masks are read off frozen maps, with 95 % bootstrap intervals over groups.
+
+    Dice is MONAI's, of an image the mean over the classes that its mask has, without background; images whose mask is
+    empty have none and are left out.
+
+    Attributes:
+        dice: mean over test images of the decoder's.
+        oracle: the same of `oracle_masks` at this stride: what the stride alone costs.
+        per_image: (n,) the decoder's, nan where the mask is empty.
+        stride: pixels of the image between cells of the map.
+        images, groups: test images with a mask that is not empty, and their groups.
+    """
+
+    dice: Interval
+    oracle: Interval
+    per_image: npt.NDArray[np.float64]
+    stride: float
+    images: int
+    groups: int
+
+
+class MaskDecoder(nn.Module):
+    """Logits of an image's pixels, linear in its map: a 1 x 1 convolution, then bilinear upsampling.
+
+    The two commute, so that the few cells are convolved and not the many pixels. Channels are standardised first, by
+    moments that are kept.
+
+    Args:
+        mean, deviation: (d,) of the training maps' channels; constant ones are left out.
+        classes: K, with the background.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor, classes: int) -> None:
+        super().__init__()
+        varies = deviation > 1e-6 * mean.abs()
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("scale", torch.where(varies, 1 / deviation, 0.0)[:, None, None])
+        self.convolution = nn.Conv2d(len(mean), classes, 1, device="meta").to_empty(device=mean.device)
+        nn.init.zeros_(self.convolution.weight)
+        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits (B, K, *size) of maps (B, d, h, w)."""
+        logits = self.convolution((maps.float() - self.mean) * self.scale)
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def maps_of(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None) -> Tensor:
+    """Maps (n, d, h, w) of images in half precision on the CPU, to train decoders on; arguments as in `frozen_maps`.
+
+    Choose a layer of stride 8, "layer2" of a ResNet, or an encoder whose last stages are dilated (timm's
+    `output_stride=8`): of coarser maps the Dice measures the stride, see `oracle_masks`.
+
+    Raises:
+        DatasetError: no images, or values beyond half precision.
+    """
+    maps = [each.half().cpu() for each in frozen_maps(encoder, batches, layer)]
+    if not maps:
+        raise DatasetError("decoder: no images; give at least one")
+    joined = torch.cat(maps)
+    if not joined.isfinite().all():
+        raise DatasetError("decoder: maps are not all finite in half precision; check the weights, or choose a layer")
+    return joined
+
+
+def decoder_dice(
+    train: Masked, test: Masked, settings: DecoderSettings = _DEFAULT, device: torch.device | str = "cpu"
+) -> MaskScores:
+    """Train a linear decoder on frozen maps and score it on others, beside the oracle of their stride.
+
+    Args:
+        train: learnt from.
+        test: scored; its masks are not looked at before.
+        settings: the schedule.
+        device: computes.
+
+    Raises:
+        DatasetError: the parts differ in channels or classes, or no test image has a mask.
+        TrainingError: the loss is not finite.
+    """
+    size, cells = tuple(test.masks.shape[1:]), tuple(test.maps.shape[2:])
+    if train.maps.shape[1] != test.maps.shape[1]:
+        raise DatasetError(f"decoder: {train.maps.shape[1]} channels to train on, {test.maps.shape[1]} to test on")
+    classes = _classes(train.masks)
+    found = predict_masks(train_decoder(train, settings, device), test.maps, (size[0], size[1]))
+    dice = dice_per_image(found, test.masks, classes)
+    known = ~np.isnan(dice)
+    if not known.any():
+        raise DatasetError("decoder: all test masks are empty; give images with something to find")
+    oracle = dice_per_image(oracle_masks(test.masks, (cells[0], cells[1]), classes), test.masks, classes)
+    groups = np.asarray(test.groups)[known]
+    return MaskScores(
+        dice=bootstrap_mean(dice[known], groups=groups),
+        oracle=bootstrap_mean(oracle[known], groups=groups),
+        per_image=dice,
+        stride=size[0] / cells[0],
+        images=int(known.sum()),
+        groups=len(np.unique(groups)),
+    )
+
+
+def train_decoder(
+    train: Masked, settings: DecoderSettings = _DEFAULT, device: torch.device | str = "cpu"
+) -> MaskDecoder:
+    """A decoder trained by cross-entropy and Dice (MONAI's `DiceCELoss`, without background, summed over the batch).
+
+    The same seed on the same device gives the same decoder; no generator of torch's own is drawn from.
+
+    Raises:
+        DatasetError: all masks are empty.
+        TrainingError: the loss is not finite.
+    """
+    from monai.losses import DiceCELoss
+
+    classes = _classes(train.masks)
+    size = (train.masks.shape[1], train.masks.shape[2])
+    mean, deviation = _moments(train.maps)
+    decoder = MaskDecoder(mean, deviation, classes).to(device)
+    optimiser = torch.optim.Adam(decoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    draws = torch.Generator().manual_seed(settings.seed)
+    left = torch.zeros(0, dtype=torch.int64)
+    for _ in range(settings.steps):
+        while len(left) < min(settings.batch_size, len(train.maps)):
+            left = torch.cat([left, torch.randperm(len(train.maps), generator=draws)])
+        rows, left = left[: settings.batch_size], left[settings.batch_size :]
+        logits = decoder(train.maps[rows].to(device), size)
+        loss = loss_of(logits, train.masks[rows, None].to(device))
+        if not loss.isfinite():
+            raise TrainingError("decoder: the loss is not finite; lower its learning rate (lr)")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return decoder
+
+
+def predict_masks(decoder: MaskDecoder, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The likeliest class of each pixel, (n, *size) uint8 on the CPU, of maps (n, d, h, w)."""
+    device = decoder.mean.device
+    with torch.no_grad():
+        found = [decoder(part.to(device), size).argmax(dim=1).to("cpu", torch.uint8) for part in _parts(maps)]
+    return torch.cat(found)
+
+
+def oracle_masks(masks: Tensor, cells: tuple[int, int], classes: int) -> Tensor:
+    """What is left of masks (n, H, W) averaged into map cells, upsampled bilinearly, the likeliest class of a pixel.
+
+    Of two classes that is the cut at 1/2. It is what a map of that stride shows when its cells know how much of them a
+    class covers, not the most that any map could reach.
+
+    Args:
+        masks: uint8 class numbers below `classes`.
+        cells: (h, w) of the map.
+        classes: with the background.
+    """
+    found = []
+    for part in _parts(masks):
+        shares = F.adaptive_avg_pool2d(_one_hot(part, classes), cells)
+        found.append(F.interpolate(shares, masks.shape[1:], mode="bilinear", align_corners=False).argmax(dim=1))
+    return torch.cat(found).to(torch.uint8)
+
+
+def dice_per_image(found: Tensor, masks: Tensor, classes: int) -> npt.NDArray[np.float64]:
+    """Dice (n,) of masks (n, H, W) by MONAI: the mean over the classes that are there; nan of an empty mask.
+
+    Raises:
+        DatasetError: a class number that is not below `classes`.
+
+    Example:
+        >>> mask = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [0, 0]]], dtype=torch.uint8)
+        >>> found = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 1]]], dtype=torch.uint8)
+        >>> dice_per_image(found, mask, classes=2).round(3).tolist()
+        [0.8, nan]
+    """
+    from monai.metrics import compute_dice
+
+    if int(masks.max()) >= classes:
+        raise DatasetError(f"decoder: class {int(masks.max())} in a test mask; the training masks end at {classes - 1}")
+    parts = zip(_parts(found), _parts(masks), strict=True)
+    each = [
+        compute_dice(_one_hot(one, classes), _one_hot(other, classes), include_background=False) for one, other in parts
+    ]
+    dice: npt.NDArray[np.float64] = torch.cat(each).double().nanmean(dim=1).numpy()
+    return dice
+
+
+def _parts(values: Tensor) -> list[Tensor]:
+    return [values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE)]
+
+
+def _one_hot(masks: Tensor, classes: int) -> Tensor:
+    return F.one_hot(masks.long(), classes).movedim(-1, 1).float()
+
+
+def _classes(masks: Tensor) -> int:
+    highest = int(masks.max())
+    if highest < 1:
+        raise DatasetError("decoder: all training masks are empty; give images with something to find")
+    return highest + 1
+
+
+def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (d,) of a map's channels, without a copy of all in single precision."""
+    count = maps.numel() / maps.shape[1]
+    mean = torch.stack([part.double().sum(dim=(0, 2, 3)) for part in _parts(maps)]).sum(dim=0) / count
+    squares = [(part.double() - mean[:, None, None]).square().sum(dim=(0, 2, 3)) for part in _parts(maps)]
+    deviation = (torch.stack(squares).sum(dim=0) / count).sqrt()
+    return mean.float(), deviation.float()
