@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from medsd.errors import NetworkError
+from medsd.heatmap.features import free_bytes
 from medsd.heatmap.partition import Rect, grown, partition
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import ReceptiveField, measure_fields
@@ -82,7 +83,7 @@ class Stage:
         """Most feature cells to compute at once, halo included, where so many stages hold their input at a time."""
         if block_px is not None:
             return (max(1, block_px // stride) + 2 * self.halo) ** 2
-        free = _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_BYTES
+        free = _DEVICE_SHARE * free_bytes(device) if device.type == "cuda" else _CPU_BYTES
         return max(1, int(free / at_once / self.cell_bytes))
 
 

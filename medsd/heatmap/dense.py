@@ -25,6 +25,7 @@ from torch import Tensor
 from medsd.errors import NetworkError
 from medsd.heatmap.additive import conserve
 from medsd.heatmap.cascade import Cascade, Node
+from medsd.heatmap.features import FeatureStore, room_on
 from medsd.heatmap.grid import MapGrid, block_any
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.legend import ADDITIVE, BY_PARTS
@@ -46,6 +47,7 @@ from medsd.slides.tissue import TissueMask
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 2
+_READERS = 4
 _LEAST_BLOCK_PX = 256
 # Halved where memory runs out before anything was said of blocks.
 _FIRST_BLOCK_PX = 4096
@@ -128,7 +130,8 @@ class DenseEngine(Engine):
         free = [name for name in self.settings.methods if name in LABEL_FREE]
         if free:  # features are needed to the end
             users = {at: wanted or [len(plan.rects)] for at, wanted in users.items()}
-        missing = [at for at, wanted in users.items() if wanted and not blocks.has(f"features-{at}")]
+        kept = FeatureStore(blocks, room_on(self.classifier.device))
+        missing = [at for at, wanted in users.items() if wanted and not kept.has(at)]
         missing.sort(key=lambda at: users[at][0])
         lost: list[np.ndarray] = []
         leaves = (leaf.crop for at in missing for leaf in plan.nodes[at].leaves())
@@ -144,19 +147,19 @@ class DenseEngine(Engine):
                     # Before the features, for those that are there are not computed again.
                     blocks.write(f"lost-{at}", lost=_together(lost))
                     lost.clear()
-                    blocks.write(f"features-{at}", features=as_array(features))
+                    kept.write(at, features)
                     yield
                 if number == len(plan.rects):
                     return
-                blocks.write(f"maps-{number}", **self._maps(plan, number, blocks))
+                blocks.write(f"maps-{number}", **self._maps(plan, number, kept))
                 for at, wanted in users.items():
                     if wanted and wanted[-1] == number and not free:
-                        blocks.remove(f"features-{at}")
+                        kept.remove(at)
                 yield
 
         for _ in progress(work(), len(missing) + len(todo), "block"):
             pass
-        return self._assembled(plan, grids, blocks)
+        return self._assembled(plan, grids, blocks, kept)
 
     def use_less_memory(self) -> bool:
         before = self.block_px or _FIRST_BLOCK_PX
@@ -227,22 +230,23 @@ class DenseEngine(Engine):
             x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
             return crop, *slide.read_seen(x, y, crop.width * stride, crop.height * stride, mpp=self.mpp)
 
-        for crop, pixels, seen in read_ahead(read, crops, threads=1, ahead=_READ_AHEAD):
+        # An accelerator computes faster than one thread decodes; the CPU's own cores are computing.
+        threads = _READERS if self.classifier.device.type == "cuda" else 1
+        for crop, pixels, seen in read_ahead(read, crops, threads=threads, ahead=max(threads, _READ_AHEAD)):
             if seen is not None:
                 left, top = (cell * stride + self.origin_px for cell in (crop.left, crop.top))
                 lost.append(grid.holding(~seen, left, top))
             yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
-    def _maps(self, plan: _Plan, number: int, store: BlockStore) -> dict[str, np.ndarray]:
+    def _maps(self, plan: _Plan, number: int, kept_features: FeatureStore) -> dict[str, np.ndarray]:
         """Logits of a rectangle's cells, and what each method says of their evidence over its crop."""
         (rect, crop), scale = plan.rects[number], self.cascade.top.taken
         place = crop.times(scale)
         hidden = torch.zeros((1, self.cascade.channels[-1], place.height, place.width), device=self.classifier.device)
         for at, node in enumerate(plan.nodes):
             if (common := node.rect.meets(crop)) is not None:
-                features = torch.from_numpy(store.read(f"features-{at}")["features"])
                 common = common.times(scale)
-                part = features[..., *common.within(node.rect.times(scale))]
+                part = kept_features.read(at)[..., *common.within(node.rect.times(scale))]
                 hidden[..., *common.within(place)] = part.to(hidden.device)
         seeds = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(hidden.device)
         kept = self.cascade.top.kept(rect, crop)
@@ -268,7 +272,7 @@ class DenseEngine(Engine):
     def _logits(self, cells: Tensor) -> Tensor:
         return cells.detach() + self.classifier.head.bias.detach()[:, None, None]
 
-    def _label_free(self, plan: _Plan, store: BlockStore) -> dict[str, Floats]:
+    def _label_free(self, plan: _Plan, store: FeatureStore) -> dict[str, Floats]:
         """Label-free maps on the canvas of hidden cells, of the cells with tissue."""
         size, scale = Rect(0, 0, *plan.size), self.cascade.top.taken
         canvas = size.times(scale)
@@ -282,7 +286,7 @@ class DenseEngine(Engine):
                     maps[name][place] = part
         return maps
 
-    def _assembled(self, plan: _Plan, grids: list[MapGrid], store: BlockStore) -> Assembled:
+    def _assembled(self, plan: _Plan, grids: list[MapGrid], store: BlockStore, features: FeatureStore) -> Assembled:
         """The maps of all blocks, each method's parts added up, on the slide's grids."""
         (width, height), scale = plan.size, self.cascade.top.taken
         canvas, fine = Rect(0, 0, width, height), Rect(0, 0, width, height).times(scale)
@@ -298,7 +302,7 @@ class DenseEngine(Engine):
                 values[crop.times(scale).within(fine)] += arrays[name]
         cells = torch.from_numpy(logits)[None]
         probability = as_array(self.probability(window_mean(cells, self.window)))[0]
-        maps |= self._label_free(plan, store)
+        maps |= self._label_free(plan, features)
         explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in self.settings.methods}
         moved = None
         if ADDITIVE in explanations:
@@ -328,7 +332,7 @@ class DenseEngine(Engine):
 class _Kept(Sequence[tuple[Tensor, Tensor]]):
     """Features (C, h, w) of each node, read when asked for, and which of their cells are `tissue`."""
 
-    store: BlockStore
+    store: FeatureStore
     places: list[tuple[slice, slice]]
     tissue: Tensor
 
@@ -336,7 +340,8 @@ class _Kept(Sequence[tuple[Tensor, Tensor]]):
         return len(self.places)
 
     def __getitem__(self, at: Any) -> Any:
-        features = torch.from_numpy(self.store.read(f"features-{range(len(self))[at]}")["features"])
+        # Decomposed on the CPU.
+        features = self.store.read(range(len(self))[at]).float().cpu()
         return features[0], self.tissue[self.places[at]]
 
 

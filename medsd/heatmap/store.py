@@ -49,7 +49,12 @@ class BlockStore:
                 # One chunk, as it is: deflating features takes longer than computing them on an accelerator.
                 chunks = tuple(max(1, side) for side in values.shape)
                 stored = group.create_array(
-                    key, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=None
+                    key,
+                    shape=values.shape,
+                    dtype=values.dtype,
+                    chunks=chunks,
+                    compressors=None,
+                    config={"write_empty_chunks": True},  # or values are searched for a zero first
                 )
                 stored[...] = values
 

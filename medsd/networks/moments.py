@@ -17,8 +17,8 @@ class Moments:
     """Statistics of the features of all processes, with their graph.
 
     Attributes:
-        mean: (d,) of each channel.
-        covariance: (d, d), divided by `count` - 1.
+        mean: (..., 1, d) of each channel where features are (..., B, d), (d,) where they are (B, d).
+        covariance: (..., d, d), divided by `count` - 1.
         count: samples of all processes.
     """
 
@@ -36,18 +36,18 @@ def feature_moments(features: Tensor) -> Moments:
     gradient of one process with the whole batch, for unequal shares of the batch as well.
 
     Args:
-        features: (B, d); every process calls this at the same place, and B may differ between them (0 is allowed
-            where others have samples).
+        features: (B, d), or (..., B, d) of which each has its own moments; every process calls this at the same
+            place, and B may differ between them (0 is allowed where others have samples).
 
     Raises:
         TrainingError: fewer than two samples in all.
     """
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
-    total, count = features.sum(dim=0), features.shape[0]
+    total, count = features.sum(dim=-2, keepdim=features.ndim > 2), features.shape[-2]
     if _is_distributed():
-        sums = sum_over_processes(torch.cat([total, total.new_tensor([count])]))
-        total, count = sums[:-1], int(sums[-1])
+        sums = sum_over_processes(torch.cat([total.flatten(), total.new_tensor([count])]))
+        total, count = sums[:-1].view_as(total), int(sums[-1])
     if count < 2:
         raise TrainingError(
             f"batch_size={count} at once: a covariance needs at least 2 samples; raise batch_size or lower accumulation"
@@ -55,7 +55,7 @@ def feature_moments(features: Tensor) -> Moments:
     mean = total / count
     centred = features - mean
     with torch.autocast(features.device.type, enabled=False):
-        scatter = sum_over_processes(centred.T @ centred)
+        scatter = sum_over_processes(centred.mT @ centred)
     return Moments(mean, scatter / (count - 1), count)
 
 

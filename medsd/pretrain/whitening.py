@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +57,23 @@ class ShuffledWhitening:
         flat = flat if flat.dtype == torch.float64 else flat.float()
         order = first_of_processes(order.to(flat.device))
         groups = group_channels(order, min(self.group_size, len(order)))
+        # Groups of one size are one batch, for many small decompositions would take a GPU longer than the encoder.
+        batches = [torch.stack(list(same)) for _, same in groupby(groups, len)]
         with torch.autocast(flat.device.type, enabled=False):
-            whitened = torch.cat([self._whitened(flat[:, group]) for group in groups], dim=1)
+            whitened = torch.cat([self._whitened(flat[:, each]) for each in batches], dim=1)
         return whitened[:, order.argsort()].view(samples.shape).movedim(-1, 1)
 
-    def _whitened(self, features: Tensor) -> Tensor:
+    def _whitened(self, groups: Tensor) -> Tensor:
+        """(N, G * c) of groups (N, G, c)."""
+        features = groups.movedim(1, 0)
         moments = feature_moments(features)
-        if moments.count < features.shape[1]:
+        if moments.count < features.shape[2]:
             raise TrainingError(
                 f"group_size={self.group_size}: a batch gives {moments.count} samples, fewer than the channels that "
                 "are whitened together; raise pretrain_batch_size or lower group_size"
             )
-        return (features - moments.mean) @ inverse_root(moments.covariance, self.eps)
+        whitened = (features - moments.mean) @ inverse_root(moments.covariance, self.eps)
+        return whitened.movedim(0, 1).flatten(1)
 
 
 class IterNorm(nn.Module):

@@ -36,7 +36,7 @@ def turn(images: Tensor, symmetry: Tensor) -> Tensor:
     """
     turned = images.clone()
     for number in range(8):
-        chosen = (symmetry == number).to(images.device)
+        chosen = (symmetry == number).nonzero()[:, 0].to(images.device)  # a mask on a GPU would have to be waited for
         part = images[chosen].rot90(number % 4, dims=(2, 3))
         turned[chosen] = part.flip(3) if number >= 4 else part
     return turned

@@ -54,7 +54,7 @@ class ObjectiveStep(OptimiserStep):
         network, objective = cast(Classifier, engine.network), cast(Objective, engine.loss_function)
         _check_labels(batch["label"], network.classes)
         seed = self.seed_of(engine)
-        images = self._augmented(batch["image"], seed).to(device, non_blocking=True)
+        images = self._augmented(batch["image"].to(device, non_blocking=True), seed)
         labels = batch["label"].to(device, torch.int64, non_blocking=True)
         draws = torch.Generator(device).manual_seed(seed + 1)
         epochs_done = (engine.state.iteration - 1) / (engine.state.epoch_length or 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -128,6 +129,25 @@ def test_a_map_that_is_stopped_again_and_again_comes_out_the_same(classifier, ar
         except KeyboardInterrupt:
             rounds += 1
     assert rounds >= 3 and found == expected
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_features_that_are_held_in_memory_change_nothing(classifier, damaged, monkeypatch, tmp_path, share):
+    written, engine = Written(monkeypatch), dense(classifier)
+    expected = content(engine.map(damaged, TISSUE))
+    names = written.since()
+    cells = np.prod([math.ceil(side / 4) for side in PIXELS.shape[:2]])
+    monkeypatch.setattr("medsd.heatmap.dense.room_on", lambda _device: share * cells * 48 * 4)
+    assert content(engine.map(damaged, TISSUE)) == expected
+    features = [name for name in written.since() if name.startswith("features")]
+    assert bool(features) == (share < 1) and set(features) < {name for name in names if name.startswith("features")}
+    for written.stop_at in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            engine.map(damaged, TISSUE, store=tmp_path)
+        written.since()
+    written.stop_at = None
+    assert content(engine.map(damaged, TISSUE, store=tmp_path)) == expected
+    assert "maps-0" not in written.since()
 
 
 def test_a_slide_that_breaks_off_while_it_is_read(classifier, array_slide, tmp_path):

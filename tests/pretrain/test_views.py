@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from medsd.errors import ConfigError
+from medsd.pretrain import views as of_views
 from medsd.pretrain.views import Views, ViewSettings, _blur, draw_views
 
 PLAIN = {"stain": 0.0, "blur": 0.0, "grey": 0.0}
@@ -159,3 +161,18 @@ def test_settings_out_of_range_in_words(change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")) as caught:
         ViewSettings(**change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 80), (300, 200)])
+def test_all_crops_at_once_are_what_torch_gives_one_by_one(shape):
+    """As accelerators resample; torch resamples bytes with whole numbers, hence a grey level."""
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (16, 3, *shape), dtype=torch.uint8, generator=draws)
+    boxes = of_views._draw_boxes(16, *shape, (0.01, 1.0), draws)
+    one_by_one, at_once = of_views._cropped(images, boxes, 64), of_views._resampled(images, boxes, 64)
+    assert (one_by_one.int() - at_once.int()).abs().max() <= 1
+    floats = [
+        F.interpolate(image[None, :, y : y + h, x : x + w].double(), (64, 64), mode="bilinear", antialias=True)
+        for image, (x, y, w, h) in zip(images, boxes.tolist(), strict=True)
+    ]
+    assert (torch.cat(floats) - at_once).abs().max() < 0.501
