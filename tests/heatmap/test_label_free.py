@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.features import FeatureStore
 from medsd.heatmap.grid import MapGrid
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.maps import MapSettings
@@ -74,7 +75,7 @@ def test_a_slide_equals_the_decomposition_of_its_stitched_features(array_slide, 
     assert plan.tissue[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
     place = Rect(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1).times(scale)
     inside = place.within(size.times(scale))
-    for name, found in engine._label_free(plan, store).items():
+    for name, found in engine._label_free(plan, FeatureStore(store, 0)).items():
         expected = getattr(label_free, name)(stitched[..., *inside].double())[0].numpy()
         np.testing.assert_allclose(found[inside], expected, atol=1e-4 * np.abs(expected).max())
         shown = maps.explanations[name].values
