@@ -2,6 +2,7 @@
 
 from medsd.bundle.config import check, check_config, mistake
 from medsd.bundle.pretraining import pretrain
+from medsd.bundle.probing import probe
 from medsd.bundle.stages import check_slides, evaluate, explain, finetune, heatmap, prepare, report, summary
 from medsd.bundle.surrogates import surrogate
 
@@ -16,6 +17,7 @@ __all__ = [
     "mistake",
     "prepare",
     "pretrain",
+    "probe",
     "report",
     "summary",
     "surrogate",

@@ -74,11 +74,18 @@ def pretrain(
     with torch.random.fork_rng([]):  # of the loader; what draws on a GPU is the step, which leaves it as it was
         state = run_training(trainer, None, checkpoint, settings, stage="pretrain")
     if idist.get_rank() == 0:
-        before = "ImageNet" if start.pretrained else "random weights" if weights is None else f"weights {weights}"
+        before = start_in_words(start)
         done = f"{state.epoch} epochs of {state.epoch_length} steps"
         recipe = {"settings": settings, "source": f"Med-MoCo from {before}, {done} on {data.description}"}
         _write_encoder(checkpoint.folder, network, start.encoder, recipe)
     idist.barrier()  # the other processes read it next
+
+
+def start_in_words(start: EncoderStart) -> str:
+    """What the encoder was before its pre-training."""
+    if start.weights is not None:
+        return f"weights {weights_sha256(start.weights)}"
+    return "ImageNet" if start.pretrained else "random weights"
 
 
 def _write_encoder(folder: Path, network: MedMoCo, name: str, recipe: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from medsd.networks.classifier import create_encoder
 from medsd.networks.start import load_encoder
@@ -38,9 +39,18 @@ class EncoderStart:
         """
         with torch.random.fork_rng([]):  # made on the CPU
             torch.manual_seed(self.seed)
-            encoder, _ = create_encoder(self.encoder, self.pretrained)
-            if self.weights is not None:
-                load_encoder(encoder, self.weights)
-            if self.channels_last:
-                encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return MedMoCo(encoder, settings).to(device)
+            return MedMoCo(self._made(), settings).to(device)
+
+    def encoder_alone(self) -> nn.Module:
+        """The encoder before its pre-training, on the CPU; errors as `network`."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            return self._made()
+
+    def _made(self) -> nn.Module:
+        encoder, _ = create_encoder(self.encoder, self.pretrained)
+        if self.weights is not None:
+            load_encoder(encoder, self.weights)
+        if self.channels_last:
+            encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return encoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -125,6 +126,55 @@ def test_a_finished_run_is_kept_and_stages_one_by_one_equal_the_run(finished: Pa
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     stage(tmp_path, "pretrain")  # written anew from the checkpoint
     assert weights_sha256(path) == weights_sha256(finished / "out" / "encoder.safetensors")
+
+
+def test_the_stage_probe_scores_the_encoder_beside_its_start(
+    finished: Path, tmp_path: Path, stage: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished / "patches", tmp_path / "patches")
+    for number in range(0, 96, 2):  # so that there is something to find: label 0 is dark
+        path = tmp_path / "patches" / f"p{number}.png"
+        Image.fromarray(np.asarray(Image.open(path)) // 3).save(path)
+    (tmp_path / "out").mkdir()
+    shutil.copy(finished / "out" / "encoder.safetensors", tmp_path / "out")
+    with caplog.at_level(logging.INFO, "medsd.bundle.probing"):
+        stage(tmp_path, "probe")
+    table = read_table(tmp_path / "out" / "probe.csv")
+    assert table["encoder"].tolist() == ["encoder.safetensors"] * 4 + ["random weights"] * 4
+    assert table["probe"].tolist() == ["linear", "k-NN"] * 4 and set(table["groups"]) == {"3"}
+    numbers = (
+        table[["auc_low", "auc", "auc_high", "accuracy_low", "accuracy", "accuracy_high"]].astype(float).to_numpy()
+    )
+    assert (np.diff(numbers[:, :3]) >= 0).all() and (np.diff(numbers[:, 3:]) >= 0).all()
+    assert (numbers[[0, 4], 1] > 0.9).all()
+    assert (table["effective_rank"].astype(float) > 1).all()
+    assert len(set(table["effective_rank"])) == 4  # of two encoders, whitened and not
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "medsd.bundle.probing"]
+    assert line.startswith("linear probe, AUC on 24 test items in 3 groups: ") and "of random weights" in line
+    with pytest.raises(SystemExit, match=r"probe_items=0: must be"):
+        stage(tmp_path, "probe", probe_items=0)
+    (tmp_path / "out" / "encoder.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"encoder\.safetensors: no such encoder weights; .* run the stage 'pretrain'"):
+        stage(tmp_path, "probe")
+
+
+def test_the_start_is_the_one_that_was_trained() -> None:
+    start = EncoderStart("test_resnet", seed=3)
+    before = torch.random.get_rng_state()
+    alone, moco = start.encoder_alone(), start.network(MedMoCoSettings(queue=8), torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, tensor in moco.encoder.state_dict().items():
+        assert torch.equal(tensor, alone.state_dict()[name]), name
+
+
+def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Path, run_bundle: Run) -> None:
+    files = "bundles/camelyon.json,bundles/pretrain.json"
+    given = {"output_dir": str(finished / "out"), "encoder": "test_resnet", "tile_px": 32, "probe_items": 40}
+    with pytest.raises(SystemExit, match=r"labelled_dir: not set, .*, --labelled_dir FOLDER"):
+        run_bundle(files, "probe", **given)
+    run_bundle(files, "probe", labelled_dir=str(finished / "patches"), **given)
+    assert len(read_table(finished / "out" / "probe.csv")) == 8
+    (finished / "out" / "probe.csv").unlink()
 
 
 @pytest.mark.parametrize(
