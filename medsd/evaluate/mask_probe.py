@@ -230,21 +230,27 @@ def predict_masks(decoder: MaskDecoder, maps: Tensor, size: tuple[int, int]) -> 
 
 
 def oracle_masks(masks: Tensor, cells: tuple[int, int], classes: int) -> Tensor:
-    """What is left of masks (n, H, W) averaged into map cells, upsampled bilinearly, the likeliest class of a pixel.
+    """What a map of so few cells can show of masks (n, H, W) if it knows them, as uint8 masks of the same shape.
 
-    Of two classes that is the cut at 1/2. It is what a map of that stride shows when its cells know how much of them a
-    class covers, not the most that any map could reach.
+    Of each class the cells are those that come closest to it in least squares when upsampled bilinearly; a pixel is of
+    the class that is highest there, of two classes a cut at 1/2. Means over cells, upsampled, show less. Not a bound:
+    Dice is not squares (our choice).
 
     Args:
         masks: uint8 class numbers below `classes`.
         cells: (h, w) of the map.
         classes: with the background.
     """
-    found = []
-    for part in _parts(masks):
-        shares = F.adaptive_avg_pool2d(_one_hot(part, classes), cells)
-        found.append(F.interpolate(shares, masks.shape[1:], mode="bilinear", align_corners=False).argmax(dim=1))
+    rows, columns = (_nearest_of(count, pixels) for count, pixels in zip(cells, masks.shape[1:], strict=True))
+    found = [(rows @ _one_hot(part, classes) @ columns.T).argmax(dim=1) for part in _parts(masks)]
     return torch.cat(found).to(torch.uint8)
+
+
+def _nearest_of(cells: int, pixels: int) -> Tensor:
+    """(pixels, pixels): from values of pixels along an axis to the closest that upsampled cells can give."""
+    upsampled = F.interpolate(torch.eye(cells)[None], pixels, mode="linear", align_corners=False)[0].T
+    projection: Tensor = upsampled @ torch.linalg.pinv(upsampled)
+    return projection
 
 
 def dice_per_image(found: Tensor, masks: Tensor, classes: int) -> npt.NDArray[np.float64]:

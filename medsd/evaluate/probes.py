@@ -251,7 +251,8 @@ def score_probe(
     if not np.isin(labels, np.arange(classes)).all():
         raise DatasetError(f"probe: test labels {np.unique(labels).tolist()}; the training part has {classes} classes")
     # Of two classes one tells all: the other's curve is the same.
-    each = [weighted_auc(labels == number, scores[:, number]) for number in range(classes)[classes == 2 :]]
+    numbers = (1,) if classes == 2 else range(classes)
+    each = [weighted_auc(labels == number, scores[:, number]) for number in numbers]
     auc = bootstrap_groups(lambda weight: math.fsum(of(weight) for of in each) / len(each), groups)
     accuracy = bootstrap_mean(scores.argmax(axis=1) == labels, groups=groups)
     return ProbeScores(auc, accuracy, len(labels), len(np.unique(groups)))
@@ -303,7 +304,10 @@ def _folds(train: Labelled, classes: int) -> list[tuple[npt.NDArray[np.intp], np
         )
     splitter = StratifiedGroupKFold(min(_FOLDS, *groups))
     folds = splitter.split(train.features, train.labels, train.groups)
-    return [fold for fold in folds if len(np.unique(train.labels[fold[0]])) == classes]
+    whole = [fold for fold in folds if len(np.unique(train.labels[fold[0]])) == classes]
+    if not whole:
+        raise DatasetError("probe: without the groups that are held out a class is missing; give more groups")
+    return whole
 
 
 def _check_probe(train: Labelled, features: npt.NDArray[np.floating]) -> int:
