@@ -4,6 +4,7 @@
 python scripts/evidence.py finetune PATCHES --seeds 5
 python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
 python scripts/evidence.py maps DATA --run runs/pcam
+python scripts/evidence.py pretrain DATA --device cuda --processes 12
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from studies import finetune, maps, saliency
+from studies import finetune, maps, pretrain, saliency
 from tqdm import tqdm
 
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency, "maps": maps}
-Job = finetune.Job | saliency.Job | maps.Job
+STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency, "maps": maps, "pretrain": pretrain}
+Job = finetune.Job | saliency.Job | maps.Job | pretrain.Job
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from medsd.errors import NetworkError
 from medsd.networks.classifier import Classifier, ImageNetInput
 from medsd.networks.geometry import measure_fields
 from medsd.networks.modes import evaluating, map_of_layer, recorded
+from medsd.objectives.decorrelation import decorrelation_loss
 from medsd.pretrain.collapse import effective_rank
 from medsd.pretrain.contrast import follow, info_nce, momentum_at, shuffle_ranks, unshuffle_ranks
 from medsd.pretrain.local import left_edge_vectors, region_contrast, region_vectors, shared_regions
@@ -28,7 +29,7 @@ from medsd.pretrain.whitening import ShuffledWhitening, put_iter_norm, without_i
 
 logger = logging.getLogger(__name__)
 
-Decorrelation = Literal["none", "w2", "w1"]
+Decorrelation = Literal["none", "w2", "w1", "corr"]
 Reading = Literal["c", "b"]
 
 _PROBE_PX = 64
@@ -49,7 +50,9 @@ class MedMoCoSettings:
             the last map, whitened where the features are.
         least_overlap: share of the smaller view that both must show, or the image has no local term.
         decorrelation: "w2" whitens the last map before the projector and leaves the encoder as it is, "w1" puts
-            IterNorm in its last block, "none".
+            IterNorm in its last block, "corr" adds the pooled features' mean squared correlation to the loss
+            (`decorrelation_loss`, all channels together; our choice: the one that acts on what is kept), "none".
+        penalty: weight of "corr".
         group_size, eps: of "w2", see `ShuffledWhitening`.
         separate_slides: keys of the same slide (or volume) are no negatives: what lies near looks alike, but then the
             stain of a slide may be enough to tell keys apart.
@@ -68,6 +71,7 @@ class MedMoCoSettings:
     local_layer: str | None = None
     least_overlap: float = 0.2
     decorrelation: Decorrelation = "w2"
+    penalty: float = 1.0
     group_size: int = 64
     eps: float = 1e-3
     separate_slides: bool = False
@@ -82,6 +86,7 @@ class MedMoCoSettings:
         check_number("regions", self.regions, "[2, inf)", whole=True)
         check_number("least_overlap", self.least_overlap, "[0, 1]")
         check_choice("decorrelation", self.decorrelation, get_args(Decorrelation))
+        check_number("penalty", self.penalty, "[0, inf)")
         ShuffledWhitening(self.group_size, self.eps)
         check_choice("reading", self.reading, get_args(Reading))
 
@@ -92,8 +97,9 @@ class PretrainTerms:
 
     Attributes:
         total: the weighted sum to call backward on, a scalar with the graph.
-        parts: scalars without graph: `contrast`, `local` where it has a weight, `accuracy` (queries nearest to their
-            own key) and `rank` (effective rank of the batch's pooled features, before whitening; below the batch).
+        parts: scalars without graph: `contrast`, `local` where it has a weight, `correlation` of the penalty,
+            `accuracy` (queries nearest to their own key) and `rank` (effective rank of the batch's pooled features,
+            before whitening; below the batch).
         keys: (B, dim) of unit length, without graph, to enqueue after the step.
     """
 
@@ -176,7 +182,8 @@ class MedMoCo(nn.Module):
         settings = self.settings
         order = torch.randperm(self.feature_dim, generator=generator)
         maps = self._maps(self.encoder, first)
-        rank = _batch_rank(_pooled(maps[0].detach()))
+        pooled = _pooled(maps[0])
+        rank = _batch_rank(pooled.detach())
         maps[0] = self._whitened(maps[0], order)
         q = _unit(self.projector(_pooled(maps[0])))
         with torch.no_grad():
@@ -189,6 +196,10 @@ class MedMoCo(nn.Module):
         excluded = self.queue.excluded(groups.to(q.device))
         total, accuracy = info_nce(q, k, self.queue.keys, settings.temperature, excluded)
         parts = {"contrast": total.detach(), "accuracy": accuracy, "rank": rank}
+        if settings.decorrelation == "corr":
+            correlation = decorrelation_loss(pooled, "corr")
+            total = total + settings.penalty * correlation
+            parts["correlation"] = correlation.detach()
         if settings.local:
             to_sources = first_to_source.to(q.device), second_to_source.to(q.device)
             local = self._local(maps[-1], key_maps[-1], *to_sources, size_px=first.shape[-1])

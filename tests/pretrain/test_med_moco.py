@@ -315,6 +315,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "w2": {"regions": 2},
     "w1": {"decorrelation": "w1", "regions": 2, "local_layer": "0"},
+    "corr": {"decorrelation": "corr", "penalty": 0.5, "local": 0.0},
 }
 BATCH = 8
 

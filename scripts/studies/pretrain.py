@@ -1,0 +1,262 @@
+"""Pre-training: Med-MoCo and its parts against MoCo v2, no pre-training and ImageNet, on real tissue."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from studies import pretrain_data
+from studies.finetune import Recipe, start_worker, train
+from studies.pretrain_data import Images, Sides, sides_of
+from studies.pretrain_tables import draw, tables
+from torch import Tensor, nn
+
+from medsd.evaluate.mask_probe import DecoderSettings, Masked, decoder_dice, maps_of
+from medsd.evaluate.probes import features_of, knn_probe, linear_probe, score_probe
+from medsd.evaluate.scores import auc
+from medsd.files import make_folder, sha256_of
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.modes import evaluating
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.pretrain.collapse import spectrum
+from medsd.pretrain.med_moco import MedMoCoSettings
+from medsd.pretrain.start import EncoderStart
+from medsd.pretrain.step import PretrainStep
+from medsd.pretrain.views import ViewSettings
+
+__all__ = ["draw", "tables"]
+
+VERSION = 1
+IMAGENET = "tf_efficientnet_lite0.in1k.fp16.safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A data set and an encoder: what all variants share."""
+
+    data: str
+    encoder: str
+    imagenet: bool
+    local_layer: str
+    epochs: int
+    lr: float
+    queue: int
+    view_px: int
+    batch_size: int = 64
+
+
+PARTS = {
+    "pcam-resnet18": Part("pcam", "resnet18", False, "layer3", epochs=30, lr=0.06, queue=768, view_px=96),
+    "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=60, lr=0.015, queue=64, view_px=112),
+    "pcam-lite0": Part("pcam", "tf_efficientnet_lite0", True, "blocks.4", epochs=15, lr=0.015, queue=768, view_px=96),
+    "ebhi-resnet18": Part("ebhi", "resnet18", False, "layer3", epochs=120, lr=0.06, queue=64, view_px=112),
+}
+START = "start"
+VARIANTS = {
+    "moco": MedMoCoSettings(local=0.0, decorrelation="none"),
+    "local": MedMoCoSettings(decorrelation="none"),
+    "w2": MedMoCoSettings(local=0.0),
+    "med-moco": MedMoCoSettings(),
+    "corr": MedMoCoSettings(local=0.0, decorrelation="corr"),
+    "local-corr": MedMoCoSettings(decorrelation="corr"),
+}
+# Fine-tuning: the share of labels, and epochs of as many steps.
+FRACTIONS = {"finetune_10": (0.1, 40), "finetune_100": (1.0, 10)}
+_RECIPE = Recipe(epochs=0, lr=1e-3, encoder_lr=3e-4)
+_DECODER = DecoderSettings()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pre-training, or what it started from, and all that is measured of it."""
+
+    part: str
+    variant: str
+    seed: int
+    data: str
+    folder: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.variant}-{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this study alone."""
+    parser.add_argument("data", type=Path, help="Holds pcam_patches, ebhi_seg, nuinsseg, weights_encoders and so on.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", choices=(START, *VARIANTS), nargs="+", default=[START, *VARIANTS])
+    parser.add_argument("--device", default="cpu")
+
+
+def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """Seed by seed, so that a study that is stopped has whole comparisons."""
+    return [
+        Job(part, variant, seed, str(arguments.data), str(folder), arguments.device)
+        for part in arguments.part
+        for seed in range(arguments.seeds)
+        for variant in arguments.variants
+    ]
+
+
+def key_of(job: Job) -> tuple[str, str, int]:
+    """What the tables find a job's results by."""
+    return job.part, job.variant, job.seed
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on, but for the device."""
+    weights = _weights(job)
+    return {
+        "version": [VERSION, pretrain_data.VERSION],
+        "part": asdict(PARTS[job.part]),
+        "variant": None if job.variant == START else asdict(VARIANTS[job.variant]),
+        "weights": None if weights is None else sha256_of(weights),
+        "finetune": [list(FRACTIONS.values()), asdict(_RECIPE)],
+        "decoder": asdict(_DECODER),
+    }
+
+
+def _weights(job: Job) -> Path | None:
+    return Path(job.data, "weights_encoders", IMAGENET) if PARTS[job.part].imagenet else None
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> None:
+    """Decode all images once."""
+    for data in {PARTS[part].data for part in arguments.part}:
+        sides_of(data, arguments.data, make_folder(folder / "images"), 0)
+
+
+def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Pre-train, then measure."""
+    start_worker()
+    started = time.perf_counter()
+    part = PARTS[job.part]
+    sides = sides_of(part.data, Path(job.data), Path(job.folder, "images"), job.seed)
+    encoder, found = _encoder(job, part, sides.unlabelled)
+    found["seconds"] = time.perf_counter() - started
+    found |= _collapse(encoder, sides) | _probes(encoder, sides) | _decoded(encoder, part, sides, job.device)
+    for name, (share, epochs) in FRACTIONS.items():
+        found[name] = _finetuned(encoder, part, sides, share, epochs, job)
+    return job, found
+
+
+def _encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    weights = _weights(job)
+    start = EncoderStart(part.encoder, weights=None if weights is None else str(weights), seed=job.seed)
+    if job.variant == START:
+        return start.network(MedMoCoSettings(local=0.0), torch.device(job.device)).plain_encoder().eval(), {}
+    settings = replace(VARIANTS[job.variant], queue=part.queue, local_layer=part.local_layer)
+    network = start.network(settings, torch.device(job.device))
+    learnt = [each for each in network.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(learnt, part.lr, momentum=0.9, weight_decay=1e-4)
+    steps = len(images) // part.batch_size
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, part.epochs * steps)
+    state = SimpleNamespace(
+        device=torch.device(job.device), iteration=0, epoch=1, epoch_length=steps, max_epochs=part.epochs
+    )
+    engine: Any = SimpleNamespace(state=state, network=network, optimizer=optimizer)
+    step = PretrainStep(seed=job.seed, views=ViewSettings(part.view_px))
+    rows, last = _batches(len(images), part, job.seed), []
+    for chosen in rows:
+        state.iteration += 1
+        state.epoch = 1 + (state.iteration - 1) // steps
+        groups = torch.full((len(chosen),), -1)
+        last.append(step(engine, {"image": images[chosen], "group": groups}))
+        schedule.step()
+    end = {name: float(np.mean([each[name] for each in last[-steps:]])) for name in last[-1]}
+    with evaluating(network), torch.no_grad():
+        seen = [network.normalise(batch.to(state.device)) for batch in images[:512].split(64)]
+        embeddings = torch.cat([network.embed(batch)[1] for batch in seen])
+    return network.plain_encoder().eval(), {"end": end, "embedding_rank": spectrum(embeddings).effective_rank}
+
+
+def _batches(images: int, part: Part, seed: int) -> Iterator[Tensor]:
+    """Rows of each step; what is left of an epoch is dropped. All variants see the same."""
+    orders = torch.Generator().manual_seed(seed)
+    for _ in range(part.epochs):
+        order = torch.randperm(images, generator=orders)
+        yield from (rows for rows in order.split(part.batch_size) if len(rows) == part.batch_size)
+
+
+def _features(encoder: nn.Module, images: Images) -> npt.NDArray[np.float32]:
+    return features_of(encoder, images.pixels.split(64))
+
+
+def _collapse(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
+    found = spectrum(_features(encoder, sides.testing))
+    return {
+        "rank": found.effective_rank,
+        "participation": found.participation_ratio,
+        "correlation": found.mean_abs_correlation,
+        "singular": found.singular_values.tolist(),
+    }
+
+
+def _probes(encoder: nn.Module, sides: Sides) -> dict[str, float]:
+    train_on = sides.training.labelled(_features(encoder, sides.training))
+    test = sides.testing.labelled(_features(encoder, sides.testing))
+    found = {}
+    for name, probe in (("probe", linear_probe), ("knn", knn_probe)):
+        for kind, whiten in (("", False), ("_white", True)):
+            scores = probe(train_on, test.features, whiten=whiten)
+            found[name + kind] = score_probe(test.labels, scores, test.groups).auc.value
+    return found
+
+
+def _decoded(encoder: nn.Module, part: Part, sides: Sides, device: str) -> dict[str, float]:
+    """Dice of a linear decoder on the last map, whose stages are dilated to a stride of 8, as the paper's."""
+    dilated = timm.create_model(part.encoder, num_classes=0, global_pool="", output_stride=8)
+    dilated.load_state_dict(encoder.state_dict())
+    dilated.to(device).eval()
+
+    def maps(images: Images) -> Masked:
+        assert images.masks is not None
+        return Masked(maps_of(dilated, images.pixels.split(16)), images.masks, images.groups)
+
+    found = decoder_dice(maps(sides.masked_training), maps(sides.masked_testing), _DECODER, device)
+    return {"dice": found.dice.value, "oracle": found.oracle.value}
+
+
+def _finetuned(encoder: nn.Module, part: Part, sides: Sides, share: float, epochs: int, job: Job) -> float:
+    """AUC of test items after cross-entropy on a share of the labels, drawn class by class."""
+    known = np.flatnonzero(sides.training.labels >= 0)
+    random, chosen = np.random.default_rng((job.seed, 4)), []
+    for label in (0, 1):
+        rows = random.permutation(known[sides.training.labels[known] == label])
+        chosen.append(rows[: max(16, round(share * len(rows)))])
+    rows = np.sort(np.concatenate(chosen))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(job.seed)
+        network = TileClassifier(part.encoder)
+    network.encoder.load_state_dict(encoder.state_dict())
+    network.to(job.device)
+    labels = torch.from_numpy(sides.training.labels[rows]).to(job.device)
+    items: Any = _Items(sides.training.pixels[torch.from_numpy(rows)].to(job.device), labels)
+    recipe = replace(_RECIPE, epochs=epochs, batch_size=min(_RECIPE.batch_size, len(rows)))
+    train(network, SaliencyDecor(0, 0), items, recipe, job.seed)
+    judged = sides.testing.labels >= 0
+    pixels = sides.testing.pixels[torch.from_numpy(judged)]
+    with evaluating(network), torch.no_grad():
+        logits = torch.cat([network(network.normalise(batch.to(job.device))).cpu() for batch in pixels.split(64)])
+    return auc(sides.testing.labels[judged], (logits[:, 1] - logits[:, 0]).numpy())
+
+
+@dataclass(frozen=True)
+class _Items:
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)

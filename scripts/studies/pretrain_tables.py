@@ -1,0 +1,150 @@
+"""Tables and the picture of the study of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from medsd.drawing import save_figure
+from medsd.evaluate.plots import RUN_STYLES
+
+Results = dict[tuple[str, str, int], dict[str, Any]]
+
+WORDS = {
+    "start": "no pre-training",
+    "moco": "MoCo v2",
+    "local": "+ local",
+    "w2": "+ decorrelation (W2)",
+    "med-moco": "Med-MoCo, both",
+    "corr": "+ penalty on correlation",
+    "local-corr": "+ local + penalty",
+}
+_BASE = "moco"
+_PARTS = {
+    "pcam-resnet18": "PatchCamelyon, ResNet-18 from random weights",
+    "pcam-lite0": "PatchCamelyon, EfficientNet-Lite0 from ImageNet",
+    "ebhi-resnet18": "EBHI-Seg, ResNet-18 from random weights",
+    "ebhi-lite0": "EBHI-Seg, EfficientNet-Lite0 from ImageNet",
+}
+
+
+class Column(NamedTuple):
+    """A measure: its key, its title, the digits that are shown, and whether it is compared with MoCo v2."""
+
+    key: str
+    title: str
+    digits: int
+    compared: bool = True
+
+
+COLUMNS = (
+    Column("rank", "effective rank", 1),
+    Column("participation", "participation ratio", 1, compared=False),
+    Column("correlation", "mean abs correlation", 2, compared=False),
+    Column("embedding_rank", "rank of embeddings", 1, compared=False),
+    Column("probe", "probe AUC", 3),
+    Column("probe_white", "probe AUC, whitened", 3, compared=False),
+    Column("knn", "k-NN AUC", 3),
+    Column("knn_white", "k-NN AUC, whitened", 3, compared=False),
+    Column("dice", "decoder Dice", 3),
+    Column("oracle", "oracle Dice", 3, compared=False),
+    Column("finetune_10", "fine-tuned AUC, 10 %", 3),
+    Column("finetune_100", "fine-tuned AUC, 100 %", 3),
+)
+
+
+def tables(results: Results) -> str:
+    """Two tables a part in Markdown: means over seeds, then differences to MoCo v2, paired by seed."""
+    parts = list(dict.fromkeys(part for part, _, _ in results))
+    return "\n\n".join("\n".join(_part(part, results)) for part in parts) + "\n"
+
+
+def _part(part: str, results: Results) -> Iterator[str]:
+    variants = [variant for variant in WORDS if any(key[:2] == (part, variant) for key in results)]
+    seeds = sorted({seed for at, _, seed in results if at == part})
+    yield f"### {_PARTS[part]}"
+    yield ""
+    yield f"Mean and standard error over {len(seeds)} seeds, each with its own split."
+    yield ""
+    yield "| " + " | ".join(["", *(column.title for column in COLUMNS)]) + " |"
+    yield "|---" * (len(COLUMNS) + 1) + "|"
+    for variant in variants:
+        cells = [_mean(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
+        yield "| " + " | ".join([WORDS[variant], *cells]) + " |"
+    compared = [column for column in COLUMNS if column.compared]
+    yield ""
+    yield "Difference to MoCo v2, paired by seed, with the 95 % interval of Student's t:"
+    yield ""
+    yield "| " + " | ".join(["", *(column.title for column in compared)]) + " |"
+    yield "|---" * (len(compared) + 1) + "|"
+    for variant in variants:
+        if variant != _BASE:
+            cells = [
+                _difference(
+                    _values(results, part, variant, column.key, seeds)
+                    - _values(results, part, _BASE, column.key, seeds),
+                    column.digits,
+                )
+                for column in compared
+            ]
+            yield "| " + " | ".join([WORDS[variant], *cells]) + " |"
+
+
+def _values(results: Results, part: str, variant: str, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
+    """A measure by seed, nan where it is missing."""
+    return np.array([results.get((part, variant, seed), {}).get(key, np.nan) for seed in seeds], np.float64)
+
+
+def _mean(values: npt.NDArray[np.float64], digits: int) -> str:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return ""
+    spread = f" ± {stats.sem(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{known.mean():.{digits}f}{spread}"
+
+
+def _difference(values: npt.NDArray[np.float64], digits: int) -> str:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return ""
+    if len(known) < 2 or known.std() == 0:
+        return f"{known.mean():+.{digits}f}"
+    low, high = stats.t.interval(0.95, len(known) - 1, known.mean(), stats.sem(known))
+    return f"{known.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def draw(results: Results, folder: Path) -> None:
+    """`pretrain.png`: the singular values of held-out features, a panel a part."""
+    parts = list(dict.fromkeys(part for part, _, _ in results))
+    if not parts:
+        return
+    figure = Figure(figsize=(5.5 * len(parts), 4.6), dpi=120, layout="constrained")
+    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
+        _panel(axes, part, results)
+    save_figure(folder / "pretrain.png", figure, "medsd study of pre-training")
+
+
+def _panel(axes: Axes, part: str, results: Results) -> None:
+    for number, (variant, words) in enumerate(WORDS.items()):
+        found = [each["singular"] for (at, name, _), each in results.items() if (at, name) == (part, variant)]
+        if not found:
+            continue
+        shares = np.exp(np.mean([np.log(np.maximum(each, 1e-12) / each[0]) for each in found], axis=0))
+        shares = shares[shares > 1e-6]
+        colour, marker = RUN_STYLES[number % len(RUN_STYLES)]
+        style = ("-", "--")[number // len(RUN_STYLES)]
+        axes.plot(
+            np.arange(1, len(shares) + 1), shares, style, color=colour, marker=marker, markevery=(number * 4, 40), ms=4,
+            label=words,
+        )  # fmt: skip
+    axes.set(yscale="log", xlabel="direction, strongest first", ylabel="singular value, share of the first")
+    axes.set_title(_PARTS[part], fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="x-small", frameon=False)
