@@ -53,6 +53,29 @@ def training(network: nn.Module) -> None:
             module.eval()
 
 
+@contextmanager
+def keeping_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside the block passes leave the network's running statistics as they are, to the bit.
+
+    For passes beside the one that serves images later: what normalises by its batch in training mode does so here, too,
+    but what it adds to running averages goes to copies, whatever the kind of module (BatchNorm, also of all processes
+    or fused with an activation, whitening). The graph keeps the copies; backward may come after the block.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in network.modules()
+        if module.training
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
+
+
 def uncompiled() -> AbstractContextManager[object]:
     """Inside the block, what `torch.compile` compiled runs uncompiled, in the whole process: hooks are seen."""
     # Asking for it takes seconds the first time, and nothing is compiled without that module.

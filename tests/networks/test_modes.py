@@ -1,13 +1,19 @@
-"""Training mode leaves frozen parts the function they were."""
+"""Training mode leaves frozen parts the function they were; extra passes leave running statistics as they were."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, FrozenBatchNormAct2d
 from torch import nn
 
 from medsd.errors import NetworkError
-from medsd.networks.modes import channels_last, evaluating, map_of_layer, training
+from medsd.networks.modes import channels_last, evaluating, keeping_statistics, map_of_layer, training
+from medsd.networks.whitening import WhitenedHead
+from medsd.pretrain.whitening import IterNorm
 
 
 @pytest.fixture
@@ -61,6 +67,69 @@ def test_evaluating_inside_training_keeps_frozen_parts(network: nn.Sequential) -
     with evaluating(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == before
+
+
+class Pooled(nn.Module):
+    """Maps to logits by a head that whitens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = WhitenedHead(6, 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
+NORMS: list[Callable[[], nn.Module]] = [
+    lambda: nn.BatchNorm2d(6),
+    lambda: nn.BatchNorm2d(6, momentum=None),
+    lambda: nn.SyncBatchNorm(6),  # of one process
+    lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+    lambda: BatchNormAct2d(6),
+    lambda: EvoNorm2dB0(6),
+    lambda: IterNorm(6),
+    Pooled,
+]
+
+
+@pytest.mark.parametrize("make", NORMS)
+def test_an_extra_pass_keeps_running_statistics_to_the_bit(make: Callable[[], nn.Module]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    clean, extra = (torch.randn(4, 6, 5, 5, generator=draw) + shift for shift in (0, 3))
+    torch.manual_seed(0)
+    kept = make().train()
+    plain, moved = copy.deepcopy(kept), copy.deepcopy(kept)
+    buffers = list(kept.buffers())
+    first = kept(clean)
+    with keeping_statistics(kept):
+        output = kept(extra)
+    # The very tensors, so that whoever holds them (DistributedDataParallel) holds the network's.
+    assert all(one is other for one, other in zip(kept.buffers(), buffers, strict=True))
+    plain(clean)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], tensor), name
+    # It is a training pass all the same, by its own batch, and its graph outlives the block.
+    expected_first, expected = moved(clean), moved(extra)
+    assert any(not torch.equal(tensor, moved.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert torch.equal(output, expected)
+    (first.sum() + output.square().sum()).backward()
+    (expected_first.sum() + expected.square().sum()).backward()
+    for parameter, other in zip(kept.parameters(), moved.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_statistics_are_kept_after_an_error_and_frozen_ones_are_left_alone(network: nn.Sequential) -> None:
+    training(network)
+    network.append(FrozenBatchNormAct2d(3))
+    buffers = list(network.buffers())
+    with pytest.raises(RuntimeError, match="stop"), keeping_statistics(network):
+        assert network[0][1].running_mean is buffers[0]  # in eval mode: nothing moves it
+        assert network[1][1].running_mean is not network[0][1].running_mean
+        network(torch.randn(4, 3, 5, 5))
+        raise RuntimeError("stop")
+    assert all(one is other for one, other in zip(network.buffers(), buffers, strict=True))
+    assert torch.equal(network[1][1].running_mean, torch.zeros(3))
 
 
 @pytest.mark.parametrize(
