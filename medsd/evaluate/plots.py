@@ -69,7 +69,8 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
 
 
 def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
-    history = read_table(folder / "training" / "history.csv", ("epoch", "validation_auc")).astype(float)
+    history = read_table(folder / "training" / "history.csv", ("epoch", "validation_auc"))
+    history = history.replace("", np.nan).astype(float)  # epochs without a term, or not validated
     epochs = history["epoch"]
     for name, colour in _TERMS:
         if name in history:

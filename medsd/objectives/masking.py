@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError
 from medsd.networks.modes import evaluating
 
 Ranking = Literal["absolute", "signed"]
-Fill = Literal["uniform", "mean"]
+Fill = Literal["mean", "noise", "blur"]
 SaliencyPass = Literal["eval", "shared"]
+
+_KERNEL_PX, _SIGMA_PX = 11, 5.0
 
 
 def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
@@ -54,33 +57,76 @@ def scores_of(gradient: Tensor, ranking: Ranking) -> Tensor:
     return score.abs() if ranking == "absolute" else score
 
 
-def mask_lowest(x: Tensor, scores: Tensor, share: float, fill: Fill, generator: torch.Generator | None) -> Tensor:
-    """Replace in every image the same number of pixels, those of the lowest scores, in all channels.
+def mask_lowest(
+    x: Tensor, scores: Tensor, share: float, fill: Fill, generator: torch.Generator | None, block_px: int = 1
+) -> Tensor:
+    """Replace in every image the same number of pixels, or of blocks of them, those of the lowest scores.
 
     Args:
         x: (B, C, H, W) images.
         scores: (B, H, W).
-        share: share of pixels replaced, floor(share * H * W) of them.
-        fill: "uniform": noise between the least and greatest value of that image and channel; "mean": their mean.
+        share: share of pixels (blocks) replaced, in all channels, floor(share * their number) of them.
+        fill: what they become: "mean", that of the image and channel; "noise", drawn evenly between the least and the
+            greatest value of the image and channel (the released code); "blur", the image `blurred` (our choice).
         generator: draws the noise, on the device of `x`.
+        block_px: side of the blocks, whose scores are the means of their pixels; those at the right and lower edge may
+            be smaller (our choice; the released code masks pixels).
 
     Returns:
         (B, C, H, W), detached.
 
     Raises:
-        ConfigError: the share lies outside 0 to 1, or leaves no pixel to mask although it is not 0.
+        ConfigError: the share lies outside 0 to 1, or leaves nothing to mask although it is not 0.
     """
-    batch, channels, height, width = x.shape
-    count = int(share * height * width) if 0 <= share < 1 else 0
+    height, width = x.shape[2:]
+    blocks = _block_means(scores, block_px)
+    count = int(share * blocks[0].numel()) if 0 <= share < 1 else 0
     if share != 0 and count == 0:
-        raise ConfigError(f"masked_share={share}: must be 0, or mask at least 1 of {height} x {width} pixels, below 1")
-    flat = x.detach().flatten(2)
-    lowest = scores.flatten(1).topk(count, dim=1, largest=False, sorted=False).indices
-    index = lowest[:, None, :].expand(batch, channels, count)
+        what = "pixels" if block_px == 1 else f"blocks of {block_px} px"
+        raise ConfigError(
+            f"masked_share={share}: must be 0, or mask at least 1 of {blocks.shape[1]} x {blocks.shape[2]} {what}, "
+            "below 1"
+        )
+    lowest = blocks.flatten(1).topk(count, dim=1, largest=False, sorted=False).indices
+    chosen = torch.zeros_like(blocks, dtype=torch.bool).flatten(1).scatter(1, lowest, True).view_as(blocks)
+    pixels = chosen.repeat_interleave(block_px, dim=1).repeat_interleave(block_px, dim=2)[:, :height, :width]
+    x = x.detach()
+    return torch.where(pixels[:, None], _filling(x, fill, generator), x)
+
+
+def blurred(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) under RISE's kernel (released code of Petsiuk et al. 2018).
+
+    It is 11 px a side, of sigma 5 px, reflected into its square; outside the image are zeros, the mean colour where
+    inputs are normalised.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    point = torch.zeros(_KERNEL_PX, _KERNEL_PX, dtype=torch.float64)
+    point[_KERNEL_PX // 2, _KERNEL_PX // 2] = 1
+    kernel = torch.from_numpy(gaussian_filter(point.numpy(), _SIGMA_PX)).to(x)
+    channels = x.shape[1]
+    return F.conv2d(x, kernel.expand(channels, 1, -1, -1), padding=_KERNEL_PX // 2, groups=channels)
+
+
+def _block_means(scores: Tensor, block_px: int) -> Tensor:
+    if block_px == 1:
+        return scores
+    height, width = scores.shape[1:]
+    # Padded to whole blocks; what is added counts for nothing in the mean.
+    size = (0, -width % block_px, 0, -height % block_px)
+    sums, seen = (
+        F.avg_pool2d(F.pad(values, size), block_px) for values in (scores[:, None], torch.ones_like(scores)[:, None])
+    )
+    return (sums / seen)[:, 0]
+
+
+def _filling(x: Tensor, fill: Fill, generator: torch.Generator | None) -> Tensor:
+    if fill == "blur":
+        return blurred(x)
     if fill == "mean":
-        values = flat.mean(dim=2, keepdim=True).expand(batch, channels, count)
-    else:
-        low, high = flat.amin(dim=2, keepdim=True), flat.amax(dim=2, keepdim=True)
-        noise = torch.rand((batch, channels, count), device=x.device, dtype=x.dtype, generator=generator)
-        values = low + (high - low) * noise
-    return flat.scatter(2, index, values).view_as(x)
+        return x.mean(dim=(2, 3), keepdim=True)
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    # Drawn in the order of the axes, whatever the layout in memory.
+    noise = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    return low + (high - low) * noise

@@ -95,16 +95,12 @@ def _decor(consistency: float, decorrelation: float, mode: str = "cov") -> Metho
         (int(consistency > 0), int(decorrelation > 0)),
         f"{'SaliencyDecor' if consistency else 'CE + decorrelation'}, `{mode}` {decorrelation:g}",
     )
-    return Method(
-        words,
-        lambda epochs: SaliencyDecor(
-            consistency=consistency,
-            decorrelation=decorrelation,
-            ramp_epochs=epochs / 4,
-            mode=cast(Any, mode),
-        ),
-        version={"consistency": consistency, "decorrelation": decorrelation, "mode": mode, "ramp_share": 0.25},
-    )
+
+    def objective(epochs: int) -> SaliencyDecor:
+        return SaliencyDecor(consistency, decorrelation, warm_epochs=epochs // 4, mode=cast(Any, mode))
+
+    settings = {name: value for name, value in vars(objective(4)).items() if not name.startswith("_")}
+    return Method(words, objective, version={**settings, "warm_epochs": "a quarter"})
 
 
 def _aim(target: float, masking: bool = True) -> Method:
@@ -119,9 +115,9 @@ def _aim(target: float, masking: bool = True) -> Method:
 METHODS = {
     "ce": _decor(0, 0),
     "sgt": _decor(1, 0),
-    "decorrelation": _decor(0, 0.5),
-    "saliencydecor": _decor(1, 0.5),
-    "saliencydecor-zca": _decor(1, 1.0, "zca"),
+    "decorrelation": _decor(0, 0.1),
+    "saliencydecor": _decor(1, 0.1),
+    "saliencydecor-zca": _decor(1, 0.1, "zca"),
     "twin": _aim(1.0, masking=False),
     "aim-25": _aim(0.25),
     "aim-15": _aim(0.15),

@@ -111,7 +111,11 @@ def test_maps_and_regions_agree_with_the_weights(finished):
 def test_settings_are_those_that_the_training_followed(finished):
     settings = json.loads((finished / "out" / "training" / "settings.json").read_text())
     assert settings["max_epochs"] == 2 and settings["batch_size"] == 16
-    assert settings["loss_function"]["name"] == "SaliencyDecor" and settings["loss_function"]["ramp_epochs"] == 2
+    assert settings["loss_function"] == {
+        "name": "SaliencyDecor", "consistency": 1.0, "decorrelation": 0.1, "masked_share": 0.2, "warm_epochs": 1,
+        "ranking": "absolute", "fill": "mean", "block_px": 1, "mode": "cov", "group_size": None,
+        "decorrelated": "clean", "saliency_pass": "eval", "bn": "own",
+    }  # fmt: skip
     assert settings["optimizer"]["name"] == "AdamW" and settings["optimizer"]["lr"] == [0.001]
     assert settings["step"] == {
         "name": "ObjectiveStep", "seed": 0, "stain": 0.1, "stain_apart": 0.0, "amp": "none", "accumulation": 1
@@ -180,6 +184,8 @@ def test_a_stage_that_cannot_run_says_why(finished, tmp_path, run_bundle, stage,
         ({"layer": "layr1"}, ["layr1", "layer1"]),
         ({"tile_px": 32}, ["other slides or settings", "prepare"]),
         ({"masked_share": 1.5}, ["masked_share=1.5"]),
+        ({"bn": "none"}, ["bn='none'", "own, shared"]),
+        ({"warm_epochs": 0}, ["another loss_function::warm_epochs;", "output_dir"]),
         ({"lr": 0.5}, ["another optimizer::lr", "output_dir"]),
         ({"objective::ranking": "signed"}, ["another loss_function::ranking;", "output_dir"]),
         ({"hard_negative_epoch": 2}, ["hard_negative_epoch=2", "max_epochs"]),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medsd.errors import ConfigError
 from medsd.networks.classifier import TileClassifier
-from medsd.objectives.masking import Fill, mask_lowest, pixel_scores
+from medsd.objectives.masking import Fill, blurred, mask_lowest, pixel_scores
 
 
 class ConvNet(nn.Module):
@@ -45,7 +45,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @given(
     share=st.floats(0, 0.99),
     size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9), st.integers(2, 9)),
-    fill=st.sampled_from(["uniform", "mean"]),
+    fill=st.sampled_from(["noise", "mean", "blur"]),
 )
 def test_exactly_k_pixels_in_all_channels(share: float, size: tuple[int, ...], fill: Fill) -> None:
     batch, _, height, width = size
@@ -65,10 +65,10 @@ def test_exactly_k_pixels_in_all_channels(share: float, size: tuple[int, ...], f
         assert set(changed[image].any(dim=0).flatten().nonzero().flatten().tolist()) == lowest
 
 
-def test_uniform_fill_spans_the_range_of_each_image_and_channel() -> None:
+def test_noise_spans_the_range_of_each_image_and_channel() -> None:
     scale = torch.tensor([1.0, 10.0]).view(2, 1, 1, 1) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     x = torch.rand(2, 3, 40, 40, generator=generator()) * scale + scale
-    masked = mask_lowest(x, torch.rand(2, 40, 40, generator=generator(1)), 0.5, "uniform", generator(2))
+    masked = mask_lowest(x, torch.rand(2, 40, 40, generator=generator(1)), 0.5, "noise", generator(2))
     for image in range(2):
         for channel in range(3):
             before, after = x[image, channel], masked[image, channel]
@@ -83,9 +83,9 @@ def test_uniform_fill_spans_the_range_of_each_image_and_channel() -> None:
 
 def test_noise_is_drawn_by_the_generator_for_every_pixel_and_channel() -> None:
     x, scores = torch.randn(2, 3, 8, 8, generator=generator()), torch.rand(2, 8, 8, generator=generator(1))
-    first = mask_lowest(x, scores, 0.5, "uniform", generator(2))
-    assert torch.equal(first, mask_lowest(x, scores, 0.5, "uniform", generator(2)))
-    assert not torch.equal(first, mask_lowest(x, scores, 0.5, "uniform", generator(3)))
+    first = mask_lowest(x, scores, 0.5, "noise", generator(2))
+    assert torch.equal(first, mask_lowest(x, scores, 0.5, "noise", generator(2)))
+    assert not torch.equal(first, mask_lowest(x, scores, 0.5, "noise", generator(3)))
     low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
     position = ((first - low) / (high - low))[first != x].view(2, 3, 32)
     for one, other in ((position[0, 0], position[0, 1]), (position[0, 1], position[0, 2]), (position[0], position[1])):
@@ -99,25 +99,64 @@ def test_mean_fill() -> None:
     torch.testing.assert_close(masked[masked != x], expected[masked != x])
 
 
+def test_blur_fill() -> None:
+    x, scores = torch.randn(2, 3, 24, 24, generator=generator()), torch.rand(2, 24, 24, generator=generator(1))
+    masked = mask_lowest(x, scores, 0.25, "blur", None)
+    chosen = masked != x
+    assert chosen.float().mean() == 0.25
+    # The definition: each place is the sum of its surroundings under a symmetric kernel of sum 1.
+    assert torch.equal(masked[chosen], blurred(x)[chosen])
+    flat = blurred(torch.full((1, 1, 24, 24), 3.0))
+    torch.testing.assert_close(flat[..., 5:-5, 5:-5], torch.full((1, 1, 14, 14), 3.0))
+    point = torch.zeros(1, 2, 24, 24)
+    point[0, 1, 12, 12] = 1
+    assert torch.equal(blurred(point)[0, 0], torch.zeros(24, 24))
+    torch.testing.assert_close(blurred(point)[0, 1, 7:18, 7:18], blurred(point)[0, 1, 7:18, 7:18].flip(0).T)
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0.3, 0.99), block=st.integers(1, 5), height=st.integers(6, 17), width=st.integers(6, 17))
+def test_blocks_of_the_least_mean_score(share: float, block: int, height: int, width: int) -> None:
+    x, scores = torch.randn(2, 3, height, width), torch.rand(2, height, width, dtype=torch.float64)
+    masked = (mask_lowest(x, scores, share, "noise", None, block) != x).all(dim=1)
+    corners = [(top, left) for top in range(0, height, block) for left in range(0, width, block)]
+    for image in range(2):
+        # Block by block: its mean, and whether all of it is masked or none.
+        blocks = [(slice(top, top + block), slice(left, left + block)) for top, left in corners]
+        means = torch.stack([scores[image][place].mean() for place in blocks])
+        seen = [masked[image][place] for place in blocks]
+        assert all(bool(part.all()) == bool(part.any()) for part in seen)
+        found = {number for number, part in enumerate(seen) if part.any()}
+        assert found == set(means.argsort()[: int(share * len(blocks))].tolist())
+
+
+def test_blocks_too_large_for_the_share_are_told_in_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"masked_share=0.2: .* at least 1 of 2 x 2 blocks of 8 px, below 1"
+    ) as caught:
+        mask_lowest(torch.rand(1, 3, 9, 16), torch.rand(1, 9, 16), 0.2, "mean", None, 8)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_input_and_the_graph_stay_out() -> None:
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     before = x.detach().clone()
-    masked = mask_lowest(x, torch.rand(2, 8, 8), 0.5, "uniform", generator())
+    masked = mask_lowest(x, torch.rand(2, 8, 8), 0.5, "noise", generator())
     assert not masked.requires_grad
     assert torch.equal(x.detach(), before)
-    assert torch.equal(mask_lowest(x, torch.rand(2, 8, 8), 0.0, "uniform", generator()), before)
+    assert torch.equal(mask_lowest(x, torch.rand(2, 8, 8), 0.0, "noise", generator()), before)
     channels_last = before.to(memory_format=torch.channels_last)
     scores = torch.rand(2, 8, 8)
     assert torch.equal(
-        mask_lowest(channels_last, scores, 0.5, "uniform", generator()),
-        mask_lowest(before, scores, 0.5, "uniform", generator()),
+        mask_lowest(channels_last, scores, 0.5, "noise", generator()),
+        mask_lowest(before, scores, 0.5, "noise", generator()),
     )
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan"), 0.01])
 def test_shares_that_mask_nothing_or_all_are_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="masked_share") as caught:
-        mask_lowest(torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8), share, "uniform", None)
+        mask_lowest(torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8), share, "noise", None)
     assert "\n" not in str(caught.value)
 
 

@@ -30,13 +30,14 @@ BATCH = 8
 
 
 class Network(nn.Module):
-    """Without BatchNorm, so that a batch on two processes is the batch on one; and with a part that no loss reaches."""
+    """Without BatchNorm a batch on two processes is the batch on one; and with a part that no loss reaches."""
 
     classes = ("normal", "tumour")
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Tanh(), nn.Conv2d(6, 5, 3, 2, 1), nn.Tanh())
+        norm = norm or nn.Identity()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), norm, nn.Tanh(), nn.Conv2d(6, 5, 3, 2, 1), nn.Tanh())
         self.unused = nn.Linear(2, 2)
         self.head = nn.Linear(5, 2)
 
@@ -52,17 +53,34 @@ def train(rows: slice, accumulation: int) -> dict[str, Tensor]:
     """Three steps on these rows of the batch: losses and parameters. Nothing is drawn at random."""
     torch.manual_seed(0)
     network = Network().double()
-    images = torch.randint(256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(BATCH) % 2
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
-    objective = SaliencyDecor(decorrelation=0.5, ramp_epochs=0, fill="mean")
+    objective = SaliencyDecor(decorrelation=0.5, warm_epochs=0)
     step = ObjectiveStep(stain=0.0, accumulation=accumulation)
     outputs = []
     for iteration in (1, 2, 3):
-        state = SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=iteration, epoch_length=3)
-        engine: Any = SimpleNamespace(network=network, optimizer=optimizer, state=state, loss_function=objective)
-        outputs.append(step(engine, {"image": images[rows], "label": labels[rows]})["loss"])
-    return {"losses": torch.tensor(outputs), **network.state_dict()}
+        outputs.append(run_step(step, network, optimizer, objective, iteration, rows))
+    start = torch.tensor(list(objective.state_dict().values()), dtype=torch.float64)
+    return {"losses": torch.tensor(outputs), "start": start, **network.state_dict()}
+
+
+def run_step(
+    step: ObjectiveStep, network: nn.Module, optimizer: Any, objective: SaliencyDecor, iteration: int, rows: slice
+) -> float:
+    images = torch.randint(256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(BATCH) % 2
+    state = SimpleNamespace(device=torch.device("cpu"), epoch=1, iteration=iteration, epoch_length=3)
+    engine: Any = SimpleNamespace(network=network, optimizer=optimizer, state=state, loss_function=objective)
+    return float(step(engine, {"image": images[rows], "label": labels[rows]})["loss"])
+
+
+def buffers(objective: SaliencyDecor, rows: slice) -> dict[str, Tensor]:
+    """Running averages after two steps that leave the weights, the second one with buffers handed round."""
+    torch.manual_seed(0)
+    network = Network(nn.BatchNorm2d(6)).double()
+    optimizer, step = torch.optim.SGD(network.parameters(), lr=0.0), ObjectiveStep(stain=0.0, accumulation=2)
+    for iteration in (1, 2):
+        run_step(step, network, optimizer, objective, iteration, rows)
+    return {name: tensor.clone() for name, tensor in network.named_buffers()}
 
 
 def run_process(number: int, meeting: Path, out: Path) -> None:
@@ -72,7 +90,14 @@ def run_process(number: int, meeting: Path, out: Path) -> None:
     step_module.augment = lambda images, _generator, _stain: images  # type: ignore[assignment]
     assert (idist.get_rank(), idist.get_world_size()) == (number, 2)
     half = BATCH // 2
-    result = train(slice(number * half, (number + 1) * half), 1)
+    rows = slice(number * half, (number + 1) * half)
+    result = train(rows, 1)
+    moved = buffers(SaliencyDecor(warm_epochs=0), rows), buffers(SaliencyDecor(0, 0), rows)
+    result |= {
+        f"{kind}.{name}": tensor
+        for kind, of in zip(("own", "plain"), moved, strict=True)
+        for name, tensor in of.items()
+    }
     draw = list(sampler())
     # As the hard negatives: the first finds, all go by it.
     found = idist.broadcast(torch.tensor([20, 30]) if number == 0 else None, src=0, safe_mode=True)
@@ -103,9 +128,17 @@ def test_two_processes_train_as_one(processes: list[dict[str, Tensor]], monkeypa
     torch.testing.assert_close(
         (processes[0]["losses"] + processes[1]["losses"]) / 2, alone["losses"], rtol=1e-10, atol=0
     )
-    for name in alone.keys() - {"losses"}:
+    for name in alone.keys() - {"losses"}:  # scale and level of the decorrelation among them
         torch.testing.assert_close(processes[0][name], alone[name], rtol=1e-10, atol=1e-12, msg=name)
         assert torch.equal(processes[0][name], processes[1][name]), name
+
+
+def test_running_averages_are_those_of_cross_entropy_on_each_process(processes: list[dict[str, Tensor]]) -> None:
+    for process in processes:
+        names = [name.removeprefix("own.") for name in process if name.startswith("own.")]
+        assert len(names) == 3 and all(torch.equal(process[f"own.{name}"], process[f"plain.{name}"]) for name in names)
+        assert process["own.body.1.num_batches_tracked"] == 4
+    assert not torch.equal(*(process["own.body.1.running_mean"] for process in processes))  # each its own batch
 
 
 def test_each_process_draws_its_own_items(processes: list[dict[str, Tensor]]) -> None:

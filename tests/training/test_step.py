@@ -26,7 +26,7 @@ def engine(objective: Any = None, lr: float = 0.01, iteration: int = 1, length: 
         device=torch.device("cpu"), epoch=1 + (iteration - 1) // length, iteration=iteration, epoch_length=length
     )
     return SimpleNamespace(
-        network=network, optimizer=optimizer, state=state, loss_function=objective or SaliencyDecor()
+        network=network, optimizer=optimizer, state=state, loss_function=objective or SaliencyDecor(warm_epochs=0)
     )
 
 
@@ -58,8 +58,8 @@ def test_the_step_is_one_of_the_objective_on_augmented_normalised_images(monkeyp
     assert output["pred"].shape == (4, 2)
     assert not output["pred"].requires_grad
     assert torch.equal(output["label"], batch()["label"])
-    ramped = output["cross_entropy"] + output["consistency"] + 0.1 * 1.5 / 5 * output["decorrelation"]
-    assert output["loss"] == pytest.approx(ramped, rel=1e-5)
+    total = output["cross_entropy"] + output["consistency"] + 0.1 * math.log(2) * output["decorrelation"]
+    assert output["loss"] == pytest.approx(total, rel=1e-5)
     for name, parameter in trainer.network.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.01 * parameter.grad, msg=name)
 
@@ -84,7 +84,7 @@ def test_draws_depend_on_seed_and_iteration_alone() -> None:
 
 def test_mask_noise_differs_between_iterations_without_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medsd.training.step.augment", lambda images, _generator, _stain: images)
-    step, alone = ObjectiveStep(), SaliencyDecor(decorrelation=0)
+    step, alone = ObjectiveStep(), SaliencyDecor(decorrelation=0, warm_epochs=0, fill="noise")
     assert (
         step(engine(alone, iteration=1), batch())["consistency"]
         != step(engine(alone, iteration=2), batch())["consistency"]
@@ -227,8 +227,8 @@ def test_gradients_too_large_for_float16_lower_the_scale_and_leave_the_network()
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_saliency_decor_in_half_precision_keeps_its_statistics(amp: Any) -> None:
-    output = ObjectiveStep(amp=amp)(engine(SaliencyDecor(ramp_epochs=0)), batch())
-    expected = ObjectiveStep()(engine(SaliencyDecor(ramp_epochs=0)), batch())
+    output = ObjectiveStep(amp=amp)(engine(SaliencyDecor(warm_epochs=0)), batch())
+    expected = ObjectiveStep()(engine(SaliencyDecor(warm_epochs=0)), batch())
     assert output["decorrelation"] == pytest.approx(expected["decorrelation"], rel=0.05)
     assert output["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=0.05)
     assert math.isfinite(output["consistency"])
@@ -242,7 +242,7 @@ def test_frozen_stages_stay_as_they_are() -> None:
     ObjectiveStep()(trainer, batch())
     assert all(torch.equal(tensor, before[name]) for name, tensor in stem.state_dict().items())
     assert not any(parameter.requires_grad for parameter in stem.parameters())
-    assert trainer.network.encoder.layer2[0].bn1.num_batches_tracked == 2
+    assert trainer.network.encoder.layer2[0].bn1.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("amp", "half"), ("amp", "float"), ("accumulation", 0)])

@@ -74,7 +74,8 @@ class Training:
         trainer, evaluator = self.trainer, self.evaluator
         stop = None if patience is None else EarlyStopping(patience, score, trainer)
         parts = {"network": trainer.network, "optimizer": trainer.optimizer, "scheduler": self.scheduler}
-        checkpoint = Checkpoint(folder, {**parts, "step": self.step, "early_stop": stop}, save_every)
+        parts |= {"step": self.step, "objective": trainer.loss_function, "early_stop": stop}
+        checkpoint = Checkpoint(folder, parts, save_every)
         return run_training(trainer, evaluator, checkpoint, SETTINGS if settings is None else settings, stop, **more)
 
     @property
@@ -193,7 +194,10 @@ def test_history_holds_the_means_of_the_epoch(tmp_path: Path) -> None:
     for number, row in enumerate(rows(tmp_path)):
         part = outputs[3 * number : 3 * number + 3]
         for term in ("loss", "cross_entropy", "consistency", "decorrelation"):
-            assert float(row[term]) == pytest.approx(np.mean([output[term] for output in part]), rel=1e-5)
+            if number or term in ("loss", "cross_entropy"):
+                assert float(row[term]) == pytest.approx(np.mean([output[term] for output in part]), rel=1e-5)
+            else:  # the first epoch is plain cross-entropy
+                assert row[term] == "" and term not in part[0]
 
 
 def test_the_network_ends_as_the_best_one(tmp_path: Path) -> None:
@@ -251,6 +255,7 @@ def test_a_resumed_training_equals_the_whole_one_bit_for_bit(
     expected, resumed = checkpoint(folder), checkpoint(tmp_path)
     assert equal(resumed["network"], expected["network"])
     assert resumed["scheduler"] == expected["scheduler"]
+    assert resumed["objective"] == expected["objective"] and expected["objective"].keys() == {"scale", "level"}
     for number, values in expected["optimizer"]["state"].items():
         assert equal(resumed["optimizer"]["state"][number], values)
     best, expected_best = resumed["state"].pop("best_network"), expected["state"].pop("best_network")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from medsd.checks import check_choice, check_number
 from medsd.errors import DatasetError
 from medsd.networks.modes import evaluating
+from medsd.objectives.masking import blurred
 from medsd.saliency.method import check_logits
 
 Baseline = Literal["zero", "mean", "blur"]
 Resize = Literal["nearest", "bilinear"]
 
-_KERNEL_PX, _SIGMA_PX = 11, 5.0
 _LEAST_RANGE = 1e-7
 
 
@@ -27,17 +27,14 @@ def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
     Args:
         x: (B, C, H, W) float images, as the network takes them.
         kind: "zero": 0, which is the mean colour where inputs are normalised; "mean": the mean of that image and
-            channel; "blur": the image under RISE's kernel (released code of Petsiuk et al. 2018): 11 px a side, sigma
-            5 px, reflected into its square, zeros outside the image.
+            channel; "blur": the image under RISE's kernel, see `blurred`.
     """
     check_choice("baseline", kind, get_args(Baseline))
     if kind == "zero":
         return torch.zeros_like(x)
     if kind == "mean":
         return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
-    channels = x.shape[1]
-    kernel = _rise_kernel(x)
-    return F.conv2d(x, kernel.expand(channels, 1, -1, -1), padding=_KERNEL_PX // 2, groups=channels)
+    return blurred(x)
 
 
 def pixel_ranks(saliency: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -156,11 +153,3 @@ def check_region(maps: Tensor, region: Tensor) -> None:
             f"region: maps {tuple(maps.shape)} and region {tuple(region.shape)} of {region.dtype}; give a bool region "
             "in the shape of the maps"
         )
-
-
-def _rise_kernel(like: Tensor) -> Tensor:
-    from scipy.ndimage import gaussian_filter
-
-    point = torch.zeros(_KERNEL_PX, _KERNEL_PX, dtype=torch.float64)
-    point[_KERNEL_PX // 2, _KERNEL_PX // 2] = 1
-    return torch.from_numpy(gaussian_filter(point.numpy(), _SIGMA_PX)).to(like)
