@@ -13,35 +13,46 @@ import argparse
 import json
 import multiprocessing
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
-from studies import finetune, maps, pretrain, saliency
+import torch
 from tqdm import tqdm
 
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES: dict[str, ModuleType] = {"finetune": finetune, "saliency": saliency, "maps": maps, "pretrain": pretrain}
-Job = finetune.Job | saliency.Job | maps.Job | pretrain.Job
+STUDIES = ("finetune", "saliency", "maps", "pretrain")
+
+
+class Job(Protocol):
+    """A part of a study whose results are one file."""
+
+    @property
+    def part(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
 
 
 def main() -> None:
     """Run what is missing, then write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    studies = parser.add_subparsers(dest="study", required=True)
-    for name, study in STUDIES.items():
-        of_study = studies.add_parser(name, help=study.__doc__.partition("\n")[0])
-        of_study.add_argument("--out", type=Path, default=Path("runs/evidence"))
-        of_study.add_argument("--processes", type=int, default=2)
-        of_study.add_argument("--tables", action="store_true", help="Compute nothing; tables of what is there.")
-        of_study.add_argument("--part", choices=study.PARTS, nargs="+", default=list(study.PARTS))
-        study.add_arguments(of_study)
-    arguments = parser.parse_args()
-    study = STUDIES[arguments.study]
+    parser.add_argument("study", choices=STUDIES)
+    # Each alone, for their packages differ.
+    name = parser.parse_args(sys.argv[1:2]).study
+    study = import_module(f"studies.{name}")
+    parser = argparse.ArgumentParser(f"{Path(sys.argv[0]).name} {name}", description=study.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="Compute nothing; tables of what is there.")
+    parser.add_argument("--part", choices=study.PARTS, nargs="+", default=list(study.PARTS))
+    study.add_arguments(parser)
+    arguments = parser.parse_args(sys.argv[2:])
     try:
-        folder = make_folder(arguments.out / arguments.study)
+        folder = make_folder(arguments.out / name)
         jobs: list[Job] = study.jobs_of(arguments, folder)
         if not arguments.tables:
             study.prepare(arguments, folder)
@@ -74,7 +85,7 @@ def is_done(study: ModuleType, job: Job, folder: Path) -> bool:
 def run(study: ModuleType, jobs: list[Job], folder: Path, processes: int) -> None:
     """Run the jobs, one thread each."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, finetune.start_worker) as pool:
+    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
         for job, scores in tqdm(pool.imap_unordered(study.run_job, jobs), total=len(jobs), unit="job"):
             write_json(path_of(job, folder), {"recipe": study.recipe_of(job), "scores": scores})
 

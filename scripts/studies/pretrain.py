@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import timm
 import torch
 from studies import pretrain_data
@@ -55,6 +54,8 @@ class Part:
 
 
 PARTS = {
+    # For two cores; the others for a GPU.
+    "pcam-resnet10t": Part("pcam", "resnet10t_half", False, "layer2", epochs=15, lr=0.06, queue=768, view_px=64),
     "pcam-resnet18": Part("pcam", "resnet18", False, "layer3", epochs=30, lr=0.06, queue=768, view_px=96),
     "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=60, lr=0.015, queue=64, view_px=112),
     "pcam-lite0": Part("pcam", "tf_efficientnet_lite0", True, "blocks.4", epochs=15, lr=0.015, queue=768, view_px=96),
@@ -70,7 +71,7 @@ VARIANTS = {
     "local-corr": MedMoCoSettings(decorrelation="corr"),
 }
 # Fine-tuning: the share of labels, and epochs of as many steps.
-FRACTIONS = {"finetune_10": (0.1, 40), "finetune_100": (1.0, 10)}
+FRACTIONS = {"finetune_10": (0.1, 20), "finetune_100": (1.0, 4)}
 _RECIPE = Recipe(epochs=0, lr=1e-3, encoder_lr=3e-4)
 _DECODER = DecoderSettings()
 
@@ -146,7 +147,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     sides = sides_of(part.data, Path(job.data), Path(job.folder, "images"), job.seed)
     encoder, found = _encoder(job, part, sides.unlabelled)
     found["seconds"] = time.perf_counter() - started
-    found |= _collapse(encoder, sides) | _probes(encoder, sides) | _decoded(encoder, part, sides, job.device)
+    found |= _measured(encoder, sides) | _decoded(encoder, part, sides, job.device)
     for name, (share, epochs) in FRACTIONS.items():
         found[name] = _finetuned(encoder, part, sides, share, epochs, job)
     return job, found
@@ -190,29 +191,22 @@ def _batches(images: int, part: Part, seed: int) -> Iterator[Tensor]:
         yield from (rows for rows in order.split(part.batch_size) if len(rows) == part.batch_size)
 
 
-def _features(encoder: nn.Module, images: Images) -> npt.NDArray[np.float32]:
-    return features_of(encoder, images.pixels.split(64))
-
-
-def _collapse(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
-    found = spectrum(_features(encoder, sides.testing))
-    return {
+def _measured(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
+    """Collapse of the features of test images, and what probes read off them."""
+    features = [features_of(encoder, images.pixels.split(64)) for images in (sides.training, sides.testing)]
+    found = spectrum(features[1])
+    measures: dict[str, Any] = {
         "rank": found.effective_rank,
         "participation": found.participation_ratio,
         "correlation": found.mean_abs_correlation,
         "singular": found.singular_values.tolist(),
     }
-
-
-def _probes(encoder: nn.Module, sides: Sides) -> dict[str, float]:
-    train_on = sides.training.labelled(_features(encoder, sides.training))
-    test = sides.testing.labelled(_features(encoder, sides.testing))
-    found = {}
+    train_on, test = sides.training.labelled(features[0]), sides.testing.labelled(features[1])
     for name, probe in (("probe", linear_probe), ("knn", knn_probe)):
         for kind, whiten in (("", False), ("_white", True)):
             scores = probe(train_on, test.features, whiten=whiten)
-            found[name + kind] = score_probe(test.labels, scores, test.groups).auc.value
-    return found
+            measures[name + kind] = score_probe(test.labels, scores, test.groups).auc.value
+    return measures
 
 
 def _decoded(encoder: nn.Module, part: Part, sides: Sides, device: str) -> dict[str, float]:

@@ -17,9 +17,9 @@ from medsd.pretrain.images import read_images
 from medsd.tables import read_table
 
 # Raised whenever a side holds other pixels, so that kept results are never mixed.
-VERSION = 1
+VERSION = 2
 EBHI_PX = 112
-_NUCLEI_PX = 256
+_NUCLEI_PX = 128
 _LABELS = {"normal": 0, "adenocarcinoma": 1}
 
 
@@ -111,7 +111,7 @@ def _patches(table: PatchTable, kept: Path) -> torch.Tensor:
 
 
 def _squares(folder: Path, files: Any, kept: Path, side_px: int | None) -> torch.Tensor:
-    """Images (n, 3, S, S) or masks (n, S, S): made smaller as a whole, or the middle of 256 px as it is."""
+    """Images (n, 3, S, S) or masks (n, S, S): made smaller as a whole, or the middle of 128 px as it is."""
     if not kept.is_file():
         np.save(kept, np.stack([_square(folder / file, side_px) for file in files]))
     return torch.from_numpy(np.load(kept))

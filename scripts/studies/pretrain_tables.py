@@ -28,6 +28,7 @@ WORDS = {
 }
 _BASE = "moco"
 _PARTS = {
+    "pcam-resnet10t": "PatchCamelyon, half-width ResNet-10-t from random weights",
     "pcam-resnet18": "PatchCamelyon, ResNet-18 from random weights",
     "pcam-lite0": "PatchCamelyon, EfficientNet-Lite0 from ImageNet",
     "ebhi-resnet18": "EBHI-Seg, ResNet-18 from random weights",
