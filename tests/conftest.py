@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +144,43 @@ def coded_slides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CodedSli
     """Coded slides by name: 2x and 4x, even sizes and odd ones whose levels are rounded down."""
     folder = tmp_path_factory.mktemp("coded")
     return {name: write_coded(folder / f"{name}.tif", *size) for name, size in CODED.items()}
+
+
+_CALL = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("of_a_test", file)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+getattr(module, name)(*arguments)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_apart() -> Callable[..., list[int | None]]:
+    """`run_apart(function, *arguments)`: calls a test module's function in as many processes at once as there are
+    argument tuples; their exit codes.
+
+    Forked from a server that has imported torch and MONAI, which takes 15 s, and run nothing: OpenMP's threads do not
+    survive a fork, and a child of this process would wait for them for ever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.nn.parallel.distributed", "monai.engines", "monai.handlers", "timm"])
+
+    def run(function: Callable[..., None], *each: tuple[Any, ...], limit_s: float = 600) -> list[int | None]:
+        file, name = function.__code__.co_filename, function.__name__
+        processes = [
+            context.Process(target=exec, args=(_CALL, {"file": file, "name": name, "arguments": arguments}))
+            for arguments in each
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(limit_s)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in processes]
+
+    return run
 
 
 @pytest.fixture(scope="session")

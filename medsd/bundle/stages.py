@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
 from medsd.bundle.pretraining import ENCODER
@@ -38,10 +39,11 @@ from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
-from medsd.training.predict import collect, predict_logits
+from medsd.training.predict import collect
 from medsd.training.training import run_training, settings_of
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
+_BATCH = 64
 
 
 def prepare(data: Data, output_dir: str) -> None:
@@ -146,7 +148,10 @@ def evaluate(
     if card.calibration is None:
         raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
     calibration, items = card.calibration, data.part("testing")
-    logits = predict_logits(network, items, workers=workers, progress=progress_bar("evaluate"))
+    loader = DataLoader(items, batch_size=_BATCH, num_workers=workers)
+    features, labels = collect(network, loader, progress_bar("evaluate"), network.features)
+    with torch.inference_mode():
+        logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
     probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
     log_odds = (logits[:, 1] - logits[:, 0]) / np.float32(calibration.temperature)
     content = {
@@ -158,7 +163,9 @@ def evaluate(
     }
     if explained_tiles:
         settings = ExplanationSettings(items=explained_tiles, seed=seed)
-        explained = score_explanations(network, items, settings, progress=progress_bar("explain"))
+        explained = score_explanations(
+            network, items, settings, progress=progress_bar("explain"), collected=(features, labels)
+        )
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
         np.savez_compressed(

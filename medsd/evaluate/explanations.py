@@ -92,6 +92,7 @@ def score_explanations(
     settings: ExplanationSettings = _DEFAULT,
     region: TileRegion | None = None,
     progress: Progress = no_progress,
+    collected: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None,
 ) -> Explanations:
     """Judge a classifier's explanations of its tiles' true classes.
 
@@ -104,6 +105,7 @@ def score_explanations(
         settings: what the scores rest on.
         region: the tumour within the tile of that number, (S, S) bool; `masks.__getitem__` of an array (N, S, S).
         progress: shown over batches.
+        collected: pooled features (n, d) and labels (n,) of all tiles, where they are there already.
 
     Raises:
         DatasetError: fewer than two tiles, labels that are no class, a region of another size, or maps that are not
@@ -122,7 +124,7 @@ def score_explanations(
     device = next(classifier.parameters()).device
     with evaluating(classifier):
         loader = DataLoader(cast(Dataset[Sample], dataset), settings.batch_size)
-        features, labels = collect(classifier, loader, progress, classifier.features)
+        features, labels = collected or collect(classifier, loader, progress, classifier.features)
         unknown = labels[(labels < 0) | (labels >= len(classifier.classes))]
         if len(unknown):
             known = ", ".join(classifier.classes)
@@ -135,7 +137,9 @@ def score_explanations(
         for numbers in progress(batches, len(batches), "batch"):
             batch = default_collate([dataset[number] for number in numbers])
             inside = _regions(region, numbers, batch, settings.target).to(device)
-            truth, x = batch["label"].to(device), classifier.normalise(batch["image"].to(device))
+            # NHWC is the faster for convolutions, on CPUs too.
+            images = batch["image"].to(device, memory_format=torch.channels_last)
+            truth, x = batch["label"].to(device), classifier.normalise(images)
             maps, names = explanation_maps(classifier, x, truth), [*_MEASURED.values(), "area_share"]
             judged.append(measure_maps(classifier, x, truth, maps, names, inside, settings, generator))
     return _scores(judged, len(labels), health, settings)

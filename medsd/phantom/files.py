@@ -31,8 +31,10 @@ def pyramid(level0: ByteArray, factor: int) -> Iterator[ByteArray]:
     yield level
     while max(level.shape[:2]) > _SMALLEST_LEVEL_PX:
         height, width = level.shape[0] // factor, level.shape[1] // factor
-        blocks = level[: height * factor, : width * factor].reshape(height, factor, width, factor, *level.shape[2:])
-        total = blocks.sum(axis=(1, 3), dtype=np.uint16)
+        whole = level[: height * factor, : width * factor]
+        # Row by row, then column by column: NumPy's own sum over the axes of blocks takes ten times as long.
+        rows = sum((whole[row::factor] for row in range(1, factor)), whole[::factor].astype(np.uint16))
+        total = sum((rows[:, column::factor] for column in range(1, factor)), rows[:, ::factor])
         level = ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
         yield level
 

@@ -7,6 +7,7 @@ blurred over 20 um follows one random colour field that knows nothing of the tum
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +38,7 @@ Shortcut = Literal["none", "tint", "ink"]
 
 # Raised whenever the same specification draws other pixels, so that kept data sets are never mixed.
 _FORMAT = 1
+_DRAWN_AT_ONCE = 2
 _RECORD, _REFERENCE = "phantom.json", "testing/reference.csv"
 
 
@@ -187,8 +189,15 @@ def write_phantom_dataset(
         rows = [f"{name},{'tumor' if tumour else 'normal'}" for name, tumour in tests.items()]
         write_text(folder / _REFERENCE, "\n".join(["slide,label", *rows]) + "\n")
     missing = [slide for slide, names in files.items() if not all((folder / name).is_file() for name in names)]
-    for slide in tqdm(missing, desc="phantom slides", unit="slide", disable=None if progress else True):
+
+    def write(slide: str) -> None:
         write_phantom(plan[slide], *(folder / name for name in files[slide]))
+
+    # NumPy works without the interpreter's lock; more than two at once would want more memory.
+    with ThreadPoolExecutor(_DRAWN_AT_ONCE) as pool:
+        drawn = pool.map(write, missing)
+        for _ in tqdm(drawn, "phantom slides", len(missing), unit="slide", disable=None if progress else True):
+            pass
     return folder
 
 

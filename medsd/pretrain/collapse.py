@@ -74,7 +74,7 @@ def spectrum(features: Tensor | npt.NDArray[np.floating]) -> Spectrum:
     )
 
 
-def collapse_warning(found: Spectrum, what: str = "features") -> str | None:
+def collapse_warning(found: Spectrum, what: str = "features", before: float | None = None) -> str | None:
     """A line for the log where the effective rank is below a tenth of the dimensions, else None.
 
     The dimensions are those that can be seen, N - 1 where that is less than d (our choice).
@@ -82,15 +82,22 @@ def collapse_warning(found: Spectrum, what: str = "features") -> str | None:
     Args:
         found: the spectrum.
         what: what it is of, in words.
+        before: the effective rank an epoch earlier, None where nobody knows; while it rises, the remedy is time.
     """
     dim = min(len(found.singular_values), found.samples - 1)
     if found.effective_rank >= _COLLAPSED * dim:
         return None
     if math.isnan(found.effective_rank):
         return f"{what}: collapsed, all are the same; lower the learning rate (lr) or start from given weights"
+    used = f"{found.effective_rank:.1f} of {dim} directions are in use (effective rank), less than a tenth"
+    if before is not None and found.effective_rank > before:
+        return (
+            f"{what}: {used}, and still rising, from {before:.1f} an epoch before; train longer (pretrain_epochs, "
+            "pretrain_samples) or start from given weights"
+        )
     return (
-        f"{what}: collapsing, {found.effective_rank:.1f} of {dim} directions are in use (effective rank), less than a "
-        "tenth; compare other values of decorrelation, local and temperature, or start from given weights"
+        f"{what}: collapsing, {used}; compare other values of decorrelation, local and temperature, or start from "
+        "given weights"
     )
 
 

@@ -31,8 +31,8 @@ class CollapseHandler:
     Of the query encoder's pooled features in evaluation mode, before whitening: `effective_rank`,
     `participation_ratio`, `mean_abs_correlation`; of the embeddings `embedding_rank`, `alignment` of two views and
     `uniformity`. See `medsd.pretrain.collapse`. Held-out images are taken whole and unchanged, but for the views. A
-    rank below a tenth of the dimensions is told in words. Of several processes all measure the same images, since
-    whitening takes its moments over all of them.
+    rank that is below a tenth of the dimensions after the last epoch is told in words, once. Of several processes all
+    measure the same images, since whitening takes its moments over all of them.
 
     Args:
         dataset: images that are not trained on.
@@ -63,23 +63,24 @@ class CollapseHandler:
         kept = Subset(dataset, cast(list[int], chosen.tolist()))
         # The embeddings of "w2" are whitened by their batch, for which what is left over may be too few.
         self.loader: DataLoader[Any] = DataLoader(kept, batch_size, drop_last=len(kept) >= batch_size)
+        self._ranks: dict[str, float] = {}
+        self._warnings: list[str | None] = []
 
     def attach(self, engine: Engine) -> None:
-        """Measure after every epoch of the engine."""
+        """Measure after every epoch of the engine, and warn after the last."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._warn)
 
     def __call__(self, engine: Engine) -> None:
         """Measure now."""
         network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
         features, first, second = self._embedded(network)
         of_features, of_embeddings = spectrum(features), spectrum(first)
-        if idist.get_rank() == 0:
-            for found, what in ((of_features, "features"), (of_embeddings, "embeddings")):
-                warning = collapse_warning(found, what)
-                if warning:
-                    logger.warning("epoch %d: %s", engine.state.epoch, warning)
-            if self.folder is not None:
-                _write_spectra(Path(self.folder) / "spectrum.csv", of_features, of_embeddings)
+        measured = {"features": of_features, "embeddings": of_embeddings}
+        self._warnings = [collapse_warning(found, what, self._ranks.get(what)) for what, found in measured.items()]
+        self._ranks = {what: found.effective_rank for what, found in measured.items()}
+        if idist.get_rank() == 0 and self.folder is not None:
+            _write_spectra(Path(self.folder) / "spectrum.csv", of_features, of_embeddings)
         engine.state.metrics |= {
             "effective_rank": of_features.effective_rank,
             "participation_ratio": of_features.participation_ratio,
@@ -88,6 +89,11 @@ class CollapseHandler:
             "alignment": alignment(first, second),
             "uniformity": uniformity(first),
         }
+
+    def _warn(self, _engine: Engine) -> None:
+        for warning in filter(None, self._warnings):
+            if idist.get_rank() == 0:
+                logger.warning("%s", warning)
 
     def _embedded(self, network: MedMoCo) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the images, and embeddings of two views of each."""

@@ -69,7 +69,9 @@ def collect(
     logits, labels = [], []
     with evaluating(classifier), torch.inference_mode():
         for batch in progress(loader, len(cast(Sized, loader)), "batch"):
-            logits.append((forward or classifier)(batch["image"].to(device)).float().cpu().numpy())
+            # NHWC is the faster for convolutions, on CPUs too.
+            images = batch["image"].to(device, memory_format=torch.channels_last)
+            logits.append((forward or classifier)(images).float().cpu().numpy())
             labels.append(batch["label"].numpy())
     if not logits:
         return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)

@@ -64,6 +64,9 @@ def test_warnings_in_words() -> None:
     line = collapse_warning(narrow, "embeddings")
     assert line is not None and "\n" not in line
     assert line.startswith("embeddings: collapsing, ") and "of 64 directions" in line
+    rising = collapse_warning(narrow, before=narrow.effective_rank / 2) or ""
+    assert "still rising" in rising and "pretrain_epochs" in rising and "\n" not in rising
+    assert collapse_warning(narrow, "embeddings", before=2 * narrow.effective_rank) == line
     few = spectrum(noise(8, 64))  # 7 directions at most can be seen: no collapse for that
     assert collapse_warning(few) is None
     same = spectrum(torch.full((10, 4), 0.3) * (1 + 1e-7 * torch.rand(10, 4)))

@@ -1,13 +1,9 @@
-"""Med-MoCo: plain MoCo v2 bit for bit, what each part reaches, resuming, what leaves, and two processes against one.
-
-Run as a script, this file is one of the two processes.
-"""
+"""Med-MoCo: plain MoCo v2 bit for bit, what each part reaches, resuming, what leaves, and two processes against one."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -363,21 +359,12 @@ def run_process(rank: int, meeting: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def processes(
+    tmp_path_factory: pytest.TempPathFactory, run_apart: Callable[..., list[int]]
+) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("two")
     outs = [folder / "0.pt", folder / "1.pt"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder / "meeting"), str(out)], stderr=subprocess.PIPE, text=True
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    assert run_apart(run_process, *((rank, folder / "meeting", out) for rank, out in enumerate(outs))) == [0, 0]
     return [torch.load(out, weights_only=True) for out in outs]
 
 
@@ -398,7 +385,3 @@ def test_samples_are_dealt_out_anew_and_come_back(processes: list[dict[str, dict
     assert torch.cat([each["back"] for each in found]).flatten().tolist() == list(range(8))
     # BatchNorm saw other companions: its results differ from those of the samples that were here.
     assert not torch.allclose(found[0]["norm"], found[0]["plain"], atol=0.05)
-
-
-if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,15 +1,11 @@
-"""The step and the loop of pre-training: what a step does to queue and key encoder, and resuming to the very step.
-
-Run as a script, this file is one of two processes.
-"""
+"""The step and the loop of pre-training: what a step does to queue and key encoder, and resuming to the very step."""
 
 from __future__ import annotations
 
 import csv
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medsd.errors import ConfigError, TrainingError
+from medsd.pretrain import watch
 from medsd.pretrain.images import UnlabelledImages
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
 from medsd.pretrain.start import EncoderStart
@@ -126,18 +123,11 @@ def die_in_step_five(folder: Path) -> None:
     pretrain(trainer, folder, save_every=1)
 
 
-def test_killed_within_an_epoch_it_ends_where_an_uninterrupted_one_does(tmp_path: Path, whole: Path) -> None:
+def test_killed_within_an_epoch_it_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, whole: Path, run_apart: Callable[..., list[int]]
+) -> None:
     """Query and key encoder, queue, pointer, optimiser, schedule and history, bit for bit."""
-    code = f"""
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("step_test", {str(Path(__file__))!r})
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-module.die_in_step_five(pathlib.Path({str(tmp_path)!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert run_apart(die_in_step_five, (tmp_path,)) == [-signal.SIGKILL]
     assert checkpoint(tmp_path)["state"]["steps"] == 5
     pretrain(trainer_of(noise=2), tmp_path)
     expected, resumed = checkpoint(whole), checkpoint(tmp_path)
@@ -161,11 +151,9 @@ def test_the_history_shows_the_terms_and_what_the_features_use(whole: Path) -> N
     assert 1 <= float(rows[1]["effective_rank"]) <= 11 and float(rows[1]["uniformity"]) < 0
 
 
-def test_two_processes_train_one_network_and_one_queue(tmp_path: Path) -> None:
+def test_two_processes_train_one_network_and_one_queue(tmp_path: Path, run_apart: Callable[..., list[int]]) -> None:
     """Epoch ends with measures included; what two processes compute is tested with `MedMoCo`."""
-    command = [sys.executable, __file__]
-    running = [subprocess.Popen([*command, str(number), str(tmp_path / "meeting"), str(tmp_path)]) for number in (0, 1)]
-    assert [process.wait(240) for process in running] == [0, 0]
+    assert run_apart(run_process, *((number, tmp_path / "meeting", tmp_path) for number in (0, 1))) == [0, 0]
     one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
     for name, tensor in one.items():
         if "running_" not in name:  # each has its own batches since the last exchange
@@ -274,10 +262,20 @@ def test_the_start_draws_by_its_seed_alone_and_leaves_the_generator() -> None:
     assert not torch.equal(one.projector[0].weight, other.projector[0].weight)
 
 
+def test_a_collapse_is_told_once_in_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rank of the epoch before, which says whether it still rises."""
+    monkeypatch.setattr(watch, "collapse_warning", lambda _found, what, before: f"{what} {before}")
+    pretrain(trainer_of(), tmp_path)
+    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as handle:
+        first = next(csv.DictReader(handle))
+    told = [record.getMessage().split() for record in caplog.records if record.levelname == "WARNING"]
+    assert [what for what, _ in told] == ["features", "embeddings"]
+    for (_, before), column in zip(told, ("effective_rank", "embedding_rank"), strict=True):
+        assert float(before) == pytest.approx(float(first[column]), rel=1e-5)
+
+
 def test_measures_of_no_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="images=1: "):
         CollapseHandler(UnlabelledImages(Noise()), 1, 8, VIEWS)
-
-
-if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

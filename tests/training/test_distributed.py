@@ -1,12 +1,8 @@
-"""Several processes train as one: the same gradients as one process, and each its own items.
-
-Run as a script, this file is one of two processes.
-"""
+"""Several processes train as one: the same gradients as one process, and each its own items."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,11 +110,9 @@ def sampler() -> BalancedSampler:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+def processes(tmp_path_factory: pytest.TempPathFactory, run_apart: Callable[..., list[int]]) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__]
-    running = [subprocess.Popen([*command, str(number), str(folder / "meeting"), str(folder)]) for number in (0, 1)]
-    assert [process.wait(240) for process in running] == [0, 0]
+    assert run_apart(run_process, *((number, folder / "meeting", folder) for number in (0, 1))) == [0, 0]
     return [torch.load(folder / f"{number}.pt", weights_only=True) for number in (0, 1)]
 
 
@@ -188,7 +182,3 @@ def test_a_batch_without_labels_fits_into_an_epoch() -> None:
 def test_a_batch_fits_into_an_epoch(batch_size: Any) -> None:
     with pytest.raises(ConfigError, match=rf"batch_size={batch_size}: .* from 2 to 21; an epoch has"):
         BalancedSampler(items(), samples=21, batch_size=batch_size)
-
-
-if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

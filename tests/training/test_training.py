@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -476,18 +474,10 @@ def die_in_epoch_three(folder: Path) -> None:
     run.run(folder, save_every=2)
 
 
-def test_killed_by_the_system_within_an_epoch(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any]) -> None:
-    # A new process, not a fork: OpenMP's threads do not survive a fork, and the child would wait for them for ever.
-    code = f"""
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("training_test", {str(Path(__file__))!r})
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-module.die_in_epoch_three(pathlib.Path({str(tmp_path)!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+def test_killed_by_the_system_within_an_epoch(
+    tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any], run_apart: Callable[..., list[int]]
+) -> None:
+    assert run_apart(die_in_epoch_three, (tmp_path,)) == [-signal.SIGKILL]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint.pt",
         "history.csv",
