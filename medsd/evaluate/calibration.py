@@ -120,12 +120,13 @@ def calibrate_on_patches(
     Raises:
         DatasetError: the patches show one class only.
     """
-    chosen = np.linspace(0, len(labels) - 1, min(_SCALE_FROM, len(labels))).astype(int)
-    saliencies = {
-        name: np.abs(np.stack([engine.patch_saliency(dataset[i]["image"][None], name) for i in chosen.tolist()]))
-        for name in engine.settings.methods
-        if name not in LABEL_FREE
-    }
+    chosen = np.linspace(0, len(labels) - 1, min(_SCALE_FROM, len(labels))).astype(int).tolist()
+    values: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in engine.settings.methods}
+    for start in range(0, len(chosen), _BATCH):
+        images = torch.stack([dataset[row]["image"] for row in chosen[start : start + _BATCH]])
+        for name in values.keys() - LABEL_FREE:
+            values[name].append(np.abs(engine.patch_saliency(images, name)))
+    saliencies = {name: np.concatenate(parts) for name, parts in values.items() if parts}
     return _calibration(engine, labels, probabilities, saliencies, f"{len(labels)} validation patches")
 
 

@@ -31,9 +31,9 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, run_bundle) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path, run_bundle) -> Path:
     folder = tmp_path_factory.mktemp("aim")
-    overrides = {**SMALL, "phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "aim")}
+    overrides = {**SMALL, "phantom_dir": str(phantoms), "output_dir": str(folder / "aim")}
     # Whatever else a training can be asked for, all at once.
     more = {"hard_negative_epoch": 1, "patience": 5, "amp": "bfloat16", "accumulation": 2, "mask_target": 0.4}
     run_bundle(FILES, "run", **overrides, **more)
@@ -68,8 +68,10 @@ def test_masks_are_judged_beside_the_gradient(folder: Path) -> None:
     assert set(scores["explanations"]["maps"]) == {"gradient", "mask"}
 
 
-def test_runs_of_two_networks_are_compared(folder: Path, tmp_path: Path, run_bundle, write_weights) -> None:
-    overrides = {**SMALL, "phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "plain")}
+def test_runs_of_two_networks_are_compared(
+    folder: Path, phantoms: Path, tmp_path: Path, run_bundle, write_weights
+) -> None:
+    overrides = {**SMALL, "phantom_dir": str(phantoms), "output_dir": str(folder / "plain")}
     data = run_bundle("bundles/camelyon.json", "prepare", **overrides).parser.get_parsed_content("data")
     write_weights(folder / "plain" / "model.safetensors", data)
     run_bundle("bundles/camelyon.json", "evaluate", **overrides)

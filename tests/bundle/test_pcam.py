@@ -26,7 +26,7 @@ from medsd.phantom.files import write_pyramid
 FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {"encoder": "test_resnet", "max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
 # Sixty-four patches teach too little for a neutral reference to lie between the classes.
-SMALL["methods"] = ["gradient_x_activation"]
+SMALL |= {"methods": ["gradient_x_activation"], "explained_tiles": 4}
 
 
 def test_real_patches_train_and_a_real_slide_is_mapped(shared_data, tmp_path, run_bundle):

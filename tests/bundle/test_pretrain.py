@@ -26,7 +26,6 @@ from medsd.explain.model import load_model
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import load_encoder, save_encoder, weights_sha256
 from medsd.networks.weights import load_classifier
-from medsd.phantom import write_phantom_dataset
 from medsd.phantom.files import write_pyramid
 from medsd.pretrain.med_moco import MedMoCoSettings
 from medsd.pretrain.start import EncoderStart
@@ -225,22 +224,20 @@ def test_segmentation_models_pytorch_and_explain_take_the_encoder(tmp_path: Path
         torch.testing.assert_close(load_model(path).network(images), expected)
 
 
-def test_slides_are_read_whatever_their_labels(tmp_path: Path) -> None:
-    write_phantom_dataset(tmp_path / "phantom", slides=4, size_px=1024)
-    slides, grid = tmp_path / "phantom" / "training", TileGrid(64, 64, 1.0)
+def test_slides_are_read_whatever_their_labels(phantoms: Path, tmp_path: Path) -> None:
+    slides, grid = phantoms / "training", TileGrid(64, 64, 1.0)
     data = UnlabelledSlides(str(slides), str(tmp_path / "work"), grid, held_out=0.3)
     data.prepare()
     training, held_out = data.unlabelled("training"), data.unlabelled("validation")
     names = set(training.groups.tolist()), set(held_out.groups.tolist())
     assert names[1] and not names[0] & names[1] and training.fingerprint() != held_out.fingerprint()
-    assert training[0]["image"].shape == (3, 64, 64) and data.description == "2 slides of training"
+    assert training[0]["image"].shape == (3, 64, 64) and data.description.endswith(" slides of training")
 
 
-def test_tiles_that_no_label_fits_are_trained_on_too(tmp_path: Path) -> None:
+def test_tiles_that_no_label_fits_are_trained_on_too(phantoms: Path, tmp_path: Path) -> None:
     """Those that an outline cuts."""
-    write_phantom_dataset(tmp_path / "phantom", slides=6, size_px=1024)
     grid = TileGrid(64, 64, 1.0)
-    data = SlideData(str(tmp_path / "phantom"), None, str(tmp_path / "work"), grid)  # type: ignore[arg-type]
+    data = SlideData(str(phantoms), None, str(tmp_path / "work"), grid)  # type: ignore[arg-type]
     data.prepare()
     assert len(data.unlabelled("training")) > len(data.part("training"))
     assert set(data.unlabelled("training").groups) == set(data.part("training").groups)

@@ -44,18 +44,20 @@ FILE = "bundles/camelyon.json"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, target, run_bundle, write_weights) -> Path:
+def finished(tmp_path_factory, phantoms, target, run_bundle, write_weights) -> Path:
     """Data prepared in a stain, and maps of a network that has learnt nothing in it."""
     folder = tmp_path_factory.mktemp("stained")
     (folder / "stain.json").write_text(json.dumps({"stain_target": asdict(target)}))
-    data = run_bundle(f"{FILE},{folder / 'stain.json'}", "prepare", **places(folder)).parser.get_parsed_content("data")
+    data = run_bundle(
+        f"{FILE},{folder / 'stain.json'}", "prepare", **places(folder, phantoms)
+    ).parser.get_parsed_content("data")
     write_weights(folder / "out" / "model.safetensors", data)
-    run_bundle(f"{FILE},{folder / 'stain.json'}", "heatmap", **places(folder))
+    run_bundle(f"{FILE},{folder / 'stain.json'}", "heatmap", **places(folder, phantoms))
     return folder
 
 
-def places(folder: Path) -> dict[str, Any]:
-    return {**SMALL, "phantom_dir": str(folder / "phantom"), "output_dir": str(folder / "out")}
+def places(folder: Path, phantoms: Path) -> dict[str, Any]:
+    return {**SMALL, "phantom_dir": str(phantoms), "output_dir": str(folder / "out")}
 
 
 def test_the_target_goes_from_configuration_to_weights_and_records(finished, target):
@@ -65,8 +67,8 @@ def test_the_target_goes_from_configuration_to_weights_and_records(finished, tar
     assert record["stain"]["method"] == "macenko" and record["stain"] != asdict(target)
 
 
-def test_training_tiles_are_normalised_by_fits_that_are_kept(finished, target, run_bundle):
-    flow = run_bundle(f"{FILE},{finished / 'stain.json'}", "prepare", **places(finished))
+def test_training_tiles_are_normalised_by_fits_that_are_kept(finished, phantoms, target, run_bundle):
+    flow = run_bundle(f"{FILE},{finished / 'stain.json'}", "prepare", **places(finished, phantoms))
     data = flow.parser.get_parsed_content("data")
     prepared = load_prepared(data._slides, data.work_dir, data.grid, data.validation_share, data.seed)
     assert len(list((Path(data.work_dir) / "stains").glob("*.json"))) == len(np.unique(prepared.index.slide))
@@ -81,12 +83,12 @@ def test_training_tiles_are_normalised_by_fits_that_are_kept(finished, target, r
     assert np.array_equal(TileDataset(index)[0]["image"].permute(1, 2, 0).numpy(), raw)
 
 
-def test_weights_of_another_target_are_refused(finished, target, tmp_path, run_bundle):
+def test_weights_of_another_target_are_refused(finished, phantoms, target, tmp_path, run_bundle):
     config = tmp_path / "other.json"
     other = replace(target, strongest=tuple(1.2 * value for value in target.strongest))
     config.write_text(json.dumps({"stain_target": asdict(other)}))
     with pytest.raises(SystemExit, match="another split of the data"):
-        run_bundle(f"{FILE},{config}", "evaluate", **places(finished))
+        run_bundle(f"{FILE},{config}", "evaluate", **places(finished, phantoms))
 
 
 def test_maps_hardly_depend_on_the_stain_any_more(finished, tmp_path):
@@ -114,8 +116,8 @@ def test_maps_hardly_depend_on_the_stain_any_more(finished, tmp_path):
     ("value", "words"),
     [({"method": "macenkoo"}, "macenkoo"), ({}, "stain"), ("target.png", "stain")],
 )
-def test_a_target_that_is_none_is_named(tmp_path, run_bundle, value, words):
+def test_a_target_that_is_none_is_named(tmp_path, phantoms, run_bundle, value, words):
     config = tmp_path / "stain.json"
     config.write_text(json.dumps({"stain_target": value}))
     with pytest.raises(SystemExit, match=words):
-        run_bundle(f"{FILE},{config}", "prepare", **places(tmp_path))
+        run_bundle(f"{FILE},{config}", "prepare", **places(tmp_path, phantoms))

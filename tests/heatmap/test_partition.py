@@ -15,7 +15,7 @@ from medsd.heatmap.partition import Rect, grown, partition
 masks = array_shapes(min_dims=2, max_dims=2, max_side=24).flatmap(lambda shape: arrays(bool, shape))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(wanted=masks, halo=st.integers(0, 4), largest=st.integers(1, 400))
 def test_every_wanted_cell_is_in_one_rectangle(wanted, halo, largest):
     count = np.zeros(wanted.shape, int)
@@ -45,7 +45,7 @@ def test_far_islands_are_not_joined(turned):
     assert {Rect(*rect[1::-1], *rect[:1:-1]) if turned else rect for rect in found} == expected
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cells=masks, by=st.integers(0, 5))
 def test_grown_is_what_lies_near(cells, by):
     expected = np.zeros_like(cells)

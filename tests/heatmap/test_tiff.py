@@ -92,7 +92,7 @@ def test_a_small_map_has_one_level(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.ome.tif"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(text=st.text(max_size=20), numbers=st.tuples(*[st.floats(1e-3, 1e5)] * 2), seed=st.integers(0, 99))
 def test_any_text_and_number_comes_back(
     tmp_path_factory: pytest.TempPathFactory, text: str, numbers: tuple[float, float], seed: int
@@ -148,7 +148,7 @@ def test_bad_files_are_named(tmp_path: Path, written: tuple[Path, ValueMap]) -> 
         read_ome_tiff(tmp_path / "other.ome.tif")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cut=st.integers(0, 20_000))
 def test_a_truncated_file_is_an_error_with_a_name(
     tmp_path_factory: pytest.TempPathFactory, written: tuple[Path, ValueMap], cut: int
