@@ -100,8 +100,17 @@ def test_counts_and_features_are_of_all_items_maps_of_an_even_draw(scores):
     network = Corner()
     assert (scores.items, scores.judged) == (20, 12)  # 4 tumour, 8 normal: as even as there are
     features = torch.cat([network.features(tile["image"][None]) for tile in tiles()])
-    assert scores.features == feature_health(features)
+    health = feature_health(features)
+    assert scores.features.effective_rank == pytest.approx(health.effective_rank, rel=1e-6)
+    assert scores.features.dead_channels == health.dead_channels
     assert scores.random["masking_area"].resamples == 2000
+
+
+def test_features_that_are_there_are_not_computed_again(scores):
+    features = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    collected = features, np.array([int(tile["label"]) for tile in tiles()])
+    found = score_explanations(Corner(), tiles(), SETTINGS, corner, collected=collected)
+    assert found.features == feature_health(features) and found.maps == scores.maps
 
 
 def test_the_same_seed_gives_the_same_scores_and_json_holds_them(scores):
