@@ -51,7 +51,7 @@ def test_every_part_is_right_without_what_a_bare_machine_lacks(tmp_path: Path) -
         "deeplift",
     ):
         assert case in table
-    assert table.count("| True |") == 8
+    assert table.count("| True |") == 6
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from medsd.pretrain.images import UnlabelledImages
 from medsd.pretrain.volumes import SliceDataset, SliceSettings, prepare_volumes, slices_of
 
 SMALL = SliceSettings(side_px=16)
-WITH_NIBABEL = pytest.mark.skipif(find_spec("nibabel") is None, reason="nibabel is not installed (the extra 'ct')")
 
 
 def volume(path: Path, shape: tuple[int, int, int] = (16, 16, 10)) -> np.ndarray:
@@ -104,7 +102,6 @@ def test_settings_are_checked(name: str, value: object) -> None:
         SliceSettings(**{name: value})  # type: ignore[arg-type]
 
 
-@WITH_NIBABEL
 def test_a_nifti_is_turned_to_left_and_back(tmp_path: Path) -> None:
     import nibabel
 
@@ -118,8 +115,8 @@ def test_a_nifti_is_turned_to_left_and_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, slices_of(tmp_path / "a.npy", SMALL), err_msg=name)
 
 
-@pytest.mark.skipif(find_spec("nibabel") is not None, reason="nibabel is installed")
-def test_without_nibabel_the_extra_is_named(tmp_path: Path) -> None:
+def test_without_nibabel_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medsd.pretrain.volumes.find_spec", lambda _name: None)
     (tmp_path / "a.nii.gz").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"a\.nii\.gz: reading NIfTI needs nibabel; .* extra 'ct'"):
         slices_of(tmp_path / "a.nii.gz", SMALL)
