@@ -50,7 +50,8 @@ class SaliencyDecor:
     The masked pass leaves BatchNorm's running averages alone. Those of the parent mix clean and masked batches and
     then serve clean images, which cost 2 to 8 points of accuracy on PatchCamelyon (the parent's own networks have no
     BatchNorm). That, the mean fill, the share of 0.2 and a small weight were picked on folds of PatchCamelyon by
-    stain cluster, where they lose nothing to cross-entropy with either of two encoders; a gain is not established.
+    stain cluster, where they lost nothing to cross-entropy with either of two encoders (one more run of one of them
+    lost 3 points, with a warm epoch); no gain is established.
 
     Attributes:
         consistency: weight of the KL term (lambda).
