@@ -46,7 +46,6 @@ def test_every_part_is_right_without_what_a_bare_machine_lacks(tmp_path: Path) -
         "test_resnet SaliencyDecor",
         "test_resnet AIM",
         "one rank",
-        "MoCo v2",
         "Med-MoCo",
         "deeplift",
     ):
