@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from medsd.bundle.data import Data, PatchData, SlideData
+from medsd.bundle.masked import MaskedFolder
 from medsd.bundle.pretraining import ENCODER, start_in_words
 from medsd.checks import check_number
 from medsd.cohort.dataset import Sample
 from medsd.errors import ConfigError
+from medsd.evaluate.mask_probe import MaskScores
 from medsd.evaluate.probes import Labelled, ProbeScores, features_of, knn_probe, linear_probe, score_probe, standardise
 from medsd.evaluate.scores import Floats
 from medsd.networks.start import load_encoder
@@ -29,7 +31,7 @@ from medsd.tables import write_table
 
 logger = logging.getLogger(__name__)
 
-PROBE = "probe.csv"
+PROBE, MASKS = "probe.csv", "probe_masks.csv"
 _BATCH = 64
 _PROBES: dict[str, Callable[..., Floats]] = {"linear": linear_probe, "k-NN": knn_probe}
 
@@ -39,11 +41,12 @@ def probe(
     start: EncoderStart,
     output_dir: str,
     device: torch.device,
+    masked: MaskedFolder | None = None,
     items: int = 4096,
     workers: int = 0,
     seed: int = 0,
 ) -> None:
-    """Stage probe: `probe.csv`, a row an encoder and probe, and one line in the log.
+    """Stage probe: `probe.csv`, a row an encoder and probe, and one line in the log; `probe_masks.csv` of masks.
 
     Probes learn on training and validation items, their strength chosen on groups held out of them, and are scored on
     test items, see `medsd.evaluate.probes`. Each is given features as they are and whitened, which tells whether
@@ -54,6 +57,7 @@ def probe(
         data: with labels: `SlideData` or `PatchData`.
         start: the encoder before its pre-training.
         output_dir: holds `encoder.safetensors`.
+        masked: images whose masks are decoded from the frozen maps, None for none.
         items: the most that are learnt from, and scored, drawn by the seed.
         workers: processes that read.
 
@@ -75,12 +79,18 @@ def probe(
     parts = [_Part(data, names, items, workers, seed) for names in (("training", "validation"), ("testing",))]
     rows: list[dict[str, Any]] = []
     told = []
+    of_masks: list[dict[str, Any]] = []
     for name, encoder in ((ENCODER, trained), (start_in_words(start), start.encoder_alone())):
-        train, test = (part.through(encoder.to(device).eval()) for part in parts)
+        encoder.to(device).eval()
+        if masked is not None:
+            of_masks.append({"encoder": name, "layer": masked.layer or "last", **_mask_cells(masked.scores(encoder))})
+        train, test = (part.through(encoder) for part in parts)
         of_encoder = [{"encoder": name, **row} for row in _scored(train, test)]
         told.append("{auc:.3f} ({auc_low:.3f} to {auc_high:.3f}) of {encoder}".format(**of_encoder[0]))
         rows += of_encoder
     write_table(Path(output_dir) / PROBE, rows)
+    if of_masks:
+        write_table(Path(output_dir) / MASKS, of_masks)
     logger.info(
         "linear probe, AUC on %d test items in %d groups: %s", rows[0]["items"], rows[0]["groups"], ", ".join(told)
     )
@@ -118,6 +128,12 @@ def _scored(train: Labelled, test: Labelled) -> Iterator[dict[str, Any]]:
         for name, scores_of in _PROBES.items():
             scores = score_probe(test.labels, scores_of(train, test.features, whiten=whiten), test.groups)
             yield {"probe": name, "whitened": whiten, **_cells(scores), "effective_rank": rank}
+
+
+def _mask_cells(scores: MaskScores) -> dict[str, float]:
+    dice, oracle = scores.dice, scores.oracle
+    cells = {"stride": scores.stride, "dice": dice.value, "dice_low": dice.low, "dice_high": dice.high}
+    return {**cells, "oracle": oracle.value, "images": scores.images, "groups": scores.groups}
 
 
 def _cells(scores: ProbeScores) -> dict[str, float]:

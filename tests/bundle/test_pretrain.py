@@ -171,9 +171,21 @@ def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Pat
     given = {"output_dir": str(finished / "out"), "encoder": "test_resnet", "tile_px": 32, "probe_items": 40}
     with pytest.raises(SystemExit, match=r"labelled_dir: not set, .*, --labelled_dir FOLDER"):
         run_bundle(files, "probe", **given)
-    run_bundle(files, "probe", labelled_dir=str(finished / "patches"), **given)
+    masked = tmp_path / "masked"
+    masked.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(masked / f"{number}.png")
+        Image.fromarray(pixels[..., 0] // 128).save(masked / f"mask{number}.png")
+    rows = [f"{number}.png,mask{number}.png,patient{number}" for number in range(4)]
+    (masked / "index.csv").write_text("\n".join(["file,mask,patient", *rows]))
+    sides = {"masked_dir": str(masked), "pretraining::views::size_px": 32}
+    run_bundle(files, "probe", labelled_dir=str(finished / "patches"), **given, **sides)
     assert len(read_table(finished / "out" / "probe.csv")) == 8
-    (finished / "out" / "probe.csv").unlink()
+    of_masks = read_table(finished / "out" / "probe_masks.csv")
+    assert of_masks["layer"].tolist() == ["layer2"] * 2 and of_masks["encoder"][2] == "encoder.safetensors"
+    for name in ("probe.csv", "probe_masks.csv"):
+        (finished / "out" / name).unlink()
 
 
 @pytest.mark.parametrize(
