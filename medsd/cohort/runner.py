@@ -319,9 +319,15 @@ class _Run(Generic[Row]):
         return self.work.folder / self.work.record.format(name)
 
     def _files(self, entry: SlideEntry) -> list[Path]:
-        """The record of a slide, which goes first, and all its outputs."""
+        """The record of a slide, which goes first, and all its outputs: what the work names, and what the record does.
+
+        Of an earlier recipe there may have been others in the folder, such as maps of methods of other packages.
+        """
         record = self._record(entry.name)
-        return [record, *(record.parent / name.format(entry.name) for name in self.work.outputs)]
+        names = [name.format(entry.name) for name in self.work.outputs]
+        kept = read_record(record) or {"outputs": ()}
+        others = [name for name in kept["outputs"] if Path(name).name == name and name not in names]
+        return [record, *(record.parent / name for name in [*names, *others])]
 
 
 def _identity(path: Path) -> Any:

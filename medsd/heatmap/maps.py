@@ -73,6 +73,11 @@ class MapSettings:
         for name in self.methods:
             if name != MASK and not method_card(name).needs_label and name not in LABEL_FREE:
                 raise ConfigError(f"method '{name}': has no map of a whole slide; use one of {', '.join(LABEL_FREE)}")
+            if name.startswith("captum.") and method_card(name).at_input:
+                raise ConfigError(
+                    f"method '{name}': explains images and no layer, whose pixels a slide's map has; use one of "
+                    "captum's for layers, such as captum.LayerGradientXActivation"
+                )
         check_number("smooth_um", self.smooth_um, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.block_px is not None:

@@ -144,7 +144,8 @@ def test_no_old_output_stands_beside_a_new_status(tmp_path, small_slide, green_w
     slide = tmp_path / "slide.tif"
     slide.write_bytes(small_slide.read_bytes())
     out = tmp_path / "out"
-    map_here([slide], green_weights, out)
+    map_here([slide], green_weights, out, methods=("gradient_x_activation", "captum.LayerGradientXActivation"))
+    assert (out / "slide" / "captum.LayerGradientXActivation.ome.tif").is_file()
     (out / "slide" / ".4194305-overlay.png").touch()  # as a killed run leaves it
     slide.unlink()
     assert map_here([slide], green_weights, out)[0].status == "failed"

@@ -391,6 +391,8 @@ def test_bad_methods_are_named(classifier, array_slide):
     for methods in ((), "deeplift", ("gradient", "gradient"), ["deeplift", "gradient", "deeplift"]):
         with pytest.raises(ConfigError, match="list of different names"):
             MapSettings(methods)
+    with pytest.raises(ConfigError, match=r"'captum\.Saliency': explains images and no layer"):
+        MapSettings(("captum.Saliency",))
     with pytest.raises(ConfigError, match="did you mean 'deeplift'"):
         MapSettings(("gradient", "deeplit"))
     slide = array_slide(noise(64, 64))
