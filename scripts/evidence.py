@@ -79,7 +79,9 @@ def read(job: Job, folder: Path) -> dict[str, Any]:
 
 def is_done(study: ModuleType, job: Job, folder: Path) -> bool:
     """Whether the job's results are there, of the same recipe."""
-    return path_of(job, folder).is_file() and read(job, folder)["recipe"] == study.recipe_of(job)
+    # Through JSON, as the file's went: tuples are lists there.
+    recipe = json.loads(json.dumps(study.recipe_of(job)))
+    return path_of(job, folder).is_file() and read(job, folder)["recipe"] == recipe
 
 
 def run(study: ModuleType, jobs: list[Job], folder: Path, processes: int) -> None:
