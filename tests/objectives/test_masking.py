@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError
+from medsd.networks.blur import blurred
 from medsd.networks.classifier import TileClassifier
-from medsd.objectives.masking import Fill, blurred, mask_lowest, pixel_scores
+from medsd.objectives.masking import Fill, mask_lowest, pixel_scores
 
 
 class ConvNet(nn.Module):

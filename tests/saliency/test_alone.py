@@ -23,6 +23,7 @@ def test_needs_no_slides_and_no_bundles() -> None:
         "medsd.errors",
         "medsd.progress",
         "medsd.networks",
+        "medsd.networks.blur",
         "medsd.networks.modes",
     }
     assert not heavy

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from medsd.checks import check_choice, check_number
 from medsd.errors import DatasetError
+from medsd.networks.blur import blurred
 from medsd.networks.modes import evaluating
-from medsd.objectives.masking import blurred
 from medsd.saliency.method import check_logits
 
 Baseline = Literal["zero", "mean", "blur"]
