@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from medsd.cohort.patches import PatchDataset
+from medsd.cohort.patches import PatchDataset, PatchTable
+from medsd.errors import MedsdError
 from medsd.pretrain.images import UnlabelledImages, read_images
 from medsd.pretrain.med_moco import MedMoCoSettings
 from medsd.pretrain.start import EncoderStart
@@ -50,6 +51,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--images", help="Folder of images: the share of waiting for them is printed, too.")
     options = parser.parse_args()
+    try:
+        files = read_images([options.images]) if options.images else None  # before the minutes of timing
+    except MedsdError as error:
+        parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, torch {torch.__version__}; {options.encoder}, {options.side_px} px, batch {options.batch_size}")
@@ -69,8 +74,8 @@ def main() -> None:
         ratios = sorted(b / a for a, b in zip(times, seconds[BASE], strict=True))
         span = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"{words:<28}{options.batch_size / statistics.median(times):>10.0f}{span:>28}")
-    if options.images:
-        waiting(steps["Med-MoCo: local and W2"], options)
+    if files is not None:
+        waiting(steps["Med-MoCo: local and W2"], files, options)
 
 
 def timed(act: Callable[[], Any], device: torch.device) -> float:
@@ -135,9 +140,9 @@ def sgd(network: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(learnt, 0.03, momentum=0.9, weight_decay=1e-4)
 
 
-def waiting(step: Step, options: argparse.Namespace, batches: int = 20) -> None:
+def waiting(step: Step, files: PatchTable, options: argparse.Namespace, batches: int = 20) -> None:
     """Print the share of the time that steps wait for images from their files."""
-    images = UnlabelledImages(PatchDataset(read_images([options.images]), options.side_px))
+    images = UnlabelledImages(PatchDataset(files, options.side_px))
     sampler = RandomSampler(images, num_samples=batches * options.batch_size)
     loader = DataLoader(images, options.batch_size, sampler=sampler, num_workers=options.workers)
     started = last = time.perf_counter()
