@@ -29,6 +29,9 @@ from medsd.slides.readers.base import Bools
 
 # Of the CPU: the whole process then stays below 4 GiB.
 _CPU_BYTES = 2_000_000_000
+# Larger tensors the CPU's allocator takes from the system page by page each time, which costs a fifth of the whole map;
+# smaller ones cost halos. Found for ResNet-18 (`bench_heatmap.py --part time`).
+_CPU_TENSOR_BYTES = 64 << 20
 # Of what a device has left.
 _DEVICE_SHARE = 0.5
 # Earlier stages have so many numbers a pixel that keeping them costs more memory than their halo.
@@ -59,6 +62,7 @@ class Stage:
         taken, given: cells of its input (for the first: pixels) and of its output along a feature cell's side.
         halo: feature cells of the input needed on each side beyond those of the output.
         cell_bytes: memory at work for each feature cell, the input included.
+        tensor_bytes: of its largest result, for each feature cell.
         inner: layers behind which the map is cut down to what is needed, in their order.
     """
 
@@ -67,6 +71,7 @@ class Stage:
     given: int
     halo: int
     cell_bytes: float
+    tensor_bytes: float
     inner: tuple[Inner, ...] = ()
 
     def kept(self, rect: Rect, crop: Rect) -> dict[str, tuple[slice, slice]]:
@@ -83,8 +88,9 @@ class Stage:
         """Most feature cells to compute at once, halo included, where so many stages hold their input at a time."""
         if block_px is not None:
             return (max(1, block_px // stride) + 2 * self.halo) ** 2
-        free = _DEVICE_SHARE * free_bytes(device) if device.type == "cuda" else _CPU_BYTES
-        return max(1, int(free / at_once / self.cell_bytes))
+        if device.type == "cuda":
+            return max(1, int(_DEVICE_SHARE * free_bytes(device) / at_once / self.cell_bytes))
+        return max(1, int(min(_CPU_BYTES / at_once / self.cell_bytes, _CPU_TENSOR_BYTES / self.tensor_bytes)))
 
 
 class Node(NamedTuple):
@@ -149,10 +155,12 @@ class Cascade:
                 for name, field in ((name, fields[name]) for name in names)
                 if field.stride == above.stride
             )
-            stages.append(Stage(network, taken, given, halo, at_work, inner))
+            stages.append(Stage(network, taken, given, halo, at_work, memory.most / _PROBE_CELLS**2, inner))
         *self.stages, self.top = stages
         *self.channels, _ = channels
         self.classifier = classifier
+        # The CPU's convolutions of large maps read NHWC: half as long in the first stage. Nothing is gained on a GPU.
+        self._layout = torch.contiguous_format if classifier.device.type == "cuda" else torch.channels_last
 
     def plan(self, needed: Bools, block_px: int | None) -> list[Node]:
         """What has to be computed for the hidden features of the needed cells.
@@ -187,10 +195,11 @@ class Cascade:
         stage = self.stages[node.stage]
         if node.stage == 0:
             x = self.classifier.normalise(next(images).to(self.classifier.device))
+            x = x.contiguous(memory_format=self._layout)
         else:
             crop = node.crop.times(stage.taken)
             shape = 1, self.channels[node.stage - 1], crop.height, crop.width
-            x = torch.zeros(shape, device=self.classifier.device)
+            x = torch.empty(shape, device=self.classifier.device, memory_format=self._layout).zero_()
             for part in node.parts:
                 x[..., *part.rect.times(stage.taken).within(crop)] = self.compute(part, images)
         features: Tensor = stage.network(x, stage.kept(node.rect, node.crop))

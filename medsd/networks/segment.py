@@ -14,7 +14,7 @@ from medsd.networks.modes import evaluating, layer_named, map_of_layer, recorded
 
 # Run through the layers whose results are not looked at; `create_encoder` has seen that it is large enough.
 _DUMMY_PX = 64
-_PROBE_PX = 256
+_PROBE_PX = 128
 _ROUNDING = 1e-4
 
 

@@ -285,7 +285,8 @@ def test_deeplift_sums_to_the_log_odds_of_every_tile(array_slide, encoder, layer
     side = engine.strides[0] // engine.strides[1]
     squares, sizes = (F.avg_pool2d(part[None], side)[0] * side**2 for part in (values, values.abs()))
     cells = cell_evidence(engine, slide) / window**2
-    assert ((squares - cells).abs() <= 1e-4 * sizes).all()
+    rounding = 1e-5 * cells.abs().max()  # the pass in one piece sums in another layout; a cell may be next to 0
+    assert ((squares - cells).abs() <= 1e-4 * sizes + rounding).all()
     if classes == 2:
         taps = torch.tensor({1: [1.0], 2: [0.5, 1, 0.5], 3: [1.0, 1, 1]}[window], dtype=torch.float64)
         kernel, rim = torch.outer(taps, taps)[None, None], len(taps) // 2
