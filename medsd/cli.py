@@ -241,7 +241,11 @@ def heatmap(
     request = MapRequest(methods or (), layer, network_mpp, block_px)
     results = map_slides(entries, weights, out, request, _computing_on(device), progress_bar("heatmap"))
     counts = count_by_status(results)
+    for words in dict.fromkeys(result.model for result in results if result.model):
+        print(words)
     for result in results:
+        if result.misfit:
+            typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
         if result.status != "ok":
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
         elif result.score is not None and len(results) <= _LISTED:

@@ -27,6 +27,7 @@ BLACK: Colour = (0, 0, 0)
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (28, 31, 35)
 FAINT: Colour = (91, 97, 104)
+RED: Colour = (168, 20, 20)
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _SHIFT = 4
 
@@ -72,11 +73,9 @@ class Canvas:
         """
         self._draw.text((x, y), fitted(text, size, width, bold), colour, _font(size, bold), anchor=f"{align}s")
 
-    def colour_bar(
-        self, x: int, y: int, width: int, height: int, colours: RGB, ticks: Sequence[str], size: float
-    ) -> None:
-        """Draw colours (n, 3) from left to right, ticks evenly spaced below, the outer two within the bar's width."""
-        self.paste(resized(colours[np.newaxis], width, height, Image.Resampling.NEAREST), x, y)
+    def colour_bar(self, x: int, y: int, width: int, height: int, bar: RGB, ticks: Sequence[str], size: float) -> None:
+        """Draw a bar (h, n, 3) at another size, ticks evenly spaced below, the outer two within the bar's width."""
+        self.paste(resized(bar, width, height, Image.Resampling.NEAREST), x, y)
         last = len(ticks) - 1
         for number, tick in enumerate(ticks):
             align: Literal["l", "m", "r"] = "l" if number == 0 else "r" if number == last else "m"
@@ -109,15 +108,34 @@ def resized(
     return np.array(Image.fromarray(pixels).resize((width, height), filter))
 
 
-def outline(pixels: RGB, rings: Sequence[npt.NDArray[np.float64]]) -> None:
-    """Draw closed rings (n, 2) of x and y into pixels (h, w, 3), where (0, 0) is the corner of the first pixel.
+def pale(pixels: RGB) -> npt.NDArray[np.uint8]:
+    """Pixels (h, w, 3) in light grey, 128 to 255: what lies over them keeps its hue, on black nuclei too."""
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    return np.repeat((128 + grey // 2)[..., np.newaxis], 3, axis=2)
 
-    A dark line on a light one: seen on glass, on tissue and on every colour of the scales.
+
+def outline(pixels: RGB, shapes: Sequence[Sequence[npt.NDArray[np.float64]]]) -> None:
+    """Draw shapes into pixels (h, w, 3), where (0, 0) is the corner of the first pixel.
+
+    A dark line, and a light band on its inner side: seen on glass, on tissue and on every colour of the scales, and a
+    hole is told from a shape.
+
+    Args:
+        pixels: changed.
+        shapes: closed rings (n, 2) of x and y, the first the outer one, the others holes.
     """
-    # OpenCV takes fixed-point numbers, and pixel centres for whole ones.
-    points = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32) for ring in rings]
-    for colour, thickness in ((WHITE, 3), (BLACK, 1)):
-        cv2.polylines(pixels, points, True, colour, thickness, cv2.LINE_AA, _SHIFT)
+    band = np.zeros(pixels.shape[:2], np.uint8)
+    for rings in shapes:
+        # OpenCV takes fixed-point numbers, and pixel centres for whole ones.
+        points = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32) for ring in rings]
+        inside, lines = np.zeros_like(band), np.zeros_like(band)
+        cv2.fillPoly(inside, points, 255, cv2.LINE_8, _SHIFT)
+        cv2.polylines(lines, points, True, 255, 5, cv2.LINE_8, _SHIFT)
+        band |= inside & lines
+    pixels[band > 0] = WHITE
+    for rings in shapes:
+        points = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32) for ring in rings]
+        cv2.polylines(pixels, points, True, BLACK, 1, cv2.LINE_AA, _SHIFT)
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsd.drawing import Canvas, fitted, outline, text_width, wrapped
+from medsd.drawing import Canvas, fitted, outline, pale, text_width, wrapped
 
 
 @pytest.mark.parametrize("name", [200 * "y", 200 * "W", "a b.png", "x"])
@@ -45,14 +45,25 @@ def test_text_is_no_markup(tmp_path):
 
 def test_outlines_are_dark_on_light_where_the_ring_is():
     pixels = np.full((60, 80, 3), 128, np.uint8)
-    outline(pixels, [np.array([[20.0, 10.0], [60.0, 10.0], [60.0, 40.0], [20.0, 40.0]])])
+    hole = np.array([[35.0, 20.0], [35.0, 30.0], [45.0, 30.0], [45.0, 20.0]])
+    outline(pixels, [[np.array([[20.0, 10.0], [60.0, 10.0], [60.0, 40.0], [20.0, 40.0]]), hole]])
     column = pixels[:, 40, 0].astype(int)
-    assert np.argmin(column[:25]) in (9, 10) and column[:25].max() > 200
-    assert (pixels[25, 40] == 128).all() and (pixels[:5] == 128).all()
+    assert np.argmin(column[:15]) in (9, 10)
+    # Light within the shape: below its upper line, above that of its hole.
+    assert (column[11:13] > 240).all() and (column[:8] == 128).all()
+    assert (column[17:19] > 240).all() and (column[22:28] == 128).all()
+    assert (pixels[15, 40] == 128).all()
+
+
+def test_pale_grey_keeps_what_is_darker_darker_and_leaves_no_hue():
+    ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)
+    assert np.abs(pale(ramp)[0, :, 0] - (127.5 + np.arange(256) / 2)).max() <= 0.5
+    coloured = pale(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    assert coloured.shape == (5, 7, 3) and np.ptp(coloured, axis=2).max() == 0 and coloured.min() >= 128
 
 
 def test_a_bar_has_its_colours_in_order():
     picture = Canvas(120, 60)
-    colours = np.stack([np.arange(100, dtype=np.uint8)] * 3, axis=1)
+    colours = np.tile(np.arange(100, dtype=np.uint8)[:, np.newaxis], (2, 1, 3))
     picture.colour_bar(10, 10, 100, 12, colours, ["-1", "0", "1"], 11)
     np.testing.assert_array_equal(np.asarray(picture.image)[15, 10:110, 0], np.arange(100))

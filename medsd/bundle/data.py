@@ -74,6 +74,7 @@ class SlideData:
         cache: keep decoded tiles in memory.
         stain_target: the stain that slides are normalised to, or its numbers as `medsd stain` writes them; None for
             none.
+        tissue: what is on the slides, in words, for the weights' card.
 
     Raises:
         ConfigError: a number out of its range, or the target is none.
@@ -87,6 +88,7 @@ class SlideData:
     seed: int = 0
     cache: bool = False
     stain_target: StainProfile | None = None
+    tissue: str = ""
 
     def __post_init__(self) -> None:
         check_number("validation_share", self.validation_share, "(0, 1)")
@@ -186,6 +188,7 @@ class PatchData:
         validation_share, test_share: shares of patches.
         seed: deals the groups.
         stain_target: must be None: a stain cannot be fitted well to a patch.
+        tissue: what is on the patches, in words, for the weights' card.
 
     Raises:
         ConfigError: a value out of its range.
@@ -200,6 +203,7 @@ class PatchData:
     test_share: float = 0.25
     seed: int = 0
     stain_target: None = None
+    tissue: str = ""
 
     def __post_init__(self) -> None:
         if self.stain_target is not None:

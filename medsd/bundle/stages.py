@@ -100,6 +100,7 @@ def finetune(
         tile_px=data.tile_px,
         mpp=data.mpp,
         trained_on=data.description,
+        tissue=data.tissue,
         start=_start_of(network),
         calibration=data.calibrate(engine),
         data_sha256=settings["data"]["split"],

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from medsd import RESEARCH_USE_ONLY
 from medsd.explain.explained import ExplainedImages
-from medsd.explain.sheet import OPACITY
 from medsd.heatmap.legend import ADDITIVE, meaning
+from medsd.heatmap.scale import OPACITY
 from medsd.saliency.registry import method_card
 
 # An image this many times larger or smaller than the tiles of the training shows other things than they did.
@@ -30,17 +30,18 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
     if explained.reference is not None:
         yield additivity(explained)
     if any(method_card(name).needs_label for name in settings.methods):
-        yield "Brown is above 0, teal below."
+        yield "Orange is above 0, blue below."
         if len({image.explained for image in images}) > 1:
             yield (
-                "Rows explain different classes, so brown changes its meaning from row to row: name one class as "
+                "Rows explain different classes, so orange changes its meaning from row to row: name one class as "
                 "target to compare them."
             )
     if "eigencam_reference" in settings.methods:
         yield "The sign of eigencam_reference is arbitrary, image by image."
     yield (
-        "A column has one scale for all images; colours of two columns do not compare. Bars are in full colour, maps "
-        f"at {OPACITY:.0%} over the picture in light grey; their squares are the cells of the layer."
+        "A column has one scale for all images; colours of two columns do not compare. Maps lie over the picture in "
+        f"light grey, their strongest colours at {OPACITY:.0%}, bars over all those greys; their squares are the cells "
+        "of the layer."
     )
     if len(set(sizes)) > 1:
         yield "The images differ in size, and values with it: compare the colours of images of one size only."

@@ -177,7 +177,7 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
         source = f"limit: {SCALE_PERCENTILE:g}th percentile of all images"
     if not limit > 0:
         limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
-    of_class = "brown: for" if name == ADDITIVE else "explains"
+    of_class = "orange: for" if name == ADDITIVE else "explains"
     caption = of_class if method_card(name).needs_label else ""
     return SheetColumn(name, explanation_scale(name, limit, unit), source, caption)
 

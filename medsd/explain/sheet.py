@@ -12,14 +12,13 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from medsd.drawing import BLACK, FAINT, INK, WHITE, Canvas, resized, wrapped
+from medsd.drawing import BLACK, FAINT, INK, WHITE, Canvas, pale, resized, wrapped
 from medsd.errors import DatasetError
-from medsd.heatmap.scale import ColourScale
+from medsd.heatmap.scale import OPACITY, ColourScale
 from medsd.slides.readers.base import RGB, Bools
 
 CELL_PX = 200
 ROWS = 12
-OPACITY = 0.45
 
 _MARGIN_PX, _GAP_PX, _CAPTION_PX, _BAR_PX = 28, 14, 40, 12
 _TITLE_PX, _LINE_PX, _HEAD_PX = 50, 18, 92
@@ -75,8 +74,8 @@ def draw_sheets(
 ) -> list[Path]:
     """Draw `sheet.png`, or `sheet-01.png` and so on where there are more than `ROWS` images; atomic, each page whole.
 
-    Maps are brought to the picture by nearest neighbour, so that what was computed is seen, and laid at `OPACITY` over
-    the picture in light grey; colours are the scale's. Pages of an earlier sheet are removed.
+    Maps are brought to the picture by nearest neighbour, so that what was computed is seen, and laid over the picture
+    in light grey, their strongest colours at `OPACITY`; colours are the scale's. Pages of an earlier sheet are removed.
 
     Args:
         folder: where the pages go.
@@ -118,7 +117,7 @@ def _draw_page(
         scale = column.scale
         picture.text(x, _TITLE_PX + 18, column.name.replace("_", " "), 14, bold=True, width=CELL_PX)
         ticks = [f"{tick:.3g}" for tick in (scale.vmin, (scale.vmin + scale.vmax) / 2, scale.vmax)]
-        picture.colour_bar(x, _TITLE_PX + 26, CELL_PX, _BAR_PX, scale.colours(), ticks, 11)
+        picture.colour_bar(x, _TITLE_PX + 26, CELL_PX, _BAR_PX, scale.bar(), ticks, 11)
         picture.text(x, _TITLE_PX + 65, scale.title, 10, FAINT, width=step - 2)
         picture.text(x, _TITLE_PX + 78, column.source, 10, FAINT, width=step - 2)
     for number, row in enumerate(rows):
@@ -141,10 +140,8 @@ def _blended(row: SheetRow, values: npt.NDArray[np.float32], column: SheetColumn
     if not np.isfinite(values).all():
         raise DatasetError(f"{row.captions[0]}: the map of {column.name} is not finite everywhere; it is not drawn")
     height, width = row.picture.shape[:2]
-    colours = resized(column.scale.rgba(values)[..., :3], width, height, Image.Resampling.NEAREST)
-    # The darker half is left to the colours: on black nuclei brown and teal would be the same.
-    grey = 127.5 + np.asarray(Image.fromarray(row.picture).convert("L"), np.float64)[..., np.newaxis] / 2
-    return np.rint((1 - OPACITY) * grey + OPACITY * colours).astype(np.uint8)
+    shown = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST))
+    return column.scale.over(pale(row.picture), shown, OPACITY)
 
 
 def _outlined(row: SheetRow) -> RGB:

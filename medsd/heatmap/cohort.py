@@ -18,12 +18,13 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.runner import TABLE, Made, Work, run_cohort
 from medsd.errors import DatasetError, SlideError
 from medsd.files import atomic_path, sha256_of
-from medsd.heatmap.findings import mapped_slide
+from medsd.heatmap.findings import mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, draw_overlay
 from medsd.heatmap.regions import write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.tiff import write_ome_tiff
+from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record
@@ -100,7 +101,7 @@ class _MapWork(Work[SlideResult]):
     normaliser: StainNormaliser | None
     max_unseen: float
     row_type = SlideResult
-    columns = ("slide", "status", "reason", "score", "regions", "region_area_mm2", "seconds")
+    columns = ("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", "seconds")
     record = f"{{}}/{RECORD}"
     outputs = (_THUMBNAIL, _SALIENCY, _OVERLAY, _REPORT, *_FINDINGS, *map(_file_of, METHODS))
 
@@ -132,6 +133,7 @@ class _MapWork(Work[SlideResult]):
                 f"from its source"
             )
         probability = [] if self.model.card is None else [maps.probability]
+        words, apart = model_words(self.model), misfits(slide, self.model)
         if maps.probability.seen.any():
             mapped = mapped_slide(slide, maps, self.model, picture, level0_px)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
@@ -146,12 +148,14 @@ class _MapWork(Work[SlideResult]):
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
             draw_overlay(folder / _OVERLAY, mapped)
-            write_report(folder / _REPORT, mapped)
+            write_report(folder / _REPORT, mapped, cut_tiles(slide, mapped))
         else:
             with atomic_path(folder / _THUMBNAIL) as temporary:
                 Image.fromarray(picture).save(temporary)
             row, files = self.row(entry, "empty", f"no tissue found; see {_THUMBNAIL}"), [_THUMBNAIL]
         content = {
+            "model": words,
+            "misfits": apart,
             # Of a folder (a Zarr store) there is none.
             "slide": {"name": entry.path.name, "sha256": sha256_of(entry.path) if entry.path.is_file() else None},
             "scale": {
@@ -171,7 +175,7 @@ class _MapWork(Work[SlideResult]):
             "intended_use": "research use only",
         }
         shutil.rmtree(folder / _STORE, ignore_errors=True)
-        return Made(row, files, content)
+        return Made(replace(row, model=words, misfit=" ".join(apart)), files, content)
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
         write_index(self.folder / "index.html", rows, "Slide heatmaps")

@@ -21,6 +21,8 @@ _PERCENTILE = 99.5
 _TOP_SHARE = 0.01
 _TOP_REGIONS = 8
 _REGION_PICTURE_PX = 192
+# Of the network's scale: what a finer slide has is averaged, what a coarser one lacks is gone (our choice).
+_COARSER = 1.1
 
 
 def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, level0_px: float) -> MappedSlide:
@@ -33,6 +35,8 @@ def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, l
     card, calibration = model.card, model.calibration
     return MappedSlide(
         name=slide.path.stem,
+        model=model_words(model),
+        misfits=misfits(slide, model),
         dimensions=slide.dimensions,
         mpp=slide.mpp,
         mpp_source=slide.mpp_source,
@@ -90,15 +94,30 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel) -> Iterator[str]:
             f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded and was "
             "not judged."
         )
-    if slide.mpp > 1.1 * model.engine.mpp:
-        yield (
-            f"The slide ({slide.mpp:g} µm per pixel) is coarser than the network expects ({model.engine.mpp:g}): it "
-            "was enlarged, and detail that the network looks for is missing."
-        )
     if model.card is None:
         yield "The encoder has learned no classes: its maps show what its features hold, not where tumour is."
     else:
-        yield f"The classifier was trained on {model.card.trained_on}; on other material its scores mean little."
+        yield f"On other material than the classifier's own ({model.card.trained_on}) its scores mean little."
+
+
+def model_words(model: MapModel) -> str:
+    """What the network was trained on, for which tissue and at which scale: what every output says first."""
+    card = model.card
+    if card is None:
+        return f"Encoder alone, taken at {model.engine.mpp:g} µm per pixel; it has learned no classes."
+    return (
+        f"Classifier trained on {card.trained_on}; tissue: {card.tissue or 'not stated'}; at {card.mpp:g} µm per pixel."
+    )
+
+
+def misfits(slide: Slide, model: MapModel) -> list[str]:
+    """Where a slide is not what the network was trained for, as far as its scale tells."""
+    if slide.mpp <= _COARSER * model.engine.mpp:
+        return []
+    return [
+        f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {model.engine.mpp:g}. It was "
+        "enlarged, and detail that the network looks for is missing."
+    ]
 
 
 def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, str]:

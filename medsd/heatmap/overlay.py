@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import shapely
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.drawing import BLACK, FAINT, WHITE, Canvas, outline, resized, text_width, wrapped
+from medsd.drawing import BLACK, FAINT, RED, WHITE, Canvas, outline, resized, text_width, wrapped
 from medsd.heatmap.legend import MASK, name_of
+from medsd.heatmap.picture import tinted
 from medsd.heatmap.regions import Region
-from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale
+from medsd.heatmap.scale import OPACITY, ColourScale, explanation_scale, probability_scale
 from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
 
 _WIDTH_PX = 1800
 _MARGIN_PX = 30
-_TITLE_PX = 90
-_BAR_PX = 90
+_TITLE_PX = 56
+_BAR_PX = 104
 _HEADING_PX = 24
 _LINE_PX = 20
 _SMALL_PX = 13
@@ -88,6 +88,8 @@ class MappedSlide:
 
     Attributes:
         name: of the slide; untrusted text.
+        model: what the network was trained on, for which tissue and at which scale, in words.
+        misfits: sentences on where this slide is not what the network was trained for.
         dimensions: (width, height) at level 0.
         mpp: micrometres per level-0 pixel.
         mpp_source: where the mpp comes from.
@@ -101,6 +103,8 @@ class MappedSlide:
     """
 
     name: str
+    model: str
+    misfits: Sequence[str]
     dimensions: tuple[int, int]
     mpp: float
     mpp_source: str
@@ -114,12 +118,12 @@ class MappedSlide:
 
     @property
     def maps(self) -> list[ShownMap]:
-        """The explanations, and the probability if there is one."""
+        """The probability, if there is one, which says where the target is seen; then the explanations."""
         scale, found = probability_scale(), self.findings
         if found is None:
             return [*self.explanations]
         words = f"How strongly the model takes the tissue around a point for {found.probability.target}, from 0 to 1."
-        return [*self.explanations, ShownMap("probability", scale.label, found.probability, scale, words)]
+        return [ShownMap("probability", scale.label, found.probability, scale, words), *self.explanations]
 
 
 class Panel(NamedTuple):
@@ -131,12 +135,13 @@ class Panel(NamedTuple):
     height: int
 
 
-def layout(panel_count: int, slide_aspect: float) -> tuple[list[Panel], int]:
+def layout(panel_count: int, slide_aspect: float, top_px: int = _TITLE_PX) -> tuple[list[Panel], int]:
     """Panels in even rows, or below each other when the slide is wide; and the height of all with their bars.
 
     Args:
         panel_count: number of panels.
         slide_aspect: width of the thumbnail divided by its height.
+        top_px: where the first row starts.
     """
     columns = 1 if slide_aspect > _WIDE else math.ceil(panel_count / math.ceil(panel_count / _MOST_COLUMNS))
     cell = (_WIDTH_PX - _MARGIN_PX * (columns + 1)) // columns
@@ -146,7 +151,7 @@ def layout(panel_count: int, slide_aspect: float) -> tuple[list[Panel], int]:
     for index in range(panel_count):
         row, column = divmod(index, columns)
         left = _MARGIN_PX + column * (cell + _MARGIN_PX) + (cell - width) // 2
-        boxes.append(Panel(left, _TITLE_PX + row * (height + _BAR_PX + _HEADING_PX), width, height))
+        boxes.append(Panel(left, top_px + row * (height + _BAR_PX + _HEADING_PX), width, height))
     return boxes, boxes[-1].top + height + _BAR_PX
 
 
@@ -162,72 +167,102 @@ def length_text(length_um: float) -> str:
     return f"{length_um:g} µm" if length_um < 1000 else f"{length_um / 1000:g} mm"
 
 
-def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = 0.45) -> None:
+def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY) -> None:
     """Draw the overview of a slide as PNG, atomically.
 
-    The first panel is the slide, then one panel a map, blended over it where the map has seen it. All panels share
-    level-0 coordinates; the contours of the regions, if there are any, are on each.
+    The first panel is the slide in its colours, then one panel a map, laid over the slide in light grey where the map
+    has seen it. All panels share level-0 coordinates; the regions, if there are any, are outlined and numbered on each.
 
     Args:
         path: the file, `overlay.png`.
         slide: what is shown.
-        opacity: opacity of the maps, 0 to 1.
+        opacity: of the maps' strongest colours, 0 to 1.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    footer = _footer(slide, opacity)
+    room = _WIDTH_PX - 2 * _MARGIN_PX
+    head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
+    head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room)]
+    foot = _footer(slide, opacity)
     height, width = slide.thumbnail.shape[:2]
-    boxes, bottom = layout(1 + len(slide.maps), width / height)
-    picture = Canvas(_WIDTH_PX, bottom + _LINE_PX * len(footer) + _MARGIN_PX)
+    boxes, bottom = layout(1 + len(slide.maps), width / height, head_px(len(head)))
+    picture = Canvas(_WIDTH_PX, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
     level0_px = width * slide.thumbnail_level0_px / boxes[0].width, height * slide.thumbnail_level0_px / boxes[0].height
     plain = resized(slide.thumbnail, boxes[0].width, boxes[0].height)
     regions = [] if slide.findings is None else slide.findings.regions
+    shapes = [[ring / level0_px for ring in region.rings] for region in regions]
+    numbers = number_places([region.top for region in regions], level0_px, boxes[0])
     for box, shown in zip(boxes, (None, *slide.maps), strict=True):
         pixels, heading = plain.copy(), "Slide"
         if shown is not None:
-            heading, scale = f"{shown.title} ({shown.value_map.target})", shown.scale
-            _blend(pixels, shown.value_map, scale, level0_px, opacity)
-            ticks = [f"{tick:.3g}" for tick in np.linspace(scale.vmin, scale.vmax, 5)]
-            picture.colour_bar(box.left, box.top + box.height + 14, box.width, 14, scale.colours(), ticks, _SMALL_PX)
-            middle, below = box.left + box.width / 2, box.top + box.height + 66
-            picture.text(middle, below, scale.title, _SMALL_PX, align="m", width=box.width)
-        outline(pixels, [ring / level0_px for ring in _rings(regions)])
+            heading = f"{shown.title} ({shown.value_map.target})"
+            pixels = _with_map(pixels, shown, level0_px, opacity)
+            _draw_bar(picture, box, shown.scale, opacity)
+        outline(pixels, shapes)
         picture.paste(pixels, box.left, box.top)
         picture.box(box.left - 1, box.top - 1, box.width + 2, box.height + 2, outline=_FRAME)
         _scale_bar(picture, box, level0_px[0] * slide.mpp)
+        for number, (x, y) in numbers.items():
+            picture.box(box.left + x, box.top + y, *_label_size(number), fill=WHITE)
+            picture.text(box.left + x + 2, box.top + y + 11, str(number), 11, BLACK, bold=True)
         picture.text(box.left, box.top - 10, heading, 15, bold=True, width=box.width)
-    picture.text(_MARGIN_PX, 40, slide.name, 22, bold=True, width=_WIDTH_PX - 2 * _MARGIN_PX)
-    for number, line in enumerate(footer):
+    picture.text(_MARGIN_PX, 36, slide.name, 22, bold=True, width=room)
+    for number, (line, colour) in enumerate(head):
+        picture.text(_MARGIN_PX, 60 + _LINE_PX * number, line, 15, colour, bold=colour == RED)
+    for number, line in enumerate(foot):
         picture.text(_MARGIN_PX, bottom + _LINE_PX * (number + 1), line, _SMALL_PX, FAINT)
     picture.save(path, slide.name)
 
 
-def _blend(
-    panel: npt.NDArray[np.uint8],
-    value_map: ValueMap,
-    scale: ColourScale,
-    level0_px: tuple[float, float],
-    opacity: float,
-) -> None:
-    """Lay the map's colours over the panel, each of whose pixels has the value under its centre."""
-    value_map = shrink(value_map, 2 * max(panel.shape))
-    x, y = (
-        ((np.arange(size) + 0.5) * side / value_map.level0_px).astype(np.int64)
-        for size, side in zip((panel.shape[1], panel.shape[0]), level0_px, strict=True)
-    )
-    rows, columns = value_map.values.shape
-    inside = np.ix_(y[y < rows], x[x < columns])
-    below = panel[: len(inside[0]), : inside[1].shape[1]]
-    colours = scale.rgba(value_map.values[inside])
-    share = opacity * (colours[..., 3:] / 255)
-    below[:] = np.rint(share * colours[..., :3] + (1 - share) * below)
+def head_px(lines: int) -> int:
+    """Where the panels start below so many lines on the model."""
+    return _TITLE_PX + _LINE_PX * lines + _HEADING_PX
 
 
-def _rings(regions: Iterable[Region]) -> list[npt.NDArray[np.float64]]:
-    """Every ring's corners (n, 2), level-0 pixels."""
-    polygons = [region.polygon for region in regions]
-    return [shapely.get_coordinates(ring) for polygon in polygons for ring in (polygon.exterior, *polygon.interiors)]
+def number_places(
+    tops: Sequence[tuple[float, float]], level0_px: tuple[float, float], panel: Panel
+) -> dict[int, tuple[float, float]]:
+    """Where the regions' numbers, from 1, stand in a panel: right of their top, left out where another one stands.
+
+    Args:
+        tops: (x, y) of each region's highest corner in level-0 pixels; earlier ones have their numbers first.
+        level0_px: level-0 pixels per pixel across and down.
+        panel: whose size counts.
+    """
+    places: dict[int, tuple[float, float]] = {}
+    for number, (x, y) in enumerate(tops, start=1):
+        width, height = _label_size(number)
+        left = min(x / level0_px[0] + 3, panel.width - width)
+        top = max(0.0, min(y / level0_px[1] - height, panel.height - height))
+        # The widest of all numbers so far is this one.
+        if all(abs(left - other[0]) >= width or abs(top - other[1]) >= height for other in places.values()):
+            places[number] = left, top
+    return places
+
+
+def _label_size(number: int) -> tuple[float, float]:
+    return text_width(str(number), 11, bold=True) + 4, 14.0
+
+
+def _with_map(
+    pixels: npt.NDArray[np.uint8], shown: ShownMap, level0_px: tuple[float, float], opacity: float
+) -> npt.NDArray[np.uint8]:
+    """The panel's pixels with the map, each with the value under its centre."""
+    height, width = pixels.shape[:2]
+    x, y = ((np.arange(size) + 0.5) * side for size, side in zip((width, height), level0_px, strict=True))
+    value_map = shown.value_map
+    # Halved until a map pixel is about a pixel of the panel: each shows the mean of what it covers.
+    covered = max(1.0, min(level0_px) / value_map.level0_px)
+    value_map = shrink(value_map, max(1, math.ceil(max(value_map.values.shape) / covered)))
+    return tinted(pixels, value_map, shown.scale, x, y, opacity)
+
+
+def _draw_bar(picture: Canvas, box: Panel, scale: ColourScale, opacity: float) -> None:
+    top, middle = box.top + box.height, box.left + box.width / 2
+    picture.colour_bar(box.left, top + 14, box.width, 18, scale.bar(opacity), scale.ticks, _SMALL_PX)
+    picture.text(middle, top + 68, scale.title, _SMALL_PX, align="m", width=box.width)
+    picture.text(middle, top + 86, scale.hues, _SMALL_PX, align="m", width=box.width)
 
 
 def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
@@ -245,9 +280,13 @@ def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     parts = ["Grey stripes: could not be decoded, not judged."] if slide.damaged else []
     if (found := slide.findings) is not None:
         above = f"{found.probability.target} probability above {found.threshold:.2f} ({found.threshold_source})"
-        parts.insert(0, f"Contours: {above}.")
+        where = "light on their inner side, numbered by size as in report and GeoJSON where there is room"
+        parts.insert(0, f"{len(found.regions)} outlines: {above}, {where}.")
     parts.append(f"Slide: {slide.mpp:.4g} µm per pixel ({slide.mpp_source}).")
-    warning = f"{RESEARCH_USE_ONLY} Maps are drawn over the slide at {opacity:.0%} opacity, bars in full colour."
+    warning = (
+        f"{RESEARCH_USE_ONLY} Maps lie over the slide in light grey, their strongest colours at {opacity:.0%}; bars "
+        "show each colour over grey from glass (top) to dark nuclei (bottom)."
+    )
     for shown in slide.maps:
         value_map = shown.value_map
         parts.append(f"{shown.title}: {value_map.method}, {value_map.mpp:.3g} µm per map pixel.")

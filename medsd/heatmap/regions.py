@@ -32,6 +32,7 @@ class Region:
         mean_probability: mean of the map pixels whose centre lies in it.
         max_probability: highest of them.
         mean_saliency: mean saliency of the seen map pixels in it; None without a saliency map or when none is seen.
+        peak: (x, y) of the centre of the map pixel with the highest probability, level-0 pixels.
     """
 
     polygon: shapely.Polygon
@@ -39,6 +40,19 @@ class Region:
     mean_probability: float
     max_probability: float
     mean_saliency: float | None
+    peak: tuple[float, float]
+
+    @property
+    def rings(self) -> list[npt.NDArray[np.float64]]:
+        """Corners (n, 2) of the exterior, then of each hole, level-0 pixels, the last the first again."""
+        return [shapely.get_coordinates(ring) for ring in (self.polygon.exterior, *self.polygon.interiors)]
+
+    @property
+    def top(self) -> tuple[float, float]:
+        """(x, y) of its highest corner, where its number stands."""
+        corners = self.rings[0]
+        x, y = corners[corners[:, 1].argmin()]
+        return float(x), float(y)
 
 
 def find_regions(
@@ -127,27 +141,33 @@ def _closed_field(values: npt.NDArray[np.float32], threshold: float) -> npt.NDAr
 
 
 def _measure(polygon: shapely.Polygon, probability: ValueMap, saliency: ValueMap | None, slide_mpp: float) -> Region:
-    inside = _values_inside(probability, polygon)
-    explained = _values_inside(saliency, polygon) if saliency is not None else np.empty(0)
+    inside, places = _inside(probability, polygon)
+    explained = _inside(saliency, polygon)[0] if saliency is not None else np.empty(0)
     mean_saliency = float(explained.mean()) if explained.size else None
-    return Region(polygon, polygon.area * slide_mpp**2, float(inside.mean()), float(inside.max()), mean_saliency)
+    highest = int(inside.argmax())
+    x, y = places[highest]
+    area_um2 = polygon.area * slide_mpp**2
+    return Region(polygon, area_um2, float(inside.mean()), float(inside[highest]), mean_saliency, (float(x), float(y)))
 
 
-def _values_inside(value_map: ValueMap, polygon: shapely.Polygon) -> npt.NDArray[np.float32]:
-    """The seen values whose pixel centre lies in `polygon`; where it holds no centre, the value under a point of it."""
+def _inside(value_map: ValueMap, polygon: shapely.Polygon) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """The seen values whose pixel centre lies in `polygon`, and those centres (n, 2), level-0 x and y.
+
+    Where it holds no centre, the value under a point of it, and that point.
+    """
     side = value_map.level0_px
     left, top, right, bottom = (int(bound / side) for bound in polygon.bounds)
     values = value_map.values[top : bottom + 1, left : right + 1]
     rows, columns = np.nonzero(np.isfinite(values))
+    centres = np.stack([columns + left + 0.5, rows + top + 0.5], axis=1) * side
     shapely.prepare(polygon)
-    inside = shapely.contains_xy(polygon, (columns + left + 0.5) * side, (rows + top + 0.5) * side)
+    inside = shapely.contains_xy(polygon, centres[:, 0], centres[:, 1])
     if inside.any():
-        values_inside: npt.NDArray[np.float32] = values[rows[inside], columns[inside]]
-        return values_inside
+        return values[rows[inside], columns[inside]], centres[inside]
     point = polygon.representative_point()
     row, column = int(point.y / side), int(point.x / side)
-    value = value_map.values[row : row + 1, column : column + 1]
-    return value[np.isfinite(value)]
+    value = value_map.values[row : row + 1, column : column + 1].ravel()
+    return value[np.isfinite(value)], np.array([[point.x, point.y]])
 
 
 def write_regions(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import zlib
 from collections.abc import Sequence
@@ -21,11 +20,14 @@ from medsd import RESEARCH_USE_ONLY
 from medsd.cohort.runner import SlideRow, count_by_status
 from medsd.files import write_text
 from medsd.heatmap.overlay import MappedSlide, ShownMap
+from medsd.heatmap.regions import Region
+from medsd.heatmap.scale import OPACITY
 from medsd.heatmap.tiff import shrink
+from medsd.heatmap.zoom import TILE_PX, ZoomTiles, as_jpeg, zoom_steps
 
 MAX_MAP_SIDE_PX = 1536
 MAX_THUMBNAIL_SIDE_PX = 2048
-MAX_REGIONS = 20
+LISTED_REGIONS = 20
 _REGION_PICTURE_PX = 160
 _JPEG_QUALITY = 88
 _LAST_CODE = 65535
@@ -39,11 +41,15 @@ class SlideResult(SlideRow):
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         regions: number of regions at the threshold.
         region_area_mm2: their area.
+        model: what the network was trained on, for which tissue and at which scale, in words.
+        misfit: where the slide is not what that asks for, in words; empty where it is.
     """
 
     score: float | None = None
     regions: int = 0
     region_area_mm2: float = 0.0
+    model: str = ""
+    misfit: str = ""
 
 
 def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -66,12 +72,17 @@ def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
     return {"low": low, "step": step, "data": base64.b64encode(packed).decode("ascii")}
 
 
-def write_report(path: str | Path, slide: MappedSlide) -> None:
+def write_report(path: str | Path, slide: MappedSlide, tiles: ZoomTiles | None = None) -> None:
     """Write `report.html`, atomically: one file, no network, nothing beside it.
 
     A menu chooses the map that is shown, its colour bar and what its values mean. Maps with a side above 1,536 px are
     halved (means of what is seen) until they fit; the page names the resolution it shows. Values under the cursor
-    are exact to the stated step.
+    are exact to the stated step. Behind `medsd view`, with `?tiles` in its address, it asks for the slide's tiles.
+
+    Args:
+        path: the file.
+        slide: what is shown.
+        tiles: of the slide, for zooming; None for the thumbnail alone.
 
     Raises:
         OutputError: the file cannot be written.
@@ -80,18 +91,18 @@ def write_report(path: str | Path, slide: MappedSlide) -> None:
     found = slide.findings
     picture, picture_width, picture_height = _jpeg(slide.thumbnail, MAX_THUMBNAIL_SIDE_PX)
     height, width = slide.thumbnail.shape[:2]
-    regions = [] if found is None else found.regions[:MAX_REGIONS]
-    pictures = [] if found is None else found.region_pictures[: len(regions)]
     side = slide.thumbnail_level0_px
     data = {
         "width": slide.dimensions[0],
         "height": slide.dimensions[1],
         "mpp": slide.mpp,
-        "thumbnail": {"width": width * side, "height": height * side},
+        "overview": {"width": width * side, "height": height * side, "step": width * side / picture_width},
+        "tiles": _tiles(tiles or ZoomTiles(zoom_steps(slide.dimensions), {})),
+        "opacity": OPACITY,
         "threshold": None if found is None else found.threshold,
         "layers": layers,
         "first": slide.maps[0].key,
-        "boxes": [region.polygon.bounds for region in regions],
+        "regions": [] if found is None else [_region(region) for region in found.regions],
     }
     _write_page(
         path,
@@ -103,8 +114,10 @@ def write_report(path: str | Path, slide: MappedSlide) -> None:
         picture_width=picture_width,
         picture_height=picture_height,
         maps=[_legend(shown, layers[shown.key]) for shown in slide.maps],
-        regions=regions,
-        region_pictures=[_jpeg(pixels, _REGION_PICTURE_PX)[0] for pixels in pictures],
+        explained=slide.explanations[0],
+        listed=LISTED_REGIONS,
+        region_pictures=[] if found is None else [_jpeg(one, _REGION_PICTURE_PX)[0] for one in found.region_pictures],
+        tiles_in_words=tiles.words if tiles else "",
     )
 
 
@@ -120,13 +133,9 @@ def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> No
         rows=[row for row in rows if row.status == "ok"],
         others=[row for row in rows if row.status != "ok"],
         counts=count_by_status(rows),
+        models=list(dict.fromkeys(row.model for row in rows if row.model)),
         title=title,
     )
-
-
-def area_text(area_um2: float) -> str:
-    """An area in words: square micrometres below 0.01 mm², square millimetres from there."""
-    return f"{area_um2:,.0f} µm²" if area_um2 < 1e4 else f"{area_um2 / 1e6:.3g} mm²"
 
 
 def _layer(shown: ShownMap) -> dict[str, Any]:
@@ -141,24 +150,40 @@ def _layer(shown: ShownMap) -> dict[str, Any]:
         "vmin": scale.vmin,
         "vmax": scale.vmax,
         "title": shown.title,
-        "colours": scale.colours().ravel().tolist(),
+        "above": scale.above,
+        "below": scale.below,
     }
 
 
 def _legend(shown: ShownMap, layer: dict[str, Any]) -> dict[str, Any]:
-    colours = np.reshape(layer["colours"], (-1, 3))[::16]
-    stops = ", ".join(f"rgb({red},{green},{blue})" for red, green, blue in colours)
-    ticks = [f"{tick:.3g}" for tick in np.linspace(layer["vmin"], layer["vmax"], 5)]
-    return {"shown": shown, "stops": stops, "ticks": ticks, **layer}
+    scale = shown.scale
+    above, below = (",".join(map(str, ink)) for ink in (scale.above, scale.below))
+    zero = 100 * abs(scale.vmin) / (scale.vmax - scale.vmin)
+    # As opaque as values are large, so that the bar is the map.
+    stops = f"rgba({above},0) {zero:g}%, rgba({above},1)"
+    if zero:
+        stops = f"rgba({below},1), rgba({below},0) {zero:g}%, {stops}"
+    return {"shown": shown, "stops": stops, **layer}
+
+
+def _region(region: Region) -> dict[str, Any]:
+    rings = [ring[:-1].astype(int).ravel().tolist() for ring in region.rings]
+    return {"rings": rings, "box": region.polygon.bounds, "top": region.top}
+
+
+def _tiles(tiles: ZoomTiles) -> dict[str, Any]:
+    kept: list[dict[str, str]] = [{} for _ in tiles.steps]
+    for (level, column, row), jpeg in tiles.kept.items():
+        kept[level][f"{column}_{row}"] = base64.b64encode(jpeg).decode("ascii")
+    return {"side": TILE_PX, "steps": tiles.steps, "kept": kept}
 
 
 def _jpeg(picture: npt.NDArray[np.uint8], max_side_px: int) -> tuple[str, int, int]:
     """A data address of the picture, made smaller when it is too large, with its width and height in pixels."""
     image = Image.fromarray(picture)
     image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", *image.size
+    jpeg = as_jpeg(np.asarray(image), _JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}", *image.size
 
 
 def _write_page(path: str | Path, template: str, **shown: Any) -> None:
@@ -171,7 +196,10 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
     )
     # A relative link only: a colon is quoted too, so that no name becomes an address with a scheme. As bytes: a file's
     # name need not be UTF-8.
-    environment.filters |= {"relative_link": lambda target: quote(os.fsencode(target), safe="/"), "area": area_text}
+    environment.filters |= {
+        "relative_link": lambda target: quote(os.fsencode(target), safe="/"),
+        "area": "{:.4f}".format,
+    }
     page = environment.get_template(template).render(research_use_only=RESEARCH_USE_ONLY, **shown)
     # What UTF-8 has no place for (a file name of undecodable bytes) becomes question marks.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))

@@ -65,6 +65,7 @@ class ModelCard:
         tile_px: side of the tiles it was trained on, in pixels at `mpp`.
         mpp: micrometres per pixel of the tiles.
         trained_on: the training data, in words.
+        tissue: what was on its slides, in words; empty where nobody said.
         start: what the encoder started from, in words; empty where nobody said.
         calibration: None until validation data have fixed it.
         data_sha256: of the items and labels of its training, validation and test parts.
@@ -87,6 +88,7 @@ class ModelCard:
     architecture: Architecture = "tile"
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
     start: str = ""
+    tissue: str = ""
 
 
 def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:

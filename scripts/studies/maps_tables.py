@@ -14,8 +14,8 @@ from studies.fields import SUBJECTS
 
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.files import atomic_path
-from medsd.heatmap.scale import SALIENCY_COLORMAP
 
+SALIENCY_COLORMAP = "BrBG_r"
 Results = dict[tuple[str, str, str], dict[str, Any]]
 Floats = npt.NDArray[np.float64]
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.files import atomic_path
-from medsd.heatmap.scale import SALIENCY_COLORMAP
 
+SALIENCY_COLORMAP = "BrBG_r"
 Results = dict[tuple[str, str], dict[str, Any]]
 Floats = npt.NDArray[np.float64]
 

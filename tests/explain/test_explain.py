@@ -261,7 +261,7 @@ def test_one_mask_of_several_images_is_refused(folder, weights, tmp_path):
 def test_colours_for_a_class_are_no_others(folder, weights, tmp_path):
     settings = ExplainSettings(("gradcam", "eigencam", "tsm"), "layer3", measured=False)
     summary = explain_images([folder], weights, tmp_path / "out", settings)
-    colours = {name: scale["colormap"] for name, scale in summary.scales.items()}
+    colours = {name: scale["above"] for name, scale in summary.scales.items()}
     assert colours["gradcam"] not in (colours["eigencam"], colours["tsm"])
     assert summary.scales["eigencam"]["vmin"] == -summary.scales["eigencam"]["vmax"]
     assert summary.scales["tsm"]["vmin"] == 0
@@ -276,7 +276,7 @@ def test_rows_of_different_classes_and_empty_masks_are_told(folder, weights, cla
         Image.new("L", size).save(tmp_path / "masks" / f"{name}.png")
     summary = explain_images([folder], weights, tmp_path / "out", QUICK, masks=tmp_path / "masks")
     predicted = {row["predicted"] for row in rows_of(tmp_path / "out")}
-    told = any("brown changes its meaning from row to row" in note for note in summary.notes)
+    told = any("orange changes its meaning from row to row" in note for note in summary.notes)
     assert len(predicted) == 2 and told
     assert "No mask marks anything, so nothing is compared with masks." in summary.notes
     named = replace(QUICK, target="tumour")

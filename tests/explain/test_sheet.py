@@ -8,12 +8,12 @@ from PIL import Image
 
 from medsd.errors import DatasetError
 from medsd.explain import sheet
-from medsd.explain.sheet import CELL_PX, OPACITY, SheetColumn, SheetRow, draw_sheets, small_picture
-from medsd.heatmap.scale import ColourScale, saliency_scale
+from medsd.explain.sheet import CELL_PX, SheetColumn, SheetRow, draw_sheets, small_picture
+from medsd.heatmap.scale import OPACITY, ColourScale, saliency_scale
 
 COLUMNS = (
     SheetColumn("gradient", saliency_scale(2.0, "log-odds"), "limit: given", "explains"),
-    SheetColumn("tsm", ColourScale(0.0, 4.0, "cividis", "Strength", "activation"), "limit: given", ""),
+    SheetColumn("tsm", ColourScale(0.0, 4.0, (140, 125, 0), (0, 0, 0), "Strength", "activation"), "limit: given", ""),
 )
 SIGNED = np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)
 POSITIVE = np.array([[0.0, 1.0], [2.0, 4.0]], np.float32)
@@ -37,8 +37,9 @@ def test_a_pixel_is_the_colour_of_its_value_over_the_picture(tmp_path):
         for y, x in np.ndindex(2, 2):
             quarter = shown[y * 100 : y * 100 + 100, x * 100 : x * 100 + 100]
             assert np.ptp(quarter, axis=(0, 1)).max() == 0  # nearest neighbour: one value, one colour
-            colour = column.scale.rgba(values)[y, x, :3]
-            np.testing.assert_allclose(quarter[0, 0], (1 - OPACITY) * 255 + OPACITY * colour, atol=1.01)
+            *colour, alpha = column.scale.rgba(values)[y, x]
+            share = OPACITY * alpha / 255
+            np.testing.assert_allclose(quarter[0, 0], (1 - share) * 255 + share * np.array(colour), atol=1.01)
 
 
 def test_one_value_has_one_colour_in_every_row(tmp_path):

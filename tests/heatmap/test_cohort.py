@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
 from medsd.heatmap.findings import top_mean
 from medsd.heatmap.model import MapRequest
-from medsd.heatmap.overlay import layout
+from medsd.heatmap.overlay import head_px, layout
 from medsd.heatmap.report import SlideResult
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiff import read_ome_tiff
@@ -88,15 +89,14 @@ def test_contours_show_the_fiducials_at_their_place(mapped, fiducials):
 
 
 def test_the_overlay_shows_the_fiducials_at_their_place(mapped, fiducials, fiducial_spec):
-    """In the probability panel the yellow end of the scale lies over the discs, nowhere else."""
+    """In the probability panel the orange end of the scale lies over the discs, nowhere else."""
     with Image.open(mapped / "overlay.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(float)
-    box = layout(3, 1.0)[0][2]
+    box = layout(3, 1.0, head_px(1))[0][1]
     panel = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     level0_px = fiducial_spec.size_px / box.width
-    # Viridis at its end is the only colour here with green and red far above blue.
-    yellow = np.minimum(panel[..., 0], panel[..., 1]) - panel[..., 2] > 25
-    rows, columns = np.nonzero(yellow)
+    # The slide is grey there: red far above blue is the map's.
+    rows, columns = np.nonzero(panel[..., 0] - panel[..., 2] > 60)
     places = np.stack([(columns + 0.5) * level0_px, (rows + 0.5) * level0_px], axis=1)
     nearest = np.array([[np.abs(place - centre).max() for centre in fiducials] for place in places])
     assert len(places) and nearest.min(axis=1).max() <= 160
@@ -119,7 +119,16 @@ def test_what_is_complete_is_kept_and_another_recipe_redone(tmp_path, small_slid
     record = read_slide_record(folder)
     assert record["recipe"]["mpp"] == record["scale"]["mpp"] == 0.25
     assert record["scale"]["mpp_source"] == "given by the caller"
+    assert record["model"] == first.model == "Classifier trained on green discs; tissue: not stated; at 1 µm per pixel."
+    assert record["misfits"] == [] and first.model in (tmp_path / "slides.csv").read_text(encoding="utf-8")
     assert read_ome_tiff(folder / "probability.ome.tif").level0_px == 128
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (1.1, 0), (1.2, 1)])
+def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
+    model = SimpleNamespace(engine=SimpleNamespace(mpp=1.0))
+    words = findings.misfits(SimpleNamespace(mpp=mpp), model)
+    assert len(words) == told and all(f"the slide has {mpp} µm per pixel, the network takes 1." in one for one in words)
 
 
 def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):

@@ -12,23 +12,27 @@ import pytest
 import shapely
 from PIL import Image
 
+from medsd.drawing import text_width
 from medsd.errors import OutputError
 from medsd.heatmap.overlay import (
     Findings,
     MappedSlide,
     Panel,
     draw_overlay,
+    head_px,
     layout,
     length_text,
+    number_places,
     round_length_um,
     shown_explanation,
 )
 from medsd.heatmap.regions import Region
-from medsd.heatmap.scale import probability_scale
+from medsd.heatmap.scale import TUMOUR
 from medsd.heatmap.value_map import ValueMap
 
 LEVEL0 = 20.0
 GREY = 200
+PALE = 228  # of that grey
 
 
 def as_map(values: npt.NDArray[np.float64], side: float, quantity: str = "probability") -> ValueMap:
@@ -46,10 +50,13 @@ def draw(
     name: str = "slide_1",
     opacity: float = 0.45,
     methods: Sequence[str] = ("gradient",),
+    misfits: Sequence[str] = (),
 ) -> npt.NDArray[np.uint8]:
     height, width = shape
     slide = MappedSlide(
         name=name,
+        model="Trained on drawings.",
+        misfits=misfits,
         dimensions=(round(width * LEVEL0), round(height * LEVEL0)),
         mpp=0.25,
         mpp_source="override",
@@ -65,6 +72,16 @@ def draw(
     return np.asarray(Image.open(path).convert("RGB"))
 
 
+def places(count: int = 3, aspect: float = 400 / 300, lines: int = 1) -> list[Panel]:
+    return layout(count, aspect, head_px(lines))[0]
+
+
+def tint(pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Where a panel is not grey: hue is the map's alone."""
+    coloured: npt.NDArray[np.bool_] = np.ptp(pixels, axis=2) > 8
+    return coloured
+
+
 def panel(picture: npt.NDArray[np.uint8], box: Panel) -> npt.NDArray[np.int64]:
     return picture[box.top : box.top + box.height, box.left : box.left + box.width].astype(int)
 
@@ -78,9 +95,10 @@ def hot_block(side: float = 100.0) -> ValueMap:
 
 def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
     picture = draw(tmp_path / "o.png", hot_block())
-    first, _, second = layout(3, 400 / 300)[0]
+    first, second, third = places()
     assert second.left > first.left
-    changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
+    assert not tint(panel(picture, third)).any() and not tint(panel(picture, first)).any()
+    changed = tint(panel(picture, second))
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert rows[0] == pytest.approx(second.height * 10 / 60, abs=1.5)
     assert rows[-1] + 1 == pytest.approx(second.height * 20 / 60, abs=1.5)
@@ -91,17 +109,18 @@ def test_a_hot_block_is_drawn_where_it_is_and_nowhere_else(tmp_path: Path) -> No
 
 def test_the_colour_is_the_scale_blended_at_the_opacity(tmp_path: Path) -> None:
     picture = draw(tmp_path / "o.png", hot_block(), opacity=0.3)
-    box = layout(3, 400 / 300)[0][2]
+    box = places()[1]
     found = panel(picture, box)[round(box.height * 15 / 60), round(box.width * 60 / 80)]
-    assert found == pytest.approx(0.3 * probability_scale().colours()[-1] + 0.7 * GREY, abs=2)
+    assert found == pytest.approx(0.3 * np.array(TUMOUR) + 0.7 * PALE, abs=2)
+    assert (panel(picture, box)[5, 5] == PALE).all() and (panel(picture, places()[0])[5, 5] == GREY).all()
 
 
 def test_a_map_larger_than_the_picture_and_the_slide_stays_aligned(tmp_path: Path) -> None:
     values = np.full((4001, 5335), np.nan)
     values[2000:2400, 1000:1600] = 1.0
     picture = draw(tmp_path / "o.png", as_map(values, 1.5))
-    first, _, second = layout(3, 400 / 300)[0]
-    changed = np.abs(panel(picture, second) - panel(picture, first)).max(axis=2) > 8
+    second = places()[1]
+    changed = tint(panel(picture, second))
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     assert (rows[0], rows[-1] + 1) == pytest.approx((second.height * 3000 / 6000, second.height * 3600 / 6000), abs=2)
     assert (columns[0], columns[-1] + 1) == pytest.approx(
@@ -111,9 +130,9 @@ def test_a_map_larger_than_the_picture_and_the_slide_stays_aligned(tmp_path: Pat
 
 def test_contours_are_on_every_panel_along_the_region(tmp_path: Path) -> None:
     square = shapely.box(2000, 1000, 6000, 3000)
-    region = Region(square, 1.0, 1.0, 1.0, None)
+    region = Region(square, 1.0, 1.0, 1.0, None, (0.0, 0.0))
     picture = draw(tmp_path / "o.png", regions=[region])
-    for box in layout(3, 400 / 300)[0]:
+    for box in places():
         dark = panel(picture, box).max(axis=2) < 100
         top = dark[: box.height // 3, box.width // 2]
         assert np.flatnonzero(top).mean() == pytest.approx(box.height * 1000 / 6000, abs=1.5)
@@ -130,20 +149,38 @@ def test_panels_stand_in_even_rows(count: int, columns: int) -> None:
     assert len(corners) == count and all(box.top + box.height < bottom for box in boxes)
 
 
+def test_numbers_stand_at_the_regions_and_never_on_each_other() -> None:
+    box = Panel(0, 0, 400, 300)
+    tops = [(4000.0, 3000.0), (4010.0, 3005.0), (7990.0, 0.0), (0.0, 5000.0)]
+    found = number_places(tops, (20.0, 20.0), box)
+    assert sorted(found) == [1, 3, 4]  # the second would cover the first, which is larger
+    assert found[1] == pytest.approx((203, 150 - 14))
+    for number, (x, y) in found.items():
+        assert 0 <= x <= box.width - text_width(str(number), 11, True) and 0 <= y <= box.height - 14
+
+
+def test_what_does_not_fit_is_said_in_red_above_the_panels(tmp_path: Path) -> None:
+    red = [
+        (np.ptp(draw(tmp_path / "o.png", misfits=words)[:110].astype(int), axis=2) > 60).any()
+        for words in ((), ("Does not fit: too coarse.",))
+    ]
+    assert red == [False, True]
+
+
 def test_every_method_has_a_panel(tmp_path: Path) -> None:
-    region = Region(shapely.box(2000, 1000, 6000, 3000), 1.0, 1.0, 1.0, None)
+    region = Region(shapely.box(2000, 1000, 6000, 3000), 1.0, 1.0, 1.0, None, (0.0, 0.0))
     picture = draw(tmp_path / "o.png", hot_block(), [region], methods=("deeplift", "gradcam", "tsm"))
-    boxes = layout(5, 400 / 300)[0]
+    boxes = places(5)
     for box in boxes:
         top = panel(picture, box).max(axis=2)[: box.height // 3, box.width // 2] < 100
         assert np.flatnonzero(top).mean() == pytest.approx(box.height * 1000 / 6000, abs=1.5)
     hot = [panel(picture, box)[round(box.height * 15 / 60), round(box.width * 65 / 80)] for box in boxes]
-    assert [np.abs(colour - GREY).max() > 8 for colour in hot] == [False, False, False, False, True]
+    assert [np.ptp(colour) > 8 for colour in hot] == [False, True, False, False, False]
 
 
 def test_the_scale_bar_has_the_length_it_says(tmp_path: Path) -> None:
     picture = draw(tmp_path / "o.png")
-    box = layout(3, 400 / 300)[0][0]
+    box = places()[0]
     black = panel(picture, box).max(axis=2) < 60
     longest = max(row.sum() for row in black[box.height * 9 // 10 :])
     assert round_length_um(8000 * 0.25) == 500
@@ -176,7 +213,7 @@ def test_any_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("shape", [(40, 800), (800, 40), (1, 1)])
 def test_odd_shapes_are_drawn_inside_the_picture(tmp_path: Path, shape: tuple[int, int]) -> None:
     picture = draw(tmp_path / "o.png", as_map(np.ones((4, 4)), 100.0), shape=shape)
-    for box in layout(3, shape[1] / shape[0])[0]:
+    for box in places(3, shape[1] / shape[0]):
         assert box.left >= 0 and box.left + box.width <= picture.shape[1]
         assert box.top >= 0 and box.top + box.height <= picture.shape[0]
     assert picture.shape[0] < 6000

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,8 +21,9 @@ from PIL import Image
 
 from medsd.heatmap.overlay import Findings, MappedSlide, shown_explanation
 from medsd.heatmap.regions import find_regions
-from medsd.heatmap.report import SlideResult, area_text, pack_values, write_index, write_report
+from medsd.heatmap.report import LISTED_REGIONS, SlideResult, pack_values, write_index, write_report
 from medsd.heatmap.value_map import ValueMap
+from medsd.heatmap.zoom import ZoomTiles
 
 NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
 
@@ -74,6 +76,8 @@ def content() -> MappedSlide:
     value_map = ValueMap(probability, 100.0, 25.0, "probability", "tumour", "dense", "")
     return MappedSlide(
         name="slide_1",
+        model="Classifier trained on drawings; at 1 µm per pixel.",
+        misfits=["Does not fit: too coarse."],
         dimensions=(8000, 6000),
         mpp=0.25,
         mpp_source="vendor",
@@ -131,7 +135,7 @@ def test_is_one_file_that_asks_for_nothing(page: tuple[str, Page], tmp_path: Pat
     assert all("src" not in script for script in parsed.all("script"))
     policy = next(meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv"))
     assert policy and policy.startswith(
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     )
     write(tmp_path, content())
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
@@ -139,7 +143,7 @@ def test_is_one_file_that_asks_for_nothing(page: tuple[str, Page], tmp_path: Pat
 
 def test_embedded_maps_are_the_maps_within_half_a_step(page: tuple[str, Page]) -> None:
     data, report = data_of(page[0]), content()
-    assert list(data["layers"]) == ["gradient", "probability", "tsm"] and data["first"] == "gradient"
+    assert list(data["layers"]) == ["gradient", "probability", "tsm"] and data["first"] == "probability"
     for name, _, value_map, _, _ in report.maps:
         layer = data["layers"][name]
         found = unpack(layer)
@@ -186,6 +190,8 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     report = replace(
         content(),
         name=NASTY,
+        model=NASTY,
+        misfits=[NASTY],
         mpp_source=NASTY,
         provenance={NASTY: NASTY},
         caveats=[NASTY],
@@ -206,6 +212,8 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
     words = page[1].words
     for sentence in (
         "Research use only",
+        "Classifier trained on drawings; at 1 µm per pixel.",
+        "Does not fit: too coarse.",
         "Its sign is no evidence.",
         "Trained on two hospitals.",
         "best F1 on validation slides",
@@ -227,19 +235,24 @@ def test_regions_are_listed_with_a_button_that_shows_them(page: tuple[str, Page]
     text, parsed = page
     regions = judged().regions
     assert [button["data-region"] for button in parsed.all("button") if "data-region" in button] == ["0", "1"]
-    assert data_of(text)["boxes"] == [list(region.polygon.bounds) for region in regions]
-    assert area_text(regions[0].area_um2) in parsed.words
+    shown = data_of(text)["regions"]
+    assert [region["box"] for region in shown] == [list(region.polygon.bounds) for region in regions]
+    for region, known in zip(shown, regions, strict=True):
+        rings = [shapely.Polygon(np.reshape(ring, (-1, 2))) for ring in region["rings"]]
+        assert rings[0].difference(shapely.union_all(rings[1:])).equals(known.polygon)
+    assert f"{regions[0].area_um2 / 1e6:.4f}" in parsed.words
     assert sum("Region" in (image.get("alt") or "") for image in parsed.all("img")) == 1
 
 
 def test_controls_start_at_the_agreed_values(page: tuple[str, Page]) -> None:
     inputs = {each.get("id"): each for each in page[1].all("input") if each.get("id")}
-    assert inputs["opacity"]["value"] == "45"
+    assert inputs["opacity"]["value"] == "60"
+    assert "checked" in inputs["grey"] and "checked" in inputs["outline"] and "checked" not in inputs["mask"]
     assert inputs["threshold"]["value"] == "0.5"
     options = [each["value"] for each in page[1].all("option")]
-    assert options == ["gradient", "tsm", "probability", "none"]
+    assert options == ["probability", "gradient", "tsm", "none"]
     bars = {each["id"]: "hidden" in each for each in page[1].all("figure")}
-    assert bars == {"bar-gradient": False, "bar-tsm": True, "bar-probability": True}
+    assert bars == {"bar-probability": False, "bar-gradient": True, "bar-tsm": True}
     labels = {label.get("for") for label in page[1].all("label")}
     assert {"opacity", "threshold", "layer"} <= labels
 
@@ -248,7 +261,7 @@ def test_an_encoder_alone_has_maps_and_nothing_that_is_judged(tmp_path: Path) ->
     text, parsed = write(tmp_path, replace(content(), findings=None, explanations=content().explanations[1:]))
     assert list(data_of(text)["layers"]) == ["tsm"] and data_of(text)["threshold"] is None
     assert not re.search("robability|hreshold|Regions|Slide score", parsed.words)
-    assert "Strength: TSM" in parsed.words and {each.get("id") for each in parsed.all("input")} == {"opacity"}
+    assert "Strength: TSM" in parsed.words and {each.get("id") for each in parsed.all("input")} == {"opacity", "grey"}
 
 
 def test_a_slide_without_regions_or_sight_has_a_report(tmp_path: Path) -> None:
@@ -259,16 +272,28 @@ def test_a_slide_without_regions_or_sight_has_a_report(tmp_path: Path) -> None:
     assert np.isnan(unpack(data_of(text)["layers"]["probability"])).all()
 
 
-@pytest.mark.parametrize(
-    ("area", "text"), [(9.6, "10 µm²"), (9999.0, "9,999 µm²"), (1e4, "0.01 mm²"), (2.5e7, "25 mm²")]
-)
-def test_areas_have_a_fitting_unit(area: float, text: str) -> None:
-    assert area_text(area) == text
+def test_every_region_is_listed_those_beyond_the_first_behind_a_fold(tmp_path: Path) -> None:
+    found = judged()
+    many = found.regions[:1] * (LISTED_REGIONS + 3)
+    text, parsed = write(tmp_path, replace(content(), findings=replace(found, regions=many)))
+    numbers = [button["data-region"] for button in parsed.all("button") if "data-region" in button]
+    assert numbers == [str(number) for number in range(len(many))] and len(data_of(text)["regions"]) == len(many)
+    assert "The other 3" in parsed.words and len(parsed.all("details")) == 1
+
+
+def test_tiles_for_zooming_are_in_the_page(tmp_path: Path) -> None:
+    tiles = ZoomTiles([1, 2], {(0, 3, 4): b"fine", (1, 0, 0): b"coarse"}, "Regions at 0.25.")
+    write_report(tmp_path / "report.html", content(), tiles)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = data_of(text)["tiles"]
+    assert shown["steps"] == [1, 2] and "Regions at 0.25." in Page(text).words
+    kept = [{place: base64.b64decode(data) for place, data in level.items()} for level in shown["kept"]]
+    assert kept == [{"3_4": b"fine"}, {"0_0": b"coarse"}]
 
 
 def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     rows = [
-        SlideResult("slide #1", "ok", score=0.91, regions=2, region_area_mm2=1.5),
+        SlideResult("slide #1", "ok", score=0.91, regions=2, region_area_mm2=1.5, model="A model.", misfit="No fit."),
         SlideResult(NASTY, "failed", reason=NASTY),
         SlideResult("blank", "empty", reason="no tissue found"),
         SlideResult("javascript:alert(1)", "ok"),
@@ -286,7 +311,7 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     ]
     assert not parsed.all("script")
     assert "2 done, 1 without tissue, 1 failed." in parsed.words
-    for words in ("no tissue found", "0.910", "1.5", "Cohort & co", "Research use only."):
+    for words in ("A model.", "No fit.", "no tissue found", "0.910", "1.5000", "Cohort & co", "Research use only."):
         assert words in parsed.words
 
 

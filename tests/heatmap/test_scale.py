@@ -1,60 +1,114 @@
 from __future__ import annotations
 
-import colorsys
-
-import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pytest
+from skimage.color import rgb2lab
 
+from medsd.drawing import pale
 from medsd.errors import ConfigError
-from medsd.heatmap.scale import ColourScale, explanation_scale, probability_scale, saliency_scale
+from medsd.heatmap.scale import (
+    AGAINST,
+    FOR,
+    OPACITY,
+    TUMOUR,
+    ColourScale,
+    explanation_scale,
+    probability_scale,
+    saliency_scale,
+)
+
+# Machado, Oliveira, Fernandes 2009, severity 1, on linear RGB.
+EYES = {
+    "all cones": np.eye(3),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+GREYS = (140, 190, 240)
 
 
-def test_zero_has_the_middle_colour_of_a_diverging_scale() -> None:
-    scale = saliency_scale(0.037, "logit")
-    middle = np.round(np.array(matplotlib.colormaps[scale.colormap](0.5)[:3]) * 255)
-    colour = scale.rgba(np.zeros((1, 1)))[0, 0]
-    assert np.abs(colour[:3] - middle).max() <= 2
-    assert colour[3] == 255
-    assert colorsys.rgb_to_hsv(*(colour[:3] / 255))[1] < 0.05
+def seen(colour: npt.ArrayLike, eye: str) -> npt.NDArray[np.float64]:
+    """An sRGB colour in CIELAB, as an eye sees it."""
+    value = np.asarray(colour, float) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    linear = (EYES[eye] @ linear).clip(0, 1)
+    value = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    lab: npt.NDArray[np.float64] = rgb2lab(value[np.newaxis, np.newaxis])[0, 0]
+    return lab
 
 
-def test_nan_is_transparent_and_all_else_is_opaque() -> None:
-    rgba = probability_scale().rgba(np.array([[np.nan, 0.0], [1.0, np.inf]]))
-    assert rgba.dtype == np.uint8
-    assert rgba[..., 3].tolist() == [[0, 255], [255, 255]]
+def apart(one: npt.ArrayLike, other: npt.ArrayLike, eye: str) -> float:
+    return float(np.linalg.norm(seen(one, eye) - seen(other, eye)))
 
 
-def test_values_beyond_the_limits_take_the_end_colours() -> None:
+def laid(ink: npt.ArrayLike, share: float, grey: float) -> npt.NDArray[np.float64]:
+    return share * np.asarray(ink, float) + (1 - share) * grey
+
+
+@pytest.mark.parametrize("eye", EYES)
+@pytest.mark.parametrize("grey", GREYS)
+def test_for_and_against_are_told_apart_and_from_the_grey_slide_by_every_eye(eye: str, grey: float) -> None:
+    """A just noticeable difference is about 2.3."""
+    ends = [laid(ink, OPACITY, grey) for ink in (FOR, AGAINST, TUMOUR)]
+    assert apart(ends[0], ends[1], eye) > 40
+    assert min(apart(end, [grey] * 3, eye) for end in ends) > 20
+
+
+def test_steps_look_even_and_both_sides_alike() -> None:
+    ends = {}
+    for ink in (FOR, AGAINST, TUMOUR):
+        steps = [apart(laid(ink, share * OPACITY, 190), [190] * 3, "all cones") for share in (0.25, 0.5, 0.75, 1)]
+        assert np.diff([0, *steps]) == pytest.approx(steps[-1] / 4, rel=0.25)
+        ends[ink] = steps[-1]
+    assert ends[FOR] == pytest.approx(ends[AGAINST], rel=0.15)
+
+
+def test_inks_are_not_those_of_the_stain() -> None:
+    """Haematoxylin and eosin by Ruifrok and Johnston's vectors, alone and mixed, pale to dark."""
+    vectors = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+    for mix in ([1, 0], [0, 1], [1, 1], [2, 1], [1, 2]):
+        density = np.array(mix) @ vectors
+        for strength in (0.15, 0.3, 0.6, 0.9, 1.2):
+            stain = 255 * 10 ** (-strength * density / np.linalg.norm(density))
+            assert min(apart(ink, stain, "all cones") for ink in (FOR, AGAINST, TUMOUR)) > 30
+
+
+def test_zero_and_nan_leave_the_slide_alone_and_limits_are_opaque() -> None:
     scale = saliency_scale(2.0, "")
-    low, end, high, other_end = scale.rgba(np.array([[-9.0, -2.0, 9.0, 2.0]]))[0]
-    assert (low == end).all()
-    assert (high == other_end).all()
-    assert (low != high).any()
+    values = np.array([[0.0, np.nan, 2.0, -2.0, 1.0, -9.0, np.inf, -np.inf]])
+    rgba = scale.rgba(values)
+    assert rgba.dtype == np.uint8
+    assert rgba[0, :, 3].tolist() == [0, 0, 255, 255, 128, 255, 255, 255]
+    assert rgba[0, [2, 4, 6], :3].tolist() == [list(FOR)] * 3 and rgba[0, [3, 5, 7], :3].tolist() == [list(AGAINST)] * 3
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 3), dtype=np.uint8)
+    assert (scale.over(pixels, values)[0, :2] == pixels[0, :2]).all()
+    assert (scale.over(pixels, values, 0.0) == pixels).all()
 
 
-def test_a_colour_depends_on_the_value_alone() -> None:
-    scale = probability_scale()
-    alone = scale.rgba(np.array([[0.3]]))[0, 0]
-    in_company = scale.rgba(np.array([[0.3, 0.9, 0.0]]))[0, 0]
-    assert (alone == in_company).all()
+def test_a_probability_is_tinted_as_strongly_as_it_is_high() -> None:
+    rgba = probability_scale().rgba(np.array([[0.0, 0.2, 1.0, -0.1]]))
+    assert rgba[0, :, 3].tolist() == [0, 51, 255, 0]
 
 
-def test_probability_is_viridis_from_0_to_1() -> None:
-    values = np.array([[0.0, 0.25, 0.5, 1.0]])
-    expected = matplotlib.colormaps["viridis"](values, bytes=True)
-    assert np.abs(probability_scale().rgba(values).astype(int) - expected.astype(int)).max() <= 3
+@pytest.mark.parametrize("scale", [probability_scale(), saliency_scale(0.5, "")])
+def test_the_bar_holds_every_colour_that_a_slide_can_show(scale: ColourScale) -> None:
+    rng = np.random.default_rng(1)
+    values = np.linspace(scale.vmin, scale.vmax, 257)[rng.integers(0, 257, (40, 40))]
+    shown = scale.over(pale(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)), values, 0.7)
+    bar = {tuple(colour) for colour in scale.bar(0.7).reshape(-1, 3).tolist()}
+    assert {tuple(colour) for colour in shown.reshape(-1, 3).tolist()} <= bar
 
 
-def test_both_halves_of_the_saliency_scale_differ_from_stained_tissue() -> None:
-    # Haematoxylin and eosin lie between blue-violet and pink: hues 240 to 345 degrees.
-    scale = saliency_scale(1.0, "")
-    for value in (-1.0, -0.6, 0.6, 1.0):
-        hue = colorsys.rgb_to_hsv(*(scale.rgba(np.array([[value]]))[0, 0, :3] / 255))[0] * 360
-        assert not 230 < hue < 350
-
-
-def test_title_names_the_unit() -> None:
+def test_a_bar_says_its_values_and_title() -> None:
+    assert saliency_scale(0.5, "logit").ticks == ["-0.5", "-0.25", "0", "+0.25", "+0.5"]
+    assert probability_scale().ticks == ["0", "0.25", "0.5", "0.75", "1"]
     assert saliency_scale(1.0, "logit").title == "Saliency (logit)"
     assert probability_scale().title == "Probability"
 
@@ -65,18 +119,13 @@ def test_refuses_limits_that_are_none(limit: float) -> None:
         saliency_scale(limit, "")
 
 
-def test_refuses_an_unknown_colormap_and_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'viridis'"):
-        ColourScale(0.0, 1.0, "viridi", "x", "")
-
-
-def test_masks_run_from_0_to_1_whatever_the_limit_and_saliency_is_centred() -> None:
-    mask, saliency = (explanation_scale(method, 0.3, "unit") for method in ("mask", "gradient"))
-    first, positive = (explanation_scale(method, 0.3, "unit") for method in ("eigencam", "tsm"))
-    assert (first.vmin, first.vmax, positive.vmin, positive.vmax) == (-0.3, 0.3, 0.0, 0.3)
-    assert first.colormap == positive.colormap not in (mask.colormap, saliency.colormap)
+def test_what_speaks_of_a_class_has_hues_of_its_own() -> None:
+    names = ("mask", "gradient", "deeplift", "eigencam", "tsm")
+    mask, saliency, evidence, signed, positive = (explanation_scale(name, 0.3, "unit") for name in names)
     assert (mask.vmin, mask.vmax) == (0.0, 1.0)
-    assert (saliency.vmin, saliency.vmax) == (-0.3, 0.3) and saliency.title == "Saliency (unit)"
-    assert len({scale.colormap for scale in (mask, saliency, probability_scale())}) == 3
-    brightness = mask.colours().astype(int).sum(axis=1)
-    assert (np.diff(brightness) <= 0).all()  # sequential: no light middle that would pass for a zero
+    assert (saliency.vmin, saliency.vmax) == (signed.vmin, signed.vmax) == (-0.3, 0.3)
+    assert (positive.vmin, positive.vmax) == (0.0, 0.3)
+    # Only what adds up to the answer is called evidence.
+    assert (evidence.label, saliency.label) == ("Evidence", "Saliency")
+    assert "against" in evidence.hues and "against" not in saliency.hues
+    assert signed.above == positive.above and len({mask.above, saliency.above, signed.above, TUMOUR}) == 4

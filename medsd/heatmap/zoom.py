@@ -1,0 +1,165 @@
+"""Tiles of a slide for zooming: all of them one by one, or in one file those that matter, within a budget."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from medsd.heatmap.overlay import MappedSlide
+from medsd.slides.readers.base import RGB, Bools
+from medsd.slides.slide import Slide, hatched
+
+TILE_PX = 256
+BUDGET_BYTES = 7_500_000
+"""Of the tiles within a report; in base64, with maps and overview, the page stays below 15 MB (our choice)."""
+_AROUND_PX = 768
+_PEAKS = 20
+_JPEG_QUALITY = 80
+
+Place = tuple[int, int, int]
+"""Of a tile: number of its level, column, row."""
+
+
+@dataclass(frozen=True)
+class ZoomTiles:
+    """Tiles within a page.
+
+    A tile at level l, column i and row j covers the level-0 square of `TILE_PX * steps[l]` px from (i, j) times that,
+    as far as the slide reaches.
+
+    Attributes:
+        steps: level-0 pixels per pixel of each level.
+        kept: JPEG files of tiles by their place.
+        words: what is there, a sentence.
+    """
+
+    steps: list[int]
+    kept: dict[Place, bytes]
+    words: str = ""
+
+
+def zoom_steps(dimensions: tuple[int, int]) -> list[int]:
+    """Level-0 pixels per pixel of each level of tiles, doubled until a slide (width, height) is a single tile."""
+    steps = [1]
+    while max(dimensions) > TILE_PX * steps[-1]:
+        steps.append(2 * steps[-1])
+    return steps
+
+
+def read_tile(slide: Slide, step: int, column: int, row: int) -> RGB:
+    """The pixels (h, w, 3) of a tile, grey stripes where nothing could be decoded; places as of `ZoomTiles`."""
+    x, y = (TILE_PX * step * index for index in (column, row))
+    width, height = (
+        min(TILE_PX, -(-(side - start) // step)) for side, start in zip(slide.dimensions, (x, y), strict=True)
+    )
+    pixels, seen = slide.read_seen(x, y, width, height, mpp=slide.mpp * step)
+    return pixels if seen is None else hatched(pixels, ~seen)
+
+
+def as_jpeg(pixels: RGB, quality: int = _JPEG_QUALITY) -> bytes:
+    """A JPEG file of the pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def cut_tiles(slide: Slide, mapped: MappedSlide, budget: int = BUDGET_BYTES) -> ZoomTiles:
+    """The tiles that matter of a slide.
+
+    First, as scanned, what lies within 384 px of the most probable places of the 20 largest regions, as far as half
+    the budget goes. Then level by level, from coarse to fine, the whole tissue while it fits, and what the regions'
+    boxes need while that fits.
+
+    Args:
+        slide: the slide.
+        mapped: its maps and regions.
+        budget: bytes of all tiles.
+    """
+    steps = zoom_steps(slide.dimensions)
+    regions = [] if mapped.findings is None else mapped.findings.regions
+    kept: dict[Place, bytes] = {}
+    used = 0
+
+    def add(places: Iterable[Place], limit: int) -> bool:
+        """Whether all fitted."""
+        nonlocal used
+        for place in places:
+            if place in kept:
+                continue
+            level, column, row = place
+            jpeg = as_jpeg(read_tile(slide, steps[level], column, row))
+            if used + len(jpeg) > limit:
+                return False
+            kept[place] = jpeg
+            used += len(jpeg)
+        return True
+
+    def fits(places: list[Place]) -> bool:
+        """Judged by a sample of them, so that no level is begun in vain."""
+        missing = [place for place in places if place not in kept]
+        some = missing[:: max(1, len(missing) // 8)]
+        before = used
+        return add(some, budget) and (used - before) / max(1, len(some)) * len(missing) <= budget - before
+
+    peaks = 0
+    for region in regions[:_PEAKS]:
+        x, y = region.peak
+        box = x - _AROUND_PX / 2, y - _AROUND_PX / 2, x + _AROUND_PX / 2, y + _AROUND_PX / 2
+        if not add(_places(slide.dimensions, steps, 0, box), budget // 2):
+            break
+        peaks += 1
+    reached: dict[str, int] = {}
+    seen = mapped.maps[0].value_map
+    parts = {"the tissue": True, "the regions": bool(regions)}
+    for level in reversed(range(len(steps))):
+        if steps[level] >= mapped.thumbnail_level0_px:
+            continue
+        for part in [name for name, going in parts.items() if going]:
+            if part == "the tissue":
+                places = _tissue_places(slide.dimensions, steps, level, seen.seen, seen.level0_px)
+            else:
+                boxes = [region.polygon.bounds for region in regions]
+                places = [place for box in boxes for place in _places(slide.dimensions, steps, level, box)]
+            parts[part] = fits(places) and add(places, budget)
+            if parts[part]:
+                reached[part] = steps[level]
+    return ZoomTiles(steps, kept, _in_words(slide.mpp, mapped.thumbnail_level0_px, reached, peaks))
+
+
+def _places(
+    dimensions: tuple[int, int], steps: list[int], level: int, box: tuple[float, float, float, float]
+) -> Iterator[Place]:
+    """Of the tiles that a level-0 box (left, top, right, bottom) meets."""
+    size = TILE_PX * steps[level]
+    columns, rows = (
+        range(max(0, int(low // size)), min(-(-side // size), int(high // size) + 1))
+        for side, low, high in zip(dimensions, box[:2], box[2:], strict=True)
+    )
+    return ((level, column, row) for row in rows for column in columns)
+
+
+def _tissue_places(
+    dimensions: tuple[int, int], steps: list[int], level: int, seen: Bools, level0_px: float
+) -> list[Place]:
+    """Of the tiles in which a map has seen something."""
+    rows, columns = np.nonzero(seen)
+    held = np.zeros([-(-side // (TILE_PX * steps[level])) + 1 for side in reversed(dimensions)], bool)
+    # By their corners: map pixels are smaller than tiles.
+    for down, across in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        corners = np.stack([rows + down, columns + across]) * level0_px / (TILE_PX * steps[level])
+        held[tuple(corners.astype(np.int64))] = True
+    return [(level, int(column), int(row)) for row, column in np.argwhere(held[:-1, :-1])]
+
+
+def _in_words(mpp: float, overview_step: float, reached: dict[str, int], peaks: int) -> str:
+    parts = [f"overview at {overview_step * mpp:.2g} µm per pixel"]
+    parts += [f"{part} at {step * mpp:.2g}" for part, step in reached.items()]
+    if peaks and reached.get("the tissue") != 1:
+        many = f"{peaks} largest regions" if peaks > 1 else "largest region"
+        parts.append(f"{_AROUND_PX * mpp:.0f} µm around the most probable place of the {many} at {mpp:.2g}, as scanned")
+    whole = "" if reached.get("the tissue") == 1 else " 'medsd view' shows all of the slide as scanned."
+    return f"Picture in this file: {'; '.join(parts)}.{whole}"
