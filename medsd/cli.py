@@ -219,6 +219,9 @@ def heatmap(
         int | None,
         typer.Option(help="Side of what is computed at once, in pixels; as large as memory allows when not given."),
     ] = None,
+    overlay_tif: Annotated[
+        bool, typer.Option("--overlay-tif", help="Leave overlay.tif too, a pyramid that viewers of slides open.")
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue.
@@ -238,7 +241,7 @@ def heatmap(
     for path in slides:
         listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
         entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
-    request = MapRequest(methods or (), layer, network_mpp, block_px)
+    request = MapRequest(methods or (), layer, network_mpp, block_px, overlay_tif=overlay_tif)
     results = map_slides(entries, weights, out, request, _computing_on(device), progress_bar("heatmap"))
     counts = count_by_status(results)
     for words in dict.fromkeys(result.model for result in results if result.model):
@@ -255,6 +258,25 @@ def heatmap(
     print(f"{total}; see {out / 'index.html'}")
     if counts["failed"] or not counts["ok"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(help="Folder that 'medsd heatmap' wrote, or that of one slide in it.")],
+    port: Annotated[int, typer.Option(help="Port to listen at; any that is free when not given.")] = 0,
+) -> None:
+    """Show reports with all of their slides in a browser on this machine, until Ctrl-C."""
+    from medsd.heatmap.view import ViewServer
+
+    with ViewServer(out, port) as server:
+        print(
+            f"{server.address} shows {len(server.slides)} slide(s) to browsers on this machine; Ctrl-C ends it",
+            flush=True,
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
 
 
 @app.command()

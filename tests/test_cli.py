@@ -100,6 +100,7 @@ def test_doctor_sees_two_opencvs(monkeypatch):
         (["phantom", "{tmp}/p", "--difficulty", "3"], ["difficulty"]),
         (["heatmap", "{slide}", "--weights", "none.safetensors", "--out", "{tmp}/o"], ["none.safetensors"]),
         (["heatmap", "{slide}", "--weights", "{slide}", "--out", "{tmp}/o"], ["safetensors"]),
+        (["view", "{tmp}"], ["no slide with a report"]),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, tmp_path, slide, arguments, words):
@@ -133,12 +134,12 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
 
 def test_heatmap_hands_on_what_an_encoder_needs(monkeypatch, capsys, slide, tmp_path):
     asked = []
-    row = cohort.SlideResult("a", "ok", "")  # without classes, so without a score
+    row = cohort.SlideResult("a", "ok", "", model="A model.", misfit="No fit.")  # without classes, so without a score
     monkeypatch.setattr(cohort, "map_slides", lambda _jobs, _weights, _out, request, *_: asked.append(request) or [row])
-    options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512"]
+    options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512", "--overlay-tif"]
     code, out, err = run(monkeypatch, capsys, "heatmap", slide, "--weights", "w", "--out", "o", *options)
-    assert (code, err) == (0, "") and "1 ok; see" in out and "score" not in out
-    assert asked == [MapRequest(["tsm"], "layer3", 0.5, 512)]
+    assert (code, err) == (0, "medsd: a: No fit.\n") and "A model.\n1 ok; see" in out and "score" not in out
+    assert asked == [MapRequest(["tsm"], "layer3", 0.5, 512, overlay_tif=True)]
 
 
 def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from medsd.files import atomic_path, sha256_of
 from medsd.heatmap.findings import mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, draw_overlay
+from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.tiff import write_ome_tiff
@@ -38,6 +39,7 @@ from medsd.tables import read_table
 RECORD = "record.json"
 _FINDINGS = ["probability.ome.tif", "regions.geojson"]
 _SALIENCY, _OVERLAY, _REPORT = "saliency.ome.tif", "overlay.png", "report.html"
+_OVERLAY_TIFF = "overlay.tif"
 _STORE = "blocks"
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
@@ -78,7 +80,7 @@ def map_slides(
     model = load_map_model(weights, request, usable_device(device))
     target = None if model.card is None else model.card.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
-    return run_cohort(_MapWork(output, model, normaliser, request.max_unseen), slides, 1, isolate, progress)
+    return run_cohort(_MapWork(output, model, normaliser, request), slides, 1, isolate, progress)
 
 
 def _write_findings(folder: Path, found: Findings, name: str, quantity: str) -> None:
@@ -99,19 +101,21 @@ class _MapWork(Work[SlideResult]):
     folder: Path
     model: MapModel
     normaliser: StainNormaliser | None
-    max_unseen: float
+    request: MapRequest
     row_type = SlideResult
     columns = ("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", "seconds")
     record = f"{{}}/{RECORD}"
-    outputs = (_THUMBNAIL, _SALIENCY, _OVERLAY, _REPORT, *_FINDINGS, *map(_file_of, METHODS))
+    outputs = (_THUMBNAIL, _SALIENCY, _OVERLAY, _OVERLAY_TIFF, _REPORT, *_FINDINGS, *map(_file_of, METHODS))
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         calibration, engine = self.model.calibration, self.model.engine
         recipe = {
             "weights_sha256": self.model.sha256,
             "methods": list(engine.settings.methods),
-            "max_unseen": self.max_unseen,
+            "max_unseen": self.request.max_unseen,
         }
+        if self.request.overlay_tif:
+            recipe["overlay_tif"] = True
         if calibration is None:  # what was not of the weights
             return recipe | {"layer": engine.settings.layer, "network_mpp": engine.mpp}
         return recipe | {"calibration": asdict(calibration)}
@@ -127,10 +131,10 @@ class _MapWork(Work[SlideResult]):
         maps = self.model.engine.map(shown, tissue, progress, store)
         map_seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, maps.unseen)
-        if unseen > self.max_unseen:
+        if unseen > self.request.max_unseen:
             raise SlideError(
-                f"{entry.path}: {unseen:.1%} of it cannot be decoded, more than {self.max_unseen:.0%}; copy it again "
-                f"from its source"
+                f"{entry.path}: {unseen:.1%} of it cannot be decoded, more than {self.request.max_unseen:.0%}; copy it "
+                f"again from its source"
             )
         probability = [] if self.model.card is None else [maps.probability]
         words, apart = model_words(self.model), misfits(slide, self.model)
@@ -148,6 +152,9 @@ class _MapWork(Work[SlideResult]):
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
             draw_overlay(folder / _OVERLAY, mapped)
+            if self.request.overlay_tif:
+                write_overlay_tiff(folder / _OVERLAY_TIFF, slide, mapped)
+                files.append(_OVERLAY_TIFF)
             write_report(folder / _REPORT, mapped, cut_tiles(slide, mapped))
         else:
             with atomic_path(folder / _THUMBNAIL) as temporary:

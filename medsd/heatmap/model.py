@@ -33,6 +33,7 @@ class MapRequest:
         network_mpp: micrometres per pixel that an encoder alone takes.
         block_px: see `MapSettings`.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
+        overlay_tif: leave `overlay.tif` too, see `write_overlay_tiff`.
 
     Raises:
         ConfigError: a scale or share that is none.
@@ -43,6 +44,7 @@ class MapRequest:
     network_mpp: float | None = None
     block_px: int | None = None
     max_unseen: float = 0.05
+    overlay_tif: bool = False
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:

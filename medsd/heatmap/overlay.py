@@ -197,7 +197,7 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY)
         pixels, heading = plain.copy(), "Slide"
         if shown is not None:
             heading = f"{shown.title} ({shown.value_map.target})"
-            pixels = _with_map(pixels, shown, level0_px, opacity)
+            pixels = with_map(pixels, shown, level0_px, opacity)
             _draw_bar(picture, box, shown.scale, opacity)
         outline(pixels, shapes)
         picture.paste(pixels, box.left, box.top)
@@ -245,14 +245,29 @@ def _label_size(number: int) -> tuple[float, float]:
     return text_width(str(number), 11, bold=True) + 4, 14.0
 
 
-def _with_map(
-    pixels: npt.NDArray[np.uint8], shown: ShownMap, level0_px: tuple[float, float], opacity: float
+def with_map(
+    pixels: npt.NDArray[np.uint8],
+    shown: ShownMap,
+    level0_px: tuple[float, float],
+    opacity: float = OPACITY,
+    place: tuple[float, float] = (0, 0),
 ) -> npt.NDArray[np.uint8]:
-    """The panel's pixels with the map, each with the value under its centre."""
+    """A part of the slide with a map over it, each pixel with the value under its centre.
+
+    Args:
+        pixels: (h, w, 3) of the slide.
+        shown: the map.
+        level0_px: level-0 pixels per pixel across and down.
+        opacity: of the strongest colour, 0 to 1.
+        place: level-0 x and y of the pixels' top left corner.
+    """
     height, width = pixels.shape[:2]
-    x, y = ((np.arange(size) + 0.5) * side for size, side in zip((width, height), level0_px, strict=True))
+    x, y = (
+        start + (np.arange(size) + 0.5) * side
+        for start, size, side in zip(place, (width, height), level0_px, strict=True)
+    )
     value_map = shown.value_map
-    # Halved until a map pixel is about a pixel of the panel: each shows the mean of what it covers.
+    # Halved until a map pixel is about a pixel of the picture: each shows the mean of what it covers.
     covered = max(1.0, min(level0_px) / value_map.level0_px)
     value_map = shrink(value_map, max(1, math.ceil(max(value_map.values.shape) / covered)))
     return tinted(pixels, value_map, shown.scale, x, y, opacity)

@@ -23,6 +23,7 @@ from medsd.heatmap.overlay import MappedSlide, ShownMap
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY
 from medsd.heatmap.tiff import shrink
+from medsd.heatmap.value_map import ValueMap
 from medsd.heatmap.zoom import TILE_PX, ZoomTiles, as_jpeg, zoom_steps
 
 MAX_MAP_SIDE_PX = 1536
@@ -138,15 +139,23 @@ def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> No
     )
 
 
+def quoted(name: str) -> str:
+    """A slide's name in an address: a colon is quoted too, so that none becomes an address with a scheme."""
+    return quote(os.fsencode(name), safe="")  # as bytes: a file's name need not be UTF-8
+
+
+def packed_map(value_map: ValueMap) -> dict[str, Any]:
+    """A map as the page takes it: its grid, and its values as of `pack_values`."""
+    rows, columns = value_map.values.shape
+    grid = {"rows": rows, "columns": columns, "side": value_map.level0_px, "mpp": value_map.mpp}
+    return {**grid, **pack_values(value_map.values)}
+
+
 def _layer(shown: ShownMap) -> dict[str, Any]:
     value_map, scale = shrink(shown.value_map, MAX_MAP_SIDE_PX), shown.scale
-    rows, columns = value_map.values.shape
     return {
-        "rows": rows,
-        "columns": columns,
-        "side": value_map.level0_px,
-        "mpp": value_map.mpp,
-        **pack_values(value_map.values),
+        **packed_map(value_map),
+        "halved": value_map is not shown.value_map,
         "vmin": scale.vmin,
         "vmax": scale.vmax,
         "title": shown.title,
@@ -194,8 +203,6 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # A relative link only: a colon is quoted too, so that no name becomes an address with a scheme. As bytes: a file's
-    # name need not be UTF-8.
     environment.filters |= {
         "relative_link": lambda target: quote(os.fsencode(target), safe="/"),
         "area": "{:.4f}".format,

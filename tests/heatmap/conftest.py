@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from medsd.cohort.entry import SlideEntry
+from medsd.heatmap.cohort import map_slides
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.model import MapRequest
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import Calibration, ModelCard, save_classifier
 from medsd.phantom import PhantomSpec, draw_phantom
@@ -91,6 +94,16 @@ def green_weights(tmp_path_factory, green_classifier) -> Path:
     path = tmp_path_factory.mktemp("weights") / "green.safetensors"
     save_classifier(path, green_classifier, CARD)
     return path
+
+
+@pytest.fixture(scope="session")
+def mapped(tmp_path_factory, fiducial_slide, green_weights) -> Path:
+    """The outputs of the slide, in a folder of a cohort; all that can be asked for."""
+    output = tmp_path_factory.mktemp("maps")
+    entry = SlideEntry(fiducial_slide.stem, fiducial_slide)
+    (result,) = map_slides([entry], green_weights, output, MapRequest(overlay_tif=True))
+    assert result.status == "ok"
+    return output / fiducial_slide.stem
 
 
 @pytest.fixture(scope="session")

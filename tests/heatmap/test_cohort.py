@@ -40,14 +40,6 @@ def job_of(path: Path, mpp: float | None = None) -> SlideEntry:
 
 
 @pytest.fixture(scope="module")
-def mapped(tmp_path_factory, fiducial_slide, green_weights) -> Path:
-    output = tmp_path_factory.mktemp("maps")
-    (result,) = map_slides([job_of(fiducial_slide)], green_weights, output)
-    assert result.status == "ok"
-    return output / "fiducials"
-
-
-@pytest.fixture(scope="module")
 def small_slide(tmp_path_factory) -> Path:
     """Tissue on 512 x 512 px, where only the files count that are left."""
     path = tmp_path_factory.mktemp("small") / "small.tif"

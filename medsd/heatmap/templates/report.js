@@ -144,7 +144,7 @@ function readAddress() {
 
 async function start() {
   const box = readAddress();
-  await Promise.all([...Object.values(data.layers).map(unpack), slide.decode()]);
+  await Promise.all([...Object.entries(data.layers).map(([name, layer]) => unpack(layer, name)), slide.decode()]);
   if (judged) trace();
   listen();
   update();

@@ -5,6 +5,8 @@ const byId = (id) => document.getElementById(id);
 const viewer = byId("viewer"), canvas = byId("canvas"), slide = byId("slide");
 const context = canvas.getContext("2d");
 const view = { scale: 1, x: 0, y: 0 };
+// Whether `medsd view` gives what the page lacks.
+const served = new URLSearchParams(location.search).has("tiles");
 // An encoder alone has no probability: no threshold and nothing outlined.
 const judged = "probability" in data.layers;
 const state = { layer: data.first, opacity: data.opacity, threshold: data.threshold, outline: judged, mask: false, grey: true };
@@ -14,7 +16,9 @@ let frame = 0, fitted = null, cross = false, traced = null, unprinted = null;
 
 // ---- values
 
-async function unpack(layer) {
+async function unpack(layer, name) {
+  // All of a map that the page holds in halves only, from the server behind it.
+  if (served && layer.halved) Object.assign(layer, await (await fetch(`maps/${name}.json`)).json(), { halved: false });
   const bytes = Uint8Array.from(atob(layer.data), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const view16 = new DataView(await new Response(stream).arrayBuffer());
@@ -110,7 +114,6 @@ function painted(layer, width, height) {
 
 // ---- the slide: an overview, and finer tiles where the page holds them or a server gives them
 
-const served = new URLSearchParams(location.search).has("tiles");
 const loaded = new Map();
 
 function tile(level, column, row) {
@@ -159,8 +162,10 @@ for (const region of data.regions) {
 }
 
 // A dark line, light on its inner side, so that a hole is told from a region.
-function drawRegions() {
-  for (const { path } of data.regions) {
+function drawRegions(width, height) {
+  const right = view.x + width / view.scale, bottom = view.y + height / view.scale;
+  for (const { path, box } of data.regions) {
+    if (box[0] > right || box[1] > bottom || box[2] < view.x || box[3] < view.y) continue;
     context.save();
     context.clip(path, "evenodd");
     context.strokeStyle = "#ffffff";
@@ -249,7 +254,7 @@ function draw(ratio) {
   }
   context.lineJoin = context.lineCap = "round";
   if (state.outline && traced) drawTraced();
-  else if (state.outline) drawRegions();
+  else if (state.outline) drawRegions(width, height);
   context.restore();
   if (state.outline && !traced) drawNumbers(ratio);
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
