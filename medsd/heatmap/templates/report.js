@@ -34,7 +34,7 @@ function update() {
   byId("layer").value = state.layer;
   byId("grey").checked = state.grey;
   for (const name of Object.keys(data.layers)) byId(`bar-${name}`).hidden = name !== state.layer;
-  let words = layer ? `${layer.title}, strongest colour at ${opacity} %, over the slide in ${state.grey ? "grey" : "its colours"}` : "The slide alone";
+  let words = layer ? `${layer.title}, strongest colour at ${opacity} %, over the slide in ${state.grey ? "grey" : "its own colours, which the bar does not show"}` : "The slide alone";
   if (judged) {
     const own = state.threshold === data.threshold, at = +state.threshold.toFixed(3);
     byId("threshold").value = state.threshold;
