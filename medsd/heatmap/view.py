@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         slide = os.fsdecode(unquote_to_bytes(name))
         if not rest and name in ("", _INDEX):
             return self._start()
+        if not rest and name == "favicon.ico":  # every browser asks
+            return self._refuse(HTTPStatus.NO_CONTENT)
         if slide not in self.server.slides:
             return self._refuse(HTTPStatus.NOT_FOUND)
         if rest == "report.html" and address.query != "tiles":
@@ -167,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus) -> None:
         self.send_response(status)
-        self._end_head({"Content-Type": "text/plain"}, status.phrase.encode())
+        content = b"" if status == HTTPStatus.NO_CONTENT else status.phrase.encode()
+        self._end_head({"Content-Type": "text/plain"}, content)
 
     def _end_head(self, headers: Mapping[str, str], content: bytes) -> None:
         fixed = {

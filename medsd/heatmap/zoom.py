@@ -16,8 +16,11 @@ from medsd.slides.slide import Slide, hatched
 TILE_PX = 256
 BUDGET_BYTES = 7_500_000
 """Of the tiles within a report; in base64, with maps and overview, the page stays below 15 MB (our choice)."""
-_AROUND_PX = 768
-_PEAKS = 20
+_AROUND_PX = 512
+_REGIONS = 20
+# Of the viewer's side, a region and its margin fill it: what it needs is about this wide.
+_SHOWN_PX = 600
+_AS_SCANNED = "for {:.0f} µm around the most probable place at {:.2g}, as scanned"
 _JPEG_QUALITY = 80
 
 Place = tuple[int, int, int]
@@ -70,9 +73,9 @@ def as_jpeg(pixels: RGB, quality: int = _JPEG_QUALITY) -> bytes:
 def cut_tiles(slide: Slide, mapped: MappedSlide, budget: int = BUDGET_BYTES) -> ZoomTiles:
     """The tiles that matter of a slide.
 
-    First, as scanned, what lies within 384 px of the most probable places of the 20 largest regions, as far as half
-    the budget goes. Then level by level, from coarse to fine, the whole tissue while it fits, and what the regions'
-    boxes need while that fits.
+    A third of the budget at most goes to what lies within 256 px of the most probable places of the 20 largest regions,
+    as scanned; then, as far as two thirds, to the whole tissue, level by level from coarse to fine; the rest to these
+    regions, each at the level at which a viewer shows all of it (our choice).
 
     Args:
         slide: the slide.
@@ -80,54 +83,60 @@ def cut_tiles(slide: Slide, mapped: MappedSlide, budget: int = BUDGET_BYTES) -> 
         budget: bytes of all tiles.
     """
     steps = zoom_steps(slide.dimensions)
-    regions = [] if mapped.findings is None else mapped.findings.regions
-    kept: dict[Place, bytes] = {}
-    used = 0
-
-    def add(places: Iterable[Place], limit: int) -> bool:
-        """Whether all fitted."""
-        nonlocal used
-        for place in places:
-            if place in kept:
-                continue
-            level, column, row = place
-            jpeg = as_jpeg(read_tile(slide, steps[level], column, row))
-            if used + len(jpeg) > limit:
-                return False
-            kept[place] = jpeg
-            used += len(jpeg)
-        return True
-
-    def fits(places: list[Place]) -> bool:
-        """Judged by a sample of them, so that no level is begun in vain."""
-        missing = [place for place in places if place not in kept]
-        some = missing[:: max(1, len(missing) // 8)]
-        before = used
-        return add(some, budget) and (used - before) / max(1, len(some)) * len(missing) <= budget - before
-
-    peaks = 0
-    for region in regions[:_PEAKS]:
-        x, y = region.peak
+    cutter = _Cutter(slide, steps)
+    regions = [] if mapped.findings is None else mapped.findings.regions[:_REGIONS]
+    peaks = shown = 0
+    for x, y in (region.peak for region in regions):
         box = x - _AROUND_PX / 2, y - _AROUND_PX / 2, x + _AROUND_PX / 2, y + _AROUND_PX / 2
-        if not add(_places(slide.dimensions, steps, 0, box), budget // 2):
+        if not cutter.add(_places(slide.dimensions, steps, 0, box), budget // 3):
             break
         peaks += 1
-    reached: dict[str, int] = {}
-    seen = mapped.maps[0].value_map
-    parts = {"the tissue": True, "the regions": bool(regions)}
+    seen, reached = mapped.maps[0].value_map, len(steps)
     for level in reversed(range(len(steps))):
-        if steps[level] >= mapped.thumbnail_level0_px:
-            continue
-        for part in [name for name, going in parts.items() if going]:
-            if part == "the tissue":
-                places = _tissue_places(slide.dimensions, steps, level, seen.seen, seen.level0_px)
-            else:
-                boxes = [region.polygon.bounds for region in regions]
-                places = [place for box in boxes for place in _places(slide.dimensions, steps, level, box)]
-            parts[part] = fits(places) and add(places, budget)
-            if parts[part]:
-                reached[part] = steps[level]
-    return ZoomTiles(steps, kept, _in_words(slide.mpp, mapped.thumbnail_level0_px, reached, peaks))
+        if steps[level] < mapped.thumbnail_level0_px:
+            places = _tissue_places(slide.dimensions, steps, level, seen.seen, seen.level0_px)
+            if not (cutter.fits(places, budget * 2 // 3) and cutter.add(places, budget * 2 // 3)):
+                break
+            reached = level
+    for region in regions:
+        left, top, right, bottom = region.polygon.bounds
+        level = max(0, int(np.log2(max(right - left, bottom - top) / _SHOWN_PX)))
+        if level < reached and not cutter.add(
+            _places(slide.dimensions, steps, level, (left, top, right, bottom)), budget
+        ):
+            break
+        shown += 1
+    tissue = steps[reached] if reached < len(steps) else None
+    return ZoomTiles(steps, cutter.kept, _in_words(slide.mpp, mapped.thumbnail_level0_px, tissue, shown, peaks))
+
+
+class _Cutter:
+    """Cuts tiles while they fit."""
+
+    def __init__(self, slide: Slide, steps: list[int]) -> None:
+        self._slide, self._steps = slide, steps
+        self._used = 0
+        self.kept: dict[Place, bytes] = {}
+
+    def add(self, places: Iterable[Place], limit: int) -> bool:
+        """Cut tiles until there are `limit` bytes; whether all fitted."""
+        for place in places:
+            if place in self.kept:
+                continue
+            level, column, row = place
+            jpeg = as_jpeg(read_tile(self._slide, self._steps[level], column, row))
+            if self._used + len(jpeg) > limit:
+                return False
+            self.kept[place] = jpeg
+            self._used += len(jpeg)
+        return True
+
+    def fits(self, places: list[Place], limit: int) -> bool:
+        """Whether all would, judged by some of them, so that no level is begun in vain."""
+        missing = [place for place in places if place not in self.kept]
+        some, before = missing[:: max(1, len(missing) // 8)], self._used
+        added = self.add(some, limit)
+        return added and (self._used - before) / max(1, len(some)) * len(missing) <= limit - before
 
 
 def _places(
@@ -155,11 +164,13 @@ def _tissue_places(
     return [(level, int(column), int(row)) for row, column in np.argwhere(held[:-1, :-1])]
 
 
-def _in_words(mpp: float, overview_step: float, reached: dict[str, int], peaks: int) -> str:
+def _in_words(mpp: float, overview_step: float, tissue_step: int | None, shown: int, peaks: int) -> str:
     parts = [f"overview at {overview_step * mpp:.2g} µm per pixel"]
-    parts += [f"{part} at {step * mpp:.2g}" for part, step in reached.items()]
-    if peaks and reached.get("the tissue") != 1:
-        many = f"{peaks} largest regions" if peaks > 1 else "largest region"
-        parts.append(f"{_AROUND_PX * mpp:.0f} µm around the most probable place of the {many} at {mpp:.2g}, as scanned")
-    whole = "" if reached.get("the tissue") == 1 else " 'medsd view' shows all of the slide as scanned."
-    return f"Picture in this file: {'; '.join(parts)}.{whole}"
+    if tissue_step is not None:
+        parts.append(f"the tissue at {tissue_step * mpp:.2g}")
+    if tissue_step != 1:
+        for count, words in ((shown, "as finely as 'Show' needs"), (peaks, _AS_SCANNED.format(_AROUND_PX * mpp, mpp))):
+            if count:
+                parts.append(f"the {f'{count} largest regions' if count > 1 else 'largest region'} {words}")
+        parts[-1] += ". 'medsd view' shows all of the slide as scanned"
+    return f"Picture in this file: {'; '.join(parts)}."

@@ -21,6 +21,7 @@ from tests.heatmap.test_report import NASTY, content, judged
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here; install the package 'chromium'")
 
+AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 A4, LETTER = (8.27, 11.69), (8.5, 11.0)
 PIXEL = """(([x, y]) => { draw(1); const place = [(x - view.x) * view.scale, (y - view.y) * view.scale].map(Math.floor);
     return [...context.getImageData(...place, 1, 1).data].slice(0, 3); })"""
@@ -222,6 +223,16 @@ def test_every_control_and_picture_has_a_name(report: Browser) -> None:
     assert report.evaluate("[document.documentElement.lang, document.querySelectorAll('h1').length]") == ["en", 1]
 
 
+@pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here; 'npm install axe-core' puts it into node_modules")
+def test_axe_finds_no_serious_fault(browser: Browser, drawn: Path, mapped: Path) -> None:
+    for page in (drawn, mapped / "report.html"):
+        for width, dark in ((1400, False), (390, True)):
+            browser.open(page.as_uri(), width, 1000, dark)
+            browser.call("Runtime.evaluate", expression=AXE.read_text("utf-8"))
+            found = browser.evaluate("axe.run().then((result) => result.violations.map((one) => [one.impact, one.id]))")
+            assert [name for impact, name in found if impact in ("serious", "critical")] == []
+
+
 def test_behind_the_server_all_of_the_slide_is_there(browser: Browser, mapped: Path) -> None:
     with ViewServer(mapped.parent) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -232,6 +243,6 @@ def test_behind_the_server_all_of_the_slide_is_there(browser: Browser, mapped: P
         browser.evaluate("fit([0, 0, 150, 150])")
         browser.wait("byId('sharp').textContent === '0.5 µm per pixel'")
         assert any(address.endswith("/fiducials/tiles/0/0_0.jpg") for address in browser.requests)
-        assert [one for one in browser.errors if "favicon" not in one and "404" not in one] == []
+        assert browser.errors == []
         server.shutdown()
         thread.join()

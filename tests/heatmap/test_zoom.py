@@ -63,15 +63,15 @@ def test_with_room_for_all_the_tissue_is_there_as_scanned(slide: Slide, mapped: 
 def test_a_small_budget_is_kept_and_goes_to_the_regions_first(
     slide: Slide, mapped: MappedSlide, fiducials: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = 700_000
+    budget = 900_000
     monkeypatch.setattr(zoom, "_AROUND_PX", 200)
     tiles, every = cut_tiles(slide, mapped, budget), cut_tiles(slide, mapped).kept
     assert sum(map(len, tiles.kept.values())) <= budget
     assert mapped.findings is not None and len(mapped.findings.regions) == 3
     for x, y in fiducials:
         assert (0, x // TILE_PX, y // TILE_PX) in tiles.kept
-    assert "most probable place of the 3 largest regions at 0.5, as scanned" in tiles.words
-    assert "medsd view" in tiles.words
+    assert "the 3 largest regions for 100 µm around the most probable place at 0.5, as scanned" in tiles.words
+    assert "the 3 largest regions as finely as 'Show' needs" in tiles.words and "medsd view" in tiles.words
     # Coarse levels are whole before finer ones are begun, and the words name the finest that is.
     levels = [{place for place in kept if place[0] == level} for kept in (tiles.kept, every) for level in range(4)]
     whole = [level for level in range(4) if levels[level] == levels[level + 4]]
