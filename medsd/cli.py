@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -13,9 +12,14 @@ import typer
 
 import medsd
 from medsd.errors import MedsdError
+from medsd.logs import log_to_file, log_to_terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    from medsd.cohort.kept import SlideRow
 
 # Heavy packages are imported inside the verbs that need them, so that help answers at once.
 
@@ -32,6 +36,9 @@ MppOption = Annotated[
     float | None,
     typer.Option("--mpp", help="Micrometres per level-0 pixel, where the file's own is missing or wrong."),
 ]
+ShardOption = Annotated[
+    str | None, typer.Option(help="This process's share of the slides, such as 3/40; 'medsd gather OUT' comes last.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")
 ]
@@ -39,11 +46,7 @@ DeviceOption = Annotated[
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("medsd").setLevel(logging.INFO)
-    # What these say of damaged files, tag by tag, is said in one line by the error that follows.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    log_to_terminal()
     warnings.filterwarnings("ignore", module="PIL")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8
@@ -63,8 +66,12 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    log: Annotated[Path | None, typer.Option(help="File to append the log to; before the verb.")] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="The log's file has a JSON object a line.")] = False,
 ) -> None:
     """Tumour classifiers on whole-slide images whose explanations can be trusted and seen. Research use only."""
+    if log is not None:
+        log_to_file(log, log_json)
 
 
 def _computing_on(device: str | None) -> torch.device:
@@ -157,29 +164,62 @@ def tiles(
     workers: Annotated[
         int | None, typer.Option(help="Slides at work at once; as many as processors when not given.")
     ] = None,
+    shard: ShardOption = None,
 ) -> None:
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
     from medsd.cohort.index import TileGrid
     from medsd.cohort.manifest import find_cohort
-    from medsd.cohort.runner import count_by_status
+    from medsd.cohort.owner import shard_of
+    from medsd.cohort.runner import Sharing
     from medsd.cohort.tiling import Tiling, tile_slides
     from medsd.progress import progress_bar
 
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
     tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
     entries = find_cohort(source, manifest, annotations, leave_out=out)
-    cohort = tile_slides(entries, out, tiling, workers, progress=progress_bar("tiles"))
-    counts = count_by_status(cohort.slides)
-    total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    print(f"{total}; {len(cohort.index)} tiles; see {out / 'slides.csv'} and {out / 'thumbnails'}")
-    if counts["failed"]:
+    if shard is not None and not (entries := shard_of(entries, shard)):
+        return print(f"no slide in {shard}")
+    sharing = Sharing(rename=True, gather=shard is None)
+    cohort = tile_slides(entries, out, tiling, workers, progress=progress_bar("tiles"), sharing=sharing)
+    where = f"{out / 'slides.csv'} and {out / 'thumbnails'}"
+    _end(cohort.slides, f"{len(cohort.index)} tiles; {_see(where, out, shard)}")
+
+
+def _see(where: str, out: Path, shard: str | None) -> str:
+    return f"see {where}" if shard is None else f"'medsd gather {out}' makes the tables"
+
+
+def _end(rows: Sequence[SlideRow], words: str, empty_is_failure: bool = False) -> None:
+    """Tell what became of slides; exit code 1 when one failed, or none has anything that is wanted."""
+    from medsd.cohort.kept import count_by_status
+
+    counts = count_by_status(rows)
+    print(f"{', '.join(f'{count} {status}' for status, count in counts.items() if count)}; {words}")
+    if counts["failed"] or (empty_is_failure and not counts["ok"]):
         raise typer.Exit(1)
+
+
+@app.command("gather")
+def gather_folder(
+    out: Annotated[Path, typer.Argument(help="Folder that tiles or heatmap wrote to, in shares.")],
+) -> None:
+    """Make the tables and index of all slides in a folder, however many processes wrote them."""
+    rows: Sequence[SlideRow]
+    if any(out.glob("slides/*.json")):
+        from medsd.cohort.tiling import gather_tiles
+
+        rows = gather_tiles(out)
+    else:
+        from medsd.heatmap.cohort import gather_maps
+
+        rows = gather_maps(out)
+    _end(rows, f"see {out / 'slides.csv'}")
 
 
 @app.command()
 def stain(
     slide: Annotated[Path, typer.Argument(help="A slide whose stain others are to be normalised to.")],
-    out: Annotated[Path, typer.Option(help="File to write: a configuration to lay on top of a bundle (.json).")],
+    out: Annotated[Path, typer.Option(help="File to write (.json), which a bundle takes as --stain_target.")],
     method: Annotated[str, typer.Option(help="macenko, vahadane or reinhard.")] = "macenko",
     mpp: MppOption = None,
 ) -> None:
@@ -196,12 +236,12 @@ def stain(
     check_choice("method", method, METHODS)
     with open_slide(slide, mpp) as opened:
         write_json(out, {"stain_target": asdict(fit_slide(opened, cast(Method, method)))})
-    print(f"{method} stain of {slide.name} in {out}; use it with --config_file \"['bundles/camelyon.json','{out}']\"")
+    print(f"{method} stain of {slide.name} in {out}; use it with --stain_target {out}")
 
 
 @app.command()
 def heatmap(
-    slides: Annotated[list[Path], typer.Argument(help="Slide files, or manifests (.csv) that list them.")],
+    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
     weights: Annotated[Path, typer.Option(help="A calibrated classifier, or an encoder alone (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
     mpp: MppOption = None,
@@ -223,6 +263,7 @@ def heatmap(
         bool, typer.Option("--overlay-tif", help="Leave overlay.tif too, a pyramid that viewers of slides open.")
     ] = False,
     device: DeviceOption = None,
+    shard: ShardOption = None,
 ) -> None:
     """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue.
 
@@ -230,20 +271,20 @@ def heatmap(
     """
     from dataclasses import replace
 
-    from medsd.cohort.entry import SlideEntry
-    from medsd.cohort.manifest import read_manifest
-    from medsd.cohort.runner import count_by_status
+    from medsd.cohort.manifest import find_slides_at
+    from medsd.cohort.owner import shard_of
+    from medsd.cohort.runner import Sharing
     from medsd.heatmap.cohort import map_slides
     from medsd.heatmap.model import MapRequest
     from medsd.progress import progress_bar
 
-    entries: list[SlideEntry] = []
-    for path in slides:
-        listed = read_manifest(path) if path.suffix.lower() == ".csv" else [SlideEntry(path.stem, path)]
-        entries += [replace(entry, mpp=entry.mpp or mpp) for entry in listed]
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
+    if shard is not None and not (entries := shard_of(entries, shard)):
+        return print(f"no slide in {shard}")
+    sharing = Sharing(rename=True, gather=shard is None)
     request = MapRequest(methods or (), layer, network_mpp, block_px, overlay_tif=overlay_tif)
-    results = map_slides(entries, weights, out, request, _computing_on(device), progress_bar("heatmap"))
-    counts = count_by_status(results)
+    place, progress = _computing_on(device), progress_bar("heatmap")
+    results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
     for words in dict.fromkeys(result.model for result in results if result.model):
         print(words)
     for result in results:
@@ -254,10 +295,7 @@ def heatmap(
         elif result.score is not None and len(results) <= _LISTED:
             area = f"{result.region_area_mm2:.2f} mm2"
             print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}")
-    total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    print(f"{total}; see {out / 'index.html'}")
-    if counts["failed"] or not counts["ok"]:
-        raise typer.Exit(1)
+    _end(results, _see(str(out / "index.html"), out, shard), empty_is_failure=True)
 
 
 @app.command()

@@ -7,17 +7,29 @@ import json
 import os
 import platform
 import re
+import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from medsd.errors import OutputError
 
-_HOST = platform.node() or "here"
 # Of a process whose life cannot be asked for, as that of another machine (our choice).
 _DEAD_AFTER_S = 86_400.0
+
+
+def _machine() -> str:
+    """This machine and what of its processes can be seen from here: containers share names and process numbers."""
+    seen = [platform.node()]
+    with suppress(OSError):  # Linux only
+        seen += [Path("/proc/sys/kernel/random/boot_id").read_text("ascii"), os.readlink("/proc/self/ns/pid")]
+    return f"{re.sub(r'[^A-Za-z0-9_.]', '_', seen[0])[:40]}~{hashlib.sha256(repr(seen).encode()).hexdigest()[:8]}"
+
+
+MACHINE = _machine()
+"""A name of this machine (and container, since it was started) that has neither blanks nor separators."""
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -29,7 +41,7 @@ def make_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".medsd-{os.getpid()}"
+        probe = folder / f".medsd-{os.getpid()}@{MACHINE}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -41,7 +53,8 @@ def make_folder(folder: str | Path) -> Path:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
 
-    The suffix is kept (writers choose their format by it); the folder is created.
+    What is renamed is on disk: a machine that loses power leaves no empty file of that name. The suffix is kept
+    (writers choose their format by it); the folder is created.
 
     Raises:
         OutputError: the folder cannot be written to, or the disk is full.
@@ -52,9 +65,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be created ({error.strerror})") from error
     # By process and machine: others may write into this folder at the same time, see `remove_leftovers`.
-    temporary = path.with_name(f".{os.getpid()}@{_HOST}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}@{MACHINE}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -72,16 +87,27 @@ def remove_leftovers(folder: str | Path) -> None:
 
 def _alive(process: int, temporary: Path) -> bool:
     """Whether the process that writes a file lives; one of another machine does while the file changes."""
-    ours = temporary.name.startswith((f".{process}@{_HOST}-", f".{process}-"))
+    if temporary.name.startswith((f".{process}@{MACHINE}-", f".{process}-")) and os.name != "nt":
+        return process_lives(process)
     try:
-        if not ours or os.name == "nt":  # there, asking ends the process
-            return time.time() - temporary.stat().st_mtime < _DEAD_AFTER_S
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError, FileNotFoundError):
+        return time.time() - temporary.stat().st_mtime < _DEAD_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def process_lives(process: int) -> bool:
+    """Whether a process of this machine is there; on Windows, where asking ends it, it is taken to be."""
+    try:
+        if os.name != "nt":
+            os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # it is another user's
-    return True
+    try:  # one that ended, but that its parent has not asked for (as in many containers), is still there by its number
+        return Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True  # no Linux
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -16,20 +16,13 @@ _PACKAGES = ("torch", "monai", "timm", "numpy", "openslide-python", "tifffile", 
 
 
 def identity(path: str | Path) -> list[list[Any]]:
-    """Name, size in bytes and time of change of an input: gigabytes are not read to find nothing to do.
-
-    Of a folder (a Zarr store), of a MIRAX file's folder and of a DICOM file's neighbours, what lies directly in it
-    counts too.
+    """Name, size in bytes and time of change of an input, of a folder with what lies directly in it.
 
     Raises:
         OSError: it is not there.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    folder = path if path.is_dir() else path.with_suffix("") if suffix == ".mrxs" else None
-    parts = [path] if folder is None else [path, *sorted(folder.glob("*"))]
-    if suffix == ".dcm":
-        parts = [path, *sorted(other for other in path.parent.glob(f"*{path.suffix}") if other != path)]
+    parts = [path, *sorted(path.glob("*"))] if path.is_dir() else [path]
     return [[part.name, part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
 
 

@@ -35,6 +35,7 @@ class ArraySlide:
     def __init__(self, pixels: np.ndarray, mpp: float = 1.0) -> None:
         self.pixels, self.mpp = pixels, mpp
         self.dimensions = (pixels.shape[1], pixels.shape[0])
+        self.bounds = (0, 0, *self.dimensions)
 
     def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> np.ndarray:
         step = round((mpp or self.mpp) / self.mpp)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -128,14 +129,33 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
         cohort, "map_slides", lambda jobs, *_, **__: asked.extend(jobs) or [cohort.SlideResult("a", "ok", "", 1.0)]
     )
     (tmp_path / "slides.csv").write_text(f"slide,mpp\n{slide},0.25\n")
-    assert run(monkeypatch, capsys, "heatmap", tmp_path / "slides.csv", slide, "--weights", "w", "--out", "o")[0] == 0
-    assert asked == [SlideEntry(slide.stem, slide, mpp=0.25), SlideEntry(slide.stem, slide)]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.svs").touch()
+    places = tmp_path / "slides.csv", tmp_path / "other"
+    assert run(monkeypatch, capsys, "heatmap", *places, "--weights", "w", "--out", "o", "--mpp", 0.5)[0] == 0
+    expected = [SlideEntry(slide.stem, slide, mpp=0.25), SlideEntry("b", tmp_path / "other" / "b.svs", mpp=0.5)]
+    assert asked == expected
+    assert run(monkeypatch, capsys, "heatmap", *places, "--weights", "w", "--out", "o", "--shard", "1/2")[0] == 0
+    assert asked[2:] == [replace(expected[1], mpp=None)]  # by name
+    options = "--weights", "w", "--out", "o"
+    assert run(monkeypatch, capsys, "heatmap", *places, *options, "--shard", "3/3")[1].endswith("no slide in 3/3\n")
+    code, _, err = run(monkeypatch, capsys, "heatmap", *places, *options, "--mpp", 250)
+    assert code == 1 and "b.svs: mpp=250.0: must be a number from 0.05 to 20" in err
+
+
+def test_gather_makes_the_tables_of_what_others_left(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, capsys, "gather", tmp_path)[0] == 1
+    record = {"recipe": {"slide": []}, "outputs": {}, "status": "ok", "result": asdict(cohort.SlideResult("a", "ok"))}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "record.json").write_text(json.dumps(record))
+    code, out, _ = run(monkeypatch, capsys, "gather", tmp_path)
+    assert code == 0 and out == f"1 ok; see {tmp_path / 'slides.csv'}\n" and (tmp_path / "index.html").is_file()
 
 
 def test_heatmap_hands_on_what_an_encoder_needs(monkeypatch, capsys, slide, tmp_path):
     asked = []
     row = cohort.SlideResult("a", "ok", "", model="A model.", misfit="No fit.")  # without classes, so without a score
-    monkeypatch.setattr(cohort, "map_slides", lambda _jobs, _weights, _out, request, *_: asked.append(request) or [row])
+    monkeypatch.setattr(cohort, "map_slides", lambda *arguments, **_: asked.append(arguments[3]) or [row])
     options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512", "--overlay-tif"]
     code, out, err = run(monkeypatch, capsys, "heatmap", slide, "--weights", "w", "--out", "o", *options)
     assert (code, err) == (0, "medsd: a: No fit.\n") and "A model.\n1 ok; see" in out and "score" not in out
@@ -147,7 +167,7 @@ def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):
     monkeypatch.setattr(cohort, "map_slides", lambda *_, **__: [cohort.SlideResult(name, "ok", "", 1.0)])
     written = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", written)
-    monkeypatch.setattr(sys, "argv", ["medsd", "heatmap", name, "--weights", "w", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["medsd", "heatmap", f"{name}.svs", "--weights", "w", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0

@@ -88,7 +88,7 @@ def test_a_manifest_chooses_in_a_folder_and_an_output_in_it_is_not_searched(monk
     [
         (["none"], "none: no such folder; name one with slides, or a manifest"),
         (["none.csv"], "none.csv: cannot be read"),
-        (["{folder}", "--tile-px", "0"], "tile_px=0: must be a whole number from 1 on"),
+        (["{folder}", "--tile-px", "0"], "tile_px=0: must be a whole number from 1 to 16384"),
         (["{folder}", "--tissue", "otsu"], "tissue='otsu': use one of saturation, tiatoolbox-otsu"),
         (["{folder}", "--workers", "0"], "workers=0"),
         (["{folder}", "--max-unseen", "2"], "max_unseen=2.0"),

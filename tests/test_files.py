@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from medsd.errors import NoTissueError, OutputError, nearest
-from medsd.files import atomic_path, make_folder, remove_leftovers, sha256_of, write_json, write_text
+from medsd.files import MACHINE, atomic_path, make_folder, remove_leftovers, sha256_of, write_json, write_text
 
 
 def test_atomic_path_replaces_the_old_file_only_at_the_end(tmp_path: Path) -> None:
@@ -105,8 +104,8 @@ def test_nearest() -> None:
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    old = [f".{ended.pid}-map.tif", f".{ended.pid}@{platform.node()}-map.tif", ".7@elsewhere-old.tif"]
-    living = [f".{os.getppid()}-map.tif", f".{os.getpid()}@{platform.node()}-map.tif", ".7@elsewhere-map.tif"]
+    old = [f".{ended.pid}-map.tif", f".{ended.pid}@{MACHINE}-map.tif", ".7@elsewhere-old.tif"]
+    living = [f".{os.getppid()}-map.tif", f".{os.getpid()}@{MACHINE}-map.tif", ".7@elsewhere-map.tif"]
     others = [".hidden", "7-map.tif", ".7x-map.tif"]
     for name in (*old, *living, *others):
         (tmp_path / name).touch()

@@ -26,6 +26,7 @@ def read_annotations(
     tumour_groups: Sequence[str] = (),
     excluded_groups: Sequence[str] = (),
     tumour_values: Sequence[int] = (),
+    qupath_origin_px: tuple[int, int] = (0, 0),
 ) -> Annotations:
     """Read the annotations of one slide from a file of any known format, chosen by its content.
 
@@ -39,6 +40,8 @@ def read_annotations(
         tumour_groups, excluded_groups: names of groups (ASAP) or classes (QuPath) that are tumour or not, in any case,
             besides `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`; the empty name stands for annotations without a class.
         tumour_values: values of a mask that are tumour; without them 1, or 255.
+        qupath_origin_px: the level-0 place that QuPath counts from: the corner of `Slide.bounds`, which it crops to.
+            The other formats count from the slide's.
 
     Raises:
         AnnotationError: the file is missing, too large, damaged, of no known format, declares entities, has an unknown
@@ -76,7 +79,7 @@ def read_annotations(
     if first == b"<" or ".xml" in suffixes:
         found = parse_asap_xml(data, path, roles)
     elif first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
-        found = parse_json(data, path, roles)
+        found = parse_json(data, path, roles, qupath_origin_px)
     else:
         raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
     if slide_size_px is not None and not found.tumour.is_empty:

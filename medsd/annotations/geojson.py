@@ -10,8 +10,9 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from shapely.affinity import translate
 from shapely.geometry import MultiPolygon, Polygon, mapping
 
 from medsd.annotations.shapes import (
@@ -29,6 +30,8 @@ from medsd.annotations.shapes import (
 from medsd.errors import AnnotationError
 from medsd.files import atomic_path
 
+Shape = TypeVar("Shape", bound=Polygon | MultiPolygon)
+
 _POINTS_AND_LINES = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _NCRF_GROUPS = {"positive": "_0", "negative": "_2"}
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.annotations")
@@ -36,7 +39,7 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "medsd.annotations")
 _KIND_KEY = "ASAP type"
 
 
-def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
+def parse_json(data: bytes, path: Path, roles: Roles, qupath_origin_px: tuple[int, int] = (0, 0)) -> Annotations:
     """The annotations in the content of a JSON file; messages name `path`.
 
     QuPath: a FeatureCollection, a list of features (QuPath 0.2) or one feature, children among them. Annotations are
@@ -62,6 +65,7 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
             lost = group if group and roles.find(group) is False else lost
             continue
         shape, rings_dropped = _shape(geometry, where)
+        shape = moved(shape, *qupath_origin_px)
         dropped += rings_dropped
         group, group_colour = _classification(properties, where)
         excluded = roles.is_excluded(group, path)
@@ -78,7 +82,7 @@ def parse_json(data: bytes, path: Path, roles: Roles) -> Annotations:
     return annotations_of(outlines, path, dropped, left_out)
 
 
-def write_geojson(path: str | Path, annotations: Annotations) -> None:
+def write_geojson(path: str | Path, annotations: Annotations, qupath_origin_px: tuple[int, int] = (0, 0)) -> None:
     """Write outlines for QuPath (`File > Import objects from file`), atomically: level-0 pixels, closed rings.
 
     What was read from ASAP XML or GeoJSON comes back as it was: corners to the last digit, holes, order, names,
@@ -88,6 +92,7 @@ def write_geojson(path: str | Path, annotations: Annotations) -> None:
     Args:
         path: the file; packed by gzip if its name ends in `.gz`.
         annotations: what to write.
+        qupath_origin_px: the level-0 place that QuPath counts from, see `read_annotations`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -108,9 +113,8 @@ def write_geojson(path: str | Path, annotations: Annotations) -> None:
         if outline.kind != "Polygon":
             properties["metadata"] = {_KIND_KEY: outline.kind}
         object_id = uuid.uuid5(_NAMESPACE, identity)
-        features.append(
-            feature(outline.shape, object_id, outline.name, outline.group, outline.group_colour, properties)
-        )
+        shape = moved(outline.shape, -qupath_origin_px[0], -qupath_origin_px[1])
+        features.append(feature(shape, object_id, outline.name, outline.group, outline.group_colour, properties))
     write_features(path, features)
 
 
@@ -142,6 +146,13 @@ def feature(
     properties = described | dict(properties or {})
     geometry = {"type": shape.geom_type, "coordinates": _whole(mapping(shape)["coordinates"])}
     return {"type": "Feature", "id": str(object_id), "geometry": geometry, "properties": properties}
+
+
+def moved(shape: Shape, right_px: int, down_px: int) -> Shape:
+    """A shape at another place; as it is where that is none."""
+    if right_px == down_px == 0:
+        return shape
+    return cast(Shape, translate(shape, right_px, down_px))
 
 
 def _whole(place: Any) -> Any:

@@ -88,6 +88,8 @@ def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -
         if "::" not in key and key not in used and key not in stages:
             raise ConfigError(f"config key '{key}': what used it was replaced by another file; leave it out")
         _check_kind(key, ConfigParser(written).get(key), value)
+    for key, text in _evaluated(config.get("stain_target"), "stain_target"):
+        raise ConfigError(f"config key '{key}': {text!r} would be run; give plain values, as medsd stain writes them")
     for key, component in _components(config):
         _check_arguments(key, component, parser)
 
@@ -150,6 +152,17 @@ def _strings(config: Any) -> Iterator[str]:
     elif isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _strings(value)
+
+
+def _evaluated(config: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Where a value is anything that MONAI resolves, and what."""
+    if isinstance(config, str) and config[:1] in ("$", "@", "%"):
+        yield key, config
+    elif isinstance(config, dict | list):
+        for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+            if name == "_target_":
+                yield f"{key}::{name}", str(value)
+            yield from _evaluated(value, f"{key}::{name}")
 
 
 def _keys(config: Any, within: str = "") -> Iterator[str]:

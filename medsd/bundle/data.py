@@ -17,9 +17,13 @@ from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
+from medsd.cohort.kept import TABLE
+from medsd.cohort.manifest import CLASSES, find_slides_at, read_manifest
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
-from medsd.errors import ConfigError, NetworkError
+from medsd.cohort.split import with_parts
+from medsd.cohort.tiling import INDEX, Tiling, find_tiles, tiled_slides
+from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.legend import ADDITIVE
@@ -27,8 +31,9 @@ from medsd.networks.weights import Calibration
 from medsd.phantom import write_phantom_dataset
 from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
+from medsd.slides.mpp import check_tile
 from medsd.slides.slide import open_slide
-from medsd.slides.stain import StainProfile, profile_from_dict
+from medsd.slides.stain import StainProfile, profile_from_dict, profile_from_file
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.training.predict import predict
 
@@ -65,19 +70,22 @@ class SlideData:
     """Whole slides with annotations.
 
     Attributes:
-        dataset_dir: CAMELYON16-like folder, or None for phantom slides.
+        dataset_dir: a manifest or a folder with one (`slides.csv`, see `read_manifest`), a folder that `medsd tiles`
+            wrote, whose tiles are taken, a CAMELYON16-like folder, or None for phantom slides.
         phantoms: the phantom slides.
         work_dir: where tile index and thumbnails are kept.
         grid: how tiles are cut.
-        validation_share: share of the training slides held out, of each class.
+        validation_share: share of the training patients (or slides) held out, of each class.
         seed: chooses the split.
         cache: keep decoded tiles in memory.
-        stain_target: the stain that slides are normalised to, or its numbers as `medsd stain` writes them; None for
-            none.
+        stain_target: the stain that slides are normalised to: the file that `medsd stain` wrote, or its numbers; None
+            for none.
         tissue: what is on the slides, in words, for the weights' card.
+        test_share: share of the patients (or slides) for testing, where the data set does not say.
+        classes: names of the classes, that of normal tissue first; labels of a manifest are these.
 
     Raises:
-        ConfigError: a number out of its range, or the target is none.
+        ConfigError: a number out of its range, the target is none, or not two classes.
     """
 
     dataset_dir: str | None
@@ -89,11 +97,18 @@ class SlideData:
     cache: bool = False
     stain_target: StainProfile | None = None
     tissue: str = ""
+    test_share: float = 0.25
+    classes: Sequence[str] = CLASSES
 
     def __post_init__(self) -> None:
         check_number("validation_share", self.validation_share, "(0, 1)")
+        check_number("test_share", self.test_share, "(0, 1)")
+        if len(self.classes) != 2 or len({str(name).casefold() for name in self.classes}) != 2:
+            raise ConfigError(f"classes={list(self.classes)}: name two, that of normal tissue first")
         given: object = self.stain_target
-        if given is not None and not is_dataclass(given):
+        if isinstance(given, str):
+            object.__setattr__(self, "stain_target", profile_from_file(given))
+        elif given is not None and not is_dataclass(given):
             object.__setattr__(self, "stain_target", profile_from_dict(cast(Mapping[str, Any], given)))
 
     @property
@@ -127,9 +142,11 @@ class SlideData:
         """Phantoms if no folder is given; then tissue, tiles and labels of every slide."""
         if self.dataset_dir is None:
             self.phantoms.write()
-        prepare_slides(
-            self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
-        )
+        if self._tiled is None:
+            prepare_slides(
+                self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
+            )
+        self._prepared.tell(self.classes)
         if self._normaliser is not None:  # here, so that loader workers find every fit and need no tiatoolbox
             index = self._prepared.index
             for number in progress_bar("stain")(np.unique(index.slide), len(np.unique(index.slide)), "slide"):
@@ -168,11 +185,38 @@ class SlideData:
 
     @cached_property
     def _slides(self) -> list[SlideEntry]:
-        return find_slides(self.dataset_dir or self.phantoms.folder)
+        place = Path(self.dataset_dir or self.phantoms.folder)
+        table = place / TABLE if place.is_dir() else place
+        if self._tiled is not None:
+            slides = self._tiled[0]
+        elif table.suffix.lower() == ".csv" and table.is_file():
+            slides = read_manifest(table, classes=tuple(self.classes))
+        else:
+            slides = find_slides(place)
+        return with_parts(slides, self.test_share, self.seed)
+
+    @cached_property
+    def _tiled(self) -> tuple[list[SlideEntry], Tiling] | None:
+        """Slides and settings of a folder that `medsd tiles` wrote."""
+        if self.dataset_dir is None or not (Path(self.dataset_dir) / INDEX).is_file():
+            return None
+        slides, tiling = tiled_slides(self.dataset_dir)
+        cut = tiling.grid
+        if (cut.tile_px, cut.mpp) != (self.grid.tile_px, self.grid.mpp):
+            raise ConfigError(
+                f"{self.dataset_dir}: holds tiles of {cut.tile_px} px at {cut.mpp:g} um; "
+                f"set --tile_px {cut.tile_px} --mpp {cut.mpp:g}"
+            )
+        if find_tiles(slides, self.dataset_dir, tiling) is None:
+            raise DatasetError(f"{self.dataset_dir}: holds tiles of slides that changed since; run medsd tiles again")
+        return slides, tiling
 
     @cached_property
     def _prepared(self) -> PreparedSlides:
-        return load_prepared(self._slides, self.work_dir, self.grid, self.validation_share, self.seed)
+        folder, tiling = self.work_dir, Tiling(self.grid)
+        if self._tiled is not None:
+            folder, tiling = str(self.dataset_dir), self._tiled[1]
+        return load_prepared(self._slides, folder, tiling, self.validation_share, self.seed)
 
 
 @dataclass(frozen=True)
@@ -212,8 +256,7 @@ class PatchData:
             )
         if self.dataset_dir is None:
             raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
-        check_number("tile_px", self.tile_px, "[1, inf)", whole=True)
-        check_number("mpp", self.mpp, "(0, inf)")
+        check_tile(self.tile_px, self.mpp)
         check_number("validation_share", self.validation_share, "(0, 1)")
         check_number("test_share", self.test_share, "(0, 1)")
 
@@ -252,7 +295,7 @@ class PatchData:
 
     def jobs(self) -> list[SlideEntry]:
         """The slides given to be mapped."""
-        return [SlideEntry(Path(slide).stem, Path(slide)) for slide in self.slides]
+        return find_slides_at(self.slides) if self.slides else []
 
     def test_slides(self) -> Sequence[SlideEntry]:
         """None: patches have no slide labels."""

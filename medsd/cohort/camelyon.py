@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from medsd.cohort.entry import SlideEntry, check_names
+from medsd.cohort.entry import SlideEntry, check_names, output_name
 from medsd.errors import DatasetError
 from medsd.tables import read_table
 
@@ -54,7 +52,7 @@ def find_slides(folder: str | Path) -> list[SlideEntry]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder; set dataset_dir to a CAMELYON16-like folder")
+        raise DatasetError(f"{folder}: no such folder; set dataset_dir to a manifest or a CAMELYON16-like folder")
     bucket = (folder / "images").is_dir() and not (folder / "training").is_dir()
     slides = _of_bucket(folder) if bucket else _of_challenge(folder)
     check_names(slides)
@@ -71,26 +69,6 @@ def find_slides(folder: str | Path) -> list[SlideEntry]:
             known[0],
         )
     return slides
-
-
-def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Names of training and of validation slides, each class split alone so that both sides hold both.
-
-    Raises:
-        DatasetError: a class has fewer than two slides.
-    """
-    training: list[str] = []
-    validation: list[str] = []
-    generator = np.random.default_rng(seed)
-    for label, word in ((0, "normal"), (1, "tumor")):
-        names = sorted(slide.name for slide in slides if slide.part == "training" and slide.label == label)
-        if len(names) < 2:
-            raise DatasetError(f"training/{word}: {len(names)} slide(s); at least 2 are needed, one for validation")
-        shuffled = [names[i] for i in generator.permutation(len(names))]
-        held_out = min(max(1, round(share * len(names))), len(names) - 1)
-        validation += shuffled[:held_out]
-        training += shuffled[held_out:]
-    return sorted(training), sorted(validation)
 
 
 def _of_challenge(folder: Path) -> list[SlideEntry]:
@@ -131,7 +109,7 @@ def _entries(kinds: dict[str, list[Path]], training: Path, testing: Path, refere
         if kind == "test" and key not in labels:
             raise DatasetError(f"{reference}: no row for slide '{path.stem}'; add it")
         label = labels[key] if kind == "test" else LABELS[kind]
-        entries.append(SlideEntry(path.stem, path, label, part, annotation))
+        entries.append(SlideEntry(output_name(path.stem), path, label, part, annotation))
     return entries
 
 

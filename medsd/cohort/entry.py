@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medsd.errors import DatasetError
+from medsd.slides.mpp import check_mpp
+
+# File systems take 255 bytes; temporary names and suffixes come to it.
+_LONGEST_BYTES = 120
+# What shells, Windows and its shares, and spreadsheets take for something else.
+_UNFIT = frozenset('/\\:*?"<>|')
+_UNFIT_FIRST = ".=+-@ "
 
 
 @dataclass(frozen=True)
@@ -14,13 +25,18 @@ class SlideEntry:
     """One slide of a data set.
 
     Attributes:
-        name: what its outputs are kept by.
+        name: what its outputs are kept by, see `output_name`.
         path: its file.
         label: 1 tumour, 0 normal, None where nobody says.
-        part: "training" or "testing"; empty where the data set has no parts.
+        part: "training", "validation" or "testing"; empty where nobody says.
         annotation: the file of its outlines, if any.
         mpp: micrometres per level-0 pixel, where the file's own is missing or wrong.
         exhaustive: whether the annotation outlines all tumour; where it does not, tissue outside it has no label.
+        patient: whose slide it is; empty where nobody says.
+
+    Raises:
+        ConfigError: a scale that no microscope has.
+        DatasetError: a name that outputs cannot be kept by.
     """
 
     name: str
@@ -30,13 +46,60 @@ class SlideEntry:
     annotation: Path | None = None
     mpp: float | None = None
     exhaustive: bool = True
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name != output_name(self.name):
+            raise DatasetError(
+                f"{self.path}: outputs cannot be kept by the name {self.name!r}; use {output_name(self.name)!r}"
+            )
+        if self.mpp is not None:
+            check_mpp(f"{self.path}: mpp", self.mpp)
+
+
+def output_name(text: str) -> str:
+    """The name of a slide's outputs from the stem of its file: a part of a path on any system, and nothing else.
+
+    It is not empty, at most 120 bytes long, has no separators, control characters or bytes that are no text, does not
+    begin with a dot, a blank or what spreadsheets take for a formula, and does not end with a dot or blank.
+
+    Example:
+        >>> output_name("tumor_001"), output_name(".."), output_name("=a/b")
+        ('tumor_001', 'slide', 'a_b')
+    """
+    name = "".join("_" if letter in _UNFIT or not letter.isprintable() else letter for letter in text)
+    name = name.lstrip(_UNFIT_FIRST).encode()[:_LONGEST_BYTES].decode(errors="ignore")
+    return name.rstrip(". ") or "slide"
+
+
+def own_name(path: Path) -> str:
+    """The name of a slide whose usual one another slide has: with eight digits that follow from its path."""
+    digits = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
+    return f"{output_name(path.stem).encode()[: _LONGEST_BYTES - 9].decode(errors='ignore')}-{digits}"
+
+
+def named_slides(paths: Iterable[Path]) -> list[SlideEntry]:
+    """Entries of slides, of which nothing else is known, each with a name of its own."""
+    return with_own_names([SlideEntry(output_name(path.stem), path) for path in paths])
+
+
+def with_own_names(entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """The entries, those that share a name (in any case) each with one that follows from its path."""
+    counts = Counter(_folded(entry.name) for entry in entries)
+    return [
+        replace(entry, name=own_name(entry.path)) if counts[_folded(entry.name)] > 1 else entry for entry in entries
+    ]
 
 
 def check_names(slides: Iterable[SlideEntry]) -> None:
     """Raise DatasetError where two slides have one name, or names that some file systems take for one ("a", "A")."""
     paths: dict[str, Path] = {}
     for slide in slides:
-        key = slide.name.casefold()
+        key = _folded(slide.name)
         if key in paths:
             raise DatasetError(f"{slide.path}: a slide of this name is also at {paths[key]}; rename one")
         paths[key] = slide.path
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -17,6 +17,7 @@ from medsd.annotations import Annotations, tumour_share
 from medsd.checks import check_number
 from medsd.errors import DatasetError
 from medsd.files import atomic_path
+from medsd.slides.mpp import check_tile
 from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -47,9 +48,8 @@ class TileGrid:
     tumour_from: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("tile_px", self.tile_px, "[1, inf)", whole=True)
+        check_tile(self.tile_px, self.mpp)
         check_number("stride_px", self.stride_px, "[1, inf)", whole=True)
-        check_number("mpp", self.mpp, "(0, inf)")
         check_number("min_tissue", self.min_tissue, "[0, 1]")
         check_number("tumour_from", self.tumour_from, "(0, 1]")
 

@@ -1,8 +1,8 @@
 """Which slides a cohort has: a folder that is searched, or a table that lists them.
 
-slide,mpp,label,annotation
-case_01.svs,,tumor,outlines/case_01.xml
-case_02.tif,0.25,normal,
+slide,label,annotation,mpp,part,patient
+case_01.svs,tumor,outlines/case_01.xml,,training,p1
+case_02.tif,normal,,0.25,,p2
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from medsd.cohort.camelyon import LABELS
-from medsd.cohort.entry import SlideEntry, check_names
+from medsd.cohort.entry import SlideEntry, check_names, named_slides, output_name, with_own_names
 from medsd.errors import DatasetError
 from medsd.slides.mpp import WANTED_MPP, is_plausible
+from medsd.slides.parts import dicom_series
+from medsd.slides.readers.zarr_levels import is_zarr
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("slide", "mpp", "label", "annotation")
+Meaning = TypeVar("Meaning")
+
+COLUMNS = ("slide", "label", "annotation", "mpp", "part", "patient")
 """Columns of a manifest; the first must be there."""
 
 _FILES = ".svs .tif .tiff .btf .ndpi .mrxs .scn .bif .dcm .vms .vmu .svslide .jp2"
@@ -31,6 +37,13 @@ SLIDE_SUFFIXES = (*_FILES.split(), ".zarr")
 
 ANNOTATION_SUFFIXES = (".xml", ".geojson", ".json", ".tif", ".tiff", ".xml.gz", ".geojson.gz", ".json.gz")
 """How names of annotations end, after the slide's name."""
+
+PARTS = {"training": "training", "train": "training", "validation": "validation", "val": "validation"}
+PARTS |= {"testing": "testing", "test": "testing"}
+"""Parts of a data set by the words for them."""
+
+CLASSES = ("normal", "tumour")
+"""The usual names of the classes."""
 
 _MASK = "_mask"
 # float() also takes "1_0", "nan" and digits of other scripts.
@@ -55,7 +68,7 @@ def find_cohort(
         entries with absolute paths.
 
     Raises:
-        DatasetError: no slides, two of one name, a mistake in the manifest, or no such folder.
+        DatasetError: no slides, a mistake in the manifest, or no such folder.
 
     Example:
         >>> [entry.name for entry in find_cohort("slide.tif")]
@@ -71,11 +84,26 @@ def find_cohort(
         unlisted = len(set(_slide_files(source, leave_out)) - {entry.path for entry in entries})
         if unlisted:
             logger.warning("%s: %d slides that %s does not list are left out", source, unlisted, manifest)
-    elif source.name.lower().endswith(SLIDE_SUFFIXES) and source.exists():
-        entries = [SlideEntry(source.stem, Path(os.path.abspath(source)))]
     else:
-        entries = search_folder(source, leave_out)
+        entries = _slides_at(source, leave_out)
     return entries if annotations is None else _with_annotations(entries, Path(annotations))
+
+
+def find_slides_at(places: Sequence[str | Path], leave_out: str | Path | None = None) -> list[SlideEntry]:
+    """The slides of several folders, manifests and slides, as `find_cohort` finds those of one.
+
+    Raises:
+        DatasetError: see there.
+    """
+    return with_own_names([entry for place in places for entry in find_cohort(place, leave_out=leave_out)])
+
+
+def _slides_at(place: Path, leave_out: str | Path | None) -> list[SlideEntry]:
+    """A slide, which may be a folder or not be there (that costs its row alone), or those in a folder."""
+    known = place.name.lower().endswith(SLIDE_SUFFIXES)
+    if place.is_file() or _is_store(place) or (known and not place.is_dir()):
+        return named_slides([Path(os.path.abspath(place))])
+    return search_folder(place, leave_out)
 
 
 def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> list[SlideEntry]:
@@ -89,14 +117,19 @@ def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> li
         leave_out: a folder that is not searched.
 
     Raises:
-        DatasetError: no such folder, no slide in it, or two of one name.
+        DatasetError: no such folder, or no slide in it.
     """
     files = _slide_files(folder, leave_out)
     if not files:
         raise DatasetError(f"{folder}: no slides; their names end in {' '.join(SLIDE_SUFFIXES)}")
-    entries = [SlideEntry(path.stem, path) for path in files]
+    entries = named_slides(files)
     check_names(entries)
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a folder is a slide (OME-NGFF), by its name or by what is in it."""
+    return is_zarr(path) or (path.suffix.lower() == ".zarr" and path.is_dir())
 
 
 def _slide_files(folder: str | Path, leave_out: str | Path | None) -> list[Path]:
@@ -128,20 +161,11 @@ def _walk(folder: Path, leave_out: str | None) -> Iterator[Path]:
 
 def _one_of_a_series(files: Sequence[Path]) -> list[Path]:
     """The largest file of each DICOM series in a folder; OpenSlide finds the others by it."""
-    if not files:
-        return []
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
     largest: dict[tuple[Path, str], tuple[int, Path]] = {}
     for path in files:
-        try:
-            header = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-            series = str(header.get("SeriesInstanceUID", path.name))
-        except (InvalidDicomError, OSError, ValueError, EOFError, AttributeError, KeyError, NotImplementedError):
-            series = path.name  # a slide of its own, which opening it will call damaged
-        key = path.parent, series
-        largest[key] = max(largest.get(key, (-1, path)), (path.stat().st_size, path))
+        key = path.parent, dicom_series(path) or path.name  # opening a file of no series will call it damaged
+        size = path.stat().st_size if path.exists() else 0
+        largest[key] = max(largest.get(key, (-1, path)), (size, path))
     return sorted(path for _, path in largest.values())
 
 
@@ -149,32 +173,48 @@ def _with_annotations(entries: Sequence[SlideEntry], folder: Path) -> list[Slide
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; name the one that holds the annotations")
     annotated = []
+    used: set[Path] = set()
+    counts = Counter(entry.path.stem for entry in entries)
     for entry in entries:
-        stems = (entry.name, entry.name + _MASK)
+        stems = (entry.path.stem, entry.path.stem + _MASK)
         found = [folder / f"{stem}{suffix}" for stem in stems for suffix in ANNOTATION_SUFFIXES]
         absolute = [Path(os.path.abspath(path)) for path in found if path.is_file()]
         files = [path for path in absolute if path != entry.path]
         if len(files) > 1 and entry.annotation is None:
             names = ", ".join(path.name for path in files)
-            raise DatasetError(f"{folder}: slide '{entry.name}' has several annotations ({names}); keep one")
+            raise DatasetError(f"{folder}: slide '{entry.path.stem}' has several annotations ({names}); keep one")
+        if files and counts[entry.path.stem] > 1:
+            raise DatasetError(f"{files[0]}: belongs to either of several slides of its name; name it in a manifest")
+        used |= {*files, entry.path}
         annotated.append(replace(entry, annotation=entry.annotation or (files[0] if files else None)))
     if not any(entry.annotation for entry in annotated):
         raise DatasetError(
-            f"{folder}: no annotation of any slide; they are named as the slides, '{entries[0].name}.xml'"
+            f"{folder}: no annotation of any slide; they are named as the slides, '{entries[0].path.stem}.xml'"
         )
+    there = (Path(os.path.abspath(path)) for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    others = [path for path in there if path.name.lower().endswith(ANNOTATION_SUFFIXES) and path not in used]
+    if others:
+        logger.warning("%s: %d annotations belong to no slide, the first: %s", folder, len(others), others[0].name)
+    without = [entry for entry in annotated if entry.annotation is None]
+    if without:
+        logger.warning("%s: %d slides have no annotation, the first: %s", folder, len(without), without[0].path.name)
     return annotated
 
 
-def read_manifest(path: str | Path, root: str | Path | None = None) -> list[SlideEntry]:
-    """The slides that a table lists: columns `slide` and, as far as they are needed, `mpp`, `label`, `annotation`.
+def read_manifest(
+    path: str | Path, root: str | Path | None = None, classes: Sequence[str] = CLASSES
+) -> list[SlideEntry]:
+    """The slides that a table lists: column `slide` and, as far as they are needed, the others of `COLUMNS`.
 
-    UTF-8, comma separated, first row the column names; empty rows count but say nothing. An empty cell means: the
-    file's own mpp, no label, no annotation. Labels are "tumor", "tumour" or "normal". Files named relatively lie in
-    `root` (links in it are followed), others are named with their whole path.
+    UTF-8, comma separated, first row the column names; empty rows count but say nothing. An empty cell means: no
+    label, no annotation, the file's own mpp, any part, a patient of its own. Files named relatively lie in `root`
+    (links in it are followed), others are named with their whole path.
 
     Args:
         path: the table.
         root: folder that relative names start from; None for the table's own.
+        classes: names that labels may have, in any case: that of slides without tumour, and that of the others. Of
+            the usual ones "tumor" is a spelling.
 
     Returns:
         entries in the order of the table, with absolute paths.
@@ -185,33 +225,39 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> list[Slid
     path = Path(path)
     root = Path(os.path.abspath(path.parent if root is None else root))
     entries: list[SlideEntry] = []
-    places: dict[str, int] = {}
+    places: dict[Path, int] = {}
+    labels = LABELS if tuple(classes) == CLASSES else {name.casefold(): n for n, name in enumerate(classes)}
     for number, cells in read_table(path, ["slide"], known=COLUMNS).iterrows():
         where = f"{path}: row {number}"
-        entry = _entry(cells, root, where)
-        other = places.setdefault(entry.name.casefold(), number)
+        entry = _entry(cells, root, labels, where)
+        other = places.setdefault(entry.path, number)
         if other != number:
-            raise DatasetError(f"{where}, column 'slide': row {other} has a slide of this name; rename or drop one")
+            raise DatasetError(f"{where}, column 'slide': row {other} has this slide, too; drop one")
         entries.append(entry)
     if not entries:
         raise DatasetError(f"{path}: lists no slide; give one a row below the column names")
-    return entries
+    return with_own_names(entries)
 
 
-def _entry(cells: Mapping[str, str], root: Path, where: str) -> SlideEntry:
+def _entry(cells: Mapping[str, str], root: Path, labels: Mapping[str, int], where: str) -> SlideEntry:
     slide = _file(cells["slide"], root, f"{where}, column 'slide'")
     annotation = cells.get("annotation", "")
-    label = cells.get("label", "").lower()
-    if label and label not in LABELS:
-        raise DatasetError(f"{where}, column 'label': '{label}' is unknown; use 'normal', 'tumor' or nothing")
     return SlideEntry(
-        slide.stem,
+        output_name(slide.stem),
         slide,
-        LABELS[label] if label else None,
-        "",
+        _one_of(labels, cells.get("label", ""), f"{where}, column 'label'"),
+        _one_of(PARTS, cells.get("part", ""), f"{where}, column 'part'") or "",
         _file(annotation, root, f"{where}, column 'annotation'") if annotation else None,
         _mpp(cells.get("mpp", ""), f"{where}, column 'mpp'"),
+        patient=cells.get("patient", ""),
     )
+
+
+def _one_of(meanings: Mapping[str, Meaning], word: str, where: str) -> Meaning | None:
+    """What a word means; None for none."""
+    if word and word.casefold() not in meanings:
+        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(meanings)} or nothing")
+    return meanings[word.casefold()] if word else None
 
 
 def _file(text: str, root: Path, where: str) -> Path:
@@ -222,7 +268,7 @@ def _file(text: str, root: Path, where: str) -> Path:
     if not Path(text).is_absolute() and not path.is_relative_to(root):
         raise DatasetError(f"{where}: '{text}' leads out of {root}; give the whole path of a file elsewhere")
     try:
-        there = path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()
+        there = path.is_file() or _is_store(path)
     except OSError as error:
         raise DatasetError(f"{where}: '{text}' is no name of a file ({error.strerror}); correct it") from error
     if not there:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from medsd.cohort.camelyon import split_validation
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
-from medsd.cohort.runner import TABLE
+from medsd.cohort.kept import TABLE
+from medsd.cohort.split import patients_on_two_sides, split_validation
 from medsd.cohort.tiling import INDEX, THUMBNAILS, Tiling, find_tiles, tile_slides
 from medsd.errors import DatasetError, NoTissueError
 from medsd.progress import Progress, no_progress
 from medsd.tables import read_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ class PreparedSlides:
     training: tuple[str, ...]
     validation: tuple[str, ...]
     testing: tuple[str, ...]
+
+    def tell(self, classes: Sequence[str]) -> None:
+        """Log slides, patients and tiles of each part by class, and warn of patients on two sides."""
+        sides = []
+        for part in ("training", "validation", "testing"):
+            entries = [self.entry(name) for name in getattr(self, part)]
+            tiles = self.index.of_slides([entry.name for entry in entries]).label
+            counts = [
+                f"{sum(entry.label == label for entry in entries)} {word} slides ({int((tiles == label).sum())} tiles)"
+                for label, word in enumerate(classes)
+            ]
+            patients = {entry.patient for entry in entries if entry.patient}
+            logger.info("%s: %s%s", part, ", ".join(counts), f" of {len(patients)} patients" if patients else "")
+            sides.append(entries)
+        if leaks := patients_on_two_sides(sides):
+            logger.warning(
+                "%d patients have slides in more than one part, so scores are too good: %s",
+                len(leaks),
+                ", ".join(leaks),
+            )
 
     def entry(self, name: str) -> SlideEntry:
         """The slide of that name."""
@@ -58,20 +81,20 @@ def prepare_slides(
         NoTissueError: no tile at all on the training or testing side.
     """
     tile_slides(slides, folder, Tiling(grid), workers, progress=progress)
-    return load_prepared(slides, folder, grid, validation_share, seed)
+    return load_prepared(slides, folder, Tiling(grid), validation_share, seed)
 
 
 def load_prepared(
-    slides: Sequence[SlideEntry], folder: str | Path, grid: TileGrid, validation_share: float, seed: int
+    slides: Sequence[SlideEntry], folder: str | Path, tiling: Tiling, validation_share: float, seed: int
 ) -> PreparedSlides:
-    """What `prepare_slides` left in `folder`.
+    """What `prepare_slides` left in `folder`, or `tile_slides`.
 
     Raises:
         DatasetError: nothing is there, it was not finished, or it is of other slides or settings.
         NoTissueError: no tile at all on the training or testing side.
     """
     folder = Path(folder)
-    index = find_tiles(slides, folder, Tiling(grid))
+    index = find_tiles(slides, folder, tiling)
     if index is None and not (folder / INDEX).is_file():
         raise DatasetError(f"{folder}: slides are not prepared; run the stage 'prepare' first")
     if index is None:

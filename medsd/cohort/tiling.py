@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from medsd.annotations import Annotations, read_annotations
 from medsd.checks import check_choice, check_number
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
-from medsd.cohort.runner import Made, SlideRow, Work, is_made, run_cohort
+from medsd.cohort.kept import Kept, SlideRow, gather
+from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
+from medsd.errors import AnnotationError, DatasetError
 from medsd.progress import Progress, no_progress
-from medsd.record import identity
+from medsd.record import identity, read_record
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import METHODS, TissueMask, find_tissue
@@ -29,11 +32,14 @@ INDEX = "tiles.npz"
 THUMBNAILS = "thumbnails"
 _LABELS = {1: "tumor", 0: "normal", None: ""}
 _COLUMNS = (
-    *("slide", "path", "part", "label", "status", "reason", "mpp", "mpp_source", "reader", "width", "height"),
+    *("slide", "path", "part", "label", "annotation", "patient", "status", "reason"),
+    *("mpp", "mpp_source", "reader", "width", "height"),
     *("tissue_mm2", "tiles", "tumour_tiles", "normal_tiles", "mixed_tiles", "unseen_tiles", "seconds"),
 )
 # Raised whenever the same settings give other tiles or another record.
-_FORMAT = 2
+_FORMAT = 3
+# Tiles so much finer than the slide are told (our choice).
+_ENLARGED = 1.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class TiledSlide(SlideRow):
     Attributes:
         part: the slide's part in its data set.
         label: "tumor", "normal", or empty where nobody says.
+        annotation: the file of its outlines, if any.
+        patient: whose slide it is; empty where nobody says.
         mpp, mpp_source: micrometres per level-0 pixel, and where the number comes from; None where it never opened.
         reader: the library that reads the file.
         width, height: size at level 0 in pixels.
@@ -81,6 +89,8 @@ class TiledSlide(SlideRow):
 
     part: str = ""
     label: str = ""
+    annotation: str = ""
+    patient: str = ""
     mpp: float | None = None
     mpp_source: str = ""
     reader: str = ""
@@ -109,6 +119,7 @@ def tile_slides(
     workers: int | None = None,
     isolate: bool = True,
     progress: Progress = no_progress,
+    sharing: Sharing = ALONE,
 ) -> TiledCohort:
     """Find tissue and tiles of every slide; leave `tiles.npz`, `slides.csv` and a picture of each slide in `folder`.
 
@@ -119,7 +130,8 @@ def tile_slides(
         entries: the slides.
         folder: where to write.
         tiling: how slides become tiles.
-        workers, isolate, progress: see `run_cohort`.
+        workers, isolate, progress, sharing: see `run_cohort`. The tiles given back are those in the folder, which are
+            none of these slides' where nothing is gathered.
 
     Raises:
         DatasetError: no slides, two of one name, or tiles of another slide of that name in `folder`.
@@ -132,9 +144,49 @@ def tile_slides(
         >>> tiled.slides[0].status, tiled.slides[0].tumour_tiles > 0
         ('ok', True)
     """
-    rows = run_cohort(_TilingWork(Path(folder), tiling), entries, workers, isolate, progress)
-    index = TileIndex.load(Path(folder) / INDEX).named([entry.name for entry in entries])
+    work = _TilingWork(Path(folder), tiling)
+    rows = run_cohort(work, entries, workers, isolate, progress, sharing)
+    if sharing.gather:
+        index = TileIndex.load(Path(folder) / INDEX).named([row.slide for row in rows])
+    else:
+        index = join([work.tiles_of(row) for row in rows])
     return TiledCohort(index, tuple(rows))
+
+
+def gather_tiles(folder: str | Path) -> list[TiledSlide]:
+    """Leave `tiles.npz` and `slides.csv` of all slides that were tiled in `folder`, by however many processes.
+
+    Where they were not tiled with the same settings, the index holds those of the settings that most have.
+
+    Raises:
+        DatasetError: no slide was.
+        OutputError: `folder` cannot be written to.
+    """
+    return gather(_Tiles(Path(folder)))
+
+
+def tiled_slides(folder: str | Path) -> tuple[list[SlideEntry], Tiling]:
+    """The slides that `tile_slides` left in `folder`, as they were given to it, and how they were tiled.
+
+    Raises:
+        DatasetError: there are none, or they were tiled with several settings.
+    """
+    kept, entries, settings = _Tiles(Path(folder)), [], set()
+    for path in sorted(kept.folder.glob(kept.record.format("*"))):
+        record = read_record(path)
+        if record is None:
+            raise DatasetError(f"{path}: not whole, or of another version; run medsd tiles again")
+        if record["status"] == "failed":
+            continue
+        row, recipe = TiledSlide(**record["result"]), record["recipe"]
+        annotation = Path(row.annotation) if row.annotation else None
+        about = recipe["label"], row.part, annotation, recipe["mpp"], recipe["exhaustive"], row.patient
+        entries.append(SlideEntry(row.slide, Path(row.path), *about))
+        settings.add(json.dumps(recipe["tiling"]))
+    if len(settings) != 1:
+        raise DatasetError(f"{folder}: slides tiled with {len(settings)} settings; tile all with the same ones")
+    tiling = json.loads(settings.pop())
+    return entries, Tiling(**{**tiling, "grid": TileGrid(**tiling["grid"])})
 
 
 def find_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling) -> TileIndex | None:
@@ -154,14 +206,50 @@ def find_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling
 
 
 @dataclass(frozen=True)
-class _TilingWork(Work[TiledSlide]):
-    """A slide becomes `slides/<name>.npz` and `thumbnails/<name>.png`; see `Work`."""
+class _Tiles(Kept[TiledSlide]):
+    """Tiled slides; see `Kept`."""
 
     folder: Path
-    tiling: Tiling
     row_type = TiledSlide
     columns = _COLUMNS
     record = "slides/{}.json"
+
+    def publish(self, rows: Sequence[TiledSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        found = [json.dumps(recipes[row.slide]["tiling"]) for row in rows if row.status != "failed"]
+        counts = Counter(found)
+        settings = max(counts, key=lambda text: counts[text]) if found else None
+        if settings is not None:
+            write_index(self, rows, recipes, json.loads(settings))
+
+
+def write_index(
+    kept: Kept[TiledSlide],
+    rows: Sequence[TiledSlide],
+    recipes: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the index of the slides that were tiled with these settings."""
+    grid = TileGrid(**settings["grid"])
+    parts = [
+        tiles_in(kept, row, grid) for row in rows if row.status == "failed" or recipes[row.slide]["tiling"] == settings
+    ]
+    if len(parts) < len(rows):
+        logger.warning("%s: lacks %d slides tiled with other settings", kept.folder / INDEX, len(rows) - len(parts))
+    join(parts).save(kept.folder / INDEX)
+
+
+def tiles_in(kept: Kept[TiledSlide], row: TiledSlide, grid: TileGrid) -> TileIndex:
+    """The tiles of a slide, none of one that failed."""
+    if row.status == "failed":
+        return no_tiles(row.slide, row.path, row.mpp, grid)
+    return replace(TileIndex.load(kept.record_of(row.slide).with_name(f"{row.slide}.npz")), paths=(row.path,))
+
+
+@dataclass(frozen=True)
+class _TilingWork(_Tiles, Work[TiledSlide]):
+    """A slide becomes `slides/<name>.npz` and `thumbnails/<name>.png`; see `Work`."""
+
+    tiling: Tiling
     outputs = ("{}.npz", f"../{THUMBNAILS}/{{}}.png")
     summaries = (INDEX,)
 
@@ -170,20 +258,29 @@ class _TilingWork(Work[TiledSlide]):
             "format": _FORMAT,
             "annotation": None if entry.annotation is None else identity(entry.annotation),
             "label": entry.label,
-            "part": entry.part,
             "exhaustive": entry.exhaustive,
             "tiling": asdict(self.tiling),
         }
 
-    def row(self, entry: SlideEntry, status: str, reason: str = "") -> TiledSlide:
-        return TiledSlide(entry.name, status, reason, entry.part, _LABELS[entry.label], path=str(entry.path))
+    def row_now(self, row: TiledSlide, entry: SlideEntry) -> TiledSlide:
+        return replace(
+            row,
+            path=str(entry.path),
+            part=entry.part,
+            label=_LABELS[entry.label],
+            annotation="" if entry.annotation is None else str(entry.annotation),
+            patient=entry.patient,
+        )
 
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[TiledSlide]:
         tiling = self.tiling
-        annotations = None if entry.annotation is None else read_annotations(entry.annotation, slide.dimensions)
+        annotations = _annotations(entry, slide)
         tissue = find_tissue(slide, method=tiling.tissue, force=tiling.force_tissue)
         found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, annotations)
         labelled = _has_labels(entry, annotations)
+        doubts = list(_doubts(slide, entry, found, annotations, tiling.grid))
+        if labelled and annotations is not None and _missed(found, annotations):
+            labelled = False
         if not labelled:
             found.label[:] = MIXED  # nobody says what a tile is: no honest label
         elif not entry.exhaustive:
@@ -193,10 +290,12 @@ class _TilingWork(Work[TiledSlide]):
             places = read_tiles(slide, found.x, found.y, found.tile_px, found.mpp)
             for tile in progress(places, len(found), "tile"):
                 seen[tile.row] = tile.seen is None or tile.seen.all()
+        for doubt in doubts:
+            logger.warning("%s: %s", entry.path, doubt)
         draw_tiles(self.folder / THUMBNAILS / f"{entry.name}.png", slide, found, tissue, ~seen, labelled)
         tiles, unseen = found.rows(seen), found.rows(~seen)
         row = replace(
-            self.row(entry, *_verdict(slide.path, tissue, len(found), len(unseen), tiling)),
+            self.row(entry, *_verdict(slide, tissue, len(found), len(unseen), tiling)),
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
             reader=slide.reader,
@@ -207,28 +306,29 @@ class _TilingWork(Work[TiledSlide]):
         )
         if row.status == "failed":
             return Made(row)
-        tiles.save(self._tiles(entry.name))
+        row = replace(row, reason="; ".join([row.reason, *doubts] if row.reason else doubts))
+        tiles.save(self.record_of(entry.name).with_name(f"{entry.name}.npz"))
         tumour, normal, mixed = (int((tiles.label == label).sum()) for label in (TUMOUR, NORMAL, MIXED))
         row = replace(row, tiles=len(tiles), tumour_tiles=tumour, normal_tiles=normal, mixed_tiles=mixed)
         corners = list(zip(unseen.x.tolist(), unseen.y.tolist(), strict=True))
         return Made(row, [name.format(entry.name) for name in self.outputs], {"unseen_level0": corners})
 
     def publish(self, rows: Sequence[TiledSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
-        settings = json.loads(json.dumps(asdict(self.tiling)))
-        parts, others = [], 0
-        for row in rows:
-            if row.status == "failed":
-                parts.append(no_tiles(row.slide, row.path, row.mpp, self.tiling.grid))
-            elif recipes[row.slide]["tiling"] == settings:
-                parts.append(replace(TileIndex.load(self._tiles(row.slide)), paths=(row.path,)))
-            else:
-                others += 1
-        if others:
-            logger.warning("%s: lacks %d slides tiled with other settings", self.folder / INDEX, others)
-        join(parts).save(self.folder / INDEX)
+        write_index(self, rows, recipes, json.loads(json.dumps(asdict(self.tiling))))
 
-    def _tiles(self, name: str) -> Path:
-        return self.folder / "slides" / f"{name}.npz"
+    def tiles_of(self, row: TiledSlide) -> TileIndex:
+        """The tiles of a slide that was tiled with these settings."""
+        return tiles_in(self, row, self.tiling.grid)
+
+
+def _annotations(entry: SlideEntry, slide: Slide) -> Annotations | None:
+    """The slide's outlines; AnnotationError where they say the opposite of its label."""
+    if entry.annotation is None:
+        return None
+    found = read_annotations(entry.annotation, slide.dimensions, qupath_origin_px=slide.bounds[:2])
+    if entry.label == 0 and not found.tumour.is_empty:
+        raise AnnotationError(f"{entry.annotation}: outlines tumour on a slide that is labelled normal; correct either")
+    return found
 
 
 def _has_labels(entry: SlideEntry, annotations: Annotations | None) -> bool:
@@ -237,14 +337,34 @@ def _has_labels(entry: SlideEntry, annotations: Annotations | None) -> bool:
     return outlined or entry.label == 0 or (entry.label is None and annotations is not None)
 
 
-def _verdict(path: Path, tissue: TissueMask, tiles: int, unseen: int, tiling: Tiling) -> tuple[str, str]:
+def _missed(tiles: TileIndex, annotations: Annotations) -> bool:
+    """Whether tumour is outlined, and none of it lies on a tile: the outlines may be another slide's."""
+    return len(tiles) > 0 and not annotations.tumour.is_empty and bool((tiles.label == NORMAL).all())
+
+
+def _doubts(
+    slide: Slide, entry: SlideEntry, tiles: TileIndex, annotations: Annotations | None, grid: TileGrid
+) -> Iterator[str]:
+    """What must not pass without a word: tiles that are no real pixels, and labels that nobody gave."""
+    if slide.mpp > _ENLARGED * grid.mpp:
+        yield f"tiles ({grid.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
+    if annotations is not None and _missed(tiles, annotations):
+        yield "no outline of tumour lies on tissue, so no tile has a label; see whether they are this slide's"
+    elif entry.label == 1 and (annotations is None or annotations.tumour.is_empty):
+        yield "a tumour slide without outlines: no tile has a label"
+
+
+def _verdict(slide: Slide, tissue: TissueMask, tiles: int, unseen: int, tiling: Tiling) -> tuple[str, str]:
     """Status and reason of a slide with so many tiles, of which so many could not be decoded."""
     share = max(tissue.unseen, unseen / tiles if tiles else 0.0)
     if share > tiling.max_unseen or (tiles and unseen == tiles):
         what = f"{unseen} of {tiles} tiles" if share > tissue.unseen else f"{tissue.unseen:.0%} of the slide"
-        return "failed", f"{path}: {what} cannot be decoded (allowed: {tiling.max_unseen:.0%}); copy it again"
+        return "failed", f"{slide.path}: {what} cannot be decoded (allowed: {tiling.max_unseen:.0%}); copy it again"
     if tiles:
         return "ok", ""
+    side_um, slide_um = tiling.grid.tile_px * tiling.grid.mpp, min(slide.dimensions) * slide.mpp
+    if side_um > slide_um:
+        return "empty", f"a tile ({side_um:g} um) is larger than the slide ({slide_um:g} um)"
     if not tissue.mask.any():
         return "empty", "no tissue found; see the thumbnail"
     return "empty", f"too little tissue for a tile (min_tissue={tiling.grid.min_tissue:g}); see the thumbnail"

@@ -55,9 +55,9 @@ def calibrate_on_slides(
             tissue = find_tissue(slide)
             seen = slide if normaliser is None or not tissue.mask.any() else normaliser.slide(slide, tissue)
             maps = engine.map(seen, tissue, progress)
-            slide_size_px = slide.dimensions
+            size_px, origin_px = slide.dimensions, slide.bounds[:2]
         probability = maps.probability
-        tumour = tumour_on(probability, entry, slide_size_px)
+        tumour = tumour_on(probability, entry, size_px, origin_px)
         # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
         known = probability.seen if entry.exhaustive else probability.seen & tumour
         labels.append(tumour[known])
@@ -96,12 +96,15 @@ def find_reference(
     return engine.neutral(batches(0), batches(1), source)
 
 
-def tumour_on(values: ValueMap, entry: SlideEntry, slide_size_px: tuple[int, int]) -> npt.NDArray[np.bool_]:
+def tumour_on(
+    values: ValueMap, entry: SlideEntry, slide_size_px: tuple[int, int], qupath_origin_px: tuple[int, int]
+) -> npt.NDArray[np.bool_]:
     """The annotated tumour (height, width) on the grid of a map of the slide; none where there is no annotation."""
     height, width = values.values.shape
     if entry.annotation is None:
         return np.zeros((height, width), bool)
-    return rasterise(read_annotations(entry.annotation, slide_size_px), width, height, values.level0_px)
+    annotations = read_annotations(entry.annotation, slide_size_px, qupath_origin_px=qupath_origin_px)
+    return rasterise(annotations, width, height, values.level0_px)
 
 
 def calibrate_on_patches(

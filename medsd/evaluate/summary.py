@@ -98,7 +98,8 @@ def score_slides(
             saliency = read_ome_tiff(Path(folder) / entry.name / "saliency.ome.tif")
             quantity = quantity or saliency.quantity
         if outlined:
-            tumour = tumour_on(saliency, entry, tuple(record["scale"]["dimensions"]))
+            scale = record["scale"]
+            tumour = tumour_on(saliency, entry, tuple(scale["dimensions"]), tuple(scale["bounds"][:2]))
             pointing[entry.name] = inside_share(saliency.values, tumour, saliency.seen)
     labels, scores = zip(*slides.values(), strict=True) if slides else ((), ())
     ratios = [share.ratio for share in pointing.values() if math.isfinite(share.ratio)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -32,22 +33,27 @@ def find_images(places: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[
     Raises:
         DatasetError: there is no picture, or one lies in a folder that is to be left out.
     """
-    left_out = [folder.resolve() for folder in leave_out]
+    left_out = [_real(folder) for folder in leave_out]
     found: dict[Path, Path] = {}
     for place in places:
         folder = place if place.is_dir() else place.parent
-        if folder.resolve() in left_out:
+        if _real(folder) in left_out:
             raise DatasetError(f"{folder}: holds the images, so no results or masks; choose another folder for those")
-        inside = [folder for folder in left_out if folder.is_relative_to(place.resolve())]
+        inside = [folder for folder in left_out if folder.is_relative_to(_real(place))]
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
             wanted = path == place or path.suffix.lower() in SUFFIXES
-            if wanted and not hidden and not any(path.resolve().is_relative_to(folder) for folder in inside):
-                found.setdefault(path.resolve(), path)
+            if wanted and not hidden and not any(_real(path).is_relative_to(folder) for folder in inside):
+                found.setdefault(_real(path), path)
     if not found:
         where = ", ".join(map(str, places)) or "nothing given"
         raise DatasetError(f"{where}: no images; give files or folders of {', '.join(SUFFIXES)}")
     return list(found.values())
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; a link that leads to itself is where it is, and is told of when it is read."""
+    return Path(os.path.realpath(path))
 
 
 def image_names(paths: Sequence[Path]) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.runner import TABLE, Made, Work, run_cohort
+from medsd.cohort.kept import TABLE, Kept, gather
+from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError, SlideError
-from medsd.files import atomic_path, sha256_of
+from medsd.files import atomic_path
 from medsd.heatmap.findings import mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, draw_overlay
@@ -28,8 +29,9 @@ from medsd.heatmap.tiff import write_ome_tiff
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
-from medsd.record import identity, read_record
+from medsd.record import read_record
 from medsd.saliency.registry import METHODS
+from medsd.slides.parts import slide_identity, slide_sha256
 from medsd.slides.slide import Slide, thumbnail
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
@@ -54,6 +56,7 @@ def map_slides(
     device: torch.device | str | None = None,
     progress: Progress = no_progress,
     isolate: bool = True,
+    sharing: Sharing = ALONE,
 ) -> list[SlideResult]:
     """Map every slide; leave a folder a slide, `slides.csv` and `index.html` in `output`.
 
@@ -69,6 +72,7 @@ def map_slides(
         device: where the network runs; None for the first GPU, or the CPU where there is none.
         progress: shows the slides, and the blocks or tiles of each, as they are done.
         isolate: read each slide in a child process, so that a decoder that dies or hangs costs that slide alone.
+        sharing: with other runs in the folder.
 
     Raises:
         DatasetError: no slides, two of one name, or outputs of another slide of that name in `output`.
@@ -80,13 +84,24 @@ def map_slides(
     model = load_map_model(weights, request, usable_device(device))
     target = None if model.card is None else model.card.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
-    return run_cohort(_MapWork(output, model, normaliser, request), slides, 1, isolate, progress)
+    work = _MapWork(output, model, normaliser, request)
+    return run_cohort(work, slides, 1, isolate, progress, sharing)
 
 
-def _write_findings(folder: Path, found: Findings, name: str, quantity: str) -> None:
+def gather_maps(output: str | Path) -> list[SlideResult]:
+    """Leave `slides.csv` and `index.html` of all slides that were mapped in `output`, by however many processes.
+
+    Raises:
+        DatasetError: no slide was.
+        OutputError: `output` cannot be written to.
+    """
+    return gather(_Maps(Path(output)))
+
+
+def _write_findings(folder: Path, found: Findings, slide: Slide, quantity: str) -> None:
     probability, regions = (folder / file for file in _FINDINGS)
     write_ome_tiff(probability, found.probability)
-    write_regions(regions, found.regions, "Tumour (model)", name, quantity)
+    write_regions(regions, found.regions, "Tumour (model)", slide.path.stem, quantity, slide.bounds[:2])
 
 
 def _file_of(method: str) -> str:
@@ -95,16 +110,25 @@ def _file_of(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class _MapWork(Work[SlideResult]):
-    """A slide becomes the folder `<name>`; see `Work`."""
+class _Maps(Kept[SlideResult]):
+    """Mapped slides; see `Kept`."""
 
     folder: Path
-    model: MapModel
-    normaliser: StainNormaliser | None
-    request: MapRequest
     row_type = SlideResult
     columns = ("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", "seconds")
     record = f"{{}}/{RECORD}"
+
+    def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        write_index(self.folder / "index.html", rows, "Slide heatmaps")
+
+
+@dataclass(frozen=True)
+class _MapWork(_Maps, Work[SlideResult]):
+    """A slide becomes the folder `<name>`; see `Work`."""
+
+    model: MapModel
+    normaliser: StainNormaliser | None
+    request: MapRequest
     outputs = (_THUMBNAIL, _SALIENCY, _OVERLAY, _OVERLAY_TIFF, _REPORT, *_FINDINGS, *map(_file_of, METHODS))
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
@@ -148,7 +172,7 @@ class _MapWork(Work[SlideResult]):
                 files.append(_file_of(name))
             if (found := mapped.findings) is not None:
                 files += _FINDINGS
-                _write_findings(folder, found, mapped.name, maps.saliency.quantity)
+                _write_findings(folder, found, slide, maps.saliency.quantity)
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
             draw_overlay(folder / _OVERLAY, mapped)
@@ -163,12 +187,12 @@ class _MapWork(Work[SlideResult]):
         content = {
             "model": words,
             "misfits": apart,
-            # Of a folder (a Zarr store) there is none.
-            "slide": {"name": entry.path.name, "sha256": sha256_of(entry.path) if entry.path.is_file() else None},
+            "slide": {"name": entry.path.name, "sha256": slide_sha256(entry.path)},
             "scale": {
                 "mpp": slide.mpp,
                 "mpp_source": slide.mpp_source,
                 "dimensions": slide.dimensions,
+                "bounds": slide.bounds,
                 "reader": slide.reader,
             },
             "methods": [shown.method for shown in (*probability, *maps.explanations.values())],
@@ -184,12 +208,9 @@ class _MapWork(Work[SlideResult]):
         shutil.rmtree(folder / _STORE, ignore_errors=True)
         return Made(replace(row, model=words, misfit=" ".join(apart)), files, content)
 
-    def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
-        write_index(self.folder / "index.html", rows, "Slide heatmaps")
-
     def _store(self, entry: SlideEntry, folder: Path) -> Path:
         """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
-        made_from = json.dumps([identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
+        made_from = json.dumps([slide_identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
         store = folder / _STORE / sha256(made_from.encode()).hexdigest()[:16]
         for other in (folder / _STORE).glob("*"):
             if other != store:

@@ -15,9 +15,10 @@ from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import measure_geometry
 from medsd.networks.start import Encoder, last_stage, open_encoder
-from medsd.networks.weights import Calibration, ModelCard, load_classifier
+from medsd.networks.weights import Calibration, ModelCard, load_classifier, unreadable_card
 from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free
+from medsd.slides.mpp import check_mpp
 
 _OF_ENCODER = ("tsm",)
 
@@ -48,7 +49,7 @@ class MapRequest:
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:
-            check_number("network_mpp", self.network_mpp, "(0, inf)", hint="micrometres per pixel")
+            check_mpp("network_mpp", self.network_mpp)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
 
 
@@ -94,6 +95,12 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         if given is not None:
             raise ConfigError(f"{name}={given}: {weights} says it itself; leave it out")
     names = tuple(request.methods or calibration.limits)
+    try:
+        reference = None if calibration.reference is None else NeutralReference(**calibration.reference)
+    except TypeError as error:
+        raise unreadable_card(Path(weights), error) from error
+    if not names:
+        raise unreadable_card(Path(weights), ValueError("it names no method of maps"))
     smoothing, smooth_um = calibration.smoothing, calibration.smooth_um
     engine = make_engine(
         classifier,
@@ -101,7 +108,7 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         card.mpp,
         settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px),
         temperature=calibration.temperature,
-        reference=None if calibration.reference is None else NeutralReference(**calibration.reference),
+        reference=reference,
     )
     return MapModel(engine, card.encoder, digest, card)
 

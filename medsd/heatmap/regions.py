@@ -13,7 +13,7 @@ import shapely
 from scipy import ndimage
 from skimage import measure
 
-from medsd.annotations.geojson import feature, write_features
+from medsd.annotations.geojson import feature, moved, write_features
 from medsd.checks import check_number
 from medsd.heatmap.value_map import ValueMap
 
@@ -171,7 +171,12 @@ def _inside(value_map: ValueMap, polygon: shapely.Polygon) -> tuple[npt.NDArray[
 
 
 def write_regions(
-    path: str | Path, regions: Sequence[Region], name: str, slide_name: str, quantity: str = "saliency"
+    path: str | Path,
+    regions: Sequence[Region],
+    name: str,
+    slide_name: str,
+    quantity: str = "saliency",
+    qupath_origin_px: tuple[int, int] = (0, 0),
 ) -> None:
     """Write regions as QuPath annotations, atomically: a FeatureCollection in level-0 pixels.
 
@@ -183,6 +188,7 @@ def write_regions(
         name: the class, as QuPath lists it.
         slide_name: the slide's name.
         quantity: what the regions' `mean_saliency` is the mean of, for its name in QuPath.
+        qupath_origin_px: the level-0 place that QuPath counts from: the corner of `Slide.bounds`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -198,5 +204,6 @@ def write_regions(
             measurements[f"Mean {quantity}"] = region.mean_saliency
         object_id = uuid.uuid5(_UUID_NAMESPACE, f"{slide_name!a} {region.polygon.wkt}")
         properties = {"isLocked": False, "measurements": measurements}
-        features.append(feature(region.polygon, object_id, f"{name} {number}", name, _TUMOUR_COLOUR, properties))
+        polygon = moved(region.polygon, -qupath_origin_px[0], -qupath_origin_px[1])
+        features.append(feature(polygon, object_id, f"{name} {number}", name, _TUMOUR_COLOUR, properties))
     write_features(path, features)

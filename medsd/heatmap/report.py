@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medsd import RESEARCH_USE_ONLY
-from medsd.cohort.runner import SlideRow, count_by_status
+from medsd.cohort.kept import SlideRow, count_by_status
 from medsd.files import write_text
 from medsd.heatmap.overlay import MappedSlide, ShownMap
 from medsd.heatmap.regions import Region

@@ -19,6 +19,7 @@ from medsd.files import atomic_path
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.whitening import WhitenedHead
+from medsd.slides.mpp import check_tile
 
 FORMAT = "medsd-classifier-1"
 
@@ -181,7 +182,7 @@ def read_tensors(path: Path) -> TensorFile:
     """What any safetensors file holds; medsd's own, whose kind begins "medsd-", are compared with their SHA-256.
 
     Raises:
-        WeightsError: no such file, not safetensors, or medsd's and altered.
+        WeightsError: no such file, not safetensors, values that are no numbers, or medsd's and altered.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file; run the stage 'finetune' or check the path")
@@ -190,6 +191,9 @@ def read_tensors(path: Path) -> TensorFile:
             state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); weights end in .safetensors") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsError(f"{path}: '{name}' holds NaN or infinity, so nothing follows from it; train again")
     kind, card = metadata.get("format", ""), metadata.get("card")
     if not kind.startswith("medsd-"):
         return TensorFile(state)
@@ -214,8 +218,9 @@ def _card(path: Path, card: dict[str, Any]) -> ModelCard:
         if card.get("architecture", "tile") not in _ARCHITECTURES:
             raise ValueError(f"architecture '{card['architecture']}' is unknown")
         known = None if calibration is None else Calibration(**calibration)
+        check_tile(card["tile_px"], card["mpp"])
         return ModelCard(**{**card, "classes": tuple(card["classes"]), "calibration": known})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise unreadable_card(path, error) from error
 
 

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from medsd.checks import check_number
 from medsd.errors import MissingMppError
 
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Micrometres per level-0 pixel that a microscope can have; others are not believed, whoever says so (our choice)."""
+
+LARGEST_TILE_PX = 2**14
+"""Largest side of a tile that is read as one picture (our choice)."""
 
 WANTED_MPP = f"give micrometres per level-0 pixel, from {PLAUSIBLE_MPP[0]:g} to {PLAUSIBLE_MPP[1]:g}"
 """The fix, for messages."""
@@ -40,6 +44,17 @@ class Mpp:
 def is_plausible(mpp: float) -> bool:
     """Whether a microscope can have that scale; NaN, nanometres (250) and magnifications (40) are none."""
     return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+
+
+def check_mpp(name: str, value: object) -> None:
+    """Raises ConfigError: a scale that no microscope has; `name` is the key, as the user wrote it."""
+    check_number(name, value, f"[{PLAUSIBLE_MPP[0]:g}, {PLAUSIBLE_MPP[1]:g}]", hint="micrometres per pixel")
+
+
+def check_tile(tile_px: object, mpp: object) -> None:
+    """Raises ConfigError: no tile has that side (pixels), or that scale (um per pixel)."""
+    check_number("tile_px", tile_px, f"[1, {LARGEST_TILE_PX}]", whole=True)
+    check_mpp("mpp", mpp)
 
 
 def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | None = None) -> Mpp:

@@ -45,6 +45,9 @@ class Slide(ABC):
         mpp: micrometres per level-0 pixel.
         mpp_source: where the mpp comes from.
         reader: name of the library that reads the file.
+        bounds: (x, y, width, height) of the scanned area in level-0 pixels, where the file says that the rest of its
+            canvas is empty (MIRAX, Leica); else the whole slide. QuPath shows this area alone and counts from its
+            corner.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Slide(ABC):
     mpp: float
     mpp_source: str
     reader: str
+    bounds: tuple[int, int, int, int]
 
     def read(self, x: float, y: float, width: int, height: int, mpp: float | None = None) -> RGB:
         """Pixels of a rectangle, resampled from the nearest finer level.
@@ -143,8 +147,6 @@ class FileSlide(Slide):
 
     Attributes:
         levels: the pyramid, finest first.
-        bounds: (x, y, width, height) of the scanned area in level-0 pixels, where the file says that the rest of its
-            canvas is empty (MIRAX); else the whole slide.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from medsd.checks import check_number
+from medsd.claims import claimed
 from medsd.cohort.dataset import GroupedSampler, SlideGroupedSampler
 from medsd.errors import TrainingError
 from medsd.files import make_folder
@@ -103,14 +104,40 @@ def run_training(
         stage: its name in the progress bar and the log.
 
     Raises:
-        TrainingError: another training's folder, a damaged checkpoint, or a loss or metric that is not finite.
+        TrainingError: another training's folder, or one at work in it, a damaged checkpoint, or a loss or metric that
+            is not finite.
         OutputError: the folder cannot be written to.
         ConfigError: hard negatives after the end.
     """
     if hard_negatives is not None:
         end = f"[0, {trainer.state.max_epochs})"
         check_number("hard_negative_epoch", hard_negatives.epoch, end, whole=True, hint="below max_epochs, or null")
-    folder = make_folder(checkpoint.folder)
+    with _alone_in(make_folder(checkpoint.folder)):
+        return _run(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, stage)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a training's folder: two would mix their histories."""
+    if idist.get_rank() > 0:  # the first process holds the folder for all
+        yield
+        return
+    with claimed(folder / ".training.claim") as claim:
+        if claim is None:
+            raise TrainingError(f"{folder}: another run trains here; wait for it, or choose another output_dir")
+        yield
+
+
+def _run(
+    trainer: SupervisedTrainer,
+    evaluator: SupervisedEvaluator | None,
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    early_stop: EarlyStopping | None,
+    hard_negatives: HardNegativeRound | None,
+    stage: str,
+) -> TrainingState:
+    folder = checkpoint.folder
     state = checkpoint.load(settings)
     if state.epoch < trainer.state.max_epochs and not (early_stop and early_stop.counter >= early_stop.patience):
         if state.steps:

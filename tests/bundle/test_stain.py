@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medsd.bundle.data import Phantoms, SlideData
 from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.index import TileGrid
 from medsd.cohort.prepare import load_prepared
+from medsd.cohort.tiling import Tiling
+from medsd.errors import ConfigError
 from medsd.heatmap.cohort import map_slides, read_slide_record
 from medsd.heatmap.model import MapRequest
 from medsd.heatmap.tiff import read_ome_tiff
@@ -70,7 +74,7 @@ def test_the_target_goes_from_configuration_to_weights_and_records(finished, tar
 def test_training_tiles_are_normalised_by_fits_that_are_kept(finished, phantoms, target, run_bundle):
     flow = run_bundle(f"{FILE},{finished / 'stain.json'}", "prepare", **places(finished, phantoms))
     data = flow.parser.get_parsed_content("data")
-    prepared = load_prepared(data._slides, data.work_dir, data.grid, data.validation_share, data.seed)
+    prepared = load_prepared(data._slides, data.work_dir, Tiling(data.grid), data.validation_share, data.seed)
     assert len(list((Path(data.work_dir) / "stains").glob("*.json"))) == len(np.unique(prepared.index.slide))
     tiles = data.part("training")
     index = tiles.index
@@ -114,10 +118,30 @@ def test_maps_hardly_depend_on_the_stain_any_more(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [({"method": "macenkoo"}, "macenkoo"), ({}, "stain"), ("target.png", "stain")],
+    [
+        ({"method": "macenkoo"}, "macenkoo"),
+        ({}, "stain"),
+        ("target.png", "target.png: no stain target"),
+        ({"method": "$print('run')"}, "config key 'stain_target::method': .* would be run; give plain values"),
+        (
+            {"method": "macenko", "white": {"_target_": "os.getcwd"}},
+            "'stain_target::white::_target_': 'os.getcwd' would",
+        ),
+        ("$print('run')", "config key 'stain_target': .* would be run"),
+    ],
 )
 def test_a_target_that_is_none_is_named(tmp_path, phantoms, run_bundle, value, words):
     config = tmp_path / "stain.json"
     config.write_text(json.dumps({"stain_target": value}))
     with pytest.raises(SystemExit, match=words):
         run_bundle(f"{FILE},{config}", "prepare", **places(tmp_path, phantoms))
+
+
+def test_a_target_given_as_a_file_is_read_as_plain_values(tmp_path, target):
+    path, grid = tmp_path / "stain.json", TileGrid(64, 64, 1.0)
+    path.write_text(json.dumps({"stain_target": asdict(target)}))
+    assert SlideData(None, Phantoms("none"), "work", grid, stain_target=str(path)).stain_target == target
+    for text in ("{", "[]", '{"stain_target": {"method": "$print(1)"}}', '{"other": 1}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            SlideData(None, Phantoms("none"), "work", grid, stain_target=str(path))

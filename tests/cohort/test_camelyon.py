@@ -17,9 +17,9 @@ from medsd.cohort.camelyon import (
     WITHDRAWN,
     _read_reference,
     find_slides,
-    split_validation,
 )
 from medsd.cohort.entry import SlideEntry, check_names
+from medsd.cohort.split import split_validation
 from medsd.errors import DatasetError
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsd.cohort.entry import SlideEntry
-from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, read_manifest, search_folder
-from medsd.errors import DatasetError
+from medsd.cohort.entry import SlideEntry, output_name, own_name
+from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, find_slides_at, read_manifest, search_folder
+from medsd.errors import ConfigError, DatasetError
 
 
 @pytest.fixture
@@ -40,6 +40,57 @@ def test_every_column_is_read_and_empty_cells_say_nothing(folder: Path) -> None:
         SlideEntry("b", folder / "deep/b.tif", 0, "", None, None),
         SlideEntry("ä 1.ome", folder / "deep/ä 1.ome.tif", None, "", None, 0.5),
     ]
+
+
+def test_classes_parts_and_patients(folder: Path) -> None:
+    table = write(folder, "slide,label,part,patient\na.svs,Benign,test,p 1\ndeep/b.tif,cancer,train,\ndeep/c.zarr,,,\n")
+    assert read_manifest(table, classes=("benign", "cancer")) == [
+        SlideEntry("a", folder / "a.svs", 0, "testing", patient="p 1"),
+        SlideEntry("b", folder / "deep/b.tif", 1, "training"),
+        SlideEntry("c", folder / "deep/c.zarr"),
+    ]
+    with pytest.raises(DatasetError, match="row 2, column 'label': 'Benign' is unknown; use normal, tumor"):
+        read_manifest(table)
+
+
+def test_slides_of_one_name_each_get_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one/x.svs", "two/X.tif", "two/y.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = {entry.path.name: entry.name for entry in search_folder(tmp_path)}
+    assert found["y.svs"] == "y" and found["x.svs"][:2] == "x-" and found["X.tif"][:2] == "X-"
+    assert len(found["x.svs"]) == len(found["X.tif"]) == 10
+    table = write(tmp_path, "slide\none/x.svs\ntwo/X.tif\n")
+    monkeypatch.chdir(tmp_path)  # whoever names them, from wherever, and among whatever others
+    assert [entry.name for entry in find_slides_at([Path("one"), Path("two/X.tif")])] == [
+        found["x.svs"],
+        found["X.tif"],
+    ]
+    assert [entry.name for entry in read_manifest(table)] == [found["x.svs"], found["X.tif"]]
+    assert [entry.name for entry in find_slides_at([tmp_path / "one"])] == ["x"]
+    (tmp_path / "x.xml").touch()
+    (tmp_path / "two/x.svs").touch()
+    with pytest.raises(DatasetError, match=r"x\.xml: belongs to either of several slides .*; name it in a manifest"):
+        find_cohort(write(tmp_path, "slide\none/x.svs\ntwo/x.svs\n"), annotations=tmp_path)
+
+
+@given(st.text(max_size=300) | st.sampled_from(["", ".", "..", "...", " ", "a" * 500, "ä" * 200, "=cmd", "C:\\x"]))
+def test_a_name_of_outputs_is_a_part_of_a_path_and_stays_itself(text: str) -> None:
+    name = output_name(text)
+    assert name and name == output_name(name) and len(name.encode()) <= 120 and name.isprintable()
+    assert not set(name) & set('/\\:*?"<>|') and name[0] not in ".=+-@ " and name[-1] not in ". "
+    own = own_name(Path("folder") / (text.replace("/", "").replace("\0", "") or "x"))
+    assert own == output_name(own) and own != name
+    fit = text.isalnum() and len(text.encode()) <= 120
+    assert not fit or name == text
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\0", "x" * 121, "f\udce9vrier"])
+def test_an_entry_takes_no_name_that_is_none(name: str) -> None:
+    with pytest.raises(DatasetError, match=r"a\.svs: outputs cannot be kept by the name"):
+        SlideEntry(name, Path("a.svs"))
+    with pytest.raises(ConfigError, match=r"a\.svs: mpp=250: must be a number from 0\.05 to 20"):
+        SlideEntry("a", Path("a.svs"), mpp=250)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +138,7 @@ def test_no_relative_name_leads_out_of_the_root(folder: Path, name: str) -> None
 MISTAKES = {
     "": r"row 1: no column 'slide'; the first row names the columns",
     "\n": r"row 1: no column 'slide'",
-    "name,mpp\na.svs,\n": r"row 1: column 'name' is unknown \(slide, mpp",
+    "name,mpp\na.svs,\n": r"row 1: column 'name' is unknown \(slide, label",
     "slide,anotation\n": r"row 1: column 'anotation' is unknown; did you mean 'annotation'\?",
     "mpp\n0.5\n": r"row 1: no column 'slide'",
     "slide,mpp,mpp\n": r"row 1: column 'mpp' is there twice; drop one",
@@ -105,12 +156,13 @@ MISTAKES = {
     "slide,mpp\na.svs,-0.5\n": r"column 'mpp': '-0\.5' is no number",
     "slide,mpp\na.svs,0.001\n": r"column 'mpp': no microscope has 0\.001 um per pixel; give micrometres.* 0\.05 to 20",
     "slide,mpp\na.svs,1e999\n": r"column 'mpp': no microscope has 1e999 um",
-    "slide,label\na.svs,maybe\n": r"row 2, column 'label': 'maybe' is unknown; use 'normal', 'tumor' or nothing",
+    "slide,label\na.svs,maybe\n": r"row 2, column 'label': 'maybe' is unknown; use normal, tumor, tumour or nothing",
+    "slide,part\na.svs,later\n": r"row 2, column 'part': 'later' is unknown; use training, train, validation",
     "slide\nb.svs\n": r"row 2, column 'slide': no file .*b\.svs; correct the name, which starts from",
     "slide\ndeep\n": r"row 2, column 'slide': no file .*deep",
     f"slide\n{'x' * 300}.svs\n": r"row 2, column 'slide': ",
     "slide,annotation\na.svs,a.xml\n": r"row 2, column 'annotation': no file .*a\.xml",
-    "slide\na.svs\na.svs\n": r"row 3, column 'slide': row 2 has a slide of this name; rename or drop one",
+    "slide\na.svs\na.svs\n": r"row 3, column 'slide': row 2 has this slide, too; drop one",
     'slide\n"a.svs\n': r"not a table \(.*\); close every quote",
     "slide\na.svs\nb\0.svs\n": r"row 3: characters that are no text; save the table as CSV in UTF-8",
     "slide\na\x1b[2J.svs\n": r"row 2: characters that are no text",
@@ -182,7 +234,6 @@ def test_a_linked_folder_is_searched(folder: Path, tmp_path_factory: pytest.Temp
     [
         ([], r"no slides; their names end in \.svs \.tif"),
         (["x.txt", "y_mask.tif"], r"no slides"),
-        (["one/x.svs", "two/x.tif"], r"two/x\.tif: a slide of this name is also at .*one/x\.svs; rename one"),
     ],
 )
 def test_folders_that_are_no_cohort(tmp_path: Path, names: list[str], words: str) -> None:
@@ -215,12 +266,14 @@ def test_a_cohort_is_a_folder_a_table_or_both(folder: Path, caplog: pytest.LogCa
         find_cohort(table, table)
 
 
-def test_annotations_are_found_by_the_slides_name(folder: Path) -> None:
+def test_annotations_are_found_by_the_slides_name(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     outlines = folder / "outlines"
     (outlines / "b_mask.tif").touch()
     (outlines / "unrelated.geojson").touch()
     found = {entry.name: entry.annotation for entry in find_cohort(folder, annotations=outlines)}
     assert found == {"a": outlines / "a.xml", "b": outlines / "b_mask.tif", "c": None, "ä 1.ome": None}
+    assert "1 annotations belong to no slide, the first: unrelated.geojson" in caplog.text
+    assert "2 slides have no annotation, the first: c.zarr" in caplog.text
     table = write(folder, "slide,annotation\na.svs,notes.txt\ndeep/b.tif,\n")  # the table's word counts
     assert [entry.annotation for entry in find_cohort(table, annotations=outlines)] == [
         folder / "notes.txt",

@@ -24,7 +24,7 @@ import medsd
 from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
-from medsd.cohort.entry import SlideEntry
+from medsd.cohort.entry import SlideEntry, named_slides
 from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
 from medsd.cohort.tiling import TiledCohort, Tiling, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
@@ -472,6 +472,6 @@ def test_a_slide_out_of_reach_keeps_what_it_has(entries: list[SlideEntry], tmp_p
 def test_a_name_that_is_no_utf8_costs_at_most_its_own_slide(entries: list[SlideEntry], tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"f\xe9vrier.tif")
     shutil.copyfile(entries[0].path, path)
-    tiled = tile_slides([SlideEntry(path.stem, path), *entries[:1]], tmp_path / "out", TILING)
+    tiled = tile_slides([*named_slides([path]), *entries[:1]], tmp_path / "out", TILING)
     assert [row.status for row in tiled.slides] == ["ok", "ok"]
-    assert list(table(tmp_path / "out")) == ["f?vrier", entries[0].name]
+    assert list(table(tmp_path / "out")) == ["f_vrier", entries[0].name]

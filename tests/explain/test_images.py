@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from medsd.errors import DatasetError, MedsdError
+from medsd.errors import DatasetError, MedsdError, SlideError
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -198,3 +199,14 @@ def test_hidden_folders_are_passed_over(tmp_path):
 
 def test_names_that_are_no_utf8_are_written_as_escapes():
     assert image_names([Path("lat\udcfc.png"), Path("b.png")]) == ["lat\\udcfc.png", "b.png"]
+
+
+def test_links_that_lead_to_themselves_and_pipes_cost_only_themselves(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "again").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for a writer
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert [path.name for path in find_images([tmp_path])] == ["a.png", "loop.png", "pipe.png"]
+    for name, words in (("loop.png", "no such file"), ("pipe.png", "is a pipe or device, not a slide")):
+        with pytest.raises(SlideError, match=rf"{name}: {words}"):
+            read_image(tmp_path / name)

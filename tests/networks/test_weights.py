@@ -319,3 +319,23 @@ def test_a_whitened_head_is_saved_as_the_linear_one_it_is(
         # Whitening by small eigenvalues makes large logits: 1e-5 of the largest.
         torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max())))
         assert not torch.allclose(expected, classifier.head.linear(classifier.features(x)), atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, classifier: TileClassifier, value: float) -> None:
+    with torch.no_grad():
+        classifier.encoder.conv1[0].weight.view(-1)[0] = value
+    card = ModelCard(classifier.encoder_name, classifier.classes, 64, 1.0, "tests")
+    save_classifier(tmp_path / "a.safetensors", classifier, card)
+    with pytest.raises(WeightsError, match=r"a\.safetensors: 'encoder\.conv1.*' holds NaN or infinity"):
+        load_classifier(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("tile_px", "mpp"), [(0, 1.0), (2**15, 1.0), (64, 250.0)])
+def test_a_card_of_tiles_that_nobody_cuts_is_refused(
+    tmp_path: Path, classifier: TileClassifier, tile_px: int, mpp: float
+) -> None:
+    card = ModelCard(classifier.encoder_name, classifier.classes, tile_px, mpp, "tests")
+    save_classifier(tmp_path / "a.safetensors", classifier, card)
+    with pytest.raises(WeightsError, match=r"its card cannot be read \((tile_px|mpp)="):
+        load_classifier(tmp_path / "a.safetensors")

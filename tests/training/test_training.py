@@ -21,6 +21,7 @@ from monai.handlers import ROCAUC, LrScheduleHandler, ValidationHandler, from_en
 from monai.transforms import Activationsd, AsDiscreted, Compose
 from torch.utils.data import DataLoader, Dataset
 
+from medsd.claims import claimed
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import ConfigError, OutputError, TrainingError
 from medsd.networks.classifier import TileClassifier
@@ -425,6 +426,13 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         training().run(tmp_path / "file" / "run")
 
 
+def test_two_runs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / ".training.claim"):
+        with pytest.raises(TrainingError, match="another run trains here; wait for it, or choose another output_dir"):
+            training(1).run(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".training.claim"}
+
+
 def test_killed_before_the_checkpoint_of_an_epoch(
     tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +487,7 @@ def test_killed_by_the_system_within_an_epoch(
 ) -> None:
     assert run_apart(die_in_epoch_three, (tmp_path,)) == [-signal.SIGKILL]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".training.claim",  # of a dead process, so nobody's
         "checkpoint.pt",
         "history.csv",
         "pace.csv",

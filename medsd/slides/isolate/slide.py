@@ -69,7 +69,7 @@ class IsolatedSlide(Slide):
         limits: what a read may take.
 
     Attributes:
-        levels, bounds: see `FileSlide`.
+        levels: see `FileSlide`.
 
     Raises:
         SlideError: the slide cannot be opened, or not within the limits.
@@ -95,7 +95,7 @@ class IsolatedSlide(Slide):
         self.dimensions, self.mpp = (width, height), float(self._description["mpp"])
         self.mpp_source, self.reader = self._description["mpp_source"], self._description["reader"]
         self.levels = tuple(Level(*level) for level in self._description["levels"])
-        self.bounds: tuple[int, int, int, int] = tuple(self._description["bounds"])
+        self.bounds = tuple(self._description["bounds"])
 
     def close(self) -> None:
         """End the child of this process when its read, if any, has ended; reading afterwards raises SlideError."""

@@ -121,7 +121,9 @@ def check_file(path: Path) -> None:
     """Raise SlideError where `path` is not a file that can be read."""
     if not path.exists():
         raise SlideError(f"{path}: no such file; check the path")
-    if not path.is_file():
+    if path.is_dir():
         raise SlideError(f"{path}: is a folder, not a slide; name a slide file in it")
+    if not path.is_file():
+        raise SlideError(f"{path}: is a pipe or device, not a slide; name a file")
     if not os.access(path, os.R_OK):
         raise SlideError(f"{path}: cannot be read (no permission); change its permissions")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.errors import SlideError
+from medsd.slides.readers.absent import LOST, is_lost
 from medsd.slides.readers.base import RGB, Bools, Handles, LevelReader, Size
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.codecs import TileCodec
@@ -31,7 +32,8 @@ class TiledLevel:
     Attributes:
         width, height: size in pixels; what tiles hold beyond is padding.
         across: tiles in a row of tiles.
-        offsets, counts: (n,) where each tile lies in the file, and its bytes; 0 bytes mean an absent (white) tile.
+        offsets, counts: (n,) where each tile lies in the file, and its bytes; 0 bytes mean an absent tile, which is
+            white, or lost where another level shows something.
         codec: how tiles are coded.
     """
 
@@ -69,6 +71,7 @@ class TiledTiff(LevelReader):
         self.sizes: tuple[Size, ...] = tuple((level.width, level.height) for level in levels)
         self.properties = properties
         self._cache = TileCache() if cache is None else cache
+        self._lost: dict[tuple[int, int], bool] = {}
         # Of this very file: a shared cache may hold tiles of what lay here before.
         self._key = f"{path} {path.stat().st_mtime_ns}"
         first = None if handle is None else _Descriptor(os.dup(handle.fileno()))
@@ -76,6 +79,10 @@ class TiledTiff(LevelReader):
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
         return self._read(level, column, row, columns, rows, strict=True)[0]
+
+    def _read_as_stored(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        """`read` with every absent tile white."""
+        return self._read(level, column, row, columns, rows, strict=True, doubt=False)[0]
 
     def read_seen(self, level: int, column: int, row: int, columns: int, rows: int) -> tuple[RGB, Bools | None]:
         """See `LevelReader.read_seen`; damage is fenced in by the file's own tiles."""
@@ -88,7 +95,7 @@ class TiledTiff(LevelReader):
         return pixels, seen
 
     def _read(
-        self, number: int, column: int, row: int, columns: int, rows: int, strict: bool
+        self, number: int, column: int, row: int, columns: int, rows: int, strict: bool, doubt: bool = True
     ) -> tuple[RGB, list[tuple[slice, slice]]]:
         """The rectangle, and the parts of it that could not be decoded (white)."""
         level = self.levels[number]
@@ -97,6 +104,8 @@ class TiledTiff(LevelReader):
         for tile, left, top in _tiles_under(level, column, row, columns, rows):
             place, part = _overlap(level.codec, left - column, top - row, columns, rows)
             try:
+                if doubt and level.counts[tile] == 0 and self._is_lost(number, tile, left, top):
+                    raise ValueError(LOST)
                 self._paste(pixels, place, part, number, tile)
             except DAMAGED as error:
                 if strict:
@@ -104,6 +113,15 @@ class TiledTiff(LevelReader):
                 pixels[place] = 255
                 unseen.append(place)
         return pixels, unseen
+
+    def _is_lost(self, number: int, tile: int, left: int, top: int) -> bool:
+        known = self._lost.get((number, tile))
+        if known is None:
+            level = self.levels[number]
+            size = min(level.codec.width, level.width - left), min(level.codec.height, level.height - top)
+            known = min(size) > 0 and is_lost(self._read_as_stored, self.sizes, number, (left, top, *size))
+            self._lost[number, tile] = known
+        return known
 
     def _paste(
         self, pixels: RGB, place: tuple[slice, slice], part: tuple[slice, slice] | None, number: int, tile: int

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import numpy.typing as npt
 
 from medsd.errors import SlideError
 from medsd.slides.mpp import UM_PER_UNIT
+from medsd.slides.readers.absent import LOST, is_lost
 from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
 from medsd.slides.readers.damage import damage_named
 
@@ -44,6 +47,21 @@ class ArrayLevel:
     def size(self) -> Size:
         """(width, height)."""
         return self.array.shape[self.axes.index("x")], self.array.shape[self.axes.index("y")]
+
+    @property
+    def stored_px(self) -> Size:
+        """(width, height) of what is stored as one: a chunk, or a shard of several."""
+        stored = self.array.shards or self.array.chunks
+        return stored[self.axes.index("x")], stored[self.axes.index("y")]
+
+    def has(self, path: Path, right: int, down: int) -> bool:
+        """Whether every colour of a stored part is in the folder at `path`."""
+        stored = self.array.shards or self.array.chunks
+        lengths = zip(self.axes, self.array.shape, stored, strict=True)
+        counts = {axis: range(math.ceil(length / part)) if axis in "cs" else (0,) for axis, length, part in lengths}
+        counts |= {"x": (right,), "y": (down,)}
+        keys = (self.array.metadata.encode_chunk_key(place) for place in product(*(counts[axis] for axis in self.axes)))
+        return all((path / self.array.path / key).exists() for key in keys)
 
     def check(self, path: Path, coded_by_store: bool = False) -> None:
         """Raise SlideError where the array is no picture, or its chunks are not safe to decode.
@@ -95,8 +113,8 @@ class NgffSlide(LevelReader):
     """An OME-NGFF folder (0.4 or 0.5), one handle a process.
 
     Read with zarr itself: tiatoolbox 2.1 shows the first level of such a folder alone and wants display settings
-    (omero) that the format leaves optional. A chunk that is not there has the fill value, as the format says; nothing
-    tells one that was lost.
+    (omero) that the format leaves optional. A chunk that is not there has the fill value, as the format says, and is
+    lost where another level shows something.
 
     Args:
         path: the folder with the multiscales.
@@ -112,10 +130,35 @@ class NgffSlide(LevelReader):
         self._handles: Handles[tuple[tuple[ArrayLevel, ...], Mapping[str, str]]] = Handles(partial(_open, path))
         levels, self.properties = self._handles.here()
         self.sizes: tuple[Size, ...] = tuple(level.size for level in levels)
+        self._whole: dict[tuple[int, int, int], bool] = {}
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
         with damage_named(self.path, (level, column, row)):
-            return self._handles.here()[0][level].read(column, row, columns, rows)
+            array = self._handles.here()[0][level]
+            width, height = array.stored_px
+            for right in range(column // width, (column + columns - 1) // width + 1):
+                for down in range(row // height, (row + rows - 1) // height + 1):
+                    if not self._is_whole(array, level, right, down):
+                        raise ValueError(LOST)
+            return array.read(column, row, columns, rows)
+
+    def _is_whole(self, array: ArrayLevel, level: int, right: int, down: int) -> bool:
+        known = self._whole.get((level, right, down))
+        if known is None:
+            known = array.has(self.path, right, down) or not self._is_lost(array, level, right, down)
+            self._whole[level, right, down] = known
+        return known
+
+    def _is_lost(self, array: ArrayLevel, level: int, right: int, down: int) -> bool:
+        (width, height), (across, high) = array.stored_px, array.size
+        left, top = right * width, down * height
+        size = min(width, across - left), min(height, high - top)
+        levels = self._handles.here()[0]
+
+        def read(number: int, *area: int) -> RGB:
+            return levels[number].read(*area)
+
+        return is_lost(read, self.sizes, level, (left, top, *size), shown=int(array.array.fill_value or 0))
 
 
 def _open(path: Path) -> tuple[tuple[ArrayLevel, ...], Mapping[str, str]]:

@@ -7,4 +7,5 @@ from medsd.slides.stain.profile import StainProfile as StainProfile
 from medsd.slides.stain.profile import TwoStains as TwoStains
 from medsd.slides.stain.profile import fit_picture as fit_picture
 from medsd.slides.stain.profile import profile_from_dict as profile_from_dict
+from medsd.slides.stain.profile import profile_from_file as profile_from_file
 from medsd.slides.stain.profile import transform_between as transform_between

@@ -6,10 +6,12 @@ target's picture: a `StainProfile` is a few numbers that a configuration or a mo
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -113,6 +115,19 @@ def profile_from_dict(values: Mapping[str, Any]) -> StainProfile:
         if key not in values:
             raise ConfigError(f"stain '{method}': key '{key}' missing; write the target anew")
     return kind(**values)
+
+
+def profile_from_file(path: str | Path) -> StainProfile:
+    """The profile in a file that `medsd stain` wrote, as plain values: nothing in it is run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        return profile_from_dict(content["stain_target"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: no stain target ({error}); write one with medsd stain SLIDE") from error
 
 
 def fit_picture(picture: RGB, method: Method) -> StainProfile:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from medsd.errors import ConfigError, NoTissueError, SlideError
-from medsd.record import identity, read_record, write_record
+from medsd.record import read_record, write_record
+from medsd.slides.parts import slide_identity
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.slide import Area, Slide
 from medsd.slides.stain.profile import Method, StainProfile, fit_picture, profile_from_dict, transform_between
@@ -82,7 +83,7 @@ class NormalisedSlide(Slide):
     """
 
     def __init__(self, slide: Slide, source: StainProfile, target: StainProfile) -> None:
-        self.path, self.dimensions = slide.path, slide.dimensions
+        self.path, self.dimensions, self.bounds = slide.path, slide.dimensions, slide.bounds
         self.mpp, self.mpp_source, self.reader = slide.mpp, slide.mpp_source, slide.reader
         self.source, self.target = source, target
         self._slide = slide
@@ -151,7 +152,7 @@ class StainNormaliser:
 def _recipe(slide: Slide, method: Method) -> dict[str, Any]:
     """What a fit follows from: the same file at the same scale, sampled the same way."""
     try:
-        file = [str(slide.path.resolve()), identity(slide.path)]
+        file = [str(slide.path.resolve()), slide_identity(slide.path)]
     except OSError as error:
         raise SlideError(f"{slide.path}: cannot be read ({error.strerror}); check the path") from error
     return {"slide": file, "mpp": slide.mpp, "method": method, "version": _VERSION}

@@ -207,3 +207,17 @@ def test_an_absent_chunk_has_the_fill_value(tmp_path: Path, formats: Any, levels
     (path / "0" / "0" / "1" / "0").unlink()
     change(path, "fill_value", 255)
     assert (NgffSlide(path).read(0, 64, 0, 64, 64) == 255).all()
+
+
+def test_a_chunk_that_was_lost_is_told_and_one_left_out_is_not(
+    tmp_path: Path, formats: Any, levels: list[np.ndarray]
+) -> None:
+    blank = [level.copy() for level in levels[:2]]
+    for number, level in enumerate(blank):
+        level[: 64 >> number, 64 >> number : 128 >> number] = 0
+    for name, shown in (("lost", levels), ("blank", blank)):
+        path = formats.ngff(tmp_path / f"{name}.zarr", shown[:2])
+        (path / "0" / "0" / "1" / "0").unlink()
+        pixels, seen = NgffSlide(path).read_seen(0, 64, 0, 64, 64)
+        assert (seen is not None and not seen.any()) == (name == "lost")
+        assert (pixels == (255 if name == "lost" else 0)).all()

@@ -1,0 +1,134 @@
+"""What a folder holds of many slides, and the tables of it: made of all records there, whoever made which slide."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from medsd.claims import claimed
+from medsd.cohort.entry import SlideEntry
+from medsd.errors import DatasetError
+from medsd.record import read_record
+from medsd.tables import write_table
+
+TABLE = "slides.csv"
+_CLAIM = ".tables.claim"
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """What became of a slide: a row of `slides.csv`.
+
+    Attributes:
+        slide: its name, which its outputs are kept by.
+        status: "ok", "empty" (no tissue, or too little) or "failed".
+        reason: why it is empty or failed, or what of it could not be judged.
+        path: its file.
+        seconds: time spent when its outputs were made.
+    """
+
+    slide: str
+    status: str
+    reason: str = ""
+    path: str = field(default="", kw_only=True)
+    seconds: float = field(default=0.0, kw_only=True)
+
+
+Row = TypeVar("Row", bound=SlideRow)
+
+
+def count_by_status(rows: Iterable[SlideRow]) -> dict[str, int]:
+    """How many slides are ok, empty and failed."""
+    return {"ok": 0, "empty": 0, "failed": 0} | Counter(row.status for row in rows)
+
+
+class Kept(ABC, Generic[Row]):
+    """Outputs of one kind in a folder.
+
+    Attributes:
+        folder: where outputs are kept.
+        row_type: class of the rows.
+        columns: of `slides.csv`, names of fields of the rows.
+        record: place of a slide's record in the folder, such as "{}/record.json", with the slide's name for `{}`.
+    """
+
+    folder: Path
+    row_type: type[Row]
+    columns: Sequence[str]
+    record: str
+
+    @abstractmethod
+    def publish(self, rows: Sequence[Row], recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the cohort's summaries from the rows of all slides in the folder, and the recipes of those by name."""
+
+    def record_of(self, name: str) -> Path:
+        """The record of a slide."""
+        return self.folder / self.record.format(name)
+
+    def row_now(self, row: Row, entry: SlideEntry) -> Row:
+        """A row with what a run knows better: folders may be moved."""
+        return replace(row, path=str(entry.path))
+
+
+@dataclass(frozen=True)
+class Current(Generic[Row]):
+    """What one run adds to the records.
+
+    Attributes:
+        entries: its slides by name; their rows come first, in this order.
+        unrecorded: rows of failed slides that have no record of it.
+    """
+
+    entries: Mapping[str, SlideEntry] = field(default_factory=dict)
+    unrecorded: dict[str, Row] = field(default_factory=dict)
+
+
+def gather(kept: Kept[Row], current: Current[Row] | None = None) -> list[Row]:
+    """Write `slides.csv` and the summaries from all records in the folder; one process at a time does.
+
+    Raises:
+        DatasetError: there is none.
+        OutputError: the folder cannot be written to.
+    """
+    with claimed(kept.folder / _CLAIM, wait=True):
+        rows, recipes = _write_rows(kept, current or Current())
+        if not rows:
+            raise DatasetError(f"{kept.folder}: no records of slides; name a folder that medsd tiles or heatmap wrote")
+        kept.publish(rows, recipes)
+    return rows
+
+
+def write_rows(kept: Kept[Row], current: Current[Row]) -> None:
+    """Write `slides.csv` as far as it goes, unless another process is at it."""
+    with claimed(kept.folder / _CLAIM) as claim:
+        if claim is not None:
+            _write_rows(kept, current)
+
+
+def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of all slides in the folder, this run's first, and their recipes by name."""
+    rows, recipes = dict(current.unrecorded), {}
+    for path in kept.folder.glob(kept.record.format("*")):
+        try:
+            record = read_record(path)
+            row = None if record is None else kept.row_type(**record["result"])
+        except (KeyError, TypeError):
+            continue  # of an earlier version: done again by a run that is given the slide
+        # Of a slide that failed and was taken away, nobody needs to hear again.
+        if record is None or row is None or (row.status == "failed" and _is_gone(row, current)):
+            continue
+        recipes[row.slide] = record["recipe"]
+        entry = current.entries.get(row.slide)
+        rows.setdefault(row.slide, row if entry is None else kept.row_now(row, entry))
+    order = {name: number for number, name in enumerate(current.entries)}
+    ordered = sorted(rows.values(), key=lambda row: (order.get(row.slide, len(order)), row.slide))
+    write_table(kept.folder / TABLE, map(asdict, ordered), kept.columns)
+    return ordered, recipes
+
+
+def _is_gone(row: SlideRow, current: Current[Row]) -> bool:
+    return row.slide not in current.entries and not Path(row.path).exists()

@@ -1,0 +1,79 @@
+"""Which part each slide of a data set plays: what somebody said is kept, the rest is dealt, by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from medsd.cohort.entry import SlideEntry
+from medsd.errors import DatasetError
+
+_WORDS = ((0, "normal"), (1, "tumor"))
+
+
+def with_parts(slides: Sequence[SlideEntry], test_share: float, seed: int) -> list[SlideEntry]:
+    """The slides, each with a part: where nobody said one, that of the patient's others, or a share is for testing.
+
+    Where some slides are said to be for testing, no others are.
+
+    Raises:
+        DatasetError: a slide has no label, or a class too few slides.
+    """
+    unlabelled = next((slide for slide in slides if slide.label is None), None)
+    if unlabelled is not None:
+        raise DatasetError(f"{unlabelled.path}: has no label; give every slide one in the manifest's column 'label'")
+    of_patient = {slide.patient: slide.part for slide in slides if slide.patient and slide.part}
+    known = [replace(slide, part=slide.part or of_patient.get(slide.patient, "")) for slide in slides]
+    free = [slide for slide in known if not slide.part]
+    dealt: set[str] = set()
+    if free and not any(slide.part == "testing" for slide in known):
+        dealt = _dealt(free, test_share, seed, "testing")
+    parts = {True: "testing", False: "training"}
+    return [replace(slide, part=slide.part or parts[slide.name in dealt]) for slide in known]
+
+
+def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Names of training and of validation slides: those said to be, or a share of each class's patients.
+
+    Raises:
+        DatasetError: a side would lack a class.
+    """
+    training = [slide for slide in slides if slide.part == "training"]
+    held_out = {slide.name for slide in slides if slide.part == "validation"}
+    if not held_out:
+        held_out = _dealt(training, share, seed, "validation")
+    names = [slide.name for slide in training]
+    sides = sorted(set(names) - held_out), sorted(held_out)
+    label = {slide.name: slide.label for slide in slides}
+    for side, part in zip(sides, ("training", "validation"), strict=True):
+        for number, word in _WORDS:
+            if not any(label[name] == number for name in side):
+                raise DatasetError(f"{part}: no {word} slide; give slides other parts, or change the seed")
+    return sides
+
+
+def patients_on_two_sides(parts: Sequence[Sequence[SlideEntry]]) -> list[str]:
+    """The patients with slides in more than one part, in order."""
+    sides = [{slide.patient for slide in part if slide.patient} for part in parts]
+    return sorted({patient for n, side in enumerate(sides) for other in sides[:n] for patient in side & other})
+
+
+def _dealt(slides: Sequence[SlideEntry], share: float, seed: int, part: str) -> set[str]:
+    """Names of a share of the slides: of the patients with tumour, and of those without, so that no patient is cut."""
+    groups: dict[str, list[SlideEntry]] = {}
+    for slide in slides:
+        groups.setdefault(f"patient {slide.patient}" if slide.patient else slide.name, []).append(slide)
+    for label, word in _WORDS:
+        count = sum(any(slide.label == label for slide in group) for group in groups.values())
+        if count < 2:
+            raise DatasetError(f"training/{word}: {count} slide(s); at least 2 are needed, one for {part}")
+    generator = np.random.default_rng(seed)
+    chosen: set[str] = set()
+    for label, _ in _WORDS:
+        names = sorted(name for name, group in groups.items() if max(slide.label or 0 for slide in group) == label)
+        shuffled = [names[i] for i in generator.permutation(len(names))]
+        count = min(max(1, round(share * len(names))), len(names) - 1)
+        chosen |= {slide.name for name in shuffled[: max(count, 0)] for slide in groups[name]}
+    return chosen

@@ -1,0 +1,218 @@
+"""Many processes in one folder: nothing is done by two at once, nothing is lost, and names stay apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsd import claims
+from medsd.claims import claimed
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.kept import Kept, SlideRow, gather
+from medsd.cohort.owner import shard_of
+from medsd.cohort.runner import Made, Sharing, Work, run_cohort
+from medsd.errors import DatasetError, OutputError
+from medsd.files import MACHINE, process_lives, write_text
+from medsd.progress import Progress
+from medsd.slides.slide import Slide
+
+
+@dataclass(frozen=True)
+class Sums(Kept[SlideRow]):
+    folder: Path
+    row_type = SlideRow
+    columns = ("slide", "status", "reason", "path")
+    record = "{}/record.json"
+
+    def publish(self, rows: Sequence[SlideRow], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        sums = {row.slide: (self.folder / row.slide / "sum.txt").read_text() for row in rows if row.status == "ok"}
+        write_text(self.folder / "sums.json", json.dumps(sums))
+
+
+@dataclass(frozen=True)
+class SumWork(Sums, Work[SlideRow]):
+    """A slide's sum, added slowly, with a guard that two at once would break."""
+
+    pause_s: float = 0.0
+    during: Callable[[SlideEntry], object] = lambda _: None
+    outputs = ("sum.txt",)
+
+    def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
+        return {}
+
+    def make(self, slide: Slide, entry: SlideEntry, _progress: Progress) -> Made[SlideRow]:
+        guard = self.folder / f"at_work_{entry.name}_{os.getpid()}"
+        guard.touch()
+        others = [path for path in self.folder.glob(f"at_work_{entry.name}_*") if path != guard]
+        assert not any(process_lives(int(path.name.rpartition("_")[2])) for path in others)
+        self.during(entry)
+        time.sleep(self.pause_s)
+        with open(self.folder / "made.txt", "a") as handle:
+            handle.write(f"{entry.name}\n")
+        write_text(self.folder / entry.name / "sum.txt", str(int(slide.read(0, 0, *slide.dimensions).sum())))
+        guard.unlink()
+        return Made(self.row(entry, "ok"), ["sum.txt"])
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[SlideEntry]:
+    folder = tmp_path_factory.mktemp("slides")
+    for number in range(12):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(folder / f"s{number:02}.png")
+    return entries_of(folder)
+
+
+def entries_of(folder: Path) -> list[SlideEntry]:
+    return [SlideEntry(path.stem, path, mpp=0.5) for path in sorted(folder.iterdir())]
+
+
+def rows(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "slides.csv", newline="", encoding="utf-8") as handle:
+        return {row["slide"]: row for row in csv.DictReader(handle)}
+
+
+FORKS = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_sharing import SumWork, entries_of, run_cohort
+entries, draw = entries_of(Path(sys.argv[2])), random.Random(int(sys.argv[4]))
+def start():
+    child = os.fork()
+    if not child:
+        run_cohort(SumWork(Path(sys.argv[3]), 0.05), entries, isolate=False)
+        os._exit(0)
+    return child
+children = [start() for _ in range(int(sys.argv[4]))]
+for _ in range(2 * len(children)):
+    time.sleep(draw.uniform(0.02, 0.12))
+    os.kill(children.pop(draw.randrange(len(children))), signal.SIGKILL)
+    children.append(start())
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_are_killed_and_others_leave_what_one_leaves(
+    processes: int, slides: list[SlideEntry], tmp_path: Path
+) -> None:
+    """Forks of one process that has imported everything: each kill comes in the middle of a slide."""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    arguments = map(str, (Path(__file__).parent, slides[0].path.parent, shared, processes))
+    assert subprocess.run([sys.executable, "-c", FORKS, *arguments], timeout=60).returncode == 0
+    run_cohort(SumWork(alone), slides, isolate=False)
+    for entry in slides:
+        one, other = (json.loads((folder / entry.name / "record.json").read_text()) for folder in (shared, alone))
+        assert {**one, "made": "", "result": ""} == {**other, "made": "", "result": ""}
+    assert list(rows(shared)) == [entry.name for entry in slides]
+    assert (shared / "sums.json").read_bytes() == (alone / "sums.json").read_bytes()
+    assert {path.name for path in shared.glob("*/*")} == {"record.json", "sum.txt"}
+    assert not list(shared.glob(".*"))
+
+
+def test_shards_are_whole_apart_and_the_same_in_any_order(slides: list[SlideEntry], tmp_path: Path) -> None:
+    shards = [shard_of(slides[::-1], f"{number}/5") for number in range(1, 6)]
+    assert sorted((entry for shard in shards for entry in shard), key=lambda entry: entry.name) == slides
+    assert shards == [shard_of(slides, f"{number}/5") for number in range(1, 6)]
+    for text in ("0/4", "5/4", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(DatasetError, match=f"shard='{text}': give one as 3/40"):
+            shard_of(slides, text)
+    for shard in shards:
+        run_cohort(SumWork(tmp_path), shard, isolate=False, sharing=Sharing(gather=False))
+    assert not (tmp_path / "slides.csv").exists()
+    assert [row.slide for row in gather(Sums(tmp_path))] == list(rows(tmp_path)) == [entry.name for entry in slides]
+    with pytest.raises(DatasetError, match="no records of slides"):
+        gather(Sums(tmp_path / "none"))
+
+
+def test_another_file_of_the_same_name_gets_its_own(slides: list[SlideEntry], tmp_path: Path) -> None:
+    folder, path = tmp_path / "out", tmp_path / "s00.png"
+    Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(path)
+    other = SlideEntry("s00", path, mpp=0.5)
+    run_cohort(SumWork(folder), slides[:1], isolate=False)
+    with pytest.raises(DatasetError, match=r"outputs of another slide of this name, .*s00\.png; rename"):
+        run_cohort(SumWork(folder), [other], isolate=False)
+    for entries in ([other], [other, slides[0]], [slides[0], other]):
+        found = run_cohort(SumWork(folder), entries, isolate=False, sharing=Sharing(rename=True))
+        assert {Path(row.path): row.slide[:4] for row in found}[path] == "s00-"
+        assert all(row.slide == "s00" for row in found if Path(row.path) != path)
+    assert len(rows(folder)) == 2 and len((folder / "made.txt").read_text().split()) == 2
+
+
+def test_a_slide_that_changes_while_it_is_read_has_failed(slides: list[SlideEntry], tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(slides[3].path.read_bytes())
+    entry = SlideEntry("a", path, mpp=0.5)
+
+    def replaced(_: SlideEntry) -> None:
+        path.write_bytes(slides[4].path.read_bytes())
+        os.utime(path, ns=(5, 5))
+
+    (row,) = run_cohort(SumWork(tmp_path / "out", during=replaced), [entry], isolate=False)
+    assert row.status == "failed" and "a.png: was changed while it was read; run again" in row.reason
+    assert not (tmp_path / "out/a/sum.txt").exists()
+    assert run_cohort(SumWork(tmp_path / "out"), [entry], isolate=False)[0].status == "ok"
+
+
+def test_a_slide_that_another_run_has_in_hand_comes_last(slides: list[SlideEntry], tmp_path: Path) -> None:
+    held = claimed(tmp_path / "s01/.record.json.claim")
+    held.__enter__()
+    seen: list[str] = []
+
+    def during(entry: SlideEntry) -> None:
+        seen.append(entry.name)
+        if len(seen) == 2:  # the other run did it
+            run_cohort(SumWork(tmp_path / "other"), slides[1:2], isolate=False)
+            os.rename(tmp_path / "other/s01/record.json", tmp_path / "s01/record.json")
+            os.rename(tmp_path / "other/s01/sum.txt", tmp_path / "s01/sum.txt")
+            held.__exit__(None, None, None)
+
+    found = run_cohort(SumWork(tmp_path, during=during), slides[:3], isolate=False)
+    assert seen == ["s00", "s02"] and [row.slide for row in found] == ["s00", "s01", "s02"]
+
+
+def test_claims_of_the_dead_are_taken_over_and_those_of_the_living_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, dead = tmp_path / "claim", subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for holder, old, free in (
+        (f"{MACHINE} {dead.pid} x", False, True),
+        (f"{MACHINE} {os.getppid()} x", False, False),
+        (f"{MACHINE} {os.getppid()} x", True, True),  # another process may have its number now
+        (f"elsewhere {dead.pid} x", False, False),
+        (f"elsewhere {dead.pid} x", True, True),
+        ("", False, False),
+        ("", True, True),
+    ):
+        path.write_text(holder)
+        if old:
+            os.utime(path, (1, 1))
+        with claimed(path) as claim:
+            assert (claim is not None) == free
+        assert path.exists() == (not free)
+        path.unlink(missing_ok=True)
+    monkeypatch.setattr(claims, "_HEARTBEAT_S", 0.01)
+    with claimed(path) as claim:
+        os.utime(path, (1, 1))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert claim is not None and path.stat().st_mtime > 2
+        path.write_text("taken over")
+        with pytest.raises(OutputError, match="another run took over while this one stood still"):
+            claim.check()
+    assert path.read_text() == "taken over" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,62 @@
+"""Parts of a data set: what is said is kept, and no patient is on two sides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.split import patients_on_two_sides, split_validation, with_parts
+from medsd.errors import DatasetError
+
+SLIDES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), min_size=1, max_size=60)
+
+
+def entries(drawn: list[tuple[int, int]], part: str = "") -> list[SlideEntry]:
+    """Slides of at least four patients with tumour and four without, and of those that were drawn."""
+    least = [(100 + number, number % 2) for number in range(8)]
+    return [
+        SlideEntry(f"s{number:03}", Path(f"s{number}"), label, part, patient=f"p{patient}")
+        for number, (patient, label) in enumerate([*drawn, *least])
+    ]
+
+
+@given(SLIDES, st.floats(0.1, 0.6), st.integers(0, 99))
+def test_patients_stay_whole_and_every_part_has_both_classes(
+    drawn: list[tuple[int, int]], share: float, seed: int
+) -> None:
+    slides = with_parts(entries(drawn), share, seed)
+    training, validation = split_validation(slides, share, seed)
+    testing = [slide.name for slide in slides if slide.part == "testing"]
+    assert sorted([*training, *validation, *testing]) == [slide.name for slide in slides]
+    by_name = {slide.name: slide for slide in slides}
+    parts = [[by_name[name] for name in names] for names in (training, validation, testing)]
+    assert not patients_on_two_sides(parts)
+    assert all({slide.label for slide in part} == {0, 1} for part in parts)
+    assert with_parts(entries(drawn)[::-1], share, seed)[::-1] == slides
+
+
+def test_parts_that_somebody_said_are_kept_and_leaks_told() -> None:
+    slides = entries([(1, 0), (1, 1), (2, 1)])
+    slides[0] = replace(slides[0], part="testing")
+    slides[2] = replace(slides[2], part="validation")
+    found = with_parts(slides, 0.5, 0)
+    assert [slide.part for slide in found[:3]] == ["testing", "testing", "validation"]  # the second by its patient
+    assert {slide.part for slide in found[3:]} == {"training"}  # somebody chose the tests
+    found[3] = replace(found[3], part="validation")
+    assert split_validation(found, 0.5, 0)[1] == ["s002", "s003"]
+    leaking = [[found[0]], [replace(found[1], part="training")]]
+    assert patients_on_two_sides(leaking) == ["p1"]
+    with pytest.raises(DatasetError, match="validation: no normal slide; give slides other parts"):
+        split_validation([*found[:3], *found[4:]], 0.5, 0)
+
+
+def test_slides_without_label_or_too_few() -> None:
+    with pytest.raises(DatasetError, match="s1: has no label; give every slide one in the manifest's column"):
+        with_parts([replace(slide, label=None) if slide.name == "s001" else slide for slide in entries([])], 0.5, 0)
+    with pytest.raises(DatasetError, match=r"training/normal: 1 slide\(s\); at least 2 are needed, one for testing"):
+        with_parts(entries([])[-2:], 0.5, 0)

@@ -1,0 +1,62 @@
+"""What a run says where there is no terminal, and in a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from medsd import progress
+from medsd.errors import OutputError
+from medsd.logs import log_to_file
+from medsd.progress import progress_bar
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """The root logger, as it was afterwards."""
+    logger = logging.getLogger()
+    before, level = list(logger.handlers), logging.getLogger("medsd").level
+    logging.getLogger("medsd").setLevel(logging.INFO)
+    yield logger
+    logging.getLogger("medsd").setLevel(level)
+    for handler in [handler for handler in logger.handlers if handler not in before]:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_a_file_of_dated_lines_and_one_of_json_objects(root: logging.Logger, tmp_path: Path) -> None:
+    log_to_file(tmp_path / "log.txt")
+    log_to_file(tmp_path / "log.json", as_json=True)
+    logger = logging.getLogger("medsd.test")
+    logger.info("f\udce9vrier: ok\n2")
+    try:
+        raise ValueError("odd")
+    except ValueError:
+        logger.exception("a.svs")
+    lines = (tmp_path / "log.txt").read_text("utf-8").splitlines()
+    first = re.fullmatch(r"(\S+) INFO medsd\.test: f\\udce9vrier: ok", lines[0])
+    assert first and datetime.fromisoformat(first[1]).tzinfo and lines[-1] == "ValueError: odd"
+    one, other = map(json.loads, (tmp_path / "log.json").read_text("utf-8").splitlines())
+    assert (one["level"], one["logger"], one["message"]) == ("INFO", "medsd.test", "f\udce9vrier: ok\n2")
+    assert other["message"] == "a.svs" and other["exception"].endswith("ValueError: odd")
+    with pytest.raises(OutputError, match=r"none/log: cannot be written \(No such file.*choose another file for --log"):
+        log_to_file(tmp_path / "none" / "log")
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "medsd")
+    seconds = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(seconds)))
+    assert list(progress_bar("heatmap")(range(8), 8, "slide")) == list(range(8))
+    assert [record.getMessage() for record in caplog.records] == [
+        "heatmap: slide 3 of 8 (37 %), 10 s a slide, 0:00:50 left",
+        "heatmap: slide 6 of 8 (75 %), 10 s a slide, 0:00:20 left",
+    ]
