@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Long studies behind docs/evidence.md. Each job is one file of results: a stopped study goes on where it was.
 
+python scripts/evidence.py objectives DATA --part pcam
 python scripts/evidence.py finetune PATCHES --seeds 5
 python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
 python scripts/evidence.py maps DATA --run runs/pcam
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES = ("finetune", "saliency", "maps", "pretrain")
+STUDIES = ("objectives", "finetune", "saliency", "maps", "pretrain")
 
 
 class Job(Protocol):

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from medsd.checks import check_number
+from medsd.cohort.apart import may_train
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
@@ -32,6 +33,7 @@ from medsd.phantom import write_phantom_dataset
 from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
 from medsd.slides.mpp import check_tile
+from medsd.slides.readers.base import RGB
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict, profile_from_file
 from medsd.slides.stain.slide import StainNormaliser
@@ -224,7 +226,7 @@ class PatchData:
     """Patches on disk, as PatchCamelyon's, split by group.
 
     Attributes:
-        dataset_dir: folder with `labels.csv` and the patches.
+        dataset_dir: folder with `labels.csv` (or `index.csv`) and the patches, see `read_patch_table`.
         tile_px: side that patches are cropped to around their centre, a multiple of the network's stride.
         mpp: micrometres per pixel of the patches.
         group_column: column of `labels.csv` whose groups are not split.
@@ -233,9 +235,15 @@ class PatchData:
         seed: deals the groups.
         stain_target: must be None: a stain cannot be fitted well to a patch.
         tissue: what is on the patches, in words, for the weights' card.
+        classes: names in the order of the labels; the second one is mapped, its threshold and scale are fixed.
+        left_out: labels whose patches are left out.
+        shrink: whole number by which patches are made smaller before they are cropped; `mpp` is that of the smaller.
+        more_dirs: further folders with labels, whose groups nobody knows. Their patches are trained on, but for those
+            of a place or a stain that is validated or tested on, see `may_train`.
+        stratified: deal the groups class by class, see `split_groups`.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range, or fewer than two classes.
     """
 
     dataset_dir: str | None
@@ -248,6 +256,11 @@ class PatchData:
     seed: int = 0
     stain_target: None = None
     tissue: str = ""
+    classes: Sequence[str] = ("normal", "tumour")
+    left_out: Sequence[str] = ()
+    shrink: int = 1
+    more_dirs: Sequence[str] = ()
+    stratified: bool = False
 
     def __post_init__(self) -> None:
         if self.stain_target is not None:
@@ -259,16 +272,22 @@ class PatchData:
         check_tile(self.tile_px, self.mpp)
         check_number("validation_share", self.validation_share, "(0, 1)")
         check_number("test_share", self.test_share, "(0, 1)")
+        check_number("shrink", self.shrink, "[1, inf)", whole=True)
+        if len(self.classes) < 2:
+            raise ConfigError(f"classes={list(self.classes)!r}: at least two are needed")
 
     @property
     def description(self) -> str:
         """The data in words."""
-        rows = self._parts["training"]
-        return f"{len(rows.paths)} patches of {Path(str(self.dataset_dir)).name}, {len(np.unique(rows.group))} groups"
+        rows, folder = self._parts["training"], Path(str(self.dataset_dir))
+        own = np.array([folder in path.parents for path in rows.paths])
+        words = f"{own.sum()} patches of {folder.name}, {len(np.unique(rows.group[own]))} groups"
+        return words if own.all() else f"{words}, and {(~own).sum()} of {', '.join(self._more_names)}"
 
     def fingerprint(self) -> str:
         """A SHA-256 of which patches with which labels play which part."""
-        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}".encode())
+        shrunk = f" {self.shrink}" if self.shrink > 1 else ""
+        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}{shrunk}".encode())
         for part in _PARTS:
             rows = self._parts[part]
             digest.update(f"{part} {[path.name for path in rows.paths]} {rows.label.tolist()}".encode())
@@ -280,7 +299,7 @@ class PatchData:
 
     def part(self, name: str) -> PatchDataset:
         """The patches of the part "training", "validation" or "testing"."""
-        return PatchDataset(self._parts[name], side_px=self.tile_px)
+        return PatchDataset(self._parts[name], self.tile_px, self.shrink)
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """The patches of the part "training" or "validation", whatever their labels."""
@@ -291,7 +310,7 @@ class PatchData:
         validation = self.part("validation")
         engine = with_reference(engine, validation)
         probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
-        return calibrate_on_patches(engine, validation, validation.labels, probabilities)
+        return calibrate_on_patches(engine, validation, validation.labels == engine.target, probabilities)
 
     def jobs(self) -> list[SlideEntry]:
         """The slides given to be mapped."""
@@ -303,9 +322,33 @@ class PatchData:
 
     @cached_property
     def _parts(self) -> dict[str, PatchTable]:
-        table = read_patch_table(str(self.dataset_dir), self.group_column)
-        sides = split_groups(table, (self.validation_share, self.test_share), self.seed)
-        return {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
+        table = self._table(str(self.dataset_dir), self.group_column)
+        if len(np.unique(table.label)) < len(self.classes):
+            raise DatasetError(f"{self.dataset_dir}: no patch of some of the classes {', '.join(self.classes)}")
+        sides = split_groups(table, (self.validation_share, self.test_share), self.seed, self.stratified)
+        parts = {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
+        for folder, name in zip(self.more_dirs, self._more_names, strict=True):
+            more = self._table(folder, "id")  # no group of any size is known: each is its own
+            chosen = may_train(_pixels(more), _pixels(table), ~sides[0])
+            logger.info("%s: %d of %d patches are trained on", folder, chosen.sum(), len(chosen))
+            kept = more.rows(chosen)
+            parts["training"] = parts["training"].joined(replace(kept, group=np.char.add(f"{name} ", kept.group)))
+        return parts
+
+    @property
+    def _more_names(self) -> list[str]:
+        return [Path(folder).name for folder in self.more_dirs]
+
+    def _table(self, folder: str, group_column: str) -> PatchTable:
+        return read_patch_table(folder, group_column, self.classes, self.left_out)
+
+
+def _pixels(table: PatchTable) -> RGB:
+    """(n, H, W, 3) of whole patches, all of one size."""
+    images = [table.pixels(row) for row in range(len(table.paths))]
+    if len({image.shape for image in images}) > 1:
+        raise DatasetError(f"{table.paths[0].parent}: patches of several sizes; with more_dirs all must be of one")
+    return np.stack(images)
 
 
 def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:

@@ -16,6 +16,7 @@ from medsd.checks import check_number
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, MaskScores, decoder_dice, maps_of
 from medsd.explain.images import read_image, read_png_mask
+from medsd.networks.classifier import Normalise
 from medsd.pretrain.images import hold_out
 from medsd.slides.readers.base import RGB, Bools
 from medsd.tables import read_table
@@ -53,7 +54,7 @@ class MaskedFolder:
         if self.masked_dir is None:
             raise ConfigError(f"masked_dir: not set; name a folder with {_TABLE}, images and masks")
 
-    def scores(self, encoder: nn.Module) -> MaskScores:
+    def scores(self, encoder: nn.Module, normalise: Normalise | None = None) -> MaskScores:
         """Dice of a linear decoder on the encoder's maps, learnt on some groups and scored on the others.
 
         Raises:
@@ -68,7 +69,7 @@ class MaskedFolder:
         def side(rows: npt.NDArray[np.bool_]) -> Masked:
             masks: list[Bools] = []
             chosen = [pair for pair, taken in zip(pairs, rows, strict=True) if taken]
-            maps = maps_of(encoder, self._batches(chosen, masks), self.layer)
+            maps = maps_of(encoder, self._batches(chosen, masks), self.layer, normalise)
             return Masked(maps, torch.from_numpy(np.stack(masks).astype(np.uint8)), groups[rows])
 
         return decoder_dice(side(~test), side(test), DecoderSettings(seed=self.seed), device)

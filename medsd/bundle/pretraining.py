@@ -93,7 +93,7 @@ def _write_encoder(folder: Path, network: MedMoCo, name: str, recipe: dict[str, 
     path, record = folder.parent / ENCODER, folder / "encoder.json"
     written = read_record(record, recipe)
     if written is None or sha256_of(path) != written["sha256"]:
-        save_encoder(path, network.plain_encoder(), name, recipe["source"])
+        save_encoder(path, network.plain_encoder(), name, recipe["source"], network.normalise)
         write_record(record, recipe, [f"../{ENCODER}"], sha256=sha256_of(path))
 
 

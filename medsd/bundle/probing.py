@@ -23,6 +23,7 @@ from medsd.errors import ConfigError
 from medsd.evaluate.mask_probe import MaskScores
 from medsd.evaluate.probes import Labelled, ProbeScores, features_of, knn_probe, linear_probe, score_probe, standardise
 from medsd.evaluate.scores import Floats
+from medsd.networks.classifier import Normalise
 from medsd.networks.start import load_encoder
 from medsd.pretrain.collapse import spectrum
 from medsd.pretrain.start import EncoderStart
@@ -75,7 +76,8 @@ def probe(
             "--labelled_dir FOLDER"
         )
     trained = start.encoder_alone()
-    load_encoder(trained, Path(output_dir) / ENCODER)
+    normalise = start.normalise().to(device)
+    load_encoder(trained, Path(output_dir) / ENCODER, normalise)
     parts = [_Part(data, names, items, workers, seed) for names in (("training", "validation"), ("testing",))]
     rows: list[dict[str, Any]] = []
     told = []
@@ -83,8 +85,10 @@ def probe(
     for name, encoder in ((ENCODER, trained), (start_in_words(start), start.encoder_alone())):
         encoder.to(device).eval()
         if masked is not None:
-            of_masks.append({"encoder": name, "layer": masked.layer or "last", **_mask_cells(masked.scores(encoder))})
-        train, test = (part.through(encoder) for part in parts)
+            of_masks.append(
+                {"encoder": name, "layer": masked.layer or "last", **_mask_cells(masked.scores(encoder, normalise))}
+            )
+        train, test = (part.through(encoder, normalise) for part in parts)
         of_encoder = [{"encoder": name, **row} for row in _scored(train, test)]
         told.append("{auc:.3f} ({auc_low:.3f} to {auc_high:.3f}) of {encoder}".format(**of_encoder[0]))
         rows += of_encoder
@@ -106,7 +110,7 @@ class _Part:
     workers: int
     seed: int
 
-    def through(self, encoder: nn.Module) -> Labelled:
+    def through(self, encoder: nn.Module, normalise: Normalise) -> Labelled:
         """The features that the encoder gives of them."""
         parts = [self.data.part(name) for name in self.names]
         labels, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "groups"))
@@ -118,7 +122,9 @@ class _Part:
             for batch in progress_bar("probe")(loader, len(loader), "batch"):
                 yield batch["image"]
 
-        return Labelled(features_of(encoder, images()), labels[chosen].astype(np.int64), groups[chosen])
+        return Labelled(
+            features_of(encoder, images(), normalise=normalise), labels[chosen].astype(np.int64), groups[chosen]
+        )
 
 
 def _scored(train: Labelled, test: Labelled) -> Iterator[dict[str, Any]]:

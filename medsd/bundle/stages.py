@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from scipy.special import logsumexp
 from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
@@ -23,6 +24,7 @@ from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.plots import draw_summary
+from medsd.evaluate.probes import score_probe
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
 from medsd.explain.explain import explain_images
@@ -70,9 +72,15 @@ def finetune(
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
     weights = network.encoder_weights
+    scale = {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
     settings = settings_of(
         trainer,
-        network={"encoder": network.encoder_name, "architecture": network.architecture, "options": network.options},
+        network={
+            "encoder": network.encoder_name,
+            "architecture": network.architecture,
+            "options": network.options,
+            **scale,
+        },
         # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
         start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)},
         head=network.head,
@@ -109,6 +117,7 @@ def finetune(
         stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
         architecture=network.architecture,
         options=network.options,
+        **scale,
     )
     save_classifier(path, network, card)
     write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
@@ -154,14 +163,19 @@ def evaluate(
     with torch.inference_mode():
         logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
     probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
-    log_odds = (logits[:, 1] - logits[:, 0]) / np.float32(calibration.temperature)
+    tempered = logits / np.float32(calibration.temperature)
+    log_odds = tempered[:, 1] - logsumexp(np.delete(tempered, 1, axis=1), axis=1)
+    tumour = (items.labels == 1).astype(np.int8)  # of more classes than two, the one that is mapped
     content = {
         "weights_sha256": digest,
         "data_sha256": card.data_sha256,
         # Ranked by log-odds, since probabilities of sure tiles are all 1.
-        "tiles": as_json(score_tiles(items.labels, log_odds, items.groups)),
+        "tiles": as_json(score_tiles(tumour, log_odds, items.groups)),
         "calibration": as_json(score_calibration(logits, items.labels, calibration.temperature, calibration.threshold)),
     }
+    if len(network.classes) > 2:
+        rest = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(len(network.classes))]
+        content["classes"] = as_json(score_probe(items.labels, logits - np.stack(rest, axis=1), items.groups))
     if explained_tiles:
         settings = ExplanationSettings(items=explained_tiles, seed=seed)
         explained = score_explanations(
@@ -169,9 +183,7 @@ def evaluate(
         )
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(
-            handle, label=items.labels, probability=probabilities, log_odds=log_odds, group=items.groups
-        )
+        np.savez_compressed(handle, label=tumour, probability=probabilities, log_odds=log_odds, group=items.groups)
     write_json(Path(output_dir) / SCORES, content)
 
 

@@ -164,13 +164,13 @@ class GroupedSampler(Sampler[int]):
 
 
 class SlideGroupedSampler(GroupedSampler):
-    """Draws as many tumour as normal items, the same number (to one) from every slide of a class, in runs by slide.
+    """Draws as many items of every class, the same number (to one) from every slide of a class, in runs by slide.
 
     A run is of one class, and BatchNorm sees the batch: in a batch of two runs it takes the class away. A batch should
     hold eight runs or more. The draw depends on the hard items, too.
 
     Args:
-        labels: (n,) class of each item, 0 or 1.
+        labels: (n,) class of each item, 0 normal, 1 tumour, and more where there are more.
         groups: (n,) slide of each item.
         samples, run, seed: as in `GroupedSampler`; a run is of one slide and class.
 
@@ -184,10 +184,11 @@ class SlideGroupedSampler(GroupedSampler):
         super().__init__(groups, samples, run, seed)
         self._labels = labels
         self._pools: list[list[npt.NDArray[np.intp]]] = []
-        for label, word in ((0, "normal"), (1, "tumour")):
+        for label in range(max(2, int(labels.max(initial=0)) + 1)):
             items = np.flatnonzero(labels == label)
             if not len(items):
-                raise DatasetError(f"no {word} tiles to train on; training needs both classes")
+                word = {0: "normal", 1: "tumour"}.get(label, f"class {label}")
+                raise DatasetError(f"no {word} tiles to train on; training needs every class")
             self._pools.append(self._by_group(items))
         self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
         self._hard_share = 0.0
@@ -215,11 +216,11 @@ class SlideGroupedSampler(GroupedSampler):
     def draw(self) -> list[int]:
         """All items of the epoch, in their order."""
         generator = np.random.default_rng((self.seed, self.epoch))
-        tumour = self.samples // 2
-        normal = self.samples - tumour
+        others = [self.samples // len(self._pools)] * (len(self._pools) - 1)
+        normal = self.samples - sum(others)
         hard = round(self._hard_share * normal) if len(self._hard) else 0
         runs: list[npt.NDArray[np.intp]] = []
-        for pools, of_class in zip(self._pools, (normal - hard, tumour), strict=True):
+        for pools, of_class in zip(self._pools, (normal - hard, *others), strict=True):
             runs += self._evenly(pools, of_class, generator)
         for drawn in self._by_group(_draw(self._hard, hard, generator)) if hard else ():
             runs += self._runs(drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import DatasetError
+from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
 from medsd.tables import read_table
 
@@ -26,7 +28,7 @@ class PatchTable:
 
     Attributes:
         paths: the patches' files.
-        label: (n,) int8, 1 tumour, 0 normal.
+        label: (n,) int8 class numbers, mostly 1 tumour, 0 normal.
         group: (n,) str, what must not be split (stain cluster, slide).
     """
 
@@ -39,33 +41,74 @@ class PatchTable:
         paths = tuple(path for path, keep in zip(self.paths, chosen, strict=True) if keep)
         return PatchTable(paths, self.label[chosen], self.group[chosen])
 
+    def joined(self, other: PatchTable) -> PatchTable:
+        """This table's rows, then the other's."""
+        label, group = (
+            np.concatenate([getattr(table, name) for table in (self, other)]) for name in ("label", "group")
+        )
+        return PatchTable(self.paths + other.paths, label, group)
 
-def read_patch_table(folder: str | Path, group_column: str) -> PatchTable:
+    def pixels(self, row: int) -> RGB:
+        """The patch of a row as RGB pixels (height, width, 3).
+
+        Raises:
+            DatasetError: it cannot be decoded.
+        """
+        path = self.paths[row]
+        try:
+            with Image.open(path) as image:
+                return np.array(image.convert("RGB"))
+        except DAMAGED as error:
+            raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
+
+
+def read_patch_table(
+    folder: str | Path,
+    group_column: str,
+    classes: Sequence[str] = ("normal", "tumour"),
+    left_out: Sequence[str] = (),
+) -> PatchTable:
     """Read `labels.csv` (columns `id`, `label`, and the one named) and find each patch's file below `folder`.
+
+    Without `labels.csv` it is `index.csv`, with the column `file`, the patch's path in the folder, in the place of
+    `id`, which is the file's name without its ending.
+
+    Args:
+        folder: holds the table, and the patches at any depth.
+        group_column: of what must not be split.
+        classes: their names in the order of the labels, which are these names or numbers from 0 on.
+        left_out: labels whose rows are left out.
 
     Raises:
         DatasetError: no folder or table, a missing column, an unknown label, a patch without a file, in two files
             or in two rows; the message names the row.
     """
     folder = Path(folder)
-    table = folder / "labels.csv"
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; set dataset_dir to a folder with labels.csv and patches")
+    table, column = folder / "labels.csv", "id"
+    if not table.is_file() and (folder / "index.csv").is_file():
+        table, column = folder / "index.csv", "file"
     if not table.is_file():
         raise DatasetError(f"{table}: missing; it must have the columns id, label, {group_column}")
-    rows = read_table(table, ("id", "label", group_column.lower()))
+    rows = read_table(table, (column, "label", group_column.lower()))
+    rows = rows[~rows["label"].isin(list(left_out))]
     if rows.empty:
         raise DatasetError(f"{table}: no rows; it must list patches")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            files.setdefault(path.stem, []).append(path)
+            files.setdefault(path.stem if column == "id" else path.relative_to(folder).as_posix(), []).append(path)
     group = rows[group_column.lower()]
+    numbers = {name: number for number, name in enumerate(classes)} | {str(n): n for n in range(len(classes))}
     chosen: dict[Path, Any] = {}
-    for number, name in rows["id"].items():
+    for number, name in rows[column].items():
         place = f"{table}: row {number}"
-        if rows["label"][number] not in ("0", "1"):
-            raise DatasetError(f"{place}: label '{rows['label'][number]}' unknown; use 0 or 1")
+        if rows["label"][number] not in numbers:
+            raise DatasetError(
+                f"{place}: label '{rows['label'][number]}' unknown; use {' or '.join(map(str, range(len(classes))))}, "
+                f"or a class ({', '.join(classes)})"
+            )
         if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
         if name not in files:
@@ -75,7 +118,7 @@ def read_patch_table(folder: str | Path, group_column: str) -> PatchTable:
         if files[name][0] in chosen:
             raise DatasetError(f"{place}: '{name}' is also in row {chosen[files[name][0]]}; keep one")
         chosen[files[name][0]] = number
-    return PatchTable(tuple(chosen), rows["label"].to_numpy(np.int8), group.to_numpy(str))
+    return PatchTable(tuple(chosen), rows["label"].map(numbers).to_numpy(np.int8), group.to_numpy(str))
 
 
 class PatchDataset(Dataset[Sample]):
@@ -84,14 +127,15 @@ class PatchDataset(Dataset[Sample]):
     Args:
         table: the patches.
         side_px: side of the centred square that patches are cropped to; None leaves them whole.
+        shrink: patches are made smaller by this whole number first, each pixel the mean of a square of them.
 
     Raises (when an item is read):
         DatasetError: a patch cannot be decoded, or is smaller than `side_px`.
     """
 
-    def __init__(self, table: PatchTable, side_px: int | None = None) -> None:
+    def __init__(self, table: PatchTable, side_px: int | None = None, shrink: int = 1) -> None:
         self.table = table
-        self.side_px = side_px
+        self.side_px, self.shrink = side_px, shrink
         self.labels = table.label
         self.groups = table.group
 
@@ -99,17 +143,15 @@ class PatchDataset(Dataset[Sample]):
         return len(self.table.paths)
 
     def __getitem__(self, item: int) -> Sample:
-        path = self.table.paths[item]
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except DAMAGED as error:
-            raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
+        path, pixels = self.table.paths[item], self.table.pixels(item)
+        if self.shrink > 1:
+            pixels = np.array(Image.fromarray(pixels).reduce(self.shrink))
         if self.side_px is not None:
             height, width = pixels.shape[:2]
             if min(height, width) < self.side_px:
+                shrunk = f" (shrink={self.shrink})" if self.shrink > 1 else ""
                 raise DatasetError(
-                    f"{path}: {width} x {height} px is smaller than tile_px={self.side_px}; lower tile_px"
+                    f"{path}: {width} x {height} px{shrunk} is smaller than tile_px={self.side_px}; lower tile_px"
                 )
             top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
             pixels = pixels[top : top + self.side_px, left : left + self.side_px]
@@ -122,37 +164,50 @@ class PatchDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """A SHA-256 of which patches these are, whatever their labels."""
         names = [path.name for path in self.table.paths]
-        return hashlib.sha256(f"{self.side_px} {names}".encode()).hexdigest()
+        shrunk = f" {self.shrink}" if self.shrink > 1 else ""
+        return hashlib.sha256(f"{self.side_px}{shrunk} {names}".encode()).hexdigest()
 
 
 def split_groups(
-    table: PatchTable, shares: tuple[float, float], seed: int
+    table: PatchTable, shares: tuple[float, float], seed: int, stratified: bool = False
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Training, validation and test rows; every group lies on one side.
 
-    Groups are shuffled by the seed, then dealt to the test and validation sides until each holds its share of rows.
+    Groups are shuffled by the seed, then dealt to the validation and test sides until each holds its share of rows.
 
     Args:
         table: the patches.
         shares: shares of rows for validation and test.
         seed: shuffles the groups.
+        stratified: deal the groups of each class in turn, the rarest class first, until each side holds its share of
+            the rows of that class.
 
     Raises:
-        DatasetError: too few groups, or a side with one class only.
+        DatasetError: too few groups, or a side that lacks a class.
     """
     groups = np.unique(table.group)
     if len(groups) < 3:
         raise DatasetError(f"labels.csv: {len(groups)} group(s); at least 3 are needed to split by group")
     order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    sides = []
-    for share in shares:
-        side = np.zeros(len(table.group), bool)
-        while side.mean() < share and len(order) > 1:
-            side |= table.group == order.pop()
-        sides.append(side)
+    sides = np.zeros((2, len(table.group)), bool)
+    whole = np.ones(len(table.group), bool)
+    for rows in [table.label == label for label in _rarest_first(table.label)] if stratified else [whole]:
+        left = [group for group in order if (rows & (table.group == group)).any()]
+        for side, share in zip(sides, shares, strict=True):
+            while side[rows].mean() < share and len(left) > 1:
+                side |= table.group == left.pop()
+        order = [group for group in order if not (rows & (table.group == group)).any()]
     validation, test = sides
     training = ~validation & ~test
     for side, word in ((training, "training"), (validation, "validation"), (test, "test")):
-        if len(np.unique(table.label[side])) < 2:
+        found = np.unique(table.label[side])
+        if len(found) < 2:
             raise DatasetError(f"labels.csv: the {word} side has one class only; change the seed or the shares")
+        if len(found) < len(np.unique(table.label)):
+            raise DatasetError(f"labels.csv: the {word} side lacks a class; change the seed or the shares")
     return training, validation, test
+
+
+def _rarest_first(labels: npt.NDArray[np.int8]) -> list[int]:
+    found, counts = np.unique(labels, return_counts=True)
+    return [int(label) for label in found[np.argsort(counts, kind="stable")]]

@@ -16,6 +16,7 @@ from medsd.checks import check_number
 from medsd.errors import DatasetError, TrainingError
 from medsd.evaluate.probes import frozen_maps
 from medsd.evaluate.scores import Interval, bootstrap_mean
+from medsd.networks.classifier import Normalise
 
 _AT_ONCE = 32
 
@@ -130,7 +131,9 @@ class MaskDecoder(nn.Module):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def maps_of(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None) -> Tensor:
+def maps_of(
+    encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None, normalise: Normalise | None = None
+) -> Tensor:
     """Maps (n, d, h, w) of images in half precision on the CPU, to train decoders on; arguments as in `frozen_maps`.
 
     Choose a layer of stride 8, "layer2" of a ResNet, or an encoder whose last stages are dilated (timm's
@@ -139,7 +142,7 @@ def maps_of(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = N
     Raises:
         DatasetError: no images, or values beyond half precision.
     """
-    maps = [each.half().cpu() for each in frozen_maps(encoder, batches, layer)]
+    maps = [each.half().cpu() for each in frozen_maps(encoder, batches, layer, normalise)]
     if not maps:
         raise DatasetError("decoder: no images; give at least one")
     joined = torch.cat(maps)

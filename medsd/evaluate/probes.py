@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medsd.checks import check_number
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Floats, Interval, bootstrap_groups, bootstrap_mean, weighted_auc
-from medsd.networks.classifier import ImageNetInput
+from medsd.networks.classifier import Normalise
 from medsd.networks.modes import evaluating, map_of_layer, recorded
 from medsd.networks.whitening import inverse_root
 
@@ -77,19 +77,22 @@ class ProbeScores:
     groups: int
 
 
-def frozen_maps(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None) -> Iterator[Tensor]:
+def frozen_maps(
+    encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None, normalise: Normalise | None = None
+) -> Iterator[Tensor]:
     """The maps (B, d, h, w) float32 of an encoder in eval mode, batch by batch, on its device and without graph.
 
     Args:
         encoder: a timm network without pooling and head, as `create_encoder` or `open_encoder` gives it.
         batches: (B, 3, H, W) uint8 images.
         layer: whose maps, a name of `encoder.named_modules()` such as "layer2"; None for the last.
+        normalise: makes the encoder's input; None for ImageNet's mean and deviation.
 
     Raises:
         NetworkError: no such layer, or one that gives no map.
     """
     device = next(encoder.parameters()).device
-    normalise = ImageNetInput().to(device)
+    normalise = (normalise or Normalise()).to(device)
     for images in batches:
         with evaluating(encoder), torch.no_grad():
             inputs = normalise(images.to(device))
@@ -102,7 +105,9 @@ def frozen_maps(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None
         yield map_of_layer(layer or "the last", maps, inputs).float()
 
 
-def features_of(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None) -> npt.NDArray[np.float32]:
+def features_of(
+    encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None, normalise: Normalise | None = None
+) -> npt.NDArray[np.float32]:
     """Pooled features (n, d) float32 of images, in their order; arguments and errors as in `frozen_maps`.
 
     Raises:
@@ -115,7 +120,7 @@ def features_of(encoder: nn.Module, batches: Iterable[Tensor], layer: str | None
         >>> features_of(encoder, images.split(4)).shape
         (8, 96)
     """
-    pooled = [maps.mean(dim=(2, 3)).cpu().numpy() for maps in frozen_maps(encoder, batches, layer)]
+    pooled = [maps.mean(dim=(2, 3)).cpu().numpy() for maps in frozen_maps(encoder, batches, layer, normalise)]
     if not pooled:
         raise DatasetError("probe: no images; give at least one")
     return np.concatenate(pooled)

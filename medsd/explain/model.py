@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, nearest
-from medsd.networks.classifier import ImageNetInput
 from medsd.networks.modes import full_name, usable_device
 from medsd.networks.start import last_stage, open_encoder
 from medsd.networks.weights import ModelCard, load_classifier
@@ -109,4 +108,4 @@ def load_model(path: str | Path, device: torch.device | str | None = "cpu") -> M
         name, classes = classifier.encoder_name, classifier.classes
         return Model(path, classifier, classifier.encoder, name, classes, card, digest, classifier.normalise, place)
     network = found.network
-    return Model(path, network, network, found.name, (), None, found.sha256, ImageNetInput().to(place), place)
+    return Model(path, network, network, found.name, (), None, found.sha256, found.normalise, place)

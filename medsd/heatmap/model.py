@@ -121,7 +121,7 @@ def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
     network = encoder.network
     # A head that nothing looks at, for the engine's sake; no probability, so a tile is a single cell.
     classifier = TileClassifier(encoder.name, ("no class",)).to(next(network.parameters()).device).eval()
-    classifier.encoder = network
+    classifier.encoder, classifier.normalise = network, encoder.normalise
     layer = request.layer or last_stage(network, encoder.name)
     settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense")
     tile_px = measure_geometry(classifier, layer).features.stride

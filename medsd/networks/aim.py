@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medsd.checks import check_choice, check_number
 from medsd.errors import NetworkError
 from medsd.networks.aim_parts import FeatureBranch, MaskEstimator, gumbel_mask, hard_mask
-from medsd.networks.classifier import Classifier, create_encoder
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, create_encoder
 from medsd.networks.modes import evaluating, layer_named
 
 Direction = Literal["top_down", "bottom_up"]
@@ -74,13 +74,15 @@ class AimClassifier(Classifier):
             next stage, an ablation (the paper compares with such masking; our version of it).
         masking: False leaves every mask open and has no estimators: the plain feature pyramid classifier to compare
             with, whose weights go by the same names.
+        input_mean, input_std: see `medsd.networks.classifier.Normalise`.
 
     Attributes:
-        options: the arguments from `end_stage` on, as a model card keeps them.
+        options: the arguments from `end_stage` to `masking`, as a model card keeps them.
 
     Raises:
         NetworkError: timm has no such encoder, it has no pyramid of feature maps, or its weights cannot be fetched.
-        ConfigError: stage, temperature, widths or direction are not possible.
+        WeightsError: timm's weights take another mean or deviation.
+        ConfigError: stage, temperature, widths, direction, mean or deviation are not possible.
     """
 
     architecture = "aim"
@@ -96,8 +98,10 @@ class AimClassifier(Classifier):
         temperature: float = 1.0,
         direction: Direction = "top_down",
         masking: bool = True,
+        input_mean: Sequence[float] = IMAGENET_MEAN,
+        input_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(encoder, classes)
+        super().__init__(encoder, classes, input_mean, input_std)
         check_number("end_stage", end_stage, "[0, 3]", whole=True, hint="3 is the deepest stage")
         check_number("temperature", temperature, "(0, inf)")
         for name, width in (("feature_width", feature_width), ("mask_width", mask_width)):
@@ -113,7 +117,7 @@ class AimClassifier(Classifier):
         }
         self.stages = tuple(range(_STAGES - 1, end_stage - 1, -1))
         self.feature_dim, self.temperature, self.direction = feature_width, temperature, direction
-        (self.encoder, _), self.pretrained = create_encoder(encoder, pretrained), pretrained
+        (self.encoder, _), self.pretrained = create_encoder(encoder, pretrained, self.normalise), pretrained
         channels = dict(zip(range(_STAGES), _stage_channels(encoder, self.encoder), strict=True))
         names = {stage: str(stage) for stage in self.stages}
         self.branches = nn.ModuleDict({names[s]: FeatureBranch(channels[s], feature_width) for s in self.stages})

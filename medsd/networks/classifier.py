@@ -10,26 +10,50 @@ import torch
 from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 
-from medsd.errors import NetworkError, nearest
+from medsd.checks import check_number
+from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
 from medsd.networks.modes import channels_last, evaluating
 from medsd.networks.whitening import WhitenedHead
 
 _PROBE_PX = 64
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class ImageNetInput(nn.Module):
-    """Images (B, 3, H, W) uint8 as float32 of ImageNet's mean and deviation, which timm's networks take."""
+class Normalise(nn.Module):
+    """Images (B, 3, H, W) uint8 as float32: (image / 255 - input_mean) / input_std, channel by channel.
+
+    Args:
+        input_mean, input_std: three numbers each, those that the encoder's weights were trained with. ImageNet's are
+            those of most of timm's weights, not of all ("tf_" and Inception networks have 0.5).
+
+    Raises:
+        ConfigError: other than three numbers, a mean outside 0 to 1, or a deviation outside 0 to 10, 0 excluded.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, input_mean: Sequence[float] = IMAGENET_MEAN, input_std: Sequence[float] = IMAGENET_STD) -> None:
         super().__init__()
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        for name, values, interval in (("mean", input_mean, "[0, 1]"), ("std", input_std, "(0, 10]")):
+            if not isinstance(values, list | tuple) or len(values) != 3:
+                raise ConfigError(f"input_{name}={values!r}: must be three numbers, of red, green and blue")
+            for value in values:
+                check_number(f"input_{name}", value, interval, hint="of pixels from 0 to 1")
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.input_mean, self.input_std = tuple(input_mean), tuple(input_std)
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) / 255 - self.mean) / self.std
+
+    def check_weights(self, of: str, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Raises WeightsError: weights, named by `of`, were trained with another mean or deviation."""
+        if (self.input_mean, self.input_std) != (tuple(mean), tuple(std)):
+            raise WeightsError(
+                f"{of}: its weights take input_mean {list(mean)} and input_std {list(std)}, not "
+                f"{list(self.input_mean)} and {list(self.input_std)}; set both so"
+            )
 
 
 class Classifier(nn.Module):
@@ -56,10 +80,16 @@ class Classifier(nn.Module):
     encoder_weights: str | None = None
     neutral: dict[str, Any] | None = None
 
-    def __init__(self, encoder: str, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        encoder: str,
+        classes: Sequence[str],
+        input_mean: Sequence[float] = IMAGENET_MEAN,
+        input_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         self.encoder_name, self.classes = encoder, tuple(classes)
-        self.normalise = ImageNetInput()
+        self.normalise = Normalise(input_mean, input_std)
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +125,12 @@ class TileClassifier(Classifier):
         encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
         classes: names of the classes in the order of the logits.
         pretrained: load timm's ImageNet weights (downloads them).
+        input_mean, input_std: see `Normalise`.
 
     Raises:
         NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+        WeightsError: timm's weights take another mean or deviation.
+        ConfigError: a mean or deviation that is none.
 
     Example:
         >>> tiles = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
@@ -107,10 +140,17 @@ class TileClassifier(Classifier):
 
     architecture = "tile"
 
-    def __init__(self, encoder: str, classes: Sequence[str] = ("normal", "tumour"), pretrained: bool = False) -> None:
-        super().__init__(encoder, classes)
+    def __init__(
+        self,
+        encoder: str,
+        classes: Sequence[str] = ("normal", "tumour"),
+        pretrained: bool = False,
+        input_mean: Sequence[float] = IMAGENET_MEAN,
+        input_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__(encoder, classes, input_mean, input_std)
         self.options, self.pretrained = {}, pretrained
-        self.encoder, self.feature_dim = create_encoder(encoder, pretrained)
+        self.encoder, self.feature_dim = create_encoder(encoder, pretrained, self.normalise)
         self.head = nn.Linear(self.feature_dim, len(self.classes))
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -118,8 +158,11 @@ class TileClassifier(Classifier):
         return features
 
 
-def create_encoder(name: str, pretrained: bool) -> tuple[nn.Module, int]:
-    """A timm network without pooling and head, and its features' channels; the errors are `TileClassifier`'s."""
+def create_encoder(name: str, pretrained: bool, normalise: Normalise | None = None) -> tuple[nn.Module, int]:
+    """A timm network without pooling and head, and its features' channels; the errors are `TileClassifier`'s.
+
+    `normalise`, which makes its input, is compared with what timm says of its weights.
+    """
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
@@ -131,6 +174,9 @@ def create_encoder(name: str, pretrained: bool) -> tuple[nn.Module, int]:
     except (OSError, RuntimeError) as error:  # no network, or a tag or weights that timm does not have
         reason = str(error).partition("\n")[0]
         raise NetworkError(f"encoder '{name}': timm cannot make it ({reason}); check name and pretrained") from error
+    made = getattr(encoder, "pretrained_cfg", None) or {}
+    if pretrained and normalise is not None and "mean" in made and "std" in made:
+        normalise.check_weights(f"encoder '{name}'", made["mean"], made["std"])
     if isinstance(getattr(encoder, "pre_logits", None), ConvMlp):
         encoder.pre_logits = nn.Identity()
     images = torch.zeros(1, 3, _PROBE_PX, 2 * _PROBE_PX)  # not square, to tell its axes apart

@@ -7,13 +7,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from medsd.errors import NetworkError, WeightsError
+from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import sha256_of
-from medsd.networks.classifier import create_encoder
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
 from medsd.networks.weights import FORMAT, read_tensors, save_tensors, unreadable_card
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ _HEADS = ("fc.", "head.fc.", "classifier.", "pre_logits.")
 _NAMED = 3
 
 
-def save_encoder(path: str | Path, encoder: nn.Module, name: str, source: str) -> str:
+def save_encoder(
+    path: str | Path, encoder: nn.Module, name: str, source: str, normalise: Normalise | None = None
+) -> str:
     """Write an encoder's weights for others to start from, as plain timm keys, atomically.
 
     Args:
@@ -45,14 +48,17 @@ def save_encoder(path: str | Path, encoder: nn.Module, name: str, source: str) -
         encoder: a timm network without pooling and head, such as `TileClassifier.encoder`.
         name: its timm name.
         source: how and on what it was trained, in words.
+        normalise: what made its input; None for ImageNet's mean and deviation.
 
     Returns:
-        The SHA-256 of tensors, name and source.
+        The SHA-256 of tensors and all of that.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    return save_tensors(path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source})
+    normalise = normalise or Normalise()
+    scale = {"input_mean": normalise.input_mean, "input_std": normalise.input_std}
+    return save_tensors(path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source, **scale})
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,15 @@ class Encoder:
 
     Attributes:
         name: timm name.
-        network: without pooling and head, in eval mode; images as `ImageNetInput` gives them to a map (B, d, h, w).
-        sha256: of its tensors, name and source.
+        network: without pooling and head, in eval mode; images as `normalise` gives them to a map (B, d, h, w).
+        sha256: of its tensors and card.
+        normalise: images (B, 3, H, W) uint8 as its input.
     """
 
     name: str
     network: nn.Module
     sha256: str
+    normalise: Normalise
 
 
 def open_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder | None:
@@ -81,12 +89,12 @@ def open_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     if file.kind != ENCODER_FORMAT:
         return None
     try:
-        name = str(file.card["encoder"])
-    except KeyError as error:
+        name, normalise = str(file.card["encoder"]), Normalise(**_scale(file.card))
+    except (KeyError, ConfigError) as error:
         raise unreadable_card(Path(path), error) from error
     network, _ = create_encoder(name, pretrained=False)
     load_encoder(network, path)
-    return Encoder(name, network.to(device).eval(), file.sha256)
+    return Encoder(name, network.to(device).eval(), file.sha256, normalise.to(device))
 
 
 def last_stage(encoder: nn.Module, name: str) -> str:
@@ -113,8 +121,10 @@ def weights_sha256(path: str | Path) -> str:
     return (read_tensors(path).sha256 if path.suffix == ".safetensors" else "") or sha256_of(path)
 
 
-def load_encoder(encoder: nn.Module, path: str | Path) -> None:
+def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | None = None) -> None:
     """Put pre-trained weights into a timm encoder: all of its tensors are replaced, or none where it raises.
+
+    They are cast to the encoder's own precision, which is exact from float16 to float32.
 
     Files: `save_encoder`'s, `save_classifier`'s, and other state dicts under timm's names, as .safetensors, .pt or .pth
     (at top level or under "state_dict"; code in them is refused, not run). A leading "module." is taken off the names;
@@ -122,14 +132,20 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> None:
     classifier, pre_logits. BatchNorms' counts of batches may be missing, as in old files: nothing reads them. The
     encoder's name is compared where both the file and timm give one.
 
+    Args:
+        encoder: a timm network without pooling and head.
+        path: the file.
+        normalise: what makes the encoder's input; compared with what medsd's own files say of theirs.
+
     Raises:
-        WeightsError: no such file, of another kind, damaged, or of another network; the encoder is untouched.
+        WeightsError: no such file, of another kind, damaged, of another network, or of other input; the encoder is
+            untouched.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such encoder weights; check the path, or run the stage 'pretrain'")
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path, encoder)
+        state = _read_safetensors(path, encoder, normalise)
     elif path.suffix in (".pt", ".pth"):
         state = _read_pickled(path)
     else:
@@ -162,7 +178,12 @@ def _compare(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) 
         raise WeightsError(f"{path}: tensors of another encoder ({'; '.join(faults)}); choose the one they are of")
 
 
-def _read_safetensors(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
+def _scale(card: dict[str, Any]) -> dict[str, Any]:
+    """Mean and deviation of a card, where it says them."""
+    return {name: card[name] for name in ("input_mean", "input_std") if name in card}
+
+
+def _read_safetensors(path: Path, encoder: nn.Module, normalise: Normalise | None) -> dict[str, Tensor]:
     file = read_tensors(path)
     if file.kind not in (FORMAT, ENCODER_FORMAT):
         return file.state
@@ -173,6 +194,9 @@ def _read_safetensors(path: Path, encoder: nn.Module) -> dict[str, Tensor]:
     made: str | None = getattr(encoder, "pretrained_cfg", {}).get("architecture")
     if made and name.partition(".")[0] != made:  # what follows the dot names weights, not a network
         raise WeightsError(f"{path}: weights of the encoder '{name}', not of '{made}'; choose that encoder")
+    if normalise is not None:
+        said = {"input_mean": IMAGENET_MEAN, "input_std": IMAGENET_STD} | _scale(file.card)
+        normalise.check_weights(str(path), said["input_mean"], said["input_std"])
     return file.state
 
 

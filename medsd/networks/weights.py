@@ -17,7 +17,7 @@ import medsd
 from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import atomic_path
 from medsd.networks.aim import AimClassifier
-from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
 from medsd.networks.whitening import WhitenedHead
 from medsd.slides.mpp import check_tile
 
@@ -75,6 +75,7 @@ class ModelCard:
             (`medsd.slides.stain.profile_from_dict`); None where they are taken as they are.
         architecture: "tile" for a `TileClassifier`, "aim" for an `AimClassifier`.
         options: the network's `options`.
+        input_mean, input_std: what its images are normalised by, see `Normalise`; ImageNet's in cards that do not say.
     """
 
     encoder: str
@@ -90,6 +91,8 @@ class ModelCard:
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
     start: str = ""
     tissue: str = ""
+    input_mean: tuple[float, ...] = IMAGENET_MEAN
+    input_std: tuple[float, ...] = IMAGENET_STD
 
 
 def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:
@@ -101,8 +104,12 @@ def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -
         WeightsError: the card is that of another network.
         OutputError: the file cannot be written.
     """
-    described = (card.architecture, card.encoder, card.classes, card.options)
-    network = (classifier.architecture, classifier.encoder_name, classifier.classes, classifier.options)
+    normalise = classifier.normalise
+    network = (
+        *(classifier.architecture, classifier.encoder_name, classifier.classes, classifier.options),
+        *(normalise.input_mean, normalise.input_std),
+    )
+    described = (card.architecture, card.encoder, card.classes, card.options, card.input_mean, card.input_std)
     if described != network:
         raise WeightsError(f"{path}: the card is that of {described}, the network is {network}; describe this one")
     return save_tensors(path, written_state(classifier), FORMAT, asdict(card))
@@ -131,7 +138,9 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
     options: dict[str, Any] = card.options
     try:
         # No class may fetch weights, whatever the options say.
-        classifier = _ARCHITECTURES[card.architecture](card.encoder, card.classes, False, **options)
+        classifier = _ARCHITECTURES[card.architecture](
+            card.encoder, card.classes, False, input_mean=card.input_mean, input_std=card.input_std, **options
+        )
         classifier.load_state_dict(file.state)
     except (NetworkError, ConfigError, RuntimeError, TypeError) as error:  # a TypeError tells of unknown options
         reason = str(error).partition("\n")[0]
@@ -219,7 +228,10 @@ def _card(path: Path, card: dict[str, Any]) -> ModelCard:
             raise ValueError(f"architecture '{card['architecture']}' is unknown")
         known = None if calibration is None else Calibration(**calibration)
         check_tile(card["tile_px"], card["mpp"])
-        return ModelCard(**{**card, "classes": tuple(card["classes"]), "calibration": known})
+        lists: dict[str, Any] = {
+            name: tuple(card[name]) for name in ("classes", "input_mean", "input_std") if name in card
+        }
+        return ModelCard(**{**card, **lists, "calibration": known})
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise unreadable_card(path, error) from error
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medsd.checks import check_choice, check_number
 from medsd.errors import NetworkError
-from medsd.networks.classifier import Classifier, ImageNetInput
+from medsd.networks.classifier import Classifier, Normalise
 from medsd.networks.geometry import measure_fields
 from medsd.networks.modes import evaluating, map_of_layer, recorded
 from medsd.objectives.decorrelation import decorrelation_loss
@@ -119,6 +119,7 @@ class MedMoCo(nn.Module):
     Args:
         encoder: gives a map (B, d, h, w), as `create_encoder` makes it; taken over, not copied.
         settings: what is learnt.
+        normalise: makes the encoder's input; None for ImageNet's mean and deviation.
 
     Attributes:
         encoder, projector: the query's; the projector is Linear, ReLU, Linear as in MoCo v2.
@@ -143,9 +144,9 @@ class MedMoCo(nn.Module):
         >>> moco.enqueue(terms.keys, slides)
     """
 
-    def __init__(self, encoder: nn.Module, settings: MedMoCoSettings) -> None:
+    def __init__(self, encoder: nn.Module, settings: MedMoCoSettings, normalise: Normalise | None = None) -> None:
         super().__init__()
-        self.settings, self.encoder, self.normalise = settings, encoder, ImageNetInput()
+        self.settings, self.encoder, self.normalise = settings, encoder, normalise or Normalise()
         self.feature_dim, local_dim = self._probed()
         aligned = settings.local > 0 and settings.reading == "c"
         self._centre_px = _measured_centre(encoder, settings.local_layer) if aligned else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from medsd.networks.classifier import create_encoder
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
 from medsd.networks.start import load_encoder
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
 
@@ -22,6 +23,10 @@ class EncoderStart:
         weights: start from this file, see `load_encoder`; None for none.
         channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
         seed: draws the other weights.
+        input_mean, input_std: see `medsd.networks.classifier.Normalise`.
+
+    Raises:
+        ConfigError: a mean or deviation that is none.
     """
 
     encoder: str
@@ -29,17 +34,26 @@ class EncoderStart:
     weights: str | None = None
     channels_last: bool = False
     seed: int = 0
+    input_mean: Sequence[float] = IMAGENET_MEAN
+    input_std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        self.normalise()
+
+    def normalise(self) -> Normalise:
+        """Images (B, 3, H, W) uint8 as the encoder's input."""
+        return Normalise(self.input_mean, self.input_std)
 
     def network(self, settings: MedMoCoSettings, device: torch.device) -> MedMoCo:
         """Query and key encoder with their heads, on the device; torch's own generators are left as they were.
 
         Raises:
             NetworkError: timm has no such encoder, or its features are not a map.
-            WeightsError: the file holds no weights of it.
+            WeightsError: the file holds no weights of it, or of other input.
         """
         with torch.random.fork_rng([]):  # made on the CPU
             torch.manual_seed(self.seed)
-            return MedMoCo(self._made(), settings).to(device)
+            return MedMoCo(self._made(), settings, self.normalise()).to(device)
 
     def encoder_alone(self) -> nn.Module:
         """The encoder before its pre-training, on the CPU; errors as `network`."""
@@ -48,9 +62,9 @@ class EncoderStart:
             return self._made()
 
     def _made(self) -> nn.Module:
-        encoder, _ = create_encoder(self.encoder, self.pretrained)
+        encoder, _ = create_encoder(self.encoder, self.pretrained, self.normalise())
         if self.weights is not None:
-            load_encoder(encoder, self.weights)
+            load_encoder(encoder, self.weights, self.normalise())
         if self.channels_last:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return encoder

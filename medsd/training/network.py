@@ -21,7 +21,7 @@ from medsd.networks.whitening import WhitenedHead
 
 logger = logging.getLogger(__name__)
 
-_STEM = "stem"
+_STEM, _BATCHNORM = "stem", "batchnorm"
 # More would let a usual batch be whitened into anything.
 _WHITENED_TOGETHER = 32
 
@@ -48,11 +48,11 @@ def ready_to_train(
         compiled: compile the encoder at its first run (torch.compile; not AIM's); names of the weights stay.
 
     Raises:
-        WeightsError: the file holds no weights of this encoder.
+        WeightsError: the file holds no weights of this encoder, or of other input.
         ConfigError: `whitening` of an AIM network.
     """
     if encoder_weights is not None:
-        load_encoder(network.encoder, encoder_weights)
+        load_encoder(network.encoder, encoder_weights, network.normalise)
         network.encoder_weights = encoder_weights
     if whitening:
         if isinstance(network, AimClassifier):
@@ -94,8 +94,9 @@ def parameter_groups(
             `medsd.networks.modes.training`, which keeps their BatchNorms as they are, too.
         lr: the full learning rate.
         weight_decay: of all parameters, see `decay_vectors`.
-        frozen: modules of the encoder such as "layer1" or "stages.0"; "stem" is timm's lowest layer. Naming all of
-            them leaves the head to train (linear probing).
+        frozen: modules of the encoder such as "layer1" or "stages.0"; "stem" is timm's lowest layer, "batchnorm" every
+            BatchNorm, which then keeps what it learnt from more images than a small data set has. Naming all stages
+            leaves the head to train (linear probing).
         layer_decay: in 0 to 1, 0 excluded; 1 for one rate.
         head_lr: rate of what is not the encoder; None for `lr`.
         decay_vectors: False for no weight decay on parameters of one dimension (norms, biases, layer scales), which
@@ -149,10 +150,15 @@ def _stage(network: Classifier, name: str) -> list[nn.Parameter]:
     if name == _STEM:
         layers, parameters = _layers(network, f"frozen '{name}'"), dict(encoder.named_parameters())
         return [parameters[parameter] for parameter, layer in layers.items() if layer == 0]
+    if name == _BATCHNORM:
+        norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise NetworkError(f"frozen '{name}': {network.encoder_name} has none; leave it out")
+        return [parameter for module in norms for parameter in module.parameters(recurse=False)]
     stages = {path: list(module.parameters()) for path, module in encoder.named_modules() if path}
     if not stages.get(name):
         made = [info["module"] for info in getattr(encoder, "feature_info", ())]
-        known = [_STEM, *(path for path in made if stages.get(path))]
+        known = [_STEM, _BATCHNORM, *(path for path in made if stages.get(path))]
         raise NetworkError(
             f"frozen '{name}': {network.encoder_name} has no such stage to freeze{nearest(name, stages)}; it has "
             f"{', '.join(known)}"

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.evaluate.scores import auc
-from medsd.networks.classifier import ImageNetInput
+from medsd.networks.classifier import Normalise
 from medsd.networks.modes import evaluating
 from medsd.training.augment import augment
 
 _WIDTH = 128
-_INPUT = ImageNetInput()
+_INPUT = Normalise()
 
 
 def pretrain(
@@ -34,7 +34,7 @@ def pretrain(
     the head; what the encoder starts from is the caller's.
 
     Args:
-        encoder: images (B, 3, H, W) as `ImageNetInput` gives them to features (B, d, h, w); trained in place.
+        encoder: images (B, 3, H, W) as `Normalise` gives them to features (B, d, h, w); trained in place.
         images: (N, 3, S, S) uint8, square.
         epochs: passes over the images; a last incomplete batch is left out.
         seed: of everything that is drawn.

@@ -55,6 +55,41 @@ def test_a_table_is_read_as_it_stands(folder: Path) -> None:
     assert [p.name for p in chosen.paths] == ["a.png", "d.tif"] and chosen.group.tolist() == ["s1", "s3"]
 
 
+def test_classes_by_name_and_tables_that_name_files(folder: Path) -> None:
+    (folder / "labels.csv").rename(folder / "index.csv")
+    text = "file,label,patient\nimages/a.png,grade 1,p\nimages/b.png,2,q\nimages/deep/c.webp,polyp,q\nd.tif,none,q\n"
+    (folder / "index.csv").write_text(text)
+    classes = ("none", "grade 1", "grade 2")
+    table = read_patch_table(folder, "patient", classes, left_out=["polyp"])
+    assert [path.name for path in table.paths] == ["a.png", "b.png", "d.tif"]
+    assert table.label.tolist() == [1, 2, 0] and table.group.tolist() == ["p", "q", "q"]
+    with pytest.raises(DatasetError, match=r"index\.csv: row 4: label 'polyp' unknown; use 0 or 1 or 2, or a class"):
+        read_patch_table(folder, "patient", classes)
+    (folder / "index.csv").write_text(text.replace("images/b", "b"))
+    with pytest.raises(DatasetError, match=r"row 3: no patch named 'b\.png' below"):
+        read_patch_table(folder, "patient", classes, ["polyp"])
+
+
+def test_shrunk_patches_are_means_of_squares(folder: Path) -> None:
+    data = PatchDataset(read_patch_table(folder, "slide"), side_px=4, shrink=2)
+    means = patch(0).reshape(5, 2, 6, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)[:, :4, 1:5]
+    np.testing.assert_allclose(data[0]["image"].numpy(), means, atol=0.5)
+    with pytest.raises(DatasetError, match=r"6 x 5 px \(shrink=2\) is smaller than tile_px=6"):
+        PatchDataset(data.table, side_px=6, shrink=2)[0]
+    assert data.fingerprint() != PatchDataset(data.table, side_px=4).fingerprint()
+
+
+@given(seed=st.integers(0, 50))
+@settings(max_examples=20, deadline=None)
+def test_a_stratified_split_gives_every_side_its_share_of_a_rare_class(seed: int) -> None:
+    labels = [0] * 8 + [1] * 60
+    table = table_of([f"g{row // 2}" for row in range(68)], labels)
+    training, validation, test = split_groups(table, (0.25, 0.25), seed, stratified=True)
+    assert [int((table.label[side] == 0).sum()) for side in (training, validation, test)] == [4, 2, 2]
+    assert [int(side.sum()) for side in (validation, test)] == [18, 18]
+    assert (training.astype(int) + validation + test == 1).all()
+
+
 def test_samples(folder: Path) -> None:
     data = PatchDataset(read_patch_table(folder, "slide"))
     assert len(data) == 4 and data.groups.tolist() == ["s1", "s1", "s2", "s3"]
@@ -92,7 +127,10 @@ def test_grey_palette_and_alpha_become_rgb(folder: Path) -> None:
         ("id,lable,slide\na,0,s\n", r"row 1: no column 'label'; did you mean 'lable'\?"),
         ("", r"row 1: no column 'id'"),
         ("id,label,slide\n", r"labels\.csv: no rows"),
-        ("id,label,slide\na,0,s\nb,tumor,s\n", r"row 3: label 'tumor' unknown; use 0 or 1"),
+        (
+            "id,label,slide\na,0,s\nb,tumor,s\n",
+            r"row 3: label 'tumor' unknown; use 0 or 1, or a class \(normal, tumour\)",
+        ),
         ("id,label,slide\na\n", r"row 2: 1 cells where the first row has 3"),
         ("id,label,slide\na,,s\n", r"row 2: label '' unknown"),
         ("id,label,slide\na,1,\n", r"row 2: slide is empty"),

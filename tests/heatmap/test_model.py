@@ -27,13 +27,13 @@ REQUEST = MapRequest(("tsm", "eigencam"), "layer2", network_mpp=1.0)
 @pytest.fixture(scope="module")
 def classifier() -> TileClassifier:
     torch.manual_seed(3)
-    return TileClassifier("test_resnet").eval()
+    return TileClassifier("test_resnet", input_mean=(0.5, 0.6, 0.7), input_std=(0.5, 0.4, 0.3)).eval()
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, classifier) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    save_encoder(path, classifier.encoder, "test_resnet", "a test")
+    save_encoder(path, classifier.encoder, "test_resnet", "a test", classifier.normalise)
     return path
 
 

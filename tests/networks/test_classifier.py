@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 
-from medsd.errors import NetworkError
-from medsd.networks.classifier import TileClassifier
+from medsd.errors import ConfigError, NetworkError, WeightsError
+from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.modes import evaluating, layer_named
 from medsd.networks.start import load_encoder
+from medsd.pretrain.start import EncoderStart
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,30 @@ def test_uint8_is_normalised_as_imagenet(classifier: TileClassifier) -> None:
         torch.testing.assert_close(normalised[:, channel].double(), expected, rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(classifier(images), classifier(normalised))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mean", "0.5"), ("mean", 0.5), ("mean", [0.5, 0.5]), ("mean", [0.5, 1.5, 0.5]), ("std", [0.5, 0.0, 0.5])],
+)
+def test_a_mean_or_deviation_that_is_none(key: str, value: Any) -> None:
+    for make in (Normalise, partial(TileClassifier, "test_resnet"), partial(EncoderStart, "test_resnet")):
+        with pytest.raises(ConfigError, match=f"input_{key}=") as caught:
+            make(**{f"input_{key}": value})
+        assert "\n" not in str(caught.value)
+
+
+def test_timms_weights_are_fed_what_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = timm.create_model
+
+    def without_download(name: str, pretrained: bool, **options: Any) -> torch.nn.Module:
+        return made(name, pretrained=False, **options)
+
+    monkeypatch.setattr("medsd.networks.classifier.timm.create_model", without_download)
+    with pytest.raises(WeightsError, match=r"'test_resnet'.*input_mean \[0.5, 0.5, 0.5\].*not \[0.485"):
+        TileClassifier("test_resnet", pretrained=True)
+    halves = [0.5, 0.5, 0.5]
+    assert TileClassifier("test_resnet", pretrained=True, input_mean=halves, input_std=halves).pretrained
 
 
 def test_state_has_no_constants_and_tagged_names_work() -> None:

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from medsd.errors import OutputError, WeightsError
 from medsd.networks.aim import AimClassifier
-from medsd.networks.classifier import TileClassifier
-from medsd.networks.start import load_encoder, save_encoder
+from medsd.networks.classifier import Normalise, TileClassifier
+from medsd.networks.start import load_encoder, open_encoder, save_encoder
 from medsd.networks.weights import ModelCard, save_classifier
+from medsd.pretrain.med_moco import MedMoCoSettings
+from medsd.pretrain.start import EncoderStart
+from medsd.training.network import ready_to_train
 
 ENCODER = "test_resnet"
 CARD = ModelCard(ENCODER, ("normal", "tumour"), 96, 0.97, "phantoms")
@@ -76,8 +79,45 @@ def test_saved_and_loaded(tmp_path: Path, trained: nn.Module, encoder: nn.Module
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["format"], metadata["sha256"], len(digest)) == ("medsd-encoder-1", digest, 64)
-    assert json.loads(metadata["card"]) == {"encoder": f"{ENCODER}.r160_in1k", "source": "MoCo on 12 slides, µ"}
+    card = json.loads(metadata["card"])
+    assert (card["encoder"], card["source"]) == (f"{ENCODER}.r160_in1k", "MoCo on 12 slides, µ")
+    assert card["input_mean"] == [0.485, 0.456, 0.406] and card["input_std"] == [0.229, 0.224, 0.225]
     assert save_encoder(path, trained, ENCODER, "elsewhere") != digest
+
+
+def test_the_input_that_weights_take_goes_with_them(
+    tmp_path: Path, trained: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, half = tmp_path / "e.safetensors", Normalise((0.5, 0.5, 0.5), (0.5, 0.25, 0.125))
+    save_encoder(path, trained, ENCODER, "halves", half)
+    found = open_encoder(path)
+    assert found is not None
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(found.normalise(images), half(images))
+    classifier, cpu = TileClassifier(ENCODER), torch.device("cpu")
+    before = {name: tensor.clone() for name, tensor in classifier.encoder.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"input_mean \[0.5, 0.5, 0.5\] and input_std .*; set both so"):
+        ready_to_train(classifier, cpu, str(path))
+    assert_same(classifier.encoder, before)
+    with pytest.raises(WeightsError, match="set both so"):
+        EncoderStart(ENCODER, weights=str(path)).encoder_alone()
+    start = EncoderStart(ENCODER, weights=str(path), input_mean=half.input_mean, input_std=list(half.input_std))
+    assert torch.equal(start.network(MedMoCoSettings(queue=8), cpu).normalise(images), half(images))
+    # A file of before the card said so holds ImageNet's.
+    plain = json.dumps({"encoder": ENCODER, "source": ""})
+    monkeypatch.setattr("medsd.networks.weights.json.dumps", lambda _card: plain)
+    save_encoder(path, trained, ENCODER, "")
+    ready_to_train(classifier, cpu, str(path))
+    old = open_encoder(path)
+    assert old is not None and torch.equal(old.normalise(images), Normalise()(images))
+
+
+def test_half_precision_weights_are_the_same_numbers(tmp_path: Path, trained: nn.Module, encoder: nn.Module) -> None:
+    halved = {n: t.half() if t.is_floating_point() else t for n, t in trained.state_dict().items()}
+    save_file(halved, tmp_path / "h.safetensors")
+    load_encoder(encoder, tmp_path / "h.safetensors")
+    assert {tensor.dtype for tensor in encoder.parameters()} == {torch.float32}
+    assert_same(encoder, {n: t.float() if t.is_floating_point() else t for n, t in halved.items()})
 
 
 def test_saved_by_us_and_damaged(tmp_path: Path, trained: nn.Module, encoder: nn.Module) -> None:

@@ -224,6 +224,7 @@ def test_a_file_of_before_there_were_options(
     loaded, card, _ = load_classifier(path)
     assert card == CARD
     assert (card.architecture, card.options) == ("tile", {})
+    assert card.input_mean == loaded.normalise.input_mean == (0.485, 0.456, 0.406)
     assert card.calibration is not None and card.calibration.temperature == 1
     assert type(loaded) is TileClassifier
 
@@ -241,10 +242,16 @@ AIM_OPTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def aim() -> AimClassifier:
     torch.manual_seed(0)
-    return AimClassifier("test_resnet", ("normal", "itc", "tumour"), **AIM_OPTIONS)
+    return AimClassifier("test_resnet", ("normal", "itc", "tumour"), **AIM_OPTIONS, input_mean=(0.5, 0.5, 0.5))
 
 
-AIM_CARD = replace(CARD, classes=("normal", "itc", "tumour"), architecture="aim", options=AIM_OPTIONS)
+AIM_CARD = replace(
+    CARD,
+    classes=("normal", "itc", "tumour"),
+    architecture="aim",
+    options=AIM_OPTIONS,
+    input_mean=(0.5, 0.5, 0.5),
+)
 
 
 def test_aim_round_trip(tmp_path: Path, aim: AimClassifier) -> None:
@@ -260,6 +267,8 @@ def test_aim_round_trip(tmp_path: Path, aim: AimClassifier) -> None:
         ours, theirs = loaded.masked(x), aim.eval().masked(x)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.masks[0], theirs.masks[0])
+    tiles = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(loaded.normalise(tiles), aim.normalise(tiles))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +301,7 @@ def test_options_of_other_networks(
         replace(AIM_CARD, architecture="tile"),
         replace(AIM_CARD, classes=("normal", "tumour")),
         replace(AIM_CARD, encoder="resnet18"),
+        replace(AIM_CARD, input_std=(0.5, 0.5, 0.5)),
         replace(AIM_CARD, options={**AIM_OPTIONS, "direction": "top_down"}),
     ],
 )

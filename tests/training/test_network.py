@@ -172,6 +172,18 @@ def test_norms_and_biases_may_stay_undecayed(convnext: TileClassifier) -> None:
     assert decays["head.weight"] == DECAY
 
 
+def test_frozen_batchnorm_keeps_parameters_and_statistics(small: TileClassifier) -> None:
+    def of_norms() -> dict[str, torch.Tensor]:
+        names = [f"{name}." for name, module in small.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        return {name: v.clone() for name, v in small.state_dict().items() if name.startswith(tuple(names))}
+
+    before = of_norms()
+    step(small, parameter_groups(small, LR, DECAY, ("batchnorm",)))
+    assert len(before) > 10 and all(torch.equal(tensor, before[name]) for name, tensor in of_norms().items())
+    with pytest.raises(NetworkError, match="frozen 'batchnorm': convnext_atto has none"):
+        parameter_groups(TileClassifier("convnext_atto"), LR, DECAY, ("batchnorm",))
+
+
 def test_a_frozen_encoder_is_linear_probing(resnet18: TileClassifier) -> None:
     stages = ("stem", "layer1", "layer2", "layer3", "layer4")
     rates = by_name(resnet18, parameter_groups(resnet18, LR, DECAY, stages, layer_decay=0.5))
@@ -191,7 +203,7 @@ def test_convnexts_stages_have_its_names(convnext: TileClassifier) -> None:
     [
         (
             "layer5",
-            "has no such stage to freeze; did you mean 'layer[1-4]'.*it has stem, layer1, layer2, layer3, layer4$",
+            "has no such stage to freeze; did you mean 'layer[1-4]'.*it has stem, batchnorm, layer1, .*, layer4$",
         ),
         ("act1", "frozen 'act1': resnet18 has no such stage"),  # a module without parameters
         ("head", "frozen 'head': resnet18"),

@@ -1,0 +1,477 @@
+"""SaliencyDecor and its parts against cross-entropy, fine-tuned from a given encoder on real tissue.
+
+(a) `pcam`: PatchCamelyon patches, folds of whole stain clusters. (b) `ebhi`: colorectal biopsies, normal against
+adenocarcinoma, folds of whole patients. Three folds a repeat; the repeat deals the folds and seeds the training. A
+quarter of the training side, whole groups, fits temperature and neutral reference alone. Images are small, epochs few
+and short, so that a training costs a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+from sklearn.model_selection import StratifiedGroupKFold
+
+from medsd.cohort.dataset import Sample, SlideGroupedSampler
+from medsd.cohort.patches import PatchDataset, read_patch_table
+from medsd.errors import ConfigError, NetworkError
+from medsd.evaluate.explanations import ExplanationSettings, score_explanations
+from medsd.evaluate.probes import Labelled, features_of, linear_probe
+from medsd.evaluate.scores import auc
+from medsd.evaluate.summary import as_json
+from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
+from medsd.files import atomic_path, sha256_of
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.modes import training
+from medsd.networks.start import load_encoder
+from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.saliency.metrics.pointing import energy_pointing
+from medsd.saliency.neutral import neutral_from_images
+from medsd.saliency.registry import make_method
+from medsd.tables import read_table
+from medsd.training.augment import augment
+from medsd.training.network import parameter_groups
+
+PARTS = ("pcam", "ebhi")
+FOLDS = 3
+EXPLAINED = ExplanationSettings(items=32, draws=1, steps=8, batch_size=96)
+# Raised whenever a part holds other pixels or a measure changes, so that kept results are never mixed.
+VERSION = 1
+_GRADES = ("normal", "adenocarcinoma")
+_OTHER_GRADES = ("polyp", "low_grade_in", "high_grade_in", "serrated_adenoma")
+_MASKED_TILES, _MASKED_PX = 8, 256
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part trains on, and how: every method in the same way."""
+
+    folder: str
+    side_px: int
+    shrink: int
+    samples: int
+    epochs: int
+    lr: float = 1e-4
+    head_lr: float = 3e-3
+    layer_decay: float = 0.65
+    frozen: tuple[str, ...] = ("batchnorm",)
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    stain: float = 0.2
+
+
+@dataclass(frozen=True)
+class Start:
+    """An encoder with its weights' file, the layer of the additive map, and the weights' input."""
+
+    name: str
+    file: str
+    layer: str
+    input_mean: tuple[float, float, float]
+    input_std: tuple[float, float, float]
+
+
+_PARTS = {
+    "pcam": Part("pcam_patches", side_px=64, shrink=1, samples=256, epochs=4),
+    "ebhi": Part("ebhi_seg", side_px=96, shrink=2, samples=96, epochs=6),
+}
+_HALF, _ONE, _NONE = (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+STARTS = {
+    "lite0": Start(
+        "tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k.fp16.safetensors", "encoder.blocks.4", _HALF, _HALF
+    ),
+    "densenet": Start(
+        "densenet121",
+        "densenet121.capricorn_pathmnist.fp16.safetensors",
+        "encoder.features.denseblock3",
+        _NONE,
+        _ONE,
+    ),
+}
+WORDS = {
+    "frozen": "frozen features, logistic regression",
+    "ce": "cross-entropy (CE)",
+    "sgt": "SGT",
+    "decorrelation": "CE + decorrelation, `cov`",
+    "saliencydecor": "SaliencyDecor, `cov`",
+    "saliencydecor-zca": "SaliencyDecor, `zca`",
+    "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
+}
+
+
+def objective_of(method: str) -> SaliencyDecor:
+    """The objective of a method; one a training."""
+    if method == "ce":
+        return SaliencyDecor(0, 0)
+    if method == "sgt":
+        return SaliencyDecor(1, 0)
+    if method == "decorrelation":
+        return SaliencyDecor(0, 0.1)
+    if method == "as-built":
+        return SaliencyDecor(1, 0.1, masked_share=0.5, fill="noise", bn="shared", warm_epochs=0)
+    return SaliencyDecor(1, 0.1, mode="zca" if method == "saliencydecor-zca" else "cov")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, or the probe of the frozen encoder."""
+
+    part: str
+    encoder: str
+    method: str
+    repeat: int
+    fold: int
+    data: str
+
+    @property
+    def name(self) -> str:
+        """What its results are kept by, within the part."""
+        return f"{self.encoder}-{self.method}-{self.repeat}-{self.fold}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this study alone."""
+    parser.add_argument(
+        "data", type=Path, help="Folder of pcam_patches, ebhi_seg, weights_encoders and tiles with masks."
+    )
+    parser.add_argument("--encoders", nargs="+", choices=STARTS, default=["lite0"])
+    parser.add_argument("--methods", nargs="+", choices=WORDS, default=list(WORDS))
+    parser.add_argument("--repeats", type=int, default=3)
+
+
+def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """Every training asked for, fold by fold, so that what a stopped study has is paired."""
+    return [
+        Job(part, encoder, method, repeat, fold, str(arguments.data))
+        for part in arguments.part
+        for encoder in arguments.encoders
+        for repeat in range(arguments.repeats)
+        for fold in range(FOLDS)
+        for method in arguments.methods
+    ]
+
+
+def key_of(job: Job) -> tuple[str, str, str, int, int]:
+    """What the tables find a job's results by."""
+    return job.part, job.encoder, job.method, job.repeat, job.fold
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on."""
+    part, data = _PARTS[job.part], Path(job.data)
+    table = next(
+        data / part.folder / name for name in ("labels.csv", "index.csv") if (data / part.folder / name).is_file()
+    )
+    fixed = {"version": VERSION, "table": sha256_of(table), "start": asdict(STARTS[job.encoder])}
+    if job.method == "frozen":
+        return fixed | {"side_px": part.side_px, "shrink": part.shrink}
+    objective = {name: value for name, value in vars(objective_of(job.method)).items() if not name.startswith("_")}
+    return fixed | asdict(part) | {"objective": objective, "explained": asdict(EXPLAINED)}
+
+
+def prepare(_arguments: argparse.Namespace, _folder: Path) -> None:
+    """Nothing is shared between trainings."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Images (n, 3, S, S) uint8 with labels (n,), groups (n,), and masks (n, S, S) bool or None."""
+
+    images: torch.Tensor
+    labels: npt.NDArray[np.int8]
+    groups: npt.NDArray[np.str_]
+    masks: npt.NDArray[np.bool_] | None = None
+
+    def of(self, rows: npt.NDArray[np.intp]) -> Items:
+        """The chosen rows."""
+        masks = None if self.masks is None else self.masks[rows]
+        return Items(self.images[rows], self.labels[rows], self.groups[rows], masks)
+
+
+def items_of(job: Job) -> Items:
+    """All items of a part."""
+    part, folder = _PARTS[job.part], Path(job.data) / _PARTS[job.part].folder
+    if job.part == "pcam":
+        table = read_patch_table(folder, "stain_cluster")
+    else:
+        table = read_patch_table(folder, "patient", _GRADES, _OTHER_GRADES)
+    dataset = PatchDataset(table, part.side_px, part.shrink)
+    images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
+    masks = None
+    if job.part == "ebhi":
+        names = read_table(folder / "index.csv", ("file", "mask")).set_index("file")["mask"]
+        found = [names[path.relative_to(folder).as_posix()] for path in table.paths]
+        masks = np.stack([_mask(folder / name, part) for name in found])
+    return Items(images, table.label, table.group, masks)
+
+
+def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
+    with Image.open(path) as image:
+        small = np.asarray(image.convert("L").reduce(part.shrink)) > 127
+    top, left = ((side - part.side_px) // 2 for side in small.shape)
+    return small[top : top + part.side_px, left : left + part.side_px]
+
+
+def split(items: Items, repeat: int, fold: int) -> tuple[Items, Items, Items]:
+    """Training, calibration and test sides of whole groups."""
+    rest, test = _folds(items, FOLDS, repeat)[fold]
+    kept, held = _folds(items.of(rest), 4, repeat)[0]
+    return items.of(rest[kept]), items.of(rest[held]), items.of(test)
+
+
+def _folds(items: Items, count: int, seed: int) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    return list(splitter.split(items.labels, items.labels, items.groups))
+
+
+def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Train on a fold's training side and score on its test side."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of maps that miss their sums, which is measured
+    start, part = STARTS[job.encoder], _PARTS[job.part]
+    fit, held, test = split(items_of(job), job.repeat, job.fold)
+    torch.manual_seed(job.repeat)
+    classes = _GRADES if job.part == "ebhi" else ("normal", "tumour")
+    network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std)
+    load_encoder(network.encoder, Path(job.data) / "weights_encoders" / start.file)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if job.method == "frozen":
+        sides = [
+            features_of(network.encoder, of.images.split(_BATCH), None, network.normalise) for of in (fit, held, test)
+        ]
+        known = Labelled(
+            np.concatenate(sides[:2]),
+            np.concatenate([fit.labels, held.labels]).astype(np.int64),
+            np.concatenate([fit.groups, held.groups]),
+        )
+        return job, {"auc": auc(test.labels, linear_probe(known, sides[2])[:, 1])}
+    train(network, objective_of(job.method), fit, part, job.repeat)
+    scores = scores_of(network, held, test)
+    return job, scores | explained(network, test) | pointing(network, held, test, job)
+
+
+def train(network: TileClassifier, objective: SaliencyDecor, items: Items, part: Part, seed: int) -> None:
+    """Train for all epochs; the last network is kept. Every objective sees the same images in the same order."""
+    groups = parameter_groups(network, part.lr, part.weight_decay, part.frozen, part.layer_decay, part.head_lr)
+    optimizer = torch.optim.AdamW(groups, lr=part.lr)
+    sampler = SlideGroupedSampler(items.labels, np.full(len(items.labels), ""), part.samples, seed=seed)
+    steps, labels = part.samples // part.batch_size, torch.from_numpy(items.labels.astype(np.int64))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], total_steps=part.epochs * steps
+    )
+    changes, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    for epoch in range(part.epochs):
+        sampler.set_epoch(epoch)
+        for step, rows in enumerate(torch.tensor(sampler.draw()).split(part.batch_size)):
+            training(network)
+            x = network.normalise(augment(items.images[rows], changes, part.stain))
+            x = x.contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            objective(network, x, labels[rows], epoch + step / steps, draws).total.backward()
+            optimizer.step()
+            schedule.step()
+    network.eval()
+
+
+def scores_of(network: TileClassifier, held: Items, test: Items) -> dict[str, float]:
+    """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side."""
+    sides = []
+    for items in (held, test):
+        with torch.inference_mode():
+            sides.append(torch.cat([network(batch) for batch in items.images.split(_BATCH)]).numpy())
+    temperature = fit_temperature(sides[0], held.labels)
+    logits = sides[1]
+    before, after = (softmax(logits / divisor)[:, 1] for divisor in (1.0, temperature))
+    return {
+        "accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
+        "auc": auc(test.labels, logits[:, 1] - logits[:, 0]),
+        "ece_before": calibration_error(test.labels, before),
+        "ece": calibration_error(test.labels, after),
+        "temperature": temperature,
+    }
+
+
+def explained(network: TileClassifier, test: Items) -> dict[str, Any]:
+    """Faithfulness of the input gradient, and health of the features."""
+    samples: list[Sample] = [
+        {"image": image, "label": torch.tensor(int(label))}
+        for image, label in zip(test.images, test.labels, strict=True)
+    ]
+    found = as_json(score_explanations(network, samples, EXPLAINED))
+    gradient, features = found["maps"]["gradient"], found["features"]
+    return {
+        "masking_area": gradient["masking_area"]["value"],
+        "gap": gradient["gap"]["value"],
+        "deletion": gradient["deletion"]["value"],
+        "insertion": gradient["insertion"]["value"],
+        "correlation": features["mean_abs_correlation"],
+        "rank": features["effective_rank"],
+        "curve": [step["value"] for step in gradient["accuracy"]],
+        "random_curve": [step["value"] for step in found["random"]["accuracy"]],
+    }
+
+
+def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dict[str, float]:
+    """Where the additive map (DeepLift against the neutral reference) lies in real masks; nothing without a map."""
+    layer = STARTS[job.encoder].layer
+    try:
+        found = neutral_from_images(network, layer, _normalised(network, held.images), "evidence", 1)
+    except (ConfigError, NetworkError):
+        return {}
+    network.neutral = asdict(found)
+    method = make_method("deeplift", network, layer, "evidence", {"reference": "neutral"})
+    areas, energies = [], []
+    for images, mask in _masked(test, job):
+        with torch.no_grad():
+            maps = torch.cat([method(batch, 1) for batch in _normalised(network, images)])
+        values = _stitched(maps, mask.shape[0])
+        areas.append(auc(mask.ravel(), values.ravel()))
+        scaled = torch.from_numpy(values / max(np.abs(values).max(), 1e-12))[None].double()
+        energies.append(float(energy_pointing(scaled, torch.from_numpy(mask)[None])))
+    known = [energy for energy in energies if math.isfinite(energy)]
+    return {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known))}
+
+
+def _normalised(network: TileClassifier, images: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (network.normalise(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(_BATCH))
+
+
+def _masked(test: Items, job: Job) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.bool_]]]:
+    """Fields as the tiles (n, 3, S, S) that they are cut into, row by row, and their masks (H, H)."""
+    if test.masks is not None:
+        for row in np.flatnonzero(test.labels == 1):
+            if 0 < test.masks[row].mean() < 1:
+                yield test.images[row : row + 1], test.masks[row]
+        return
+    folder, side = Path(job.data) / "camelyon_tiles_tumour_masks", _PARTS[job.part].side_px
+    table, count = read_table(folder / "index.csv", ("file", "mask")), 0
+    for file, name in zip(table["file"], table["mask"], strict=True):
+        with Image.open(folder / file) as image, Image.open(folder / name) as drawn:
+            box = [(edge + sign * _MASKED_PX) // 2 for sign in (-1, 1) for edge in image.size]
+            pixels = np.asarray(image.convert("RGB").crop(tuple(box)))  # type: ignore[arg-type]
+            mask = np.asarray(drawn.convert("L").crop(tuple(box))) > 0  # type: ignore[arg-type]
+        if 0.05 < mask.mean() < 0.95 and count < _MASKED_TILES:
+            count += 1
+            tiles = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unfold(1, side, side).unfold(2, side, side)
+            yield tiles.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous(), mask
+
+
+def _stitched(maps: torch.Tensor, side: int) -> npt.NDArray[np.float32]:
+    """Maps (n * n, h, w) of tiles, row by row, as one map at the pixels of their field (side, side)."""
+    count = math.isqrt(len(maps))
+    whole = maps.unflatten(0, (count, count)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    full: npt.NDArray[np.float32] = torch.nn.functional.interpolate(
+        whole[None, None].float(), (side, side), mode="bilinear"
+    )[0, 0].numpy()
+    return full
+
+
+COLUMNS = {
+    "auc": ("AUC", 1.0, 3),
+    "accuracy": ("accuracy %", 100.0, 1),
+    "ece": ("ECE, tempered", 1.0, 3),
+    "masking_area": ("masking area", 1.0, 3),
+    "gap": ("masking gap", 1.0, 3),
+    "insertion": ("insertion", 1.0, 3),
+    "deletion": ("deletion", 1.0, 3),
+    "correlation": ("mean abs. correlation", 1.0, 3),
+    "rank": ("effective rank", 1.0, 1),
+    "pixel_auc": ("pixel AUC in masks", 1.0, 3),
+    "energy": ("energy in masks %", 100.0, 1),
+}
+
+Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
+
+
+def tables(results: Results) -> str:
+    """Means over folds and repeats, and differences from CE paired by fold, with 95 % t intervals."""
+    lines: list[str] = []
+    for part, encoder in dict.fromkeys(key[:2] for key in results):
+        of = {key[2:]: scores for key, scores in results.items() if key[:2] == (part, encoder)}
+        lines += [
+            f"### {part}, {encoder}",
+            "",
+            "| method | folds | " + " | ".join(c[0] for c in COLUMNS.values()) + " |",
+        ]
+        lines.append("|---" * (len(COLUMNS) + 2) + "|")
+        done = [method for method in WORDS if any(key[0] == method for key in of)]
+        for method in done:
+            rows = [scores for key, scores in of.items() if key[0] == method]
+            cells = [_cell([row.get(column) for row in rows], column) for column in COLUMNS]
+            lines.append(f"| {WORDS[method]} | {len(rows)} | " + " | ".join(cells) + " |")
+        for method in done:
+            folds = [key[1:] for key in of if key[0] == method and ("ce", *key[1:]) in of]
+            if method == "ce" or not folds:
+                continue
+            cells = []
+            for column in COLUMNS:
+                pairs = [(of[(method, *fold)].get(column), of[("ce", *fold)].get(column)) for fold in folds]
+                known = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+                cells.append(_cell(known, column, paired=True))
+            lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
+        missing = [WORDS[method] for method in WORDS if method not in done]
+        lines += ["", f"Not run: {', '.join(missing) or 'nothing'}.", ""]
+    return "\n".join(lines)
+
+
+def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
+    """Mean and standard error, or mean difference with its 95 % t interval; a dash where nothing was measured."""
+    _, scale, digits = COLUMNS[column]
+    known = scale * np.array([value for value in values if value is not None and math.isfinite(value)])
+    if not len(known):
+        return "-"
+    mean = f"{known.mean():{'+' if paired else ''}.{digits}f}"
+    if len(known) < 2:
+        return mean
+    error = known.std(ddof=1) / np.sqrt(len(known))
+    if not paired:
+        return f"{mean} ± {error:.{digits}f}"
+    half = stats.t.ppf(0.975, len(known) - 1) * error
+    return f"{mean} ({known.mean() - half:+.{digits}f} to {known.mean() + half:+.{digits}f})"
+
+
+def draw(results: Results, folder: Path) -> None:
+    """One figure, `objectives.png`: differences from CE by fold, in AUC, masking gap and pixel AUC."""
+    shown = ("auc", "gap", "pixel_auc")
+    groups = list(dict.fromkeys(key[:2] for key in results))
+    if not groups:
+        return
+    figure = Figure(figsize=(4.2 * len(shown), 2.6 * len(groups)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(groups), len(shown), squeeze=False)
+    for row, (part, encoder) in zip(grid, groups, strict=True):
+        methods = [m for m in WORDS if m not in ("ce", "frozen") and any(k[:3] == (part, encoder, m) for k in results)]
+        for axes, column in zip(row, shown, strict=True):
+            for place, method in enumerate(methods):
+                pairs = [
+                    (results[key].get(column), results.get((part, encoder, "ce", *key[3:]), {}).get(column))
+                    for key in results
+                    if key[:3] == (part, encoder, method)
+                ]
+                values = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+                axes.plot(values, [place] * len(values), "o", color="#333333", mfc="none", ms=4)
+                if values:
+                    axes.plot(np.mean(values), place, "|", color="#D55E00", ms=16, mew=2)
+            axes.axvline(0, color="#999999", ls=":", lw=1)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set(title=f"{part}, {encoder}", xlabel=f"{COLUMNS[column][0]} less CE's (a ring a fold)")
+            axes.set_yticks(
+                range(len(methods)), [WORDS[m].partition(",")[0] if axes is row[0] else "" for m in methods]
+            )
+            axes.invert_yaxis()
+    with atomic_path(folder / "objectives.png") as temporary:
+        figure.savefig(temporary)
