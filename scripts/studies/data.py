@@ -1,4 +1,4 @@
-"""What the fine-tuning study trains on: patches by stain cluster, and tiles whose surroundings tell the label."""
+"""What the fine-tuning study trains on: patches and tiles whose stain or surroundings tell the label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table
 from medsd.files import atomic_path
 from medsd.phantom.slides import Phantom, PhantomSpec, draw_phantom
 
@@ -62,13 +62,6 @@ class Split:
     training: Items
     validation: Items
     testing: Items
-
-
-def patches_by_cluster(folder: Path, seed: int) -> Split:
-    """PatchCamelyon patches, whole stain clusters on one side; the seed deals the clusters."""
-    table = read_patch_table(folder, "stain_cluster")
-    sides = split_groups(table, (0.15, 0.25), seed)
-    return Split(*(_items(table, side, np.zeros(len(side), np.int64)) for side in sides))
 
 
 def patches_with_shortcut(folder: Path, seed: int) -> Split:

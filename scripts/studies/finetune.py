@@ -1,7 +1,7 @@
-"""Objectives against each other, over seeds: accuracy, faithfulness, shortcuts, and what the features become.
+"""AIM against cross-entropy and its twin without masks where a shortcut goes with the label, over seeds.
 
-(a) `clusters`: PatchCamelyon patches split by stain cluster. (b) `phantoms`: tiles of phantom slides whose surroundings
-tell the label in training. (c) `patches`: PatchCamelyon patches whose stain cluster tells the label in training.
+`phantoms`: tiles of phantom slides whose surroundings tell the label in training. `patches`: PatchCamelyon patches
+whose stain cluster tells the label in training. What SaliencyDecor does: `objectives`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +33,13 @@ from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.saliency.metrics.masking import SHARES
 from medsd.training.augment import augment
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
 
-PARTS = ("clusters", "phantoms", "patches")
+PARTS = ("phantoms", "patches")
 ENCODER = "resnet10t_half"
 EXPLAINED = ExplanationSettings(items=64, draws=2, batch_size=256)
-# Okabe and Ito's, told apart by the colour-blind.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
 
 @register_model  # type: ignore[no-untyped-call]
@@ -87,23 +84,9 @@ class Method:
 
 
 RECIPES = {
-    "clusters": Recipe(epochs=8, lr=2e-3, encoder_lr=2e-3),
     "phantoms": Recipe(epochs=3, lr=1e-3, encoder_lr=3e-4, start="phantoms"),
     "patches": Recipe(epochs=8, lr=1e-3, encoder_lr=3e-4, start="phantoms"),
 }
-
-
-def _decor(consistency: float, decorrelation: float, mode: str = "cov") -> Method:
-    words = {(0, 0): "cross-entropy (CE)", (1, 0): "SGT"}.get(
-        (int(consistency > 0), int(decorrelation > 0)),
-        f"{'SaliencyDecor' if consistency else 'CE + decorrelation'}, `{mode}` {decorrelation:g}",
-    )
-
-    def objective(epochs: int) -> SaliencyDecor:
-        return SaliencyDecor(consistency, decorrelation, warm_epochs=epochs // 4, mode=cast(Any, mode))
-
-    settings = {name: value for name, value in vars(objective(4)).items() if not name.startswith("_")}
-    return Method(words, objective, version={**settings, "warm_epochs": "a quarter"})
 
 
 def _aim(target: float, masking: bool = True) -> Method:
@@ -116,22 +99,11 @@ def _aim(target: float, masking: bool = True) -> Method:
 
 
 METHODS = {
-    "ce": _decor(0, 0),
-    "sgt": _decor(1, 0),
-    "decorrelation": _decor(0, 0.1),
-    "saliencydecor": _decor(1, 0.1),
-    "saliencydecor-zca": _decor(1, 0.1, "zca"),
+    "ce": Method("cross-entropy (CE)", lambda _epochs: SaliencyDecor(0, 0)),
     "twin": _aim(1.0, masking=False),
     "aim-25": _aim(0.25),
     "aim-15": _aim(0.15),
 }
-
-
-def methods_of(part: str) -> list[str]:
-    """The methods that a part compares."""
-    if part == "clusters":
-        return ["ce", "sgt", "decorrelation", "saliencydecor", "saliencydecor-zca"]
-    return ["ce", "saliencydecor", "twin", "aim-25", "aim-15"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +134,7 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
         Job(part, method, seed, str(arguments.patches), str(folder))
         for seed in range(arguments.seeds)
         for part in arguments.part
-        for method in methods_of(part)
+        for method in METHODS
     ]
 
 
@@ -201,8 +173,6 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
 
 def split_of(part: str, patches: Path, folder: Path, seed: int) -> Split:
     """The sides of a part under a seed."""
-    if part == "clusters":
-        return data.patches_by_cluster(patches, seed)
     if part == "patches":
         return data.patches_with_shortcut(patches, seed)
     return data.phantoms_with_shortcut(folder / "slides", seed)
@@ -287,7 +257,6 @@ def explain(network: Classifier, items: Items, pointing: bool) -> dict[str, Any]
         "rank": features["effective_rank"],
         "dead": features["dead_channels"],
         "random_area": content["random"]["masking_area"]["value"],
-        "random_curve": [step["value"] for step in content["random"]["accuracy"]],
         "chance_pointing": None if area is None else area["value"],
     }
     for name, of_map in content["maps"].items():
@@ -302,7 +271,6 @@ def explain(network: Classifier, items: Items, pointing: bool) -> dict[str, Any]
             "pointing",
         ):
             scores[f"{name}_{measure}"] = None if of_map[measure] is None else of_map[measure]["value"]
-        scores[f"{name}_curve"] = [step["value"] for step in of_map["accuracy"]]
     return scores
 
 
@@ -356,12 +324,6 @@ _GROUPS = [
     Column("testing_accuracy", "accuracy %", 100, 1),
 ]
 COLUMNS = {
-    "clusters": [
-        Column("testing_accuracy", "accuracy %", 100, 1),
-        Column("testing_auc", "AUC"),
-        Column("gradient_masking_area", "masking AUC"),
-        *_COMMON,
-    ],
     "phantoms": [
         *_GROUPS,
         Column("gradient_pointing", "energy pointing, gradient %", 100, 1),
@@ -372,12 +334,8 @@ COLUMNS = {
     "patches": [*_GROUPS, *_COMMON],
 }
 PAIRS = {
-    "clusters": [
-        ("ce", ["sgt", "decorrelation", "saliencydecor", "saliencydecor-zca"]),
-        ("sgt", ["saliencydecor", "saliencydecor-zca"]),
-    ],
-    "phantoms": [("ce", ["saliencydecor"]), ("twin", ["aim-25", "aim-15"])],
-    "patches": [("ce", ["saliencydecor"]), ("twin", ["aim-25", "aim-15"])],
+    "phantoms": [("twin", ["aim-25", "aim-15"])],
+    "patches": [("twin", ["aim-25", "aim-15"])],
 }
 
 
@@ -405,35 +363,19 @@ def _cell(values: list[float], column: Column, sign: bool = False) -> str:
 
 
 def draw(results: dict[tuple[str, str, int], dict[str, Any]], folder: Path) -> None:
-    """One figure, `finetune.png`: masking curves with their random controls, and worst groups."""
+    """One figure, `finetune.png`: the worst groups."""
     if not results:
         return
-    figure = Figure(figsize=(14, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     parts = list(dict.fromkeys(part for part, _, _ in results))
     for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
         methods = list(dict.fromkeys(method for of, method, _ in results if of == part))
         seeds = sorted({seed for of, _, seed in results if of == part})
         axes.spines[["top", "right"]].set_visible(False)
-        if part == "clusters":
-            _draw_curves(axes, results, methods, seeds)
-        else:
-            _draw_groups(axes, results, part, methods, seeds)
+        _draw_groups(axes, results, part, methods, seeds)
     with atomic_path(folder / "finetune.png") as temporary:
         figure.savefig(temporary)
-
-
-def _draw_curves(axes: Axes, results: Any, methods: list[str], seeds: list[int]) -> None:
-    for method, colour in zip(methods, _COLOURS, strict=False):
-        for key, style in (("gradient_curve", "-"), ("random_curve", ":")):
-            curve = np.mean(
-                [results["clusters", method, seed][key] for seed in seeds if ("clusters", method, seed) in results],
-                axis=0,
-            )
-            label = METHODS[method].words if key == "gradient_curve" else None
-            axes.plot(SHARES, curve, style, color=colour, label=label, lw=1.5)
-    axes.set(xlabel="share of pixels masked", ylabel="accuracy", title="Masking: by gradient (lines), random (dots)")
-    axes.legend(frameon=False, fontsize="small")
 
 
 def _draw_groups(axes: Axes, results: Any, part: str, methods: list[str], seeds: list[int]) -> None:

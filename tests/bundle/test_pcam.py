@@ -15,6 +15,7 @@ from PIL import Image
 
 from medsd.bundle.data import PatchData
 from medsd.cohort.entry import SlideEntry
+from medsd.errors import DatasetError
 from medsd.heatmap.cohort import map_slides
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
@@ -24,7 +25,8 @@ from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
 
 FILES = "bundles/camelyon.json,configs/pcam.json"
-SMALL = {"encoder": "test_resnet", "max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
+SMALL = {"encoder": "test_resnet", "pretrained": False, "layer": "layer3", "local_layer": "layer2"}
+SMALL |= {"max_epochs": 1, "samples_per_epoch": 64, "batch_size": 16, "block_px": 512}
 # Sixty-four patches teach too little for a neutral reference to lie between the classes.
 SMALL |= {"methods": ["gradient_x_activation"], "explained_tiles": 4}
 
@@ -75,6 +77,44 @@ def refusal(tmp_path, run_bundle) -> Callable[..., str]:
     return refused
 
 
+def test_further_patches_are_trained_on_unless_held_out(patch_folder, tmp_path):
+    alone, more = PatchData(str(patch_folder), 64, 1.0), tmp_path / "more"
+    more.mkdir()
+    held, pixels = alone.part("testing").table.pixels(0), np.full((96, 96, 3), 200, np.uint8)
+    Image.fromarray(held).save(more / "copy.png")
+    Image.fromarray(held[::-1]).save(more / "turned.png")  # of its stain, yet of no known place
+    (more / "labels.csv").write_text("id,label\ncopy,0\nturned,1\n")
+    both = PatchData(str(patch_folder), 64, 1.0, more_dirs=[str(more)])
+    for part in ("training", "validation", "testing"):
+        assert both.part(part).fingerprint() == alone.part(part).fingerprint()
+    Image.fromarray(pixels[:64, :64]).save(more / "turned.png")
+    with pytest.raises(DatasetError, match="patches of several sizes"):
+        PatchData(str(patch_folder), 64, 1.0, more_dirs=[str(more)]).prepare()
+
+
+def test_grades_are_told_apart_by_patient(patch_folder, tmp_path, run_bundle):
+    """Three classes, tables that name files, patches made smaller: to the scores of every class."""
+    rows = (patch_folder / "labels.csv").read_text().splitlines()[1:]
+    grades = ["normal", "cancer", "polyp", "other"]
+    lines = [
+        f"images/{name}.png,{grades[int(name[1:]) % 4]},{int(group) + 10}"
+        for name, _, group in (row.split(",") for row in rows)
+    ]
+    (patch_folder / "index.csv").write_text("\n".join(["file,label,patient", *lines]))
+    (patch_folder / "labels.csv").unlink()
+    small = SMALL | {"tile_px": 32, "samples_per_epoch": 33, "batch_size": 11, "explained_tiles": 8}
+    places = {"dataset_dir": str(patch_folder), "output_dir": str(tmp_path / "out")}
+    grades = {"classes": ["normal", "cancer", "polyp"], "left_out": ["other"]}
+    run_bundle("bundles/camelyon.json,configs/ebhi.json", "run", **small, **places, **grades)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["classes"]["items"] == scores["tiles"]["items"] == 3 * scores["tiles"]["tumour_items"]
+    assert 0 <= scores["classes"]["auc"]["low"] <= scores["classes"]["auc"]["high"] <= 1
+    card = load_classifier(tmp_path / "out" / "model.safetensors")[1]
+    assert (card.classes, card.input_mean, card.tile_px) == (tuple(grades["classes"]), (0.5, 0.5, 0.5), 32)
+    with pytest.raises(SystemExit, match=r"row 5: label 'other' unknown; use 0 or 1 or 2, or a class"):
+        run_bundle("bundles/camelyon.json,configs/ebhi.json", "prepare", **places, **grades | {"left_out": []})
+
+
 def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):
     assert "dataset_dir" in refusal(None)
     assert "validation_share=15: must be a number" in refusal(patch_folder, validation_share=15.0).replace("15.0", "15")
@@ -84,8 +124,8 @@ def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):
     good = table.read_text()
     table.write_text(good.replace("stain_cluster", "stain_clust"))
     assert "no column 'stain_cluster'" in refusal(patch_folder)
-    table.write_text(good.replace("p3,1", "p3,tumour"))
-    assert "row 5" in refusal(patch_folder) and "tumour" in refusal(patch_folder)
+    table.write_text(good.replace("p3,1", "p3,tumor"))
+    assert "row 5" in refusal(patch_folder) and "'tumor' unknown" in refusal(patch_folder)
     table.write_text(good.replace("p3,", "p333,"))
     assert "p333" in refusal(patch_folder)
     table.write_text(good)

@@ -35,6 +35,9 @@ from medsd.tables import read_table
 FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {
     "encoder": "test_resnet",
+    "pretrained": False,
+    "layer": "layer3",
+    "local_layer": "layer2",
     "tile_px": 32,
     "pretrain_epochs": 2,
     "pretrain_samples": 32,
@@ -169,6 +172,7 @@ def test_the_start_is_the_one_that_was_trained() -> None:
 def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Path, run_bundle: Run) -> None:
     files = "bundles/camelyon.json,bundles/pretrain.json"
     given = {"output_dir": str(finished / "out"), "encoder": "test_resnet", "tile_px": 32, "probe_items": 40}
+    given |= {"input_mean": [0.5, 0.5, 0.5], "input_std": [0.5, 0.5, 0.5]}
     with pytest.raises(SystemExit, match=r"labelled_dir: not set, .*, --labelled_dir FOLDER"):
         run_bundle(files, "probe", **given)
     masked = tmp_path / "masked"
