@@ -179,8 +179,8 @@ def split_groups(
         table: the patches.
         shares: shares of rows for validation and test.
         seed: shuffles the groups.
-        stratified: deal the groups of each class in turn, the rarest class first, until each side holds its share of
-            the rows of that class.
+        stratified: deal the groups of each class in turn, the rarest class first; a side takes a group that brings it
+            nearer to its share of the rows of that class.
 
     Raises:
         DatasetError: too few groups, or a side that lacks a class.
@@ -188,16 +188,8 @@ def split_groups(
     groups = np.unique(table.group)
     if len(groups) < 3:
         raise DatasetError(f"labels.csv: {len(groups)} group(s); at least 3 are needed to split by group")
-    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    sides = np.zeros((2, len(table.group)), bool)
-    whole = np.ones(len(table.group), bool)
-    for rows in [table.label == label for label in _rarest_first(table.label)] if stratified else [whole]:
-        left = [group for group in order if (rows & (table.group == group)).any()]
-        for side, share in zip(sides, shares, strict=True):
-            while side[rows].mean() < share and len(left) > 1:
-                side |= table.group == left.pop()
-        order = [group for group in order if not (rows & (table.group == group)).any()]
-    validation, test = sides
+    order = [str(groups[i]) for i in np.random.default_rng(seed).permutation(len(groups))]
+    validation, test = (_stratified if stratified else _dealt)(table, order, shares)
     training = ~validation & ~test
     for side, word in ((training, "training"), (validation, "validation"), (test, "test")):
         found = np.unique(table.label[side])
@@ -208,6 +200,30 @@ def split_groups(
     return training, validation, test
 
 
-def _rarest_first(labels: npt.NDArray[np.int8]) -> list[int]:
-    found, counts = np.unique(labels, return_counts=True)
-    return [int(label) for label in found[np.argsort(counts, kind="stable")]]
+Sides = list[npt.NDArray[np.bool_]]
+
+
+def _dealt(table: PatchTable, order: list[str], shares: tuple[float, float]) -> Sides:
+    sides = []
+    for share in shares:
+        side = np.zeros(len(table.group), bool)
+        while side.mean() < share and len(order) > 1:
+            side |= table.group == order.pop()
+        sides.append(side)
+    return sides
+
+
+def _stratified(table: PatchTable, order: list[str], shares: tuple[float, float]) -> Sides:
+    sides = [np.zeros(len(table.group), bool) for _ in shares]
+    labels, counts = np.unique(table.label, return_counts=True)
+    for label in labels[np.argsort(counts, kind="stable")]:
+        rows = table.label == label
+        left = [group for group in order if (rows & (table.group == group)).any()]
+        order = [group for group in order if group not in left]
+        for side, share in zip(sides, shares, strict=True):
+            for group in list(left):
+                larger = side | (table.group == group)
+                if abs(larger[rows].mean() - share) < abs(side[rows].mean() - share):
+                    side |= larger
+                    left.remove(group)
+    return sides
