@@ -40,7 +40,7 @@ def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> N
     steps = zoom_steps(slide.dimensions)
     steps = [step for step in steps if step * slide.mpp >= FINEST_MPP] or steps[-1:]
     shown = mapped.maps[0]
-    about = f"{printable(mapped.name)}: {shown.title} ({shown.value_map.target}). {RESEARCH_USE_ONLY}"
+    about = printable(f"{mapped.name}: {shown.title} ({shown.value_map.target}). {RESEARCH_USE_ONLY}")
     width, height = (side // steps[0] for side in slide.dimensions)
     with (
         atomic_path(path) as temporary,
@@ -48,7 +48,6 @@ def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> N
     ):
         for number, step in enumerate(steps):
             width, height = (-(-side // step) for side in slide.dimensions)
-            page: dict[str, Any] = {"description": printable(about).encode("ascii", "replace").decode()}
             writer.write(
                 _tiles(slide, mapped, step),
                 shape=(height, width, 3),
@@ -62,7 +61,7 @@ def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> N
                 subfiletype=1 if number else 0,
                 metadata=None,
                 software="medsd",
-                **({} if number else page),
+                description=None if number else about.encode("ascii", "replace"),
             )
 
 
