@@ -19,7 +19,8 @@ from medsd.errors import DatasetError, MedsdError, OutputError, SlideError
 from medsd.heatmap.report import packed_map, quoted
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.zoom import TILE_PX, as_jpeg, read_tile, zoom_steps
-from medsd.record import identity, read_record
+from medsd.record import read_record
+from medsd.slides.parts import slide_identity
 from medsd.slides.readers.damage import UNFORESEEN
 from medsd.slides.slide import Slide, open_slide
 
@@ -88,7 +89,7 @@ class ViewServer(ThreadingHTTPServer):
     def _open(self, name: str) -> Slide:
         record = self.record(name)
         path = Path(record["result"]["path"])
-        if not path.exists() or json.loads(json.dumps(identity(path))) != record["recipe"]["slide"]:
+        if not path.exists() or json.loads(json.dumps(slide_identity(path))) != record["recipe"]["slide"]:
             raise SlideError(f"{path}: is not the file that was mapped; only what the report holds can be shown")
         return open_slide(path, record["recipe"]["mpp"])
 
