@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 import tifffile
 from PIL import Image
 
 import medsd
-from medsd.annotations import read_annotations, tumour_share
+from medsd.annotations import Outline, annotations_of, read_annotations, tumour_share, write_geojson
 from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry, named_slides
@@ -475,3 +476,51 @@ def test_a_name_that_is_no_utf8_costs_at_most_its_own_slide(entries: list[SlideE
     tiled = tile_slides([*named_slides([path]), *entries[:1]], tmp_path / "out", TILING)
     assert [row.status for row in tiled.slides] == ["ok", "ok"]
     assert list(table(tmp_path / "out")) == ["f_vrier", entries[0].name]
+
+
+def outline(path: Path, *boxes: tuple[int, int, int, int]) -> Path:
+    drawn = [Outline("", "Tumor", False, shapely.box(*box)) for box in boxes]
+    write_geojson(path, annotations_of(drawn))
+    return path
+
+
+def test_what_nobody_said_of_tiles_is_told_and_is_no_label(
+    entries: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slide, finer = entries[2].path, Tiling(TileGrid(64, 64, 0.25))
+    elsewhere = outline(tmp_path / "elsewhere.geojson", (0, 0, 8, 8))  # glass
+    missed, without = SlideEntry("b", slide, 1, "", elsewhere), SlideEntry("c", slide, 1)
+    cases = {
+        "tiles (0.25 um per pixel) are finer than the slide (0.5): they are enlarged": (entries[0], finer),
+        "no outline of tumour lies on tissue, so no tile has a label": (missed, TILING),
+        "a tumour slide without outlines: no tile has a label": (without, TILING),
+    }
+    for number, (words, (entry, settings)) in enumerate(cases.items()):
+        tiled = tile_slides([entry], tmp_path / str(number), settings)
+        assert tiled.slides[0].status == "ok" and words in tiled.slides[0].reason and words in caplog.text
+        assert (tiled.index.label == (MIXED if number else NORMAL)).all() and len(tiled.index) > 0
+    drawn = outline(tmp_path / "drawn.geojson", (300, 300, 700, 700))
+    row = tile_slides([SlideEntry("d", slide, 0, "", drawn)], tmp_path / "other", TILING).slides[0]
+    assert row.status == "failed" and "outlines tumour on a slide that is labelled normal; correct either" in row.reason
+    row = tile_slides([SlideEntry("e", slide)], tmp_path / "large", Tiling(TileGrid(1024, 1024, 1.0))).slides[0]
+    assert row.status == "empty" and row.reason == "a tile (1024 um) is larger than the slide (512 um)"
+
+
+def test_outlines_of_qupath_count_from_the_scanned_area(
+    entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = read_annotations(entries[2].annotation)
+    write_geojson(tmp_path / "as_shown.geojson", drawn, qupath_origin_px=(100, 60))
+    assert shapely.equals_exact(
+        read_annotations(tmp_path / "as_shown.geojson", qupath_origin_px=(100, 60)).tumour, drawn.tumour, 1e-6
+    )
+    expected = tile_slides([entries[2]], tmp_path / "one", TILING).index
+
+    def scanned(path: Path, mpp: float | None) -> Any:
+        slide = open_slide(path, mpp)
+        slide.bounds = (100, 60, 800, 800)
+        return slide
+
+    monkeypatch.setattr(runner, "IsolatedSlide", scanned)
+    other = tile_slides([replace(entries[2], annotation=tmp_path / "as_shown.geojson")], tmp_path / "other", TILING)
+    assert np.array_equal(other.index.label, expected.label)

@@ -198,6 +198,9 @@ def test_geojson_has_the_keys_of_qupath(tmp_path: Path) -> None:
     write_regions(path, regions, "Tumour", "slide_2")
     other = json.loads(path.read_text(encoding="utf-8"))
     assert {f["id"] for f in other["features"]}.isdisjoint(f["id"] for f in collection["features"])
+    write_regions(path, regions, "Tumour", "slide_1", qupath_origin_px=(100, 60))  # QuPath shows a part of the canvas
+    moved = json.loads(path.read_text(encoding="utf-8"))["features"][0]["geometry"]["coordinates"][0]
+    assert moved == [[x - 100, y - 60] for x, y in collection["features"][0]["geometry"]["coordinates"][0]]
 
 
 def test_no_regions_give_an_empty_collection(tmp_path: Path) -> None:
