@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -26,7 +27,7 @@ from medsd.evaluate.scores import Floats
 from medsd.networks.classifier import Normalise
 from medsd.networks.start import load_encoder
 from medsd.pretrain.collapse import spectrum
-from medsd.pretrain.start import EncoderStart
+from medsd.pretrain.start import EncoderStart, settle
 from medsd.progress import progress_bar
 from medsd.tables import write_table
 
@@ -52,7 +53,8 @@ def probe(
     Probes learn on training and validation items, their strength chosen on groups held out of them, and are scored on
     test items, see `medsd.evaluate.probes`. Each is given features as they are and whitened, which tells whether
     whitening while pre-training did more than a probe can do itself; the effective rank of the test features stands
-    beside. Of several processes the first does it.
+    beside. BatchNorms of random weights take their statistics from the items that probes learn on. Of several
+    processes the first does it.
 
     Args:
         data: with labels: `SlideData` or `PatchData`.
@@ -82,8 +84,10 @@ def probe(
     rows: list[dict[str, Any]] = []
     told = []
     of_masks: list[dict[str, Any]] = []
-    for name, encoder in ((ENCODER, trained), (start_in_words(start), start.encoder_alone())):
-        encoder.to(device).eval()
+    before = start.encoder_alone().to(device).eval()
+    if start.is_random:
+        settle(before, parts[0].images(), normalise)
+    for name, encoder in ((ENCODER, trained.to(device).eval()), (start_in_words(start), before)):
         if masked is not None:
             of_masks.append(
                 {"encoder": name, "layer": masked.layer or "last", **_mask_cells(masked.scores(encoder, normalise))}
@@ -110,21 +114,26 @@ class _Part:
     workers: int
     seed: int
 
+    def images(self) -> Iterator[Tensor]:
+        """Batches of them (B, 3, H, W) uint8."""
+        joined: Dataset[Sample] = ConcatDataset(self._parts())
+        loader = DataLoader(Subset(joined, self._chosen().tolist()), _BATCH, num_workers=self.workers)
+        for batch in progress_bar("probe")(loader, len(loader), "batch"):
+            yield batch["image"]
+
     def through(self, encoder: nn.Module, normalise: Normalise) -> Labelled:
         """The features that the encoder gives of them."""
-        parts = [self.data.part(name) for name in self.names]
+        parts, chosen = self._parts(), self._chosen()
         labels, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "groups"))
-        chosen = np.sort(np.random.default_rng(self.seed).permutation(len(labels))[: self.items])
-        joined: Dataset[Sample] = ConcatDataset(cast(list[Dataset[Sample]], parts))
-        loader = DataLoader(Subset(joined, chosen.tolist()), _BATCH, num_workers=self.workers)
+        features = features_of(encoder, self.images(), normalise=normalise)
+        return Labelled(features, labels[chosen].astype(np.int64), groups[chosen])
 
-        def images() -> Iterator[Tensor]:
-            for batch in progress_bar("probe")(loader, len(loader), "batch"):
-                yield batch["image"]
+    def _parts(self) -> list[Any]:
+        return [self.data.part(name) for name in self.names]
 
-        return Labelled(
-            features_of(encoder, images(), normalise=normalise), labels[chosen].astype(np.int64), groups[chosen]
-        )
+    def _chosen(self) -> npt.NDArray[np.int64]:
+        items = sum(len(part) for part in self._parts())
+        return np.sort(np.random.default_rng(self.seed).permutation(items)[: self.items])
 
 
 def _scored(train: Labelled, test: Labelled) -> Iterator[dict[str, Any]]:

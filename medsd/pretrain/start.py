@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
 from medsd.networks.start import load_encoder
@@ -44,6 +45,11 @@ class EncoderStart:
         """Images (B, 3, H, W) uint8 as the encoder's input."""
         return Normalise(self.input_mean, self.input_std)
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it starts from no weights."""
+        return not self.pretrained and self.weights is None
+
     def network(self, settings: MedMoCoSettings, device: torch.device) -> MedMoCo:
         """Query and key encoder with their heads, on the device; torch's own generators are left as they were.
 
@@ -68,3 +74,29 @@ class EncoderStart:
         if self.channels_last:
             encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return encoder
+
+
+@torch.no_grad()
+def settle(encoder: nn.Module, batches: Iterable[Tensor], normalise: Normalise) -> None:
+    """Set the running statistics of the encoder's BatchNorms to their mean over batches; all else stays.
+
+    Random weights come with averages of 0 and variances of 1, with which features are far worse than the weights:
+    against these any training would seem to gain.
+
+    Args:
+        encoder: in eval mode, on its device.
+        batches: (B, 3, H, W) uint8 images to learn them from, at least one batch.
+        normalise: gives the encoder's input of them, on its device.
+    """
+    norms = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    device = next(encoder.parameters()).device
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+        norm.train()
+    for images in batches:
+        encoder(normalise(images.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, decoder_dice, maps_of
 from medsd.evaluate.probes import features_of, knn_probe, linear_probe, score_probe
 from medsd.evaluate.scores import auc
-from medsd.files import make_folder, sha256_of
-from medsd.networks.classifier import TileClassifier
+from medsd.files import make_folder, sha256_of, write_json
+from medsd.networks.classifier import TileClassifier, create_encoder
 from medsd.networks.modes import evaluating
+from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.pretrain.collapse import spectrum
 from medsd.pretrain.med_moco import MedMoCoSettings
-from medsd.pretrain.start import EncoderStart
+from medsd.pretrain.start import EncoderStart, settle
 from medsd.pretrain.step import PretrainStep
 from medsd.pretrain.views import ViewSettings
 
@@ -74,6 +76,8 @@ VARIANTS = {
 FRACTIONS = {"finetune_10": (0.1, 20), "finetune_100": (1.0, 4)}
 _RECIPE = Recipe(epochs=0, lr=1e-3, encoder_lr=3e-4)
 _DECODER = DecoderSettings()
+# Unlabelled images that BatchNorms of random weights take their statistics from.
+_SETTLED_BY = 1024
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,21 @@ def key_of(job: Job) -> tuple[str, str, int]:
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on, but for the device."""
+    return {
+        **_pretraining_of(job),
+        "finetune": [list(FRACTIONS.values()), asdict(_RECIPE)],
+        "decoder": asdict(_DECODER),
+    }
+
+
+def _pretraining_of(job: Job) -> dict[str, Any]:
+    """What the encoder of a job depends on."""
     weights = _weights(job)
     return {
         "version": [VERSION, pretrain_data.VERSION],
         "part": asdict(PARTS[job.part]),
-        "variant": None if job.variant == START else asdict(VARIANTS[job.variant]),
+        "variant": {"settled": _SETTLED_BY} if job.variant == START else asdict(VARIANTS[job.variant]),
         "weights": None if weights is None else sha256_of(weights),
-        "finetune": [list(FRACTIONS.values()), asdict(_RECIPE)],
-        "decoder": asdict(_DECODER),
     }
 
 
@@ -142,22 +153,45 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Pre-train, then measure."""
     start_worker()
-    started = time.perf_counter()
     part = PARTS[job.part]
     sides = sides_of(part.data, Path(job.data), Path(job.folder, "images"), job.seed)
-    encoder, found = _encoder(job, part, sides.unlabelled)
-    found["seconds"] = time.perf_counter() - started
+    encoder, found = _kept_encoder(job, part, sides.unlabelled)
     found |= _measured(encoder, sides) | _decoded(encoder, part, sides, job.device)
     for name, (share, epochs) in FRACTIONS.items():
         found[name] = _finetuned(encoder, part, sides, share, epochs, job)
     return job, found
 
 
+def _kept_encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder of an earlier run of the same recipe, or a new one: fine-tuning anew need not pre-train anew."""
+    weights = make_folder(Path(job.folder, "encoders", job.part)) / f"{job.name}.safetensors"
+    record, recipe = weights.with_suffix(".json"), json.loads(json.dumps(_pretraining_of(job)))
+    if record.is_file():
+        kept = json.loads(record.read_text("utf-8"))
+        if kept["recipe"] == recipe:
+            encoder, _ = create_encoder(part.encoder, pretrained=False)
+            load_encoder(encoder, weights)
+            return encoder.to(job.device).eval(), kept["found"]
+    record.unlink(missing_ok=True)
+    started = time.perf_counter()
+    encoder, found = _encoder(job, part, images)
+    found["seconds"] = time.perf_counter() - started
+    save_encoder(weights, encoder, part.encoder, f"study of pre-training, {job.variant}, seed {job.seed}")
+    write_json(record, {"recipe": recipe, "found": found})
+    return encoder, found
+
+
 def _encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     weights = _weights(job)
-    start = EncoderStart(part.encoder, weights=None if weights is None else str(weights), seed=job.seed)
+    start = EncoderStart(
+        part.encoder, weights=None if weights is None else str(weights), channels_last=True, seed=job.seed
+    )
     if job.variant == START:
-        return start.network(MedMoCoSettings(local=0.0), torch.device(job.device)).plain_encoder().eval(), {}
+        encoder = start.encoder_alone().to(job.device).eval()
+        if start.is_random:
+            drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(job.seed))[:_SETTLED_BY]
+            settle(encoder, images[drawn].split(part.batch_size), start.normalise().to(job.device))
+        return encoder, {}
     settings = replace(VARIANTS[job.variant], queue=part.queue, local_layer=part.local_layer)
     network = start.network(settings, torch.device(job.device))
     learnt = [each for each in network.parameters() if each.requires_grad]

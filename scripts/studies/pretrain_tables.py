@@ -18,7 +18,7 @@ from medsd.evaluate.plots import RUN_STYLES
 Results = dict[tuple[str, str, int], dict[str, Any]]
 
 WORDS = {
-    "start": "no pre-training",
+    "start": "no pre-training, BatchNorm settled",
     "moco": "MoCo v2",
     "local": "+ local",
     "w2": "+ decorrelation (W2)",
@@ -78,7 +78,9 @@ def _part(part: str, results: Results) -> Iterator[str]:
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for variant in variants:
         cells = [_mean(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
-        yield "| " + " | ".join([WORDS[variant], *cells]) + " |"
+        held = sum((part, variant, seed) in results for seed in seeds)
+        words = WORDS[variant] + (f" ({held} seeds)" if held < len(seeds) else "")
+        yield "| " + " | ".join([words, *cells]) + " |"
     compared = [column for column in COLUMNS if column.compared]
     yield ""
     yield "Difference to MoCo v2, paired by seed, with the 95 % interval of Student's t:"

@@ -23,12 +23,12 @@ from medsd.bundle.unlabelled import CtVolumes, UnlabelledFolders, UnlabelledSlid
 from medsd.cohort.index import TileGrid
 from medsd.errors import NoTissueError
 from medsd.explain.model import load_model
-from medsd.networks.classifier import TileClassifier
+from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.start import load_encoder, save_encoder, weights_sha256
 from medsd.networks.weights import load_classifier
 from medsd.phantom.files import write_pyramid
 from medsd.pretrain.med_moco import MedMoCoSettings
-from medsd.pretrain.start import EncoderStart
+from medsd.pretrain.start import EncoderStart, settle
 from medsd.pretrain.volumes import SliceSettings
 from medsd.tables import read_table
 
@@ -167,6 +167,24 @@ def test_the_start_is_the_one_that_was_trained() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     for name, tensor in moco.encoder.state_dict().items():
         assert torch.equal(tensor, alone.state_dict()[name]), name
+
+
+def test_a_random_start_is_judged_with_the_statistics_of_images() -> None:
+    encoder = EncoderStart("test_resnet").encoder_alone().eval()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    batches = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    settle(encoder, batches, Normalise())
+    convolution, norm = encoder.conv1[:2]
+    stem = [convolution(Normalise()(batch)) for batch in batches]
+    assert torch.allclose(norm.running_mean, torch.stack([each.mean((0, 2, 3)) for each in stem]).mean(0))
+    assert torch.allclose(norm.running_var, torch.stack([each.var((0, 2, 3)) for each in stem]).mean(0))
+    assert norm.momentum == 0.1 and not any(module.training for module in encoder.modules())
+    after = encoder.state_dict()
+    assert all(
+        torch.equal(after[name], tensor)
+        for name, tensor in before.items()
+        if "running" not in name and "num_" not in name
+    )
 
 
 def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Path, run_bundle: Run) -> None:
