@@ -190,7 +190,6 @@ def test_a_random_start_is_judged_with_the_statistics_of_images() -> None:
 def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Path, run_bundle: Run) -> None:
     files = "bundles/camelyon.json,bundles/pretrain.json"
     given = {"output_dir": str(finished / "out"), "encoder": "test_resnet", "tile_px": 32, "probe_items": 40}
-    given |= {"input_mean": [0.5, 0.5, 0.5], "input_std": [0.5, 0.5, 0.5]}
     with pytest.raises(SystemExit, match=r"labelled_dir: not set, .*, --labelled_dir FOLDER"):
         run_bundle(files, "probe", **given)
     masked = tmp_path / "masked"
