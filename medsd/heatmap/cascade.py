@@ -29,9 +29,9 @@ from medsd.slides.readers.base import Bools
 
 # Of the CPU: the whole process then stays below 4 GiB.
 _CPU_BYTES = 2_000_000_000
-# Larger tensors the CPU's allocator takes from the system page by page each time, which costs a fifth of the whole map;
-# smaller ones cost halos. Found for ResNet-18 (`bench_heatmap.py --part time`).
-_CPU_TENSOR_BYTES = 64 << 20
+# Of the first stage, whose results are by far the largest: more the CPU's allocator takes from the system page by page
+# each time, which costs a fifth of the whole map, and smaller parts cost halos. Found for ResNet-18.
+_CPU_TENSOR_BYTES = 96 << 20
 # Of what a device has left.
 _DEVICE_SHARE = 0.5
 # Earlier stages have so many numbers a pixel that keeping them costs more memory than their halo.
@@ -90,7 +90,10 @@ class Stage:
             return (max(1, block_px // stride) + 2 * self.halo) ** 2
         if device.type == "cuda":
             return max(1, int(_DEVICE_SHARE * free_bytes(device) / at_once / self.cell_bytes))
-        return max(1, int(min(_CPU_BYTES / at_once / self.cell_bytes, _CPU_TENSOR_BYTES / self.tensor_bytes)))
+        most = _CPU_BYTES / at_once / self.cell_bytes
+        if self.network.start is None:
+            most = min(most, _CPU_TENSOR_BYTES / self.tensor_bytes)
+        return max(1, int(most))
 
 
 class Node(NamedTuple):
