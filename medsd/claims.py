@@ -18,6 +18,8 @@ _HEARTBEAT_S = 20.0
 # and a disk may be slow (our choice).
 _STALE_S = 600.0
 _PATIENCE_S = 0.5
+# A claim is written as soon as it is made; empty for longer, its process was killed in between (our choice).
+_EMPTY_S = 2.0
 
 
 class Claim:
@@ -54,8 +56,8 @@ class Claim:
 def claimed(path: str | Path, wait: bool = False) -> Iterator[Claim | None]:
     """Hold the file `path` for the length of a block, so that no other process does, on any machine.
 
-    It holds host, process and a random part, and a thread touches it. A claim whose process is dead, or that nobody
-    has touched for ten minutes, is taken over. Programs that do not ask are not kept out.
+    It holds host, process and a random part, and a thread touches it. A claim whose process is dead, that stays empty,
+    or that nobody has touched for ten minutes is taken over. Programs that do not ask are not kept out.
 
     Args:
         path: the file, in a folder that all share; gone afterwards.
@@ -94,6 +96,9 @@ def _take(path: Path, token: str) -> bool:
             return True
         except FileExistsError:
             holder = _read(path)
+        if holder == "":
+            time.sleep(_EMPTY_S)
+            holder = _read(path)
         if holder is None or not _is_abandoned(path, holder) or not _bury(path, holder, token):
             return False
     return False
@@ -116,6 +121,8 @@ def _bury(path: Path, holder: str, token: str) -> bool:
 
 
 def _is_abandoned(path: Path, holder: str) -> bool:
+    if not holder:
+        return True
     machine, _, rest = holder.partition(" ")
     process = rest.partition(" ")[0]
     if machine == MACHINE and process.isdecimal() and not process_lives(int(process)):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,28 +18,32 @@ from medsd.logs import log_to_file
 from medsd.progress import progress_bar
 
 
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """The root logger, as it was afterwards."""
-    logger = logging.getLogger()
-    before, level = list(logger.handlers), logging.getLogger("medsd").level
-    logging.getLogger("medsd").setLevel(logging.INFO)
-    yield logger
-    logging.getLogger("medsd").setLevel(level)
-    for handler in [handler for handler in logger.handlers if handler not in before]:
-        logger.removeHandler(handler)
-        handler.close()
-
-
-def test_a_file_of_dated_lines_and_one_of_json_objects(root: logging.Logger, tmp_path: Path) -> None:
-    log_to_file(tmp_path / "log.txt")
-    log_to_file(tmp_path / "log.json", as_json=True)
-    logger = logging.getLogger("medsd.test")
-    logger.info("f\udce9vrier: ok\n2")
+@contextmanager
+def alone() -> Iterator[None]:
+    """The root logger without handlers but new ones: pytest sends on what its own hold, and cannot send any name."""
+    root, medsd = logging.getLogger(), logging.getLogger("medsd")
+    before, level = root.handlers, medsd.level
+    root.handlers = []
+    medsd.setLevel(logging.INFO)
     try:
-        raise ValueError("odd")
-    except ValueError:
-        logger.exception("a.svs")
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers = before
+        medsd.setLevel(level)
+
+
+def test_a_file_of_dated_lines_and_one_of_json_objects(tmp_path: Path) -> None:
+    with alone():
+        log_to_file(tmp_path / "log.txt")
+        log_to_file(tmp_path / "log.json", as_json=True)
+        logger = logging.getLogger("medsd.test")
+        logger.info("f\udce9vrier: ok\n2")
+        try:
+            raise ValueError("odd")
+        except ValueError:
+            logger.exception("a.svs")
     lines = (tmp_path / "log.txt").read_text("utf-8").splitlines()
     first = re.fullmatch(r"(\S+) INFO medsd\.test: f\\udce9vrier: ok", lines[0])
     assert first and datetime.fromisoformat(first[1]).tzinfo and lines[-1] == "ValueError: odd"

@@ -119,8 +119,8 @@ def test_processes_that_are_killed_and_others_leave_what_one_leaves(
         assert {**one, "made": "", "result": ""} == {**other, "made": "", "result": ""}
     assert list(rows(shared)) == [entry.name for entry in slides]
     assert (shared / "sums.json").read_bytes() == (alone / "sums.json").read_bytes()
-    assert {path.name for path in shared.glob("*/*")} == {"record.json", "sum.txt"}
-    assert not list(shared.glob(".*"))
+    # A kill at the very end may leave a claim, which the next one takes over.
+    assert {path.name for path in shared.glob("*/*")} - {".record.json.claim"} == {"record.json", "sum.txt"}
 
 
 def test_shards_are_whole_apart_and_the_same_in_any_order(slides: list[SlideEntry], tmp_path: Path) -> None:
@@ -187,6 +187,7 @@ def test_a_slide_that_another_run_has_in_hand_comes_last(slides: list[SlideEntry
 def test_claims_of_the_dead_are_taken_over_and_those_of_the_living_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(claims, "_EMPTY_S", 0.05)
     path, dead = tmp_path / "claim", subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for holder, old, free in (
@@ -195,8 +196,7 @@ def test_claims_of_the_dead_are_taken_over_and_those_of_the_living_are_not(
         (f"{MACHINE} {os.getppid()} x", True, True),  # another process may have its number now
         (f"elsewhere {dead.pid} x", False, False),
         (f"elsewhere {dead.pid} x", True, True),
-        ("", False, False),
-        ("", True, True),
+        ("", False, True),  # killed before it wrote
     ):
         path.write_text(holder)
         if old:

@@ -92,7 +92,7 @@ def test_a_halo_too_small_is_seen(classifier, array_slide, monkeypatch):
 
 def test_behind_a_block_less_of_the_map_is_computed(array_slide, monkeypatch):
     """As much as the layers behind it look at, no cell less; that the map stays the same is tested above."""
-    slide, network = array_slide(noise(500, 600)), trained_looking("resnet18")
+    slide, network = array_slide(noise(400, 420)), trained_looking("resnet18")
     engine = DenseEngine(network, 96, 1.0, settings=MapSettings(("gradient_x_activation",), block_px=2048))
     whole = engine.map(slide, all_tissue(slide)).saliency.values
     top = engine.cascade.top
