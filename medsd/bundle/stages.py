@@ -6,9 +6,10 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import ignite.distributed as idist
 import numpy as np
@@ -19,7 +20,9 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
+from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.pretraining import ENCODER
+from medsd.checks import check_choice
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
@@ -62,16 +65,18 @@ def finetune(
     map_settings: MapSettings,
     early_stop: EarlyStopping | None = None,
     hard_negatives: HardNegativeRound | None = None,
+    head_start: HeadStart = "random",
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
     The weights go beside the checkpoint's folder. Temperature, threshold and colour scale are the validation data's. Of
-    several processes the first does what follows the training.
+    several processes the first does what follows the training. `head_start` "regression": see `start_head`.
     """
+    check_choice("head_start", head_start, get_args(HeadStart))
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
-    weights = network.encoder_weights
+    weights, regressed = network.encoder_weights, head_start == "regression"
     scale = {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
     settings = settings_of(
         trainer,
@@ -82,7 +87,8 @@ def finetune(
             **scale,
         },
         # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
-        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)},
+        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
+        | ({"head": head_start} if regressed else {}),
         head=network.head,
         # Training patches of one split are test patches of another: a training belongs to its split.
         data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
@@ -90,7 +96,8 @@ def finetune(
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
-    state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives)
+    begin = partial(start_head, network, data.part("training")) if regressed else None
+    state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
     if idist.get_rank() > 0:
         return
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -230,3 +231,18 @@ class SlideGroupedSampler(GroupedSampler):
 def _draw(pool: npt.NDArray[np.intp], count: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:
     rounds = [generator.permutation(pool) for _ in range(-(-count // len(pool)))]
     return np.concatenate([pool[:0], *rounds])[:count]
+
+
+def even_draw(labels: npt.NDArray[np.integer], items: int, seed: int) -> list[int]:
+    """Numbers of up to `items` items, as many of each class as there are, rising.
+
+    Args:
+        labels: (n,) of all.
+        items: the most that are drawn.
+        seed: draws them.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    # The place of an item within its class: the first ones of every class are dealt before any second.
+    turn = pd.Series(order).groupby(labels[order]).cumcount()
+    dealt = order[np.argsort(turn, kind="stable")]
+    return sorted(dealt[:items].tolist())

@@ -8,13 +8,12 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from medsd.checks import check_number
-from medsd.cohort.dataset import Sample
+from medsd.cohort.dataset import Sample, even_draw
 from medsd.errors import DatasetError
 from medsd.evaluate.features import FeatureHealth, feature_health
 from medsd.evaluate.measures import Measured, MeasureSettings, mean_of_known, measure_maps
@@ -130,7 +129,7 @@ def score_explanations(
             known = ", ".join(classifier.classes)
             raise DatasetError(f"explanations: label {unknown[0]}; give tiles of the classes {known}")
         health = feature_health(features)
-        chosen = _even_draw(labels, settings)
+        chosen = even_draw(labels, settings.items, settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed)
         batches = [chosen[start : start + _MAP_BATCH] for start in range(0, len(chosen), _MAP_BATCH)]
         judged = []
@@ -161,15 +160,6 @@ def explanation_maps(classifier: Classifier, x: Tensor, labels: Tensor) -> dict[
         with torch.no_grad():
             maps["mask"] = classifier.masked(x, noise=False).mean_mask(x.shape[2:])
     return maps
-
-
-def _even_draw(labels: npt.NDArray[np.int64], settings: ExplanationSettings) -> list[int]:
-    """Numbers of up to `items` tiles, as many of each class as there are, rising."""
-    order = np.random.default_rng(settings.seed).permutation(len(labels))
-    # The place of a tile within its class: the first ones of every class are dealt before any second.
-    turn = pd.Series(order).groupby(labels[order]).cumcount()
-    dealt = order[np.argsort(turn, kind="stable")]
-    return sorted(dealt[: settings.items].tolist())
 
 
 def _regions(region: TileRegion | None, numbers: Sequence[int], batch: Sample, target: int) -> Tensor:

@@ -170,20 +170,58 @@ def standardise(features: npt.NDArray[np.floating], whiten: bool = False) -> Sta
     return Standardised(mean, scale[:, None] * inverse_root(torch.from_numpy(covariance), _EPS).numpy())
 
 
-def linear_probe(train: Labelled, features: npt.NDArray[np.floating], whiten: bool = False) -> Floats:
-    """Log-odds (m, K) of each class against the rest, by a logistic regression on standardised features (m, d).
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits (n, K) linear in features (n, d): features @ weight.T + bias.
+
+    Attributes:
+        weight: (K, d).
+        bias: (K,).
+    """
+
+    weight: Floats
+    bias: Floats
+
+    def __call__(self, features: npt.NDArray[np.floating]) -> Floats:
+        """Logits of features (n, d)."""
+        logits: Floats = features.astype(np.float64) @ self.weight.T + self.bias
+        return logits
+
+
+def fit_head(train: Labelled, whiten: bool = False) -> LinearHead:
+    """The head of a logistic regression on standardised features, as a linear map of the features themselves.
 
     Its L2 penalty is weakened tenfold, from C = 1e-5 to at most 10, as long as the log-likelihood rises on training
     groups that are held out in turn, in at most five folds (our choice). All is fitted on the training part.
 
     Args:
         train: of K classes, numbers 0 to K - 1, each in two groups or more.
-        features: to be scored, (m, d).
         whiten: see `standardise`: the control that tells whether whitening while pre-training did more than the probe
             could do itself.
 
     Raises:
-        DatasetError: classes or groups are too few, features have other channels or are not finite.
+        DatasetError: classes or groups are too few.
+    """
+    classes = _check_probe(train, train.features)
+    mapping = standardise(train.features, whiten)
+    model = _logistic(_strength(train, classes, whiten), classes, train.features.shape[1])
+    model.fit(mapping(train.features), train.labels)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:  # of two classes: half of their difference to each
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight @ mapping.matrix.T
+    return LinearHead(weight, bias - weight @ mapping.mean)
+
+
+def linear_probe(train: Labelled, features: npt.NDArray[np.floating], whiten: bool = False) -> Floats:
+    """Log-odds (m, K) of each class against the rest, by the regression of `fit_head`, of features (m, d).
+
+    Args:
+        train, whiten: see `fit_head`.
+        features: to be scored, (m, d).
+
+    Raises:
+        DatasetError: as `fit_head`, or features have other channels or are not finite.
 
     Example:
         >>> train = Labelled(np.array([[0.0], [0.1], [0.9], [1.0]]), np.array([0, 0, 1, 1]), np.array([1, 2, 1, 2]))
@@ -193,10 +231,7 @@ def linear_probe(train: Labelled, features: npt.NDArray[np.floating], whiten: bo
     from scipy.special import logsumexp
 
     classes = _check_probe(train, features)
-    mapping = standardise(train.features, whiten)
-    model = _logistic(_strength(train, classes, whiten), classes, features.shape[1])
-    model.fit(mapping(train.features), train.labels)
-    logits = _logits(model, mapping(features))
+    logits = fit_head(train, whiten)(features)
     # Not probabilities, which round to 0 and 1 and lose the ranks of sure answers.
     rest = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(classes)]
     found: Floats = logits - np.stack(rest, axis=1)

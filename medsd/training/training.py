@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -84,6 +84,7 @@ def run_training(
     early_stop: EarlyStopping | None = None,
     hard_negatives: HardNegativeRound | None = None,
     stage: str = "finetune",
+    begin: Callable[[], None] | None = None,
 ) -> TrainingState:
     """Train to `max_epochs`, or go on from the last step saved; the network ends as the best one on validation.
 
@@ -102,6 +103,7 @@ def run_training(
         early_stop: ends the training, when validated; one of the checkpoint's parts.
         hard_negatives: from its epoch on, false positives among the training items are drawn more often.
         stage: its name in the progress bar and the log.
+        begin: called before the first step of all; a training that is resumed is past it.
 
     Raises:
         TrainingError: another training's folder, or one at work in it, a damaged checkpoint, or a loss or metric that
@@ -113,7 +115,7 @@ def run_training(
         end = f"[0, {trainer.state.max_epochs})"
         check_number("hard_negative_epoch", hard_negatives.epoch, end, whole=True, hint="below max_epochs, or null")
     with _alone_in(make_folder(checkpoint.folder)):
-        return _run(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, stage)
+        return _run(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, stage, begin)
 
 
 @contextmanager
@@ -136,6 +138,7 @@ def _run(
     early_stop: EarlyStopping | None,
     hard_negatives: HardNegativeRound | None,
     stage: str,
+    begin: Callable[[], None] | None,
 ) -> TrainingState:
     folder = checkpoint.folder
     state = checkpoint.load(settings)
@@ -143,6 +146,8 @@ def _run(
         if state.steps:
             done = (stage, state.steps, state.epoch, trainer.state.max_epochs)
             logger.info("%s: resuming after step %d, epoch %d of %d", *done)
+        elif begin is not None:
+            begin()
         # With ignite's pausing on, a trainer that once failed would return from a second run having done nothing.
         trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch

@@ -1,9 +1,10 @@
 """SaliencyDecor and its parts against cross-entropy, fine-tuned from a given encoder on real tissue.
 
-(a) `pcam`: PatchCamelyon patches, folds of whole stain clusters. (b) `ebhi`: colorectal biopsies, normal against
-adenocarcinoma, folds of whole patients. Three folds a repeat; the repeat deals the folds and seeds the training. A
-quarter of the training side, whole groups, fits temperature and neutral reference alone. Images are small, epochs few
-and short, so that a training costs a minute on one core.
+(a) `pcam`: PatchCamelyon patches, folds of whole stain clusters; further patches without a cluster are trained on where
+`may_train` lets them. (b) `ebhi`: colorectal biopsies, normal against adenocarcinoma, folds of whole patients. Three
+folds a repeat; the repeat deals the folds and seeds the training. A quarter of the training side, whole groups, fits
+temperature and neutral reference alone. The recipe is that of `configs/lite0.json`, shorter: the head starts from a
+regression, BatchNorm is frozen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from PIL import Image
 from scipy import stats
 from sklearn.model_selection import StratifiedGroupKFold
 
+from medsd.cohort.apart import may_train
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
-from medsd.cohort.patches import PatchDataset, read_patch_table
+from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table
 from medsd.errors import ConfigError, NetworkError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
-from medsd.evaluate.probes import Labelled, features_of, linear_probe
+from medsd.evaluate.probes import Labelled, LinearHead, features_of, fit_head
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
@@ -47,12 +49,12 @@ from medsd.training.network import parameter_groups
 
 PARTS = ("pcam", "ebhi")
 FOLDS = 3
-EXPLAINED = ExplanationSettings(items=32, draws=1, steps=8, batch_size=96)
+EXPLAINED = ExplanationSettings(items=256, draws=1, steps=8, batch_size=96)
 # Raised whenever a part holds other pixels or a measure changes, so that kept results are never mixed.
-VERSION = 1
+VERSION = 2
 _GRADES = ("normal", "adenocarcinoma")
 _OTHER_GRADES = ("polyp", "low_grade_in", "high_grade_in", "serrated_adenoma")
-_MASKED_TILES, _MASKED_PX = 8, 256
+_MASKED_PX = 288  # the middle of a field of 512 px, whole tiles of it
 _BATCH = 64
 
 
@@ -64,9 +66,10 @@ class Part:
     side_px: int
     shrink: int
     samples: int
-    epochs: int
+    epochs: int = 10
+    more: str | None = None
     lr: float = 1e-4
-    head_lr: float = 3e-3
+    head_lr: float = 3e-4
     layer_decay: float = 0.65
     frozen: tuple[str, ...] = ("batchnorm",)
     batch_size: int = 32
@@ -86,8 +89,8 @@ class Start:
 
 
 _PARTS = {
-    "pcam": Part("pcam_patches", side_px=64, shrink=1, samples=256, epochs=4),
-    "ebhi": Part("ebhi_seg", side_px=96, shrink=2, samples=96, epochs=6),
+    "pcam": Part("pcam_patches", side_px=96, shrink=1, samples=256, more="pcam_more"),
+    "ebhi": Part("ebhi_seg", side_px=96, shrink=2, samples=96),
 }
 _HALF, _ONE, _NONE = (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
 STARTS = {
@@ -203,20 +206,20 @@ class Items:
 
 
 def items_of(job: Job) -> Items:
-    """All items of a part."""
+    """All items of a part that have a group."""
     part, folder = _PARTS[job.part], Path(job.data) / _PARTS[job.part].folder
     if job.part == "pcam":
-        table = read_patch_table(folder, "stain_cluster")
-    else:
-        table = read_patch_table(folder, "patient", _GRADES, _OTHER_GRADES)
+        return _read(read_patch_table(folder, "stain_cluster"), part)
+    table = read_patch_table(folder, "patient", _GRADES, _OTHER_GRADES)
+    names = read_table(folder / "index.csv", ("file", "mask")).set_index("file")["mask"]
+    found = [names[path.relative_to(folder).as_posix()] for path in table.paths]
+    return replace(_read(table, part), masks=np.stack([_mask(folder / name, part) for name in found]))
+
+
+def _read(table: PatchTable, part: Part) -> Items:
     dataset = PatchDataset(table, part.side_px, part.shrink)
     images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
-    masks = None
-    if job.part == "ebhi":
-        names = read_table(folder / "index.csv", ("file", "mask")).set_index("file")["mask"]
-        found = [names[path.relative_to(folder).as_posix()] for path in table.paths]
-        masks = np.stack([_mask(folder / name, part) for name in found])
-    return Items(images, table.label, table.group, masks)
+    return Items(images, table.label, table.group)
 
 
 def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
@@ -226,11 +229,24 @@ def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
     return small[top : top + part.side_px, left : left + part.side_px]
 
 
-def split(items: Items, repeat: int, fold: int) -> tuple[Items, Items, Items]:
-    """Training, calibration and test sides of whole groups."""
-    rest, test = _folds(items, FOLDS, repeat)[fold]
-    kept, held = _folds(items.of(rest), 4, repeat)[0]
-    return items.of(rest[kept]), items.of(rest[held]), items.of(test)
+def split(items: Items, job: Job) -> tuple[Items, Items, Items]:
+    """Training, calibration and test sides of whole groups; with the further patches that may be trained on."""
+    rest, test = _folds(items, FOLDS, job.repeat)[job.fold]
+    kept, held = _folds(items.of(rest), 4, job.repeat)[0]
+    fit = items.of(rest[kept])
+    part = _PARTS[job.part]
+    if part.more is not None:
+        more = _read(read_patch_table(Path(job.data) / part.more, "id"), part)
+        held_out = np.ones(len(items.labels), bool)
+        held_out[rest[kept]] = False
+        pixels = (side.images.permute(0, 2, 3, 1).numpy() for side in (more, items))
+        more = more.of(np.flatnonzero(may_train(*pixels, held_out)))
+        fit = Items(
+            torch.cat([fit.images, more.images]),
+            np.concatenate([fit.labels, more.labels]),
+            np.concatenate([fit.groups, np.char.add(f"{part.more} ", more.groups)]),
+        )
+    return fit, items.of(rest[held]), items.of(test)
 
 
 def _folds(items: Items, count: int, seed: int) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
@@ -243,25 +259,29 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of maps that miss their sums, which is measured
     start, part = STARTS[job.encoder], _PARTS[job.part]
-    fit, held, test = split(items_of(job), job.repeat, job.fold)
+    fit, held, test = split(items_of(job), job)
     torch.manual_seed(job.repeat)
     classes = _GRADES if job.part == "ebhi" else ("normal", "tumour")
     network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std)
     load_encoder(network.encoder, Path(job.data) / "weights_encoders" / start.file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.no_grad():
+        head = regression(network, [fit, held] if job.method == "frozen" else [fit])
+        network.head.weight.copy_(torch.from_numpy(head.weight))
+        network.head.bias.copy_(torch.from_numpy(head.bias))
     if job.method == "frozen":
-        sides = [
-            features_of(network.encoder, of.images.split(_BATCH), None, network.normalise) for of in (fit, held, test)
-        ]
-        known = Labelled(
-            np.concatenate(sides[:2]),
-            np.concatenate([fit.labels, held.labels]).astype(np.int64),
-            np.concatenate([fit.groups, held.groups]),
-        )
-        return job, {"auc": auc(test.labels, linear_probe(known, sides[2])[:, 1])}
+        network.eval()
+        return job, {"auc": scores_of(network, held, test)["auc"]}
     train(network, objective_of(job.method), fit, part, job.repeat)
     scores = scores_of(network, held, test)
     return job, scores | explained(network, test) | pointing(network, held, test, job)
+
+
+def regression(network: TileClassifier, sides: list[Items]) -> LinearHead:
+    """The head of a regression on the encoder as it is."""
+    features = [features_of(network.encoder, side.images.split(_BATCH), None, network.normalise) for side in sides]
+    labels, groups = (np.concatenate([getattr(side, name) for side in sides]) for name in ("labels", "groups"))
+    return fit_head(Labelled(np.concatenate(features), labels.astype(np.int64), groups))
 
 
 def train(network: TileClassifier, objective: SaliencyDecor, items: Items, part: Part, seed: int) -> None:
@@ -358,14 +378,13 @@ def _masked(test: Items, job: Job) -> Iterator[tuple[torch.Tensor, npt.NDArray[n
                 yield test.images[row : row + 1], test.masks[row]
         return
     folder, side = Path(job.data) / "camelyon_tiles_tumour_masks", _PARTS[job.part].side_px
-    table, count = read_table(folder / "index.csv", ("file", "mask")), 0
+    table = read_table(folder / "index.csv", ("file", "mask"))
     for file, name in zip(table["file"], table["mask"], strict=True):
         with Image.open(folder / file) as image, Image.open(folder / name) as drawn:
             box = [(edge + sign * _MASKED_PX) // 2 for sign in (-1, 1) for edge in image.size]
             pixels = np.asarray(image.convert("RGB").crop(tuple(box)))  # type: ignore[arg-type]
             mask = np.asarray(drawn.convert("L").crop(tuple(box))) > 0  # type: ignore[arg-type]
-        if 0.05 < mask.mean() < 0.95 and count < _MASKED_TILES:
-            count += 1
+        if 0.05 < mask.mean() < 0.95:
             tiles = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unfold(1, side, side).unfold(2, side, side)
             yield tiles.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous(), mask
 

@@ -37,8 +37,10 @@ def test_real_patches_train_and_a_real_slide_is_mapped(shared_data, tmp_path, ru
         "dataset_dir": str(shared_data / "pcam_patches"),
         "slides": [str(slide)],
         "output_dir": str(tmp_path),
+        "head_start": "regression",
     }
     run_bundle(FILES, "run", **SMALL, **overrides)
+    assert json.loads((tmp_path / "training" / "settings.json").read_text())["start"]["head"] == "regression"
     scores = json.loads((tmp_path / "scores.json").read_text())["tiles"]
     assert 0.15 <= scores["items"] / 1600 <= 0.45 and scores["groups"] >= 2
     low, value, high = (scores["patch_auc"][key] for key in ("low", "value", "high"))

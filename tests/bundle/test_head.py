@@ -1,0 +1,61 @@
+"""A head that starts from a regression: the same logits as the probe's, and refused where it means nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+
+from medsd.bundle.head import start_head
+from medsd.errors import ConfigError, DatasetError
+from medsd.evaluate.probes import Labelled, features_of, linear_probe
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.whitening import WhitenedHead
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    """Noise that is lighter in some classes, in six groups."""
+
+    def __init__(self, classes: int) -> None:
+        self.labels = np.arange(48) % classes
+        self.groups = np.arange(48) // 8
+        shades = torch.from_numpy(40 * self.labels)[:, None, None, None]
+        noise = torch.randint(0, 120, (48, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        self.images = (noise + shades).to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        return {"image": self.images[item], "label": torch.tensor(int(self.labels[item]))}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_head_gives_what_the_probe_gives(classes: int) -> None:
+    torch.manual_seed(0)
+    network = TileClassifier("test_resnet", ["a", "b", "c"][:classes])
+    items: Any = Items(classes)
+    start_head(network, items)
+    with torch.inference_mode():
+        logits = network.eval()(items.images).double().numpy()
+    rest = np.stack([logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(classes)], axis=1)
+    known = Labelled(features_of(network.encoder, items.images.split(16)), items.labels, items.groups)
+    np.testing.assert_allclose(logits - rest, linear_probe(known, known.features), atol=1e-3)
+    assert (logits.argmax(axis=1) == items.labels).mean() > 0.8
+
+
+def test_a_head_that_whitens_has_no_such_start() -> None:
+    network = SimpleNamespace(head=WhitenedHead(8, 2, 4))
+    with pytest.raises(ConfigError, match="set whitening to false"):
+        start_head(network, Items(2))  # type: ignore[arg-type]
+
+
+def test_a_class_of_one_group_is_told() -> None:
+    items: Any = Items(2)
+    items.groups = items.labels
+    with pytest.raises(DatasetError, match="head_start='regression': .*one training group only.*set it to random"):
+        start_head(TileClassifier("test_resnet"), items)
