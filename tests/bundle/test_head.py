@@ -57,5 +57,5 @@ def test_a_head_that_whitens_has_no_such_start() -> None:
 def test_a_class_of_one_group_is_told() -> None:
     items: Any = Items(2)
     items.groups = items.labels
-    with pytest.raises(DatasetError, match="head_start='regression': .*one training group only.*set it to random"):
+    with pytest.raises(DatasetError, match=r"head_start='regression': .*one training group only.*set it to random"):
         start_head(TileClassifier("test_resnet"), items)
