@@ -68,7 +68,7 @@ class Part:
     samples: int
     epochs: int = 10
     more: str | None = None
-    lr: float = 1e-4
+    lr: float = 3e-4
     head_lr: float = 3e-4
     layer_decay: float = 0.65
     frozen: tuple[str, ...] = ("batchnorm",)
