@@ -24,6 +24,8 @@ _GROUP = "Tumor"
 
 # One byte a pixel, and some four more for the pixels of the rectangle around the tumour.
 MOST_MASK_PX = 2**27
+# Of the areas: half a minute of work. A hundred lesions have fewer; noise has one every other pixel.
+MOST_MASK_EDGES = 500_000
 
 
 def parse_mask(path: Path, slide_size_px: tuple[int, int], tumour_values: Sequence[int]) -> Annotations:
@@ -39,6 +41,11 @@ def parse_mask(path: Path, slide_size_px: tuple[int, int], tumour_values: Sequen
         tumour_values: the values that are tumour; without them 0 is not tumour, and either 1 or 255 is.
     """
     mask = _tumour(_pixels(path), tumour_values, path)
+    if (corners := _corners(mask)) > MOST_MASK_EDGES:
+        raise AnnotationError(
+            f"{path}: areas with {corners:,} straight edges, more than {MOST_MASK_EDGES:,}: noise? smooth the mask, or "
+            "save a coarser one"
+        )
     polygons = mask_polygons(mask, _scale(mask, slide_size_px, path))
     outlines = tuple(Outline(f"Region {n}", _GROUP, False, polygon) for n, polygon in enumerate(polygons, 1))
     return Annotations(MultiPolygon(polygons), 0, MultiPolygon(), outlines=outlines)
@@ -65,6 +72,19 @@ def mask_polygons(mask: Bools, scale: tuple[float, float] = (1.0, 1.0)) -> list[
             found.append((y, x, face))
     found.sort(key=lambda item: item[:2])
     return list(shapely.transform([face for *_, face in found], lambda points: (points + corner) * scale))
+
+
+def _corners(mask: Bools) -> int:
+    """How many corners the areas have, which is how many straight edges."""
+    sides = np.pad(mask, 1)
+    sides = sides[1:] ^ sides[:-1]  # a horizontal edge lies here
+    return int(np.count_nonzero(sides[:, 1:] ^ sides[:, :-1])) + 2 * _touching(mask)
+
+
+def _touching(mask: Bools) -> int:
+    """Where areas touch at a corner alone: two corners each."""
+    first, second = mask[:-1, :-1], mask[:-1, 1:]
+    return int(np.count_nonzero((first == mask[1:, 1:]) & (second == mask[1:, :-1]) & (first != second)))
 
 
 def _edges(mask: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
 
@@ -27,6 +29,11 @@ Ring: TypeAlias = Sequence[tuple[float, float]]
 TUMOUR_GROUPS = ("_0", "_1", "Tumor", "Tumour", "Metastasis", "Metastases", "None")
 EXCLUDED_GROUPS = ("_2", "Exclusion", "Exclude", "Ignore", "Normal")
 OUTLINE_TYPES = ("Polygon", "Spline", "Rectangle")
+
+# Merging takes seconds up to here, and far more than in proportion beyond; nobody draws so.
+MOST_CROSSINGS = 500
+MOST_OVERLAPS = 1_000_000
+_AT_ONCE = 64
 
 # No slide is 2^31 pixels wide; numbers beyond it overflow areas without a word.
 LARGEST_PX = 2.0**31
@@ -126,7 +133,8 @@ def annotations_of(
         dropped, left_out: how many rings and others were left out before, see `Annotations`.
 
     Raises:
-        AnnotationError: the outlines cannot be merged.
+        AnnotationError: the outlines cannot be merged; a ring crosses itself more than `MOST_CROSSINGS` times, or
+            parts of outlines lie over each other's bounds more than `MOST_OVERLAPS` times.
 
     Example:
         >>> from shapely import box
@@ -140,6 +148,7 @@ def annotations_of(
     try:
         for outline in outlines:
             polygons = shapely.get_parts(outline.shape)
+            _check_crossings(outline, polygons, source)
             parts = [area_of(polygon) for polygon in polygons]
             if all(part.is_empty for part in parts):
                 dropped += 1
@@ -147,6 +156,7 @@ def annotations_of(
             kept.append(outline)
             areas[outline.excluded] += parts
             repaired += not all(polygon.is_valid for polygon in polygons)
+        _check_overlaps([*areas[True], *areas[False]], source)
         excluded = only_polygons(shapely.union_all(areas[True]))
         tumour = only_polygons(shapely.difference(shapely.union_all(areas[False]), excluded))
     except shapely.errors.GEOSException as error:
@@ -165,6 +175,29 @@ def area_of(polygon: Polygon) -> MultiPolygon:
     # Ring by ring: shapely's repair of the whole would fill what two holes share, and add what a hole has outside.
     shell, *holes = (only_polygons(shapely.make_valid(Polygon(ring))) for ring in shapely.get_rings(polygon))
     return only_polygons(shapely.difference(shell, shapely.union_all(holes)))
+
+
+def _check_crossings(outline: Outline, polygons: npt.NDArray[np.object_], source: str | Path) -> None:
+    for ring in shapely.get_rings(polygons[~shapely.is_valid(polygons)]):
+        corners = shapely.get_coordinates(ring)
+        sides = shapely.linestrings(np.stack([corners[:-1], corners[1:]], axis=1))
+        tree, found = shapely.STRtree(sides), 0
+        for some in np.array_split(sides, -(-len(sides) // _AT_ONCE)):
+            found += len(tree.query(some, predicate="crosses")[0])
+            if found > 2 * MOST_CROSSINGS:  # each is found from both sides
+                raise AnnotationError(
+                    f"{source}: outline {quoted(outline.name)} crosses itself more than {MOST_CROSSINGS} times; redraw it"
+                )
+
+
+def _check_overlaps(areas: list[MultiPolygon], source: str | Path) -> None:
+    tree, found = shapely.STRtree(areas), 0
+    for some in np.array_split(np.array(areas, object), -(-len(areas) // _AT_ONCE) or 1):
+        found += len(tree.query(some)[0]) - len(some)
+        if found > 2 * MOST_OVERLAPS:
+            raise AnnotationError(
+                f"{source}: {len(areas)} outlines lie over each other more than {MOST_OVERLAPS:,} times; merge them first"
+            )
 
 
 def only_polygons(geometry: Any) -> MultiPolygon:

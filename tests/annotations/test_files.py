@@ -355,3 +355,13 @@ def test_raster_area_approaches_the_polygon() -> None:
     found = of(wavy(3000, 3))
     mask = rasterise(found, 1500, 1500, 40.0)
     assert mask.sum() * 40.0**2 == pytest.approx(found.tumour.area, rel=2e-3)
+
+
+def test_outlines_that_would_take_minutes_are_refused(tmp_path: Path) -> None:
+    corners = [tuple(corner) for corner in np.random.default_rng(0).uniform(0, 1e4, (300, 2)).tolist()]
+    with pytest.raises(AnnotationError, match=r"slide.xml: outline 'A 0' crosses itself more than 500 times; redraw"):
+        read(tmp_path, asap(("Tumor", "Polygon", corners)))
+    with pytest.raises(
+        AnnotationError, match=r"slide.xml: 1500 outlines lie over each other more than 1,000,000 times"
+    ):
+        read(tmp_path, asap(*[("Tumor", "Polygon", SQUARE)] * 1500))

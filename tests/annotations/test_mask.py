@@ -24,7 +24,7 @@ from medsd.annotations import (
     write_geojson,
 )
 from medsd.annotations import mask as mask_module
-from medsd.annotations.mask import mask_polygons
+from medsd.annotations.mask import _corners, _edges, mask_polygons
 from medsd.errors import AnnotationError
 from medsd.phantom.files import write_pyramid
 
@@ -45,6 +45,7 @@ def test_any_mask_comes_back(mask: Mask) -> None:
     area = MultiPolygon(polygons)
     assert area.is_valid and area.area == mask.sum()
     assert (rasterise(Annotations(area, 0, MultiPolygon()), mask.shape[1], mask.shape[0], 1.0) == mask).all()
+    assert _corners(mask) == sum(len(_edges(side.view(np.int8))) for side in (mask, mask.T))
 
 
 def test_corners_by_hand() -> None:
@@ -164,3 +165,9 @@ def test_damaged_masks_are_read_or_raise_annotation_error(edits: list[Any], cut:
         assert "\n" not in str(error)
     else:
         assert found.tumour.is_valid
+
+
+def test_noise_is_refused_before_it_is_outlined(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (1200, 1200), dtype=np.uint8)
+    with pytest.raises(AnnotationError, match=r"mask.tif: areas with .* straight edges, more than 500,000: noise\?"):
+        read_annotations(write(tmp_path, noise), (1200, 1200))
