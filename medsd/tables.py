@@ -12,6 +12,8 @@ import pandas as pd
 from medsd.errors import DatasetError, nearest
 from medsd.files import printable, write_text
 
+_FORMULA = ("=", "+", "-", "@")
+
 
 def read_table(
     path: str | Path, columns: Iterable[str] = (), known: Sequence[str] = (), header: bool = True
@@ -35,7 +37,7 @@ def read_table(
         >>> read_table("slides.csv", ["slide"]).loc[3].to_dict()
         {'slide': 'b.svs', 'mpp': '0.25'}
     """
-    rows = [[cell.strip() for cell in row] for row in _rows(Path(path))]
+    rows = [[_plain(cell.strip()) for cell in row] for row in _rows(Path(path))]
     heads = [cell.lower() for cell in rows[0]] if rows else []
     if header:
         _check_header(f"{path}: row 1", heads, columns, known)
@@ -54,7 +56,8 @@ def read_table(
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """Write rows as CSV in UTF-8, atomically; None and NaN are empty cells.
 
-    What is no text (line breaks, undecodable bytes of a file's name) becomes a question mark.
+    What is no text (line breaks, undecodable bytes of a file's name) becomes a question mark. Text that a spreadsheet
+    would take for a formula (a slide named `=cmd`) gets an apostrophe in front, which `read_table` takes away.
 
     Args:
         path: the file.
@@ -65,10 +68,25 @@ def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Se
         OutputError: the file cannot be written.
     """
     cells = [
-        {name: printable(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+        {name: _no_formula(printable(value)) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
     ]
     frame = pd.DataFrame(cells, columns=columns, dtype=object)  # or pandas makes 3 beside None 3.0
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+
+
+def _no_formula(text: str) -> str:
+    if not text.startswith(_FORMULA):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_FORMULA) else cell
 
 
 def _rows(path: Path) -> list[list[str]]:

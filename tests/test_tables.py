@@ -50,3 +50,11 @@ def test_mistakes_name_the_row(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DatasetError, match=words):
         read_table(tmp_path / "t.csv", ["slide"])
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    cells = ["=cmd|'/c calc'!A1", "+1+1", "@SUM(A1)", "-slide", "-1.5", "+2", "a=b"]
+    write_table(tmp_path / "a.csv", [{"slide": cell} for cell in cells])
+    lines = (tmp_path / "a.csv").read_text().splitlines()[1:]
+    assert lines == ["'=cmd|'/c calc'!A1", "'+1+1", "'@SUM(A1)", "'-slide", "-1.5", "+2", "a=b"]
+    assert read_table(tmp_path / "a.csv")["slide"].tolist() == cells

@@ -186,7 +186,7 @@ def _check_crossings(outline: Outline, polygons: npt.NDArray[np.object_], source
             found += len(tree.query(some, predicate="crosses")[0])
             if found > 2 * MOST_CROSSINGS:  # each is found from both sides
                 raise AnnotationError(
-                    f"{source}: outline {quoted(outline.name)} crosses itself more than {MOST_CROSSINGS} times; redraw it"
+                    f"{source}: outline {quoted(outline.name)} crosses itself over {MOST_CROSSINGS} times; redraw it"
                 )
 
 
@@ -196,7 +196,7 @@ def _check_overlaps(areas: list[MultiPolygon], source: str | Path) -> None:
         found += len(tree.query(some)[0]) - len(some)
         if found > 2 * MOST_OVERLAPS:
             raise AnnotationError(
-                f"{source}: {len(areas)} outlines lie over each other more than {MOST_OVERLAPS:,} times; merge them first"
+                f"{source}: {len(areas)} outlines lie over each other over {MOST_OVERLAPS:,} times; merge them"
             )
 
 

@@ -19,6 +19,9 @@ from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
 from medsd.tables import read_table
 
+# Pillow would try every decoder it has, whatever the file's name says: Ghostscript for one.
+_FORMATS = ("PNG", "TIFF", "WEBP", "JPEG")
+_MOST_PX = 4096 * 4096
 SUFFIXES = (".png", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
 
 
@@ -52,11 +55,13 @@ class PatchTable:
         """The patch of a row as RGB pixels (height, width, 3).
 
         Raises:
-            DatasetError: it cannot be decoded.
+            DatasetError: it cannot be decoded, or has more than 4,096 x 4,096 px.
         """
         path = self.paths[row]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
+                if image.width * image.height > _MOST_PX:
+                    raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
                 return np.array(image.convert("RGB"))
         except DAMAGED as error:
             raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error

@@ -173,8 +173,16 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: di
     }
     with atomic_path(path) as temporary:
         # Written by us: safetensors' own writer makes files that nobody else may read.
-        temporary.write_bytes(save(state, metadata))
+        temporary.write_bytes(_sorted(save(state, metadata)))
     return digest
+
+
+def _sorted(data: bytes) -> bytes:
+    """A safetensors file with its header in order: the library's own varies, so equal weights would differ in bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 @dataclass(frozen=True)

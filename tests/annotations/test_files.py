@@ -359,9 +359,7 @@ def test_raster_area_approaches_the_polygon() -> None:
 
 def test_outlines_that_would_take_minutes_are_refused(tmp_path: Path) -> None:
     corners = [tuple(corner) for corner in np.random.default_rng(0).uniform(0, 1e4, (300, 2)).tolist()]
-    with pytest.raises(AnnotationError, match=r"slide.xml: outline 'A 0' crosses itself more than 500 times; redraw"):
+    with pytest.raises(AnnotationError, match=r"slide.xml: outline 'A 0' crosses itself over 500 times; redraw"):
         read(tmp_path, asap(("Tumor", "Polygon", corners)))
-    with pytest.raises(
-        AnnotationError, match=r"slide.xml: 1500 outlines lie over each other more than 1,000,000 times"
-    ):
+    with pytest.raises(AnnotationError, match=r"slide.xml: 1500 outlines lie over each other over 1,000,000 times"):
         read(tmp_path, asap(*[("Tumor", "Polygon", SQUARE)] * 1500))

@@ -173,6 +173,16 @@ def test_a_patch_that_vanishes_is_named(folder: Path) -> None:
         data[0]
 
 
+def test_other_formats_and_sizes_are_no_patches(folder: Path) -> None:
+    data = PatchDataset(read_patch_table(folder, "slide"))
+    Image.new("RGB", (8, 8)).save(folder / "images/a.png", "PPM")
+    with pytest.raises(DatasetError, match=r"a\.png: cannot be read as an image"):
+        data[0]
+    Image.new("1", (8192, 2049)).save(folder / "images/a.png")
+    with pytest.raises(DatasetError, match=r"a\.png: 8192 x 2049 px, no patch"):
+        data[0]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("item", range(4))
 def test_damaged_images_are_the_error_or_pixels(folder: Path, item: int) -> None:

@@ -98,6 +98,15 @@ def test_the_digest_follows_tensors_and_card(tmp_path: Path, classifier: TileCla
     assert save(CARD) != first
 
 
+def test_the_header_is_in_order(path: Path) -> None:
+    """The library's follows a hash that is drawn anew in every process."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert size % 8 == 0 and list(header) == sorted(header)
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
 def test_one_flipped_bit_anywhere_in_the_tensors_is_found(path: Path) -> None:
     content = bytearray(path.read_bytes())
     (header,) = struct.unpack("<Q", content[:8])
