@@ -99,6 +99,22 @@ def doctor() -> None:
 
 
 @app.command()
+def audit(
+    places: Annotated[list[Path], typer.Argument(help="Configurations, or bundles' folders.")],
+) -> None:
+    """List what configurations would run, without running it. Exit code 1 unless all of it is known."""
+    from medsd.audit import audit as found_in
+    from medsd.audit import lines_of
+
+    findings = found_in(places)
+    print("\n".join(lines_of(findings)))
+    unknown = sum(bool(finding.unknown) for finding in findings)
+    print(f"{len(findings)} thing(s) would be run or loaded, {unknown} of them unknown")
+    if unknown:
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppOption = None) -> None:
     """Show a slide's size, scale (and where that comes from), levels and reader."""
     from medsd.slides.slide import open_slide

@@ -173,3 +173,10 @@ def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):
     assert stop.value.code == 0
     written.flush()
     assert rb"f\udce9vrier: score 1.000" in written.buffer.getvalue()
+
+
+def test_a_configuration_of_somebody_else_is_audited(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "$torch.os.system(\'true\')"}')
+    code, out, _ = run(monkeypatch, capsys, "audit", tmp_path)
+    assert code == 1 and out.startswith("??  ") and "1 thing(s) would be run or loaded, 1 of them unknown" in out
+    assert run(monkeypatch, capsys, "audit", Path(medsd.__file__).parents[1] / "bundles")[0] == 0
