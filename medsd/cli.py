@@ -55,6 +55,11 @@ def main() -> None:
     except MedsdError as error:
         print(f"medsd: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except ImportError as error:
+        if "cannot open shared object" not in str(error):
+            raise
+        print(f"medsd: {error}; 'medsd doctor' names the fix", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 def _version(wanted: bool) -> None:
@@ -86,11 +91,13 @@ def _computing_on(device: str | None) -> torch.device:
 
 
 @app.command()
-def doctor() -> None:
-    """Check versions, slide readers and devices; name what is missing and its fix. Exit code 1 when something is."""
+def doctor(
+    out: Annotated[Path | None, typer.Argument(help="Where outputs shall go; the working directory.")] = None,
+) -> None:
+    """Check versions, libraries, devices and disk; name what is missing and its fix. Exit code 1 when something is."""
     from medsd.doctor import examine
 
-    findings = examine()
+    findings = examine(out)
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         print(f"{'ok  ' if finding.ok else 'FIX '} {finding.subject:<{width}}  {finding.text}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,9 +82,51 @@ def test_doctor_passes_here_and_names_a_fix_elsewhere(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "doctor")
     assert code == 0 and "FIX" not in out and "openslide library" in out
     finding = doctor.Finding("imagecodecs", False, "not installed; run ./scripts/setup")
-    monkeypatch.setattr(doctor, "examine", lambda: [finding])
+    monkeypatch.setattr(doctor, "examine", lambda _out: [finding])
     code, out, _ = run(monkeypatch, capsys, "doctor")
     assert code == 1 and out.startswith("FIX  imagecodecs") and "./scripts/setup" in out
+
+
+def test_doctor_sees_what_breaks_later(monkeypatch, tmp_path):
+    def without_libgl(name):
+        if name == "cv2":
+            raise ImportError("libGL.so.1: cannot open shared object file")
+        if name == "torch":
+            cuda = SimpleNamespace(is_available=lambda: False, device_count=lambda: 0)
+            return SimpleNamespace(
+                get_num_threads=lambda: 2, cuda=cuda, version=SimpleNamespace(cuda=None), __version__="2.12+cpu"
+            )
+        return SimpleNamespace(
+            __library_version__="4", version=SimpleNamespace(openjpeg_version="0.0.0"),
+            **{codec: SimpleNamespace(available=True) for codec in ("JPEG8", "JPEG2K", "DEFLATE", "LZW", "ZSTD")},
+        )  # fmt: skip
+
+    monkeypatch.setattr(doctor.importlib, "import_module", without_libgl)
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=64e6, free=1e9))
+    (tmp_path / "file").touch()
+    found = {finding.subject: finding for finding in doctor.examine(tmp_path / "new" / "out")}
+    for subject, words in (
+        ("libGL", "libgl1"), ("gpu", "is for CPUs"), ("shared memory", "--shm-size"), ("outputs", "make room"),
+    ):  # fmt: skip
+        assert not found[subject].ok and words in found[subject].text, subject
+    assert "libopenjp2-7" in found["OpenJPEG"].text
+    assert next(doctor._disk(tmp_path / "file" / "out")).text.endswith("is a file; name a folder")
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", raising(OSError(30, "Read-only file system")))
+    assert "Read-only file system" in next(doctor._disk(tmp_path)).text
+
+
+def raising(error):
+    def fail(**_):
+        raise error
+
+    return fail
+
+
+def test_a_missing_system_library_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", lambda: raising(ImportError("libGL.so.1: cannot open shared object file"))())
+    code, _, err = run(monkeypatch, capsys, "info", "a.svs")
+    assert code == 1 and err.startswith("medsd: libGL.so.1: ") and err.count("\n") == 1 and "medsd doctor" in err
 
 
 def test_doctor_sees_two_opencvs(monkeypatch):
