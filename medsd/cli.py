@@ -106,6 +106,15 @@ def doctor(
 
 
 @app.command()
+def bundle(out: Annotated[Path, typer.Argument(help="Folder to copy them into; made when missing.")]) -> None:
+    """Copy the bundles and their configurations into a folder, to be run and changed there."""
+    from medsd.shipped import copy_bundles
+
+    files = copy_bundles(out)
+    print(f"{len(files)} files in {out}; try: python -m monai.bundle run --config_file {out}/bundles/camelyon.json")
+
+
+@app.command()
 def audit(
     places: Annotated[list[Path], typer.Argument(help="Configurations, or bundles' folders.")],
 ) -> None:
