@@ -248,6 +248,35 @@ def gather_folder(
     _end(rows, f"see {out / 'slides.csv'}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def submit(
+    context: typer.Context,
+    jobs: Annotated[int, typer.Option(help="How many jobs share the slides.")],
+    on: Annotated[str, typer.Option(help="slurm, or local for processes of this machine.")] = "slurm",
+    slurm: Annotated[
+        str | None, typer.Option(help="Settings by commas, such as partition=gpu,gpus_per_node=1,timeout_min=240.")
+    ] = None,
+) -> None:
+    """Run 'tiles ...' or 'heatmap ...', given behind the options, as jobs of a cluster; then gather.
+
+    On Slurm: an array, and a job behind it that gathers. Preempted jobs are queued again and go on.
+    """
+    from medsd.cohort.submit import LOGS, make_executor, out_of, submit_gather, submit_shards
+
+    out = out_of(context.args)
+    executor = make_executor(on, out, slurm)
+    queued = submit_shards(executor, context.args, jobs)
+    print(f"{jobs} jobs: {queued[0].job_id} to {queued[-1].job_id}; they say what they do in {out / LOGS}")
+    if on == "slurm":
+        return print(f"job {submit_gather(executor, queued, out).job_id} gathers when they have ended")
+    codes = [job.result() for job in queued]
+    gather_folder(out)
+    if any(codes):
+        raise typer.Exit(1)
+
+
 @app.command()
 def stain(
     slide: Annotated[Path, typer.Argument(help="A slide whose stain others are to be normalised to.")],
