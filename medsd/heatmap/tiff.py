@@ -1,6 +1,8 @@
 """Slide-level maps as pyramidal OME-TIFF: values, not colours.
 
-Layout after the OME-TIFF 6 specification (levels in SubIFDs), as read by QuPath, Bio-Formats, OMERO and tifffile.
+Layout after the OME-TIFF 6 specification (levels in SubIFDs), as read by QuPath, Bio-Formats, OMERO, tifffile and
+tiatoolbox. The frame is that of the slide's level 0 as OpenSlide counts it, the whole canvas also where QuPath shows a
+part of it: what is empty is packed to nearly nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from medsd.slides.readers.damage import DAMAGED
 
 TILE_PX = 256
 NAMESPACE = "medsd/value_map"
+SEEN = "seen"
+"""Name of the second channel."""
 _TEXTS = ("quantity", "target", "method", "unit", "meaning")
 _NUMBERS = ("level0_px", "mpp")
 
@@ -59,11 +63,13 @@ def shrink(value_map: ValueMap, max_side_px: int) -> ValueMap:
 
 
 def write_ome_tiff(path: str | Path, value_map: ValueMap) -> None:
-    """Write a map as float32 OME-TIFF, atomically.
+    """Write a map as float32 OME-TIFF, atomically: axes CYX, channel 0 the values, channel 1 where there are any.
 
     Tiles of 256 px, deflate, levels halved by `halve` down to 256 px in SubIFDs, PhysicalSizeX/Y in micrometres,
-    NaN kept. No predictor: Bio-Formats (hence QuPath) refuses the floating-point one. The fields of the map that
-    OME has no place for are kept as JSON in a MapAnnotation of the OME-XML.
+    NaN kept. The second channel is 1 where the map has seen something and 0 elsewhere (coarser: the share): for
+    programs that know no NaN, and because tiatoolbox takes an image without channels for none. No predictor:
+    Bio-Formats (hence QuPath) refuses the floating-point one. The fields of the map that OME has no place for are kept
+    as JSON in a MapAnnotation of the OME-XML.
 
     Raises:
         OutputError: the file cannot be written.
@@ -72,18 +78,22 @@ def write_ome_tiff(path: str | Path, value_map: ValueMap) -> None:
     values = np.asarray(value_map.values, dtype=np.float32)
     if values.ndim != 2 or values.size == 0:
         raise DatasetError(f"{path}: a map has shape (height, width), not {values.shape}; nothing is written")
-    levels = [values]
-    while max(levels[-1].shape) > TILE_PX:
-        levels.append(halve(levels[-1]))
-    coding: dict[str, Any] = {
-        "photometric": "minisblack",
-        "tile": (TILE_PX, TILE_PX),
-        "compression": "adobe_deflate",
-    }
+    levels = [(values, (~np.isnan(values)).astype(np.float32))]
+    while max(levels[-1][0].shape) > TILE_PX:
+        levels.append((halve(levels[-1][0]), halve(levels[-1][1])))
     with atomic_path(path) as temporary, tifffile.TiffWriter(temporary, ome=True) as writer:
-        writer.write(values, subifds=len(levels) - 1, metadata=_ome_metadata(value_map), **coding)
-        for level in levels[1:]:
-            writer.write(level, subfiletype=1, metadata=None, **coding)
+        for number, level in enumerate(levels):
+            writer.write(
+                np.stack(level),
+                photometric="minisblack",
+                tile=(TILE_PX, TILE_PX),
+                compression="adobe_deflate",
+                resolution=(1e4 / (value_map.mpp * 2**number),) * 2,
+                resolutionunit="CENTIMETER",
+                subifds=None if number else len(levels) - 1,
+                subfiletype=1 if number else 0,
+                metadata=None if number else _ome_metadata(value_map),
+            )
 
 
 def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
     digest = sha256(np.ascontiguousarray(value_map.values, np.float32).tobytes() + record.encode()).hexdigest()
     about = printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
     return {
-        "axes": "YX",
+        "axes": "CYX",
         "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, digest)),
         "Name": title,
         "Description": f"{about}. {RESEARCH_USE_ONLY}",
@@ -103,9 +113,18 @@ def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": value_map.mpp,
         "PhysicalSizeYUnit": "µm",
-        "Channel": {"Name": title},
+        "Channel": {"Name": [title, SEEN]},
         "MapAnnotation": {"Namespace": NAMESPACE, "record": record},
     }
+
+
+def is_value_map(path: str | Path) -> bool:
+    """Whether a file says that `write_ome_tiff` wrote it; its values are not looked at."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return NAMESPACE in (tiff.ome_metadata or "")
+    except DAMAGED:
+        return False
 
 
 def read_ome_tiff(path: str | Path) -> ValueMap:

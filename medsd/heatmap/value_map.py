@@ -41,3 +41,15 @@ class ValueMap:
     def seen(self) -> npt.NDArray[np.bool_]:
         """(height, width) bool: where the map has values."""
         return np.isfinite(self.values)
+
+    def in_words(self) -> str:
+        """Its size, scale and values, a line each."""
+        height, width = self.values.shape
+        seen, mm = self.values[self.seen], self.mpp / 1000
+        values = f"{seen.min():.4g} to {seen.max():.4g} {self.unit}".rstrip() if seen.size else "none"
+        return (
+            f"map         {self.quantity} of {self.target}: {self.method}\n"
+            f"dimensions  {width} x {height} px, {width * mm:.2f} x {height * mm:.2f} mm\n"
+            f"mpp         {self.mpp:g} um per pixel, which is {self.level0_px:g} px of the slide's level 0\n"
+            f"values      {values}, on {seen.size / self.values.size:.1%} of the map"
+        )

@@ -4,13 +4,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+import ome_types
 import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsd.errors import DatasetError
-from medsd.heatmap.tiff import halve, read_ome_tiff, shrink, write_ome_tiff
+from medsd.heatmap.tiff import halve, is_value_map, read_ome_tiff, shrink, write_ome_tiff
 from medsd.heatmap.value_map import ValueMap
 
 OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
@@ -46,10 +47,11 @@ def test_levels_lie_in_subifds_tiled_and_deflated(written: tuple[Path, ValueMap]
     path, _ = written
     with tifffile.TiffFile(path) as tiff:
         assert tiff.is_ome
-        assert len(tiff.pages) == 1
+        assert len(tiff.pages) == 2  # channels
         page = tiff.pages.first
         levels = tiff.series[0].levels
-        assert [level.shape for level in levels] == [(701, 1030), (351, 515), (176, 258), (88, 129)]
+        assert tiff.series[0].axes == "CYX"  # of an image without channels tiatoolbox reads nothing
+        assert [level.shape[1:] for level in levels] == [(701, 1030), (351, 515), (176, 258), (88, 129)]
         assert len(page.subifds or ()) == 3
         assert (page.tilewidth, page.tilelength) == (256, 256)
         assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
@@ -61,11 +63,43 @@ def test_levels_lie_in_subifds_tiled_and_deflated(written: tuple[Path, ValueMap]
 
 def test_levels_are_means_of_what_is_seen(written: tuple[Path, ValueMap]) -> None:
     path, value_map = written
-    level = tifffile.imread(path, series=0, level=1)
+    level, seen = tifffile.imread(path, series=0, level=1)
     for row, column in ((0, 0), (17, 200), (350, 514), (350, 3)):
         block = value_map.values[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         expected = np.mean(block[~np.isnan(block)]) if (~np.isnan(block)).any() else np.nan
         np.testing.assert_allclose(level[row, column], expected, rtol=1e-6)
+        assert seen[row, column] == np.mean(~np.isnan(block))
+    np.testing.assert_array_equal(tifffile.imread(path, series=0, level=0)[1], value_map.seen)
+
+
+def test_the_schema_of_ome_holds(written: tuple[Path, ValueMap]) -> None:
+    path, value_map = written
+    described = ome_types.from_tiff(path, validate=True)
+    pixels = described.images[0].pixels
+    assert (pixels.size_x, pixels.size_y, pixels.size_c, pixels.type.value) == (1030, 701, 2, "float")
+    assert pixels.physical_size_x == pixels.physical_size_y == value_map.mpp
+    assert [channel.name for channel in pixels.channels] == ["saliency tumour", "seen"]
+
+
+def test_the_frame_is_the_whole_canvas_and_emptiness_is_small(tmp_path: Path) -> None:
+    """A scanned area of 40 x 30 map px from (1500, 2000) on the canvas of a MIRAX slide."""
+    values = np.full((4000, 3000), np.nan, np.float32)
+    values[2000:2030, 1500:1540] = np.random.default_rng(0).normal(size=(30, 40))
+    value_map = ValueMap(values, 32.0, 8.0, "saliency", "tumour", "drawn", "log-odds")
+    write_ome_tiff(tmp_path / "m.ome.tif", value_map)
+    assert_same(read_ome_tiff(tmp_path / "m.ome.tif"), value_map)
+    assert (tmp_path / "m.ome.tif").stat().st_size < 500_000  # of 48 million bytes
+
+
+def test_it_is_told_what_a_map_holds(tmp_path: Path, written: tuple[Path, ValueMap]) -> None:
+    path, value_map = written
+    assert is_value_map(path) and not is_value_map(tmp_path) and not is_value_map(tmp_path / "missing.tif")
+    tifffile.imwrite(tmp_path / "plain.tif", np.zeros((4, 4), np.uint8))
+    assert not is_value_map(tmp_path / "plain.tif")
+    words = value_map.in_words().splitlines()
+    assert words[0] == "map         saliency of tumour: gradient at layer2"
+    assert words[1].startswith("dimensions  1030 x 701 px, 7.94 x 5.40 mm")
+    assert words[2] == "mpp         7.70627 um per pixel, which is 31.7 px of the slide's level 0"
 
 
 def test_ome_xml_carries_scale_channel_and_warning(written: tuple[Path, ValueMap]) -> None:
@@ -79,7 +113,7 @@ def test_ome_xml_carries_scale_channel_and_warning(written: tuple[Path, ValueMap
     assert pixels.attrib["PhysicalSizeXUnit"] == "µm"
     assert pixels.attrib["Type"] == "float"
     channel = root.find(f".//{OME}Channel")
-    assert channel is not None and channel.attrib["Name"] == "saliency tumour"
+    assert channel is not None and channel.attrib["Name"] == "saliency tumour"  # the first
     description = root.findtext(f".//{OME}Image/{OME}Description") or ""
     for words in ("gradient at layer2", "logit", "Research use only"):
         assert words in description

@@ -28,7 +28,7 @@ from medsd.slides.readers.tiff_layout import (
     pages_of,
 )
 from medsd.slides.readers.vendor import VendorSlide, is_unknown
-from medsd.slides.readers.zarr_levels import NgffSlide, is_zarr
+from medsd.slides.readers.zarr_levels import NgffSlide, is_zarr, unfit
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ def _of_tiff(path: Path, tiff: tifffile.TiffFile, handle: BinaryIO, cache: TileC
     if ome is not None:
         return TiledTiff(path, *ome, cache, handle)
     if is_ome_pyramid(tiff):  # OpenSlide takes its first page, which may be one colour of three, for the slide
+        if tiff.series[0].dtype != np.uint8:
+            raise unfit(path, f"channels of {tiff.series[0].dtype}")
         return TiatoolboxSlide(path)
     try:
         vendor = VendorSlide(path)

@@ -6,15 +6,21 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import glymur
 import imagecodecs
 import numpy as np
+import openslide
 import pytest
 import tifffile
 
 from medsd.errors import MissingMppError, SlideError
+from medsd.heatmap.overlay import shown_explanation
+from medsd.heatmap.overlay_tiff import write_overlay_tiff
+from medsd.heatmap.tiff import write_ome_tiff
+from medsd.heatmap.value_map import ValueMap
 from medsd.slides.readers.choose import open_reader
 from medsd.slides.readers.tiatoolbox_slide import TiatoolboxSlide
 from medsd.slides.readers.vendor import VendorSlide
@@ -240,3 +246,29 @@ def test_a_truncated_ome_tiff(tmp_path: Path, formats: Any, coding: Any) -> None
     with pytest.raises(SlideError, match=r"cut\.ome\.tif") as caught:
         reader.read(0, 0, 0, 300, 201)
     assert "\n" not in str(caught.value)
+
+
+def test_tiatoolbox_reads_maps_and_overlays(tmp_path: Path, coding: Any) -> None:
+    """Our outputs, opened by what others open slides with; here, where tiatoolbox is imported already."""
+    from tiatoolbox.wsicore.wsireader import WSIReader
+
+    values = np.random.default_rng(0).normal(size=(301, 420)).astype(np.float32)
+    values[:, :100] = np.nan
+    value_map = ValueMap(values, 16.0, 8.0, "saliency", "tumour", "drawn", "log-odds")
+    write_ome_tiff(tmp_path / "saliency.ome.tif", value_map)
+    shown = WSIReader.open(tmp_path / "saliency.ome.tif")
+    assert tuple(shown.info.slide_dimensions) == (420, 301) and tuple(shown.info.mpp) == (8.0, 8.0)
+    assert [tuple(level) for level in shown.info.level_dimensions] == [(420, 301), (210, 151)]
+    np.testing.assert_array_equal(shown.read_rect((90, 20), (50, 40))[..., 0], values[20:60, 90:140])
+    np.testing.assert_array_equal(shown.read_rect((90, 20), (50, 40))[..., 1], np.isfinite(values)[20:60, 90:140])
+
+    path = coding.write_coded(tmp_path / "slide.tif", 1500, 1100, 2).path
+    with open_slide(path) as slide:
+        mapped = SimpleNamespace(maps=[shown_explanation("deeplift", value_map, 1.0, "")], name="slide", findings=None)
+        write_overlay_tiff(tmp_path / "overlay.tif", slide, mapped)
+    overlay = WSIReader.open(tmp_path / "overlay.tif")
+    with openslide.OpenSlide(tmp_path / "overlay.tif") as opened:
+        assert tuple(overlay.info.slide_dimensions) == opened.dimensions == (750, 550)
+        assert overlay.info.mpp[0] == pytest.approx(1.0)
+        region = np.asarray(opened.read_region((300, 200), 0, (64, 64)).convert("RGB"))
+    assert np.array_equal(overlay.read_rect((300, 200), (64, 64)), region)
