@@ -132,9 +132,12 @@ def audit(
 
 @app.command()
 def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppOption = None) -> None:
-    """Show a slide's size, scale (and where that comes from), levels and reader."""
+    """Show a slide's size, scale (and where that comes from), levels and reader; or what a map (.ome.tif) holds."""
+    from medsd.heatmap.tiff import is_value_map, read_ome_tiff
     from medsd.slides.slide import open_slide
 
+    if is_value_map(slide):
+        return print(read_ome_tiff(slide).in_words())
     with open_slide(slide, mpp) as opened:
         width, height = opened.dimensions
         print(f"file        {opened.path}")
@@ -323,6 +326,12 @@ def heatmap(
     overlay_tif: Annotated[
         bool, typer.Option("--overlay-tif", help="Leave overlay.tif too, a pyramid that viewers of slides open.")
     ] = False,
+    tiles_geojson: Annotated[
+        bool, typer.Option("--tiles-geojson", help="Leave tiles.geojson too, QuPath detections with the maps' values.")
+    ] = False,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Leave the maps and regions as DICOM too; needs pip install 'medsd[dicom]'.")
+    ] = False,
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
@@ -336,14 +345,15 @@ def heatmap(
     from medsd.cohort.owner import shard_of
     from medsd.cohort.runner import Sharing
     from medsd.heatmap.cohort import map_slides
-    from medsd.heatmap.model import MapRequest
+    from medsd.heatmap.model import ALSO, MapRequest
     from medsd.progress import progress_bar
 
     entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
     if shard is not None and not (entries := shard_of(entries, shard)):
         return print(f"no slide in {shard}")
     sharing = Sharing(rename=True, gather=shard is None)
-    request = MapRequest(methods or (), layer, network_mpp, block_px, overlay_tif=overlay_tif)
+    also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
+    request = MapRequest(methods or (), layer, network_mpp, block_px, also=also)
     place, progress = _computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
     for words in dict.fromkeys(result.model for result in results if result.model):

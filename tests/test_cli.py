@@ -199,10 +199,11 @@ def test_heatmap_hands_on_what_an_encoder_needs(monkeypatch, capsys, slide, tmp_
     asked = []
     row = cohort.SlideResult("a", "ok", "", model="A model.", misfit="No fit.")  # without classes, so without a score
     monkeypatch.setattr(cohort, "map_slides", lambda *arguments, **_: asked.append(arguments[3]) or [row])
-    options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512", "--overlay-tif"]
+    options = ["--method", "tsm", "--layer", "layer3", "--network-mpp", "0.5", "--block-px", "512"]
+    options += ["--overlay-tif", "--tiles-geojson"]
     code, out, err = run(monkeypatch, capsys, "heatmap", slide, "--weights", "w", "--out", "o", *options)
     assert (code, err) == (0, "medsd: a: No fit.\n") and "A model.\n1 ok; see" in out and "score" not in out
-    assert asked == [MapRequest(["tsm"], "layer3", 0.5, 512, overlay_tif=True)]
+    assert asked == [MapRequest(["tsm"], "layer3", 0.5, 512, also=["overlay.tif", "tiles.geojson"])]
 
 
 def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gzip
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from shapely.affinity import translate
 from shapely.geometry import MultiPolygon, Polygon, mapping
@@ -162,17 +163,21 @@ def _whole(place: Any) -> Any:
     return [_whole(part) for part in place]
 
 
-def write_features(path: str | Path, features: Sequence[dict[str, Any]]) -> None:
-    """Write a FeatureCollection atomically, packed by gzip if the file's name ends in `.gz`.
+def write_features(path: str | Path, features: Iterable[dict[str, Any]]) -> None:
+    """Write a FeatureCollection atomically, one by one, packed by gzip if the file's name ends in `.gz`.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    collection = {"type": "FeatureCollection", "features": features}
-    data = (json.dumps(collection, allow_nan=False, separators=(",", ":")) + "\n").encode()
-    with atomic_path(path) as temporary:
-        # No time in the header: the same annotations give the same file.
-        temporary.write_bytes(gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+    with atomic_path(path) as temporary, ExitStack() as opened:
+        file: BinaryIO | gzip.GzipFile = opened.enter_context(open(temporary, "wb"))
+        if Path(path).suffix == ".gz":  # no name and no time in the header: the same annotations give the same file
+            file = opened.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        file.write(b'{"type":"FeatureCollection","features":[')
+        for number, one in enumerate(features):
+            text = json.dumps(one, allow_nan=False, separators=(",", ":"))
+            file.write(f"{',' if number else ''}{text}".encode())
+        file.write(b"]}\n")
 
 
 def _features(content: Any, path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -194,12 +194,18 @@ def evaluate(
     write_json(Path(output_dir) / SCORES, content)
 
 
-def heatmap(data: Data, output_dir: str, device: torch.device, block_px: int | None = None) -> None:
-    """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`."""
+def heatmap(
+    data: Data, output_dir: str, device: torch.device, block_px: int | None = None, also: Sequence[str] = ()
+) -> None:
+    """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`.
+
+    Args:
+        block_px, also: see `MapRequest`.
+    """
     jobs = data.jobs()
     if jobs:
         folder = Path(output_dir) / HEATMAPS
-        request = MapRequest(block_px=block_px)
+        request = MapRequest(block_px=block_px, also=also)
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 

@@ -19,9 +19,11 @@ from medsd.cohort.kept import TABLE, Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError, SlideError
 from medsd.files import atomic_path
+from medsd.heatmap.detections import write_tiles
+from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
 from medsd.heatmap.findings import mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
-from medsd.heatmap.overlay import Findings, draw_overlay
+from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
@@ -41,7 +43,7 @@ from medsd.tables import read_table
 RECORD = "record.json"
 _FINDINGS = ["probability.ome.tif", "regions.geojson"]
 _SALIENCY, _OVERLAY, _REPORT = "saliency.ome.tif", "overlay.png", "report.html"
-_OVERLAY_TIFF = "overlay.tif"
+_OVERLAY_TIFF, _TILES = "overlay.tif", "tiles.geojson"
 _STORE = "blocks"
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
@@ -129,7 +131,10 @@ class _MapWork(_Maps, Work[SlideResult]):
     model: MapModel
     normaliser: StainNormaliser | None
     request: MapRequest
-    outputs = (_THUMBNAIL, _SALIENCY, _OVERLAY, _OVERLAY_TIFF, _REPORT, *_FINDINGS, *map(_file_of, METHODS))
+    outputs = (
+        *(_THUMBNAIL, _SALIENCY, _OVERLAY, _OVERLAY_TIFF, _TILES, _REPORT, *_FINDINGS, *map(_file_of, METHODS)),
+        *(REGIONS, *map(file_of_map, ("saliency", "probability", *METHODS))),
+    )
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         calibration, engine = self.model.calibration, self.model.engine
@@ -138,8 +143,8 @@ class _MapWork(_Maps, Work[SlideResult]):
             "methods": list(engine.settings.methods),
             "max_unseen": self.request.max_unseen,
         }
-        if self.request.overlay_tif:
-            recipe["overlay_tif"] = True
+        if self.request.also:
+            recipe["also"] = sorted(set(self.request.also))
         if calibration is None:  # what was not of the weights
             return recipe | {"layer": engine.settings.layer, "network_mpp": engine.mpp}
         return recipe | {"calibration": asdict(calibration)}
@@ -161,7 +166,7 @@ class _MapWork(_Maps, Work[SlideResult]):
                 f"again from its source"
             )
         probability = [] if self.model.card is None else [maps.probability]
-        words, apart = model_words(self.model), misfits(slide, self.model)
+        words, apart, slide_hash = model_words(self.model), misfits(slide, self.model), slide_sha256(entry.path)
         if maps.probability.seen.any():
             mapped = mapped_slide(slide, maps, self.model, picture, level0_px)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
@@ -176,9 +181,7 @@ class _MapWork(_Maps, Work[SlideResult]):
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
             draw_overlay(folder / _OVERLAY, mapped)
-            if self.request.overlay_tif:
-                write_overlay_tiff(folder / _OVERLAY_TIFF, slide, mapped)
-                files.append(_OVERLAY_TIFF)
+            files += self._write_also(folder, slide, mapped, slide_hash)
             write_report(folder / _REPORT, mapped, cut_tiles(slide, mapped))
         else:
             with atomic_path(folder / _THUMBNAIL) as temporary:
@@ -187,7 +190,7 @@ class _MapWork(_Maps, Work[SlideResult]):
         content = {
             "model": words,
             "misfits": apart,
-            "slide": {"name": entry.path.name, "sha256": slide_sha256(entry.path)},
+            "slide": {"name": entry.path.name, "sha256": slide_hash},
             "scale": {
                 "mpp": slide.mpp,
                 "mpp_source": slide.mpp_source,
@@ -207,6 +210,19 @@ class _MapWork(_Maps, Work[SlideResult]):
         }
         shutil.rmtree(folder / _STORE, ignore_errors=True)
         return Made(replace(row, model=words, misfit=" ".join(apart)), files, content)
+
+    def _write_also(self, folder: Path, slide: Slide, mapped: MappedSlide, slide_hash: str) -> list[str]:
+        """What was asked for beside the usual outputs; its files."""
+        wanted, engine, files = self.request.also, self.model.engine, []
+        if _OVERLAY_TIFF in wanted:
+            write_overlay_tiff(folder / _OVERLAY_TIFF, slide, mapped)
+            files.append(_OVERLAY_TIFF)
+        if _TILES in wanted:
+            write_tiles(folder / _TILES, mapped, engine.tile_px * engine.mpp / slide.mpp, slide.bounds[:2])
+            files.append(_TILES)
+        if "dicom" in wanted:
+            files += write_dicom(folder, slide, mapped, Origin(self.model.name, self.model.sha256, slide_hash))
+        return files
 
     def _store(self, entry: SlideEntry, folder: Path) -> Path:
         """Where the slide's blocks are kept until it is done: those of another file or recipe go."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from medsd.checks import check_number
+from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError, WeightsError
+from medsd.heatmap.dicom import check_dicom
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
@@ -20,6 +21,7 @@ from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free
 from medsd.slides.mpp import check_mpp
 
+ALSO = ("overlay.tif", "tiles.geojson", "dicom")
 _OF_ENCODER = ("tsm",)
 
 
@@ -34,10 +36,11 @@ class MapRequest:
         network_mpp: micrometres per pixel that an encoder alone takes.
         block_px: see `MapSettings`.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
-        overlay_tif: leave `overlay.tif` too, see `write_overlay_tiff`.
+        also: further outputs: "overlay.tif" (see `write_overlay_tiff`), "tiles.geojson" (see `write_tiles`) and "dicom"
+            (see `write_dicom`).
 
     Raises:
-        ConfigError: a scale or share that is none.
+        ConfigError: a scale or share that is none, no such output, or one that needs a package that is missing.
     """
 
     methods: Sequence[str] = ()
@@ -45,12 +48,16 @@ class MapRequest:
     network_mpp: float | None = None
     block_px: int | None = None
     max_unseen: float = 0.05
-    overlay_tif: bool = False
+    also: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:
             check_mpp("network_mpp", self.network_mpp)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
+        for name in self.also:
+            check_choice("also", name, ALSO)
+        if "dicom" in self.also:
+            check_dicom()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def mapped(tmp_path_factory, fiducial_slide, green_weights) -> Path:
     """The outputs of the slide, in a folder of a cohort; all that can be asked for."""
     output = tmp_path_factory.mktemp("maps")
     entry = SlideEntry(fiducial_slide.stem, fiducial_slide)
-    (result,) = map_slides([entry], green_weights, output, MapRequest(overlay_tif=True))
+    (result,) = map_slides([entry], green_weights, output, MapRequest(also=("overlay.tif", "tiles.geojson", "dicom")))
     assert result.status == "ok"
     return output / fiducial_slide.stem
 
