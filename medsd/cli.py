@@ -332,6 +332,9 @@ def heatmap(
     dicom: Annotated[
         bool, typer.Option("--dicom", help="Leave the maps and regions as DICOM too; needs pip install 'medsd[dicom]'.")
     ] = False,
+    faithful_tiles: Annotated[
+        int, typer.Option(help="Tiles at most on which is measured how far the answer follows the map; 0: not.")
+    ] = 64,
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
@@ -353,7 +356,7 @@ def heatmap(
         return print(f"no slide in {shard}")
     sharing = Sharing(rename=True, gather=shard is None)
     also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
-    request = MapRequest(methods or (), layer, network_mpp, block_px, also=also)
+    request = MapRequest(methods or (), layer, network_mpp, block_px, also=also, faithful_tiles=faithful_tiles)
     place, progress = _computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
     for words in dict.fromkeys(result.model for result in results if result.model):

@@ -195,17 +195,22 @@ def evaluate(
 
 
 def heatmap(
-    data: Data, output_dir: str, device: torch.device, block_px: int | None = None, also: Sequence[str] = ()
+    data: Data,
+    output_dir: str,
+    device: torch.device,
+    block_px: int | None = None,
+    also: Sequence[str] = (),
+    faithful_tiles: int = 64,
 ) -> None:
     """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`.
 
     Args:
-        block_px, also: see `MapRequest`.
+        block_px, also, faithful_tiles: see `MapRequest`.
     """
     jobs = data.jobs()
     if jobs:
         folder = Path(output_dir) / HEATMAPS
-        request = MapRequest(block_px=block_px, also=also)
+        request = MapRequest(block_px=block_px, also=also, faithful_tiles=faithful_tiles)
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 

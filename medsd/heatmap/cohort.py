@@ -21,6 +21,7 @@ from medsd.errors import DatasetError, SlideError
 from medsd.files import atomic_path
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
+from medsd.heatmap.faithfulness import judge_map
 from medsd.heatmap.findings import mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
@@ -44,6 +45,7 @@ RECORD = "record.json"
 _FINDINGS = ["probability.ome.tif", "regions.geojson"]
 _SALIENCY, _OVERLAY, _REPORT = "saliency.ome.tif", "overlay.png", "report.html"
 _OVERLAY_TIFF, _TILES = "overlay.tif", "tiles.geojson"
+_DROPS = ("drop_brightest", "drop_random", "drop_lowest")
 _STORE = "blocks"
 _THUMBNAIL_PX = 1600
 _THUMBNAIL = "thumbnail.png"
@@ -117,7 +119,9 @@ class _Maps(Kept[SlideResult]):
 
     folder: Path
     row_type = SlideResult
-    columns = ("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", "seconds")
+    columns = (
+        *("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", *_DROPS, "seconds"),
+    )
     record = f"{{}}/{RECORD}"
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -142,6 +146,7 @@ class _MapWork(_Maps, Work[SlideResult]):
             "weights_sha256": self.model.sha256,
             "methods": list(engine.settings.methods),
             "max_unseen": self.request.max_unseen,
+            "faithful_tiles": self.request.faithful_tiles,
         }
         if self.request.also:
             recipe["also"] = sorted(set(self.request.also))
@@ -166,9 +171,13 @@ class _MapWork(_Maps, Work[SlideResult]):
                 f"again from its source"
             )
         probability = [] if self.model.card is None else [maps.probability]
-        words, apart, slide_hash = model_words(self.model), misfits(slide, self.model), slide_sha256(entry.path)
+        faithful = None
+        if probability and self.request.faithful_tiles:
+            faithful = judge_map(self.model.engine, shown, maps.saliency, self.request.faithful_tiles)
+        words, apart = model_words(self.model), misfits(slide, self.model, faithful)
+        slide_hash = slide_sha256(entry.path)
         if maps.probability.seen.any():
-            mapped = mapped_slide(slide, maps, self.model, picture, level0_px)
+            mapped = mapped_slide(slide, maps, self.model, picture, level0_px, faithful)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
             row, files = self.row(entry, "ok", reason), [_SALIENCY, _OVERLAY, _REPORT]
             write_ome_tiff(folder / _SALIENCY, maps.saliency)
@@ -180,6 +189,9 @@ class _MapWork(_Maps, Work[SlideResult]):
                 _write_findings(folder, found, slide, maps.saliency.quantity)
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
+            if faithful is not None:
+                bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
+                row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)
             draw_overlay(folder / _OVERLAY, mapped)
             files += self._write_also(folder, slide, mapped, slide_hash)
             write_report(folder / _REPORT, mapped, cut_tiles(slide, mapped))
@@ -199,6 +211,7 @@ class _MapWork(_Maps, Work[SlideResult]):
                 "reader": slide.reader,
             },
             "methods": [shown.method for shown in (*probability, *maps.explanations.values())],
+            "faithfulness": None if faithful is None else asdict(faithful),
             "seam": maps.seam,
             "moved_share": maps.moved,
             "missed_share": maps.missed,
@@ -245,6 +258,7 @@ def read_results(output: str | Path) -> list[SlideResult]:
         raise DatasetError(f"{path}: missing; run the stage 'heatmap' first")
     rows: list[dict[str, Any]] = read_table(path).to_dict("records")
     numbers = {"seconds": float, "score": float, "regions": int, "region_area_mm2": float}
+    numbers |= dict.fromkeys(_DROPS, float)
     for row in rows:
         row.update({name: kind(row[name]) if row[name] else None for name, kind in numbers.items()})
     return [SlideResult(**row) for row in rows]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 
 from medsd.annotations.geojson import feature, write_features
 from medsd.heatmap.legend import ADDITIVE
 from medsd.heatmap.overlay import MappedSlide, ShownMap
-from medsd.heatmap.value_map import Floats
 
 MOST_TILES = 40_000
 """Of a file: about 20 MB, which QuPath imports in seconds (our choice)."""
@@ -55,8 +55,8 @@ def write_tiles(
 class _Squares:
     """A map's values in squares: name to (rows, columns), NaN where nothing is seen, and the share that is seen."""
 
-    values: dict[str, Floats]
-    seen: Floats
+    values: dict[str, npt.NDArray[np.float64]]
+    seen: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, shown: ShownMap, side: float) -> _Squares:

@@ -74,8 +74,8 @@ class Origin:
 def write_dicom(folder: str | Path, slide: Slide, mapped: MappedSlide, made: Origin) -> list[str]:
     """Write a Parametric Map a map and, with regions known, `regions.dcm`; each atomically, tiled, not compressed.
 
-    Values are float32 as in the OME-TIFFs, NaN where nothing is seen (also the padding value). The Segmentation is
-    binary, on the grid of the slide's saliency: its map pixels whose centre lies in a region. UIDs follow from the
+    Values are float32 as in the OME-TIFFs, NaN where nothing is seen. The Segmentation is binary, on the grid of the
+    slide's saliency: its map pixels whose centre lies in a region; tiles without any are left out. UIDs follow from the
     content: the same maps are the same instances. Map pixel (j, i) lies as in `ValueMap`, in DICOM's terms the first at
     half a map pixel right and down of the slide's corner.
 
@@ -111,7 +111,7 @@ def region_mask(regions: Sequence[Region], grid: ValueMap) -> npt.NDArray[np.boo
         rows, columns = np.indices(part.shape)
         shapely.prepare(region.polygon)
         x, y = ((index + start + 0.5) * grid.level0_px for index, start in ((columns, left), (rows, top)))
-        part |= shapely.contains_xy(region.polygon, x, y)
+        part |= shapely.intersects_xy(region.polygon, x, y)
     return mask
 
 
@@ -149,7 +149,6 @@ class _Writer:
             **self._common("maps", _MAPS_SERIES, number, values, words),
             **self._place(value_map.level0_px),
         )
-        found.FloatPixelPaddingValue = float("nan")
         return self._finished(found, f"{about}: {value_map.method}. {value_map.meaning} {RESEARCH_USE_ONLY}")
 
     def segmentation(self, findings: Findings, grid: ValueMap) -> Any:
@@ -177,7 +176,7 @@ class _Writer:
             pixel_array=mask.astype(np.uint8),
             segmentation_type="BINARY",
             segment_descriptions=[segment],
-            omit_empty_frames=False,
+            omit_empty_frames=bool(mask.any()),
             content_label="REGIONS",
             **self._common("regions", _REGIONS_SERIES, 1, mask, f"{target} {parameters}"),
             **self._place(grid.level0_px),
@@ -199,7 +198,7 @@ class _Writer:
             "software_versions": medsd.__version__,
             "device_serial_number": weights[:16],
             "content_description": _fit(RESEARCH_USE_ONLY, 64),
-            "dimension_organization_type": "TILED_FULL",
+            "dimension_organization_type": "TILED_SPARSE",
             "tile_pixel_array": True,
             "tile_size": (_TILE_PX, _TILE_PX),
         }
@@ -224,7 +223,8 @@ class _Writer:
     def _finished(self, found: Any, words: str) -> Any:
         """With a deterministic organisation of frames, and words for people."""
         organisation = _uid(f"frames {found.SOPInstanceUID}")
-        found.DimensionOrganizationSequence[0].DimensionOrganizationUID = organisation
+        for item in (*found.DimensionOrganizationSequence, *found.DimensionIndexSequence):
+            item.DimensionOrganizationUID = organisation
         found.ImageComments = words[:10_240]
         found.SeriesDescription = _fit(f"medsd: {found.ContentLabel.lower()}. {RESEARCH_USE_ONLY}", 64)
         return found
@@ -270,7 +270,7 @@ def _described(slide: Slide, slide_sha256: str) -> Dataset:
     specimen = Dataset()
     specimen.SpecimenIdentifier = found.ContainerIdentifier
     specimen.SpecimenUID = _uid(f"SpecimenUID {slide_sha256}")
-    specimen.SpecimenPreparationSequence = []
+    specimen.IssuerOfTheSpecimenIdentifierSequence, specimen.SpecimenPreparationSequence = [], []
     found.SpecimenDescriptionSequence = [specimen]
     found.IssuerOfTheContainerIdentifierSequence, found.ContainerTypeCodeSequence = [], []
     found.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from medsd.heatmap.faithfulness import Faithfulness
 from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
@@ -25,7 +26,14 @@ _REGION_PICTURE_PX = 192
 _COARSER = 1.1
 
 
-def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, level0_px: float) -> MappedSlide:
+def mapped_slide(
+    slide: Slide,
+    maps: SlideMaps,
+    model: MapModel,
+    picture: RGB,
+    level0_px: float,
+    faithful: Faithfulness | None = None,
+) -> MappedSlide:
     """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
     if maps.lost is not None:
         scale = level0_px / maps.saliency.level0_px
@@ -36,7 +44,7 @@ def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, l
     return MappedSlide(
         name=slide.path.stem,
         model=model_words(model),
-        misfits=misfits(slide, model),
+        misfits=misfits(slide, model, faithful),
         dimensions=slide.dimensions,
         mpp=slide.mpp,
         mpp_source=slide.mpp_source,
@@ -46,7 +54,7 @@ def mapped_slide(slide: Slide, maps: SlideMaps, model: MapModel, picture: RGB, l
         explanations=[_shown(name, shown, calibration) for name, shown in maps.explanations.items()],
         findings=None if card is None or calibration is None else _findings(slide, maps, card, calibration),
         provenance=_provenance(slide, maps, model),
-        caveats=list(_caveats(slide, maps, model)),
+        caveats=[*_caveats(slide, maps, model), *([] if faithful is None else [faithful.words])],
     )
 
 
@@ -110,14 +118,17 @@ def model_words(model: MapModel) -> str:
     )
 
 
-def misfits(slide: Slide, model: MapModel) -> list[str]:
-    """Where a slide is not what the network was trained for, as far as its scale tells."""
-    if slide.mpp <= _COARSER * model.engine.mpp:
-        return []
-    return [
-        f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {model.engine.mpp:g}. It was "
-        "enlarged, and detail that the network looks for is missing."
-    ]
+def misfits(slide: Slide, model: MapModel, faithful: Faithfulness | None = None) -> list[str]:
+    """Where a slide is not what the network was trained for, as far as its scale and its answers tell."""
+    found = []
+    if slide.mpp > _COARSER * model.engine.mpp:
+        found.append(
+            f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {model.engine.mpp:g}. It was "
+            "enlarged, and detail that the network looks for is missing."
+        )
+    if faithful is not None and faithful.warning:
+        found.append(faithful.warning)
+    return found
 
 
 def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, str]:

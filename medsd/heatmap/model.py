@@ -12,6 +12,7 @@ from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError, WeightsError
 from medsd.heatmap.dicom import check_dicom
 from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.faithfulness import MOST_TILES
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import measure_geometry
@@ -38,6 +39,7 @@ class MapRequest:
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
         also: further outputs: "overlay.tif" (see `write_overlay_tiff`), "tiles.geojson" (see `write_tiles`) and "dicom"
             (see `write_dicom`).
+        faithful_tiles: tiles at most on which is measured how far the answer follows the map, see `judge_map`; 0: not.
 
     Raises:
         ConfigError: a scale or share that is none, no such output, or one that needs a package that is missing.
@@ -49,11 +51,13 @@ class MapRequest:
     block_px: int | None = None
     max_unseen: float = 0.05
     also: Sequence[str] = ()
+    faithful_tiles: int = MOST_TILES
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:
             check_mpp("network_mpp", self.network_mpp)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
+        check_number("faithful_tiles", self.faithful_tiles, "[0, inf)", whole=True)
         for name in self.also:
             check_choice("also", name, ALSO)
         if "dicom" in self.also:

@@ -20,13 +20,12 @@ from medsd.slides.slide import Slide
 FINEST_MPP = 0.9
 """No pixel is smaller (our choice): a map has no finer detail, and a slide of 100,000 px stays near 100 MB."""
 _JPEG_QUALITY = 85
-_BIG_TIFF_PX = 2**30
 
 
 def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> None:
     """Write the slide in light grey, its first map over it and its regions outlined, as `overlay.tif`, atomically.
 
-    A generic tiled TIFF as scanners write them: JPEG tiles of 256 px, each level half the one before, as pages marked
+    A generic tiled BigTIFF as scanners write them: JPEG tiles of 256 px, each level half the one before, as pages marked
     as reduced, with their resolution. OpenSlide, QuPath, ASAP and tiatoolbox read it. Memory stays at a few tiles.
 
     Args:
@@ -41,10 +40,9 @@ def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> N
     steps = [step for step in steps if step * slide.mpp >= FINEST_MPP] or steps[-1:]
     shown = mapped.maps[0]
     about = printable(f"{mapped.name}: {shown.title} ({shown.value_map.target}). {RESEARCH_USE_ONLY}")
-    width, height = (side // steps[0] for side in slide.dimensions)
     with (
         atomic_path(path) as temporary,
-        tifffile.TiffWriter(temporary, bigtiff=width * height > _BIG_TIFF_PX) as writer,
+        tifffile.TiffWriter(temporary, bigtiff=True) as writer,  # tiatoolbox takes another for a plain picture
     ):
         for number, step in enumerate(steps):
             width, height = (-(-side // step) for side in slide.dimensions)

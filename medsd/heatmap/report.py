@@ -44,6 +44,8 @@ class SlideResult(SlideRow):
         region_area_mm2: their area.
         model: what the network was trained on, for which tissue and at which scale, in words.
         misfit: where the slide is not what that asks for, in words; empty where it is.
+        drop_brightest, drop_random, drop_lowest: mean fall of the log-odds when a tenth of a tile is hidden, see
+            `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
     """
 
     score: float | None = None
@@ -51,6 +53,9 @@ class SlideResult(SlideRow):
     region_area_mm2: float = 0.0
     model: str = ""
     misfit: str = ""
+    drop_brightest: float | None = None
+    drop_random: float | None = None
+    drop_lowest: float | None = None
 
 
 def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Does the network's answer follow the slide's map? What the map shows brightest is hidden, against random places.
+
+One step of deletion (RISE, Petsiuk et al. 2018) to blur, in log-odds, on tiles drawn from the slide. No labels are
+needed, so it says for each slide whether its map can be believed, not whether the network is right. Numbers: our
+choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from medsd.heatmap.legend import ADDITIVE
+from medsd.heatmap.maps import Engine
+from medsd.heatmap.value_map import ValueMap
+from medsd.intervals import Interval, bootstrap_mean
+from medsd.networks.classifier import Classifier
+from medsd.networks.modes import full_name
+from medsd.saliency.method import Method
+from medsd.saliency.metrics.agreement import rank_correlation
+from medsd.saliency.metrics.perturb import at_pixels, baseline_image, perturbed_logits, pixel_ranks
+from medsd.saliency.metrics.randomisation import randomised_cascade
+from medsd.saliency.registry import make_method
+from medsd.slides.readers.base import Bools
+from medsd.slides.slide import Slide
+
+SHARE = 0.1
+MOST_TILES, LEAST_TILES = 64, 8
+# One tile in so many costs a twentieth of the map's time at most: hiding takes four passes forward.
+_ONE_IN = 32
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """By how much hiding a tenth of each tile lowers its log-odds: means over tiles, with 95 % bootstrap intervals.
+
+    Attributes:
+        tiles: that were judged; of all that are tissue throughout, at random.
+        brightest, random, lowest: hidden where the map is highest, anywhere (map pixels as a whole, as for the others),
+            and where it is lowest.
+        gained: `brightest` less `random`, paired by tiles.
+    """
+
+    tiles: int
+    brightest: Interval
+    random: Interval
+    lowest: Interval
+    gained: Interval
+
+    @property
+    def words(self) -> str:
+        """What was found, in a sentence."""
+        told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
+        return (
+            f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the map {_change(self.brightest)}, "
+            f"hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest {_change(self.lowest)} (means, 95 % "
+            f"intervals over tiles; hidden places are blurred).{told}"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What a reader has to be warned of; empty where the map does better than random places."""
+        if self.gained.value > 0:
+            return ""
+        return (
+            "Do not believe the map: on this slide, hiding what it shows brightest changes the answer no more than "
+            "hiding random tissue."
+        )
+
+
+def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST_TILES) -> Faithfulness | None:
+    """How far the answer of the network follows a slide's map.
+
+    Args:
+        engine: that made the map.
+        slide: as the network saw it.
+        saliency: the map.
+        most: tiles at most; one in 32 of the slide's, but no fewer than 8.
+
+    Returns:
+        None where fewer than 8 tiles are tissue throughout.
+    """
+    side = engine.tile_px // engine.strides[1]
+    corners = _whole_tiles(saliency.seen, side)
+    random = np.random.default_rng(_SEED)
+    wanted = min(most, max(LEAST_TILES, len(corners) // _ONE_IN), len(corners))
+    images, maps = [], []
+    for row, column in corners[np.sort(random.choice(len(corners), wanted, replace=False))]:
+        place = column * saliency.level0_px, row * saliency.level0_px
+        pixels, seen = slide.read_seen(*place, engine.tile_px, engine.tile_px, engine.mpp)
+        if seen is None:
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+            maps.append(torch.from_numpy(saliency.values[row : row + side, column : column + side]))
+    if len(images) < LEAST_TILES:
+        return None
+    drops = _drops(engine, torch.stack(images), torch.stack(maps))
+    found = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
+    return Faithfulness(len(images), **found)
+
+
+def _drops(engine: Engine, images: Tensor, maps: Tensor) -> dict[str, npt.NDArray[np.float64]]:
+    """What each tile's log-odds lose, by what is hidden."""
+    generator = torch.Generator().manual_seed(_SEED)
+    anywhere = torch.rand(maps.shape, generator=generator)
+    device, classifier = engine.classifier.device, engine.classifier
+    x = classifier.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+    hidden, count = baseline_image(x, "blur"), round(SHARE * images.shape[2] * images.shape[3])
+    drops: dict[str, npt.NDArray[np.float64]] = {}
+    clean: Tensor | None = None
+    for name, order in (("brightest", maps), ("random", anywhere), ("lowest", -maps)):
+        ranks = pixel_ranks(at_pixels(order, images), generator).to(device)
+        counts = [count] if clean is not None else [0, count]
+        log_odds = engine.evidence(perturbed_logits(classifier, x, hidden, ranks, counts).flatten(0, 1))
+        log_odds = log_odds.view(len(images), -1).double().cpu()
+        clean = log_odds[:, 0] if clean is None else clean
+        drops[name] = (clean - log_odds[:, -1]).numpy()
+    return drops | {"gained": drops["brightest"] - drops["random"]}
+
+
+def _whole_tiles(seen: Bools, side: int) -> npt.NDArray[np.int64]:
+    """Rows and columns (n, 2) of the first map pixel of each tile, laid side by side, that is seen throughout."""
+    rows, columns = (length // side for length in seen.shape)
+    blocks = seen[: rows * side, : columns * side].reshape(rows, side, columns, side)
+    return np.argwhere(blocks.all(axis=(1, 3))) * side
+
+
+def _change(drop: Interval) -> str:
+    ends = sorted((abs(drop.low), abs(drop.high)))
+    if drop.low < 0 < drop.high:
+        return f"changes the log-odds by {-drop.value:+.2f} ({-drop.high:+.2f} to {-drop.low:+.2f})"
+    word = "lowers" if drop.value >= 0 else "raises"
+    return f"{word} the log-odds by {abs(drop.value):.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
+
+
+@dataclass(frozen=True)
+class Randomised:
+    """How much a map stays as it is when the network forgets what it learnt above the hidden layer.
+
+    Attributes:
+        correlation: Spearman's of a tile's map and that of the randomised network, mean over tiles; 1 is a map that
+            does not depend on the weights.
+        low, high: 95 % bootstrap interval over tiles.
+        tiles: their number.
+        layers: what was drawn anew.
+    """
+
+    correlation: float
+    low: float
+    high: float
+    tiles: int
+    layers: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        return (
+            f"with random weights in {', '.join(self.layers)} the map's rank correlation with itself is "
+            f"{self.correlation:.2f} ({self.low:.2f} to {self.high:.2f}, {self.tiles} tiles); 1 would mean that it "
+            "does not depend on what was learnt"
+        )
+
+
+def randomised_check(
+    classifier: Classifier, method: str, layer: str, reference: Sequence[float] | None, images: Tensor, target: int = 1
+) -> Randomised:
+    """Does the map depend on the weights? The cascade of Adebayo et al. 2018, down to above the hidden layer.
+
+    Args:
+        classifier: left as it is.
+        method: of a class, by name.
+        layer: the hidden layer, a name in the encoder.
+        reference: of "deeplift", see `NeutralReference`.
+        images: (B, 3, H, W) uint8, tiles of every class.
+        target: the class that is explained.
+
+    Raises:
+        NetworkError: a layer that cannot draw its weights anew.
+    """
+    layers, where = _above(classifier, layer), full_name(classifier, layer, "encoder")
+    device = classifier.device
+    options = {} if reference is None else {"reference": torch.tensor(reference, device=device)}
+
+    def maker(network: nn.Module) -> Method:
+        return make_method(method, network, where, "evidence", options if method == ADDITIVE else {})
+
+    x = classifier.normalise(images.to(device))
+    first, *_, last, _all = randomised_cascade(classifier, maker, x, target, layers)
+    alike = rank_correlation(first.maps, last.maps).cpu().numpy()
+    found = bootstrap_mean(alike[np.isfinite(alike)], seed=_SEED)
+    return Randomised(found.value, found.low, found.high, len(images), layers)
+
+
+def _above(classifier: nn.Module, layer: str) -> tuple[str, ...]:
+    """Modules with weights that come after a layer of the encoder, from the head down."""
+    found: list[str] = []
+    holder, name = classifier.get_submodule("encoder"), "encoder"
+    for part in layer.split("."):
+        children = [child for child, _ in holder.named_children()]
+        # What stands deeper comes sooner.
+        found += [f"{name}.{child}" for child in reversed(children[children.index(part) + 1 :])]
+        holder, name = holder.get_submodule(part), f"{name}.{part}"
+    chosen = [one for one in found if next(classifier.get_submodule(one).parameters(), None) is not None]
+    return ("head", *chosen)

@@ -1,0 +1,141 @@
+"""Hiding places of a slide whose network is linear, so that what each place is worth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medsd.heatmap.faithfulness import _above, judge_map, randomised_check
+from medsd.heatmap.value_map import ValueMap
+from medsd.networks.classifier import Normalise, TileClassifier
+from medsd.saliency.metrics.perturb import baseline_image
+from medsd.tables import read_table
+
+TILE, STRIDE = 40, 4  # a tenth of a tile is 10 of its 100 map pixels
+
+
+class Linear(nn.Module):
+    """Log-odds: the sum of the pixels, each times its own weight."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = Normalise()
+        self.weight = torch.randn(3, TILE, TILE, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        worth = (x * self.weight).sum(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(worth), worth], dim=1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    return SimpleNamespace(
+        tile_px=TILE,
+        strides=(TILE, STRIDE),
+        mpp=1.0,
+        classifier=Linear(),
+        evidence=lambda rows: rows[:, 1] - rows[:, 0],
+    )
+
+
+@pytest.fixture(scope="module")
+def known(engine: Any, array_slide: Any) -> tuple[Any, ValueMap, np.ndarray]:
+    """A slide of 4 x 5 tiles and glass, what each of its map pixels is worth against blur, and that tile by tile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * TILE, 6 * TILE, 3), dtype=np.uint8)
+    values = np.full((4 * TILE // STRIDE, 6 * TILE // STRIDE), np.nan, np.float32)
+    tiles, side = [], TILE // STRIDE
+    for row in range(4):
+        for column in range(5):
+            part = pixels[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+            x = engine.classifier.normalise(torch.from_numpy(part.copy()).permute(2, 0, 1)[None])
+            worth = ((x - baseline_image(x, "blur"))[0] * engine.classifier.weight).sum(dim=0)
+            tiles.append(worth.view(side, STRIDE, side, STRIDE).sum(dim=(1, 3)).numpy())
+            values[row * side : (row + 1) * side, column * side : (column + 1) * side] = tiles[-1]
+    return array_slide(pixels), ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", ""), np.stack(tiles)
+
+
+def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
+    slide, value_map, tiles = known
+    found = judge_map(engine, slide, value_map)
+    assert found is not None and found.tiles == 8  # of 20
+    every = judge_map(SimpleNamespace(**vars(engine)), slide, value_map, most=3)
+    assert every is None  # fewer than are worth an interval
+    ranked = np.sort(tiles.reshape(20, -1), axis=1)
+    highest, lowest = ranked[:, -10:].sum(axis=1), ranked[:, :10].sum(axis=1)
+    assert highest.min() - 1e-2 <= found.brightest.value <= highest.max() + 1e-2
+    assert lowest.min() - 1e-2 <= found.lowest.value <= lowest.max() + 1e-2
+    assert found.brightest.low <= found.brightest.value <= found.brightest.high
+    assert found.gained.value == pytest.approx(found.brightest.value - found.random.value)
+    assert found.warning == "" and "the 10 % brightest of the map lowers the log-odds by" in found.words
+    assert judge_map(engine, slide, value_map) == found
+
+
+def test_all_tiles_of_a_slide_by_hand(
+    engine: Any, known: tuple[Any, ValueMap, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide, value_map, tiles = known
+    monkeypatch.setattr("medsd.heatmap.faithfulness._ONE_IN", 1)
+    found = judge_map(engine, slide, value_map)
+    assert found is not None and found.tiles == 20
+    ranked = np.sort(tiles.reshape(20, -1), axis=1)
+    assert found.brightest.value == pytest.approx(ranked[:, -10:].sum(axis=1).mean(), abs=1e-2)
+    assert found.lowest.value == pytest.approx(ranked[:, :10].sum(axis=1).mean(), abs=1e-2)
+    # Random places are worth a tenth of the tile, give or take.
+    spread = tiles.reshape(20, -1).std(axis=1).mean() * np.sqrt(10 / 20)
+    assert abs(found.random.value - 0.1 * tiles.sum(axis=(1, 2)).mean()) < 4 * spread
+
+
+def test_a_map_that_says_the_opposite_is_told(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
+    slide, value_map, _ = known
+    opposite = ValueMap(-value_map.values, STRIDE, STRIDE, "saliency", "tumour", "wrong", "")
+    found = judge_map(engine, slide, opposite)
+    assert found is not None and found.gained.high < 0
+    assert "Do not believe the map" in found.warning
+    assert "the 10 % brightest of the map raises the log-odds by" in found.words
+
+
+def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
+    slide, value_map, _ = known
+    values = value_map.values.copy()
+    values[10:] = np.nan  # 5 tiles are left
+    assert judge_map(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", "")) is None
+
+
+def test_a_map_of_what_lies_below_does_not_depend_on_what_lies_above() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    network = TileClassifier("test_resnet").eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for method, bounds in (("channel_energy", (1 - 1e-6, 1.0)), ("gradient_x_activation", (-0.9, 0.9))):
+        found = randomised_check(network, method, "layer2", None, images)
+        assert bounds[0] <= found.correlation <= bounds[1], method
+        assert found.tiles == 6 and found.layers == ("head", "encoder.layer4", "encoder.layer3")
+        assert "with random weights in head, encoder.layer4, encoder.layer3" in found.words
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_what_lies_above_a_layer_within_a_row() -> None:
+    layers = _above(TileClassifier("test_efficientnet"), "blocks.2")
+    assert layers[0] == "head" and layers[-1] == "encoder.blocks.3" and "encoder.conv_head" in layers
+    assert not any(name in layers for name in ("encoder.blocks.2", "encoder.conv_stem", "encoder.blocks.1"))
+
+
+def test_it_stands_in_report_record_and_table(mapped: Path) -> None:
+    import json
+
+    judged = json.loads((mapped / "record.json").read_text())["result"]
+    content = json.loads((mapped / "record.json").read_text())
+    drops = content["faithfulness"] if "faithfulness" in content else judged["faithfulness"]
+    (row,) = read_table(mapped.parent / "slides.csv").to_dict("records")
+    for name in ("brightest", "random", "lowest"):
+        assert float(row[f"drop_{name}"]) == pytest.approx(drops[name]["value"])
+    page = (mapped / "report.html").read_text()
+    assert f"On {drops['tiles']} tiles of this slide, hiding the 10 % brightest of the map" in page
