@@ -25,8 +25,9 @@ _JPEG_QUALITY = 85
 def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> None:
     """Write the slide in light grey, its first map over it and its regions outlined, as `overlay.tif`, atomically.
 
-    A generic tiled BigTIFF as scanners write them: JPEG tiles of 256 px, each level half the one before, as pages marked
-    as reduced, with their resolution. OpenSlide, QuPath, ASAP and tiatoolbox read it. Memory stays at a few tiles.
+    A generic tiled BigTIFF as scanners write them: JPEG tiles of 256 px, each level half the one before, as pages
+    marked as reduced, with their resolution. OpenSlide, QuPath, ASAP and tiatoolbox read it. Memory stays at a few
+    tiles.
 
     Args:
         path: the file.
