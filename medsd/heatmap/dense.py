@@ -38,7 +38,7 @@ from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import ReceptiveField
 from medsd.networks.modes import evaluating, recorded
 from medsd.progress import Progress
-from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence
+from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence, reference_at
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.reading import read_ahead
 from medsd.slides.slide import Slide
@@ -197,11 +197,10 @@ class DenseEngine(Engine):
                 for tiles in (normal, tumour)
             )
 
-        def evidence_of(vector: Tensor) -> float:
+        def evidence_of(vector: Tensor) -> Tensor:
             return plane_evidence(self._windows.cells, vector, self.target, bias, self.temperature)
 
-        vector, log_odds, position = find_neutral(evidence_of, low, high)
-        return NeutralReference(self.settings.layer, tuple(vector.tolist()), log_odds, position, "plane", source)
+        return reference_at(find_neutral(evidence_of, low, high), self.settings.layer, "plane", source)
 
     def _plan(self, grids: list[MapGrid], tissue: TissueMask) -> _Plan:
         stage, (shift, hidden_shift) = self.cascade.top, self._shifts

@@ -31,7 +31,7 @@ from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress
-from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, tile_evidence
+from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, reference_at, tile_evidence
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -158,9 +158,8 @@ class TiledEngine(Engine):
             for tiles in (normal, tumour)
         )
         evidence_of = tile_evidence(self.classifier, layer, "evidence", self.target, shape)
-        vector, log_odds, position = find_neutral(evidence_of, low, high)
-        values = tuple(vector.tolist())
-        return NeutralReference(self.settings.layer, values, log_odds / self.temperature, position, "tile", source)
+        found = find_neutral(evidence_of, low, high)
+        return reference_at(found, self.settings.layer, "tile", source, self.temperature)
 
     def _run(self, images: Tensor) -> tuple[Floats, dict[str, Floats]]:
         """Probability (B,) and each method's maps (B, h, w)."""

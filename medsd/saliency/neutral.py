@@ -18,6 +18,8 @@ from medsd.saliency.method import Output, Target, check_logits, evidence, explai
 from medsd.saliency.plane import plane_output
 
 _FIRST, _LAST, _STEPS = -2.0, 3.0, 50  # the line that is scanned, 0 against and 1 for the target
+# Beside it: steps, and the most that one changes a channel, over its mean size.
+_NEWTON, _LARGEST_CHANGE, _HALVED = 50, 0.5, 6
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,12 @@ class NeutralReference:
         layer: its name in the network.
         vector: one number a channel.
         log_odds: of the uniform map after the search, 0 but for rounding.
-        position: on the line from the mean of tissue against the target (0) to that of tissue for it (1).
+        position: on the line from the mean of tissue against the target (0) to that of tissue for it (1); of a vector
+            beside the line that of the point where the search left it.
         extent: "plane", uniform without end; or "tile", uniform over the layer's map of one tile, with its borders.
         source: what it was found from, in words.
+        beside: how far the vector lies beside the line, the root mean square over channels of the relative change; 0
+            for one on it.
     """
 
     layer: str
@@ -39,6 +44,7 @@ class NeutralReference:
     position: float
     extent: Literal["plane", "tile"]
     source: str
+    beside: float = 0.0
 
 
 def neutral_of(network: nn.Module, layer: str | None) -> NeutralReference:
@@ -66,25 +72,41 @@ def _name(network: nn.Module, layer: str) -> str:
     return full_name(network, layer, "encoder")
 
 
-def find_neutral(evidence_of: Callable[[Tensor], float], low: Tensor, high: Tensor) -> tuple[Tensor, float, float]:
-    """The vector on a line whose evidence is 0, nearest the middle of the two that span it.
+EvidenceOf = Callable[[Tensor], Tensor]
+"""Log-odds (a scalar) of the uniform map of a vector (C,), differentiable in it."""
+
+
+@dataclass(frozen=True)
+class NeutralPoint:
+    """A vector (C,) float64 whose evidence is 0, the evidence, and where it lies; see `NeutralReference`."""
+
+    vector: Tensor
+    log_odds: float
+    position: float
+    beside: float = 0.0
+
+
+def find_neutral(evidence_of: EvidenceOf, low: Tensor, high: Tensor) -> NeutralPoint:
+    """The vector whose evidence is 0: on a line, nearest the middle of the two that span it; else beside the line.
+
+    Uniform maps of early layers may have no texture that a network takes for the target, and then no point of the line
+    is neutral. The search goes on from its most neutral point by Newton's steps of least relative change,
+    v - f(v) m^2 g / (g . m^2 g), g the gradient of the evidence f and m the mean size of each channel (our choice).
 
     Args:
         evidence_of: log-odds of the uniform map of a vector (C,).
         low, high: (C,) means of what speaks against and for the target; the line is searched from -2 to 3.
 
-    Returns:
-        The vector (C,) float64, its evidence, and its position on the line: 0 is `low`, 1 `high`.
-
     Raises:
-        NetworkError: the evidence has one sign all along.
+        NetworkError: the evidence keeps its sign on the line, and beside it as far as the search goes.
     """
     low, high = low.detach().double(), high.detach().double()
     values: dict[float, float] = {}
 
     def at(place: float) -> float:
         if place not in values:
-            values[place] = float(evidence_of(low + place * (high - low)))
+            with torch.no_grad():
+                values[place] = float(evidence_of(low + place * (high - low)))
         return values[place]
 
     steps = [_FIRST + (_LAST - _FIRST) * step / _STEPS for step in range(_STEPS + 1)]
@@ -93,18 +115,69 @@ def find_neutral(evidence_of: Callable[[Tensor], float], low: Tensor, high: Tens
         if at(left) * at(right) <= 0 and at(left) != at(right):
             brentq(at, left, right, xtol=1e-9)
             place = min(values, key=lambda it: abs(values[it]))
-            return low + place * (high - low), values[place], place
-    raise NetworkError(
-        f"neutral reference: the evidence is {min(values.values()):.3g} to {max(values.values()):.3g} from tissue "
-        "against the target to tissue for it and beyond, never 0; check that the network tells the classes apart, or "
-        "choose a method without a reference"
-    )
+            return NeutralPoint(low + place * (high - low), values[place], place)
+    place = min(values, key=lambda it: (abs(values[it]), it))
+    size = (low.abs() + high.abs()) / 2
+    found = _beside(evidence_of, low + place * (high - low), size)
+    if found is None:
+        raise NetworkError(
+            f"neutral reference: the evidence is {min(values.values()):.3g} to {max(values.values()):.3g} from tissue "
+            "against the target to tissue for it and beyond, and not 0 near that line; check that the network tells "
+            "the classes apart, or choose a method without a reference"
+        )
+    change = (found[0] - low - place * (high - low))[size > 0] / size[size > 0]
+    return NeutralPoint(*found, place, float(change.square().mean().sqrt()))
+
+
+def _beside(evidence_of: EvidenceOf, vector: Tensor, size: Tensor) -> tuple[Tensor, float] | None:
+    """The nearest vector of evidence 0 that Newton's steps find, and its evidence; None where they find none."""
+
+    def step(start: Tensor) -> tuple[float, Tensor]:
+        place = start.clone().requires_grad_()
+        with torch.enable_grad():
+            found = evidence_of(place)
+            (gradient,) = torch.autograd.grad(found, place)
+        value, along = float(found.detach()), size.square() * gradient
+        return value, -value * along / (gradient @ along)
+
+    value, move = step(vector)
+    for _ in range(_NEWTON):
+        if not move.isfinite().all():
+            return None
+        largest = float((move.abs() / size.clamp_min(1e-12)).max())
+        reach = min(1.0, _LARGEST_CHANGE / max(largest, 1e-12))
+        after, next_move = step(vector + reach * move)
+        for _ in range(_HALVED):  # the gradient is that of the place alone
+            if abs(after) < abs(value):
+                break
+            reach /= 2
+            after, next_move = step(vector + reach * move)
+        if after * value <= 0:
+
+            def at(share: float, start: Tensor = vector, whole: Tensor = reach * move) -> float:
+                with torch.no_grad():
+                    return float(evidence_of(start + share * whole))
+
+            share = brentq(at, 0.0, 1.0, xtol=1e-9)
+            return vector + share * reach * move, at(share)
+        if abs(after) >= abs(value):
+            return None
+        vector, value, move = vector + reach * move, after, next_move
+    return None
+
+
+def reference_at(
+    point: NeutralPoint, layer: str, extent: Literal["plane", "tile"], source: str, temperature: float = 1.0
+) -> NeutralReference:
+    """A point as a model card keeps it; the temperature divides evidence that was found without it."""
+    vector, log_odds = tuple(point.vector.tolist()), point.log_odds / temperature
+    return NeutralReference(layer, vector, log_odds, point.position, extent, source, point.beside)
 
 
 def plane_evidence(
     cells: nn.Module, vector: Tensor, target: int, bias: Tensor | None = None, temperature: float = 1.0
-) -> float:
-    """Evidence for a class of one cell of an endless uniform plane.
+) -> Tensor:
+    """Evidence for a class of one cell of an endless uniform plane, a scalar with the graph of the vector.
 
     Args:
         cells: fully convolutional, maps (1, C, h, w) to logits (1, K, h', w').
@@ -119,12 +192,12 @@ def plane_evidence(
     with evaluating(cells):
         logits = plane_output(cells, vector.to(_like(cells))).double()
     logits = (logits if bias is None else logits + bias.detach().to(logits)) / temperature
-    return float(evidence(logits[None])[0, target])
+    return evidence(logits[None])[0, target]
 
 
 def tile_evidence(
     network: nn.Module, layer: str, output: Output, target: Target, shape: tuple[int, int, int]
-) -> Callable[[Tensor], float]:
+) -> EvidenceOf:
     """Gives what is explained of a vector (C,): the network's, its layer's output replaced by the uniform map.
 
     Args:
@@ -135,11 +208,16 @@ def tile_evidence(
     image = torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
     module = dict(network.named_modules())[full_name(network, layer)]
 
-    def of(vector: Tensor) -> float:
-        with evaluating(network), tapped(network, module) as hidden, torch.no_grad():
+    def of(vector: Tensor) -> Tensor:
+        with evaluating(network), tapped(network, module) as hidden, torch.set_grad_enabled(vector.requires_grad):
             hidden.turned = lambda given: vector.to(given)[:, None, None].expand_as(given)
             logits = check_logits(network(image), 1)
-        return float(explained_output(logits.double(), targets_of(logits, target), output))
+            found = explained_output(logits.double(), targets_of(logits, target), output).sum()
+        if not vector.requires_grad:
+            return found
+        # The tap cuts the graph: the gradient is that of the whole map, summed over its places.
+        (slope,) = torch.autograd.grad(found, hidden.activation)
+        return found.detach() + (vector - vector.detach()) @ slope.sum(dim=(0, 2, 3)).to(vector)
 
     return of
 
@@ -197,9 +275,8 @@ def neutral_from_images(
         )
     low, high = (total / count for total, count in zip(totals, places, strict=True))
     of = tile_evidence(network, layer, output, target, shape)
-    vector, log_odds, position = find_neutral(of, low, high)
-    source = f"{images} images, by the network's answers"
-    return NeutralReference(layer, tuple(vector.tolist()), log_odds, position, "tile", source)
+    point = find_neutral(of, low, high)
+    return reference_at(point, layer, "tile", f"{images} images, by the network's answers")
 
 
 def _like(network: nn.Module) -> Tensor:

@@ -120,14 +120,14 @@ def plane_output(run: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
 
     Args:
         run: a map (1, C, h, w) to a map (1, K, h', w').
-        vector: (C,), of the type and on the device of such maps.
+        vector: (C,), of the type and on the device of such maps; where it requires grad, so does the output.
 
     Raises:
         NetworkError: its output is no map of cells that are alike on a uniform map.
     """
 
     def output(side: int) -> list[Call]:
-        with torch.no_grad(), EndlessPlane():
+        with torch.set_grad_enabled(vector.requires_grad), EndlessPlane():
             found = run(uniform(vector, side))
         if found.ndim != 4:
             raise NetworkError(f"plane: the output is {tuple(found.shape)}, no map (1, K, h, w), use tiles")
@@ -169,7 +169,8 @@ def _middle(name: str, small: Tensor, large: Tensor) -> Tensor:
     if small.ndim != large.ndim or small.shape == large.shape:
         raise NetworkError(f"{name} takes or gives {tuple(large.shape)} whatever the size of the map")
     axes = [axis for axis, sizes in enumerate(zip(small.shape, large.shape, strict=True)) if sizes[0] != sizes[1]]
-    if float((large.amax(axes) - large.amin(axes)).max()) > _UNEVEN * float(large.abs().max()):
+    values = large.detach()
+    if float((values.amax(axes) - values.amin(axes)).max()) > _UNEVEN * float(values.abs().max()):
         raise NetworkError(f"{name} differs from place to place on a uniform map")
     for axis in axes:
         large = large.narrow(axis, large.shape[axis] // 2, 1)

@@ -188,7 +188,28 @@ def test_one_class_or_no_reference_is_told(lively: Lively) -> None:
             neutral_from_images(network, "layer2", [x, x], "evidence", target)
     with pytest.raises(ConfigError, match="no images"):
         neutral_from_images(network, "layer2", [], "evidence", 1)
-    with pytest.raises(NetworkError, match="never 0"):
-        find_neutral(lambda vector: 1.0, torch.zeros(2), torch.ones(2))
+    with pytest.raises(NetworkError, match="not 0 near that line"):
+        find_neutral(lambda vector: 1 + vector.sum().square() * 0, torch.zeros(2), torch.ones(2))
     with pytest.raises(ConfigError, match="baseline and reference"):
         DeepLift(network, "layer2", baseline=torch.zeros(3, 4, 4), reference=torch.zeros(4))
+
+
+def test_a_neutral_point_beside_the_line() -> None:
+    """Only the third channel, alike in both classes, can make this evidence 0; the nearest such point is known."""
+    weight = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    low, high = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 4.0])
+    found = find_neutral(lambda vector: (vector @ weight).square() - 1, low, high)
+    assert abs(found.log_odds) < 1e-6 and found.vector[2] == pytest.approx(1, abs=1e-6)
+    on_line = low + found.position * (high - low)
+    torch.testing.assert_close(found.vector[:2], on_line[:2].double())
+    assert found.beside == pytest.approx(0.75 / 3**0.5, abs=1e-6)
+
+
+def test_a_gradient_finds_what_differences_find(lively: Lively) -> None:
+    of = tile_evidence(drawn("resnet10t", lively).double(), "layer2", "evidence", 1, (3, 64, 64))
+    vector = torch.rand(128, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(of(vector), vector)
+    step = 1e-6 * torch.randn(128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        change = float(of(vector + step)) - float(of(vector - step))
+    assert change == pytest.approx(2 * float(gradient @ step), rel=1e-3)
