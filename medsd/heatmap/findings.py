@@ -54,7 +54,7 @@ def mapped_slide(
         explanations=[_shown(name, shown, calibration) for name, shown in maps.explanations.items()],
         findings=None if card is None or calibration is None else _findings(slide, maps, card, calibration),
         provenance=_provenance(slide, maps, model),
-        caveats=[*_caveats(slide, maps, model), *([] if faithful is None else [faithful.words])],
+        caveats=list(_caveats(slide, maps, model, faithful)),
     )
 
 
@@ -96,7 +96,7 @@ def _shown(name: str, shown: ValueMap, calibration: Calibration | None) -> Shown
     return shown_explanation(name, shown, known, limits)
 
 
-def _caveats(slide: Slide, maps: SlideMaps, model: MapModel) -> Iterator[str]:
+def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, faithful: Faithfulness | None) -> Iterator[str]:
     if maps.unseen:
         yield (
             f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded and was "
@@ -106,6 +106,9 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel) -> Iterator[str]:
         yield "The encoder has learned no classes: its maps show what its features hold, not where tumour is."
     else:
         yield f"On other material than the classifier's own ({model.card.trained_on}) its scores mean little."
+        yield (
+            "Whether the answer follows the map was not measured on this slide." if faithful is None else faithful.words
+        )
 
 
 def model_words(model: MapModel) -> str:

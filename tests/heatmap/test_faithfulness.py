@@ -65,7 +65,7 @@ def known(engine: Any, array_slide: Any) -> tuple[Any, ValueMap, np.ndarray]:
 def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
     slide, value_map, tiles = known
     found = judge_map(engine, slide, value_map)
-    assert found is not None and found.tiles == 8  # of 20
+    assert found is not None and found.tiles == 16  # of 20
     every = judge_map(SimpleNamespace(**vars(engine)), slide, value_map, most=3)
     assert every is None  # fewer than are worth an interval
     ranked = np.sort(tiles.reshape(20, -1), axis=1)
