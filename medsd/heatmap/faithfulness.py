@@ -41,12 +41,14 @@ class Faithfulness:
     """By how much hiding a tenth of each tile lowers its log-odds: means over tiles, with 95 % bootstrap intervals.
 
     Attributes:
+        kind: of the map, "evidence" (which adds up) or "saliency".
         tiles: that were judged; of all that are tissue throughout, at random.
         brightest, random, lowest: hidden where the map is highest, anywhere (map pixels as a whole, as for the others),
             and where it is lowest.
         gained: `brightest` less `random`, paired by tiles.
     """
 
+    kind: str
     tiles: int
     brightest: Interval
     random: Interval
@@ -58,8 +60,8 @@ class Faithfulness:
         """What was found, in a sentence."""
         told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
         return (
-            f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the map {_change(self.brightest)}, "
-            f"hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest {_change(self.lowest)} (means, 95 % "
+            f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the {self.kind} map "
+            f"{_change(self.brightest)}, hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest {_change(self.lowest)} (means, 95 % "
             f"intervals over tiles; hidden places are blurred).{told}"
         )
 
@@ -68,11 +70,12 @@ class Faithfulness:
         """What a reader has to be warned of; empty where the map does better than random places."""
         if self.gained.value > 0:
             return ""
-        sure = "Do not believe the map" if self.gained.high < 0 else "The map may mean nothing here"
+        gained = self.gained
+        sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
-            f"{sure}: on this slide, hiding what it shows brightest lowers the log-odds no more than hiding random tissue "
-            f"(difference {self.gained.value:+.2f}, {self.gained.low:+.2f} to {self.gained.high:+.2f}, on {self.tiles} "
-            "tiles)."
+            f"{sure.format(self.kind)}: on this slide, hiding what it shows brightest lowers the log-odds no more than "
+            f"hiding random tissue (difference {gained.value:+.2f}, {gained.low:+.2f} to {gained.high:+.2f}, on "
+            f"{self.tiles} tiles)."
         )
 
 
@@ -103,7 +106,8 @@ def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST
         return None
     drops = _drops(engine, torch.stack(images), torch.stack(maps))
     found = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
-    return Faithfulness(len(images), **found)
+    kind = "evidence" if engine.settings.methods[0] == ADDITIVE else "saliency"
+    return Faithfulness(kind, len(images), **found)
 
 
 def _drops(engine: Engine, images: Tensor, maps: Tensor) -> dict[str, npt.NDArray[np.float64]]:
