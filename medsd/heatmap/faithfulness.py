@@ -61,8 +61,8 @@ class Faithfulness:
         told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
         return (
             f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the {self.kind} map "
-            f"{_change(self.brightest)}, hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest {_change(self.lowest)} (means, 95 % "
-            f"intervals over tiles; hidden places are blurred).{told}"
+            f"{_change(self.brightest)}, hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest "
+            f"{_change(self.lowest)} (means, 95 % intervals over tiles; hidden places are blurred).{told}"
         )
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.heatmap.faithfulness import _above, judge_map, randomised_check
+from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.saliency.metrics.perturb import baseline_image
@@ -41,6 +42,7 @@ def engine() -> Any:
         tile_px=TILE,
         strides=(TILE, STRIDE),
         mpp=1.0,
+        settings=MapSettings(),
         classifier=Linear(),
         evidence=lambda rows: rows[:, 1] - rows[:, 0],
     )
@@ -74,7 +76,7 @@ def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[An
     assert lowest.min() - 1e-2 <= found.lowest.value <= lowest.max() + 1e-2
     assert found.brightest.low <= found.brightest.value <= found.brightest.high
     assert found.gained.value == pytest.approx(found.brightest.value - found.random.value)
-    assert found.warning == "" and "the 10 % brightest of the map lowers the log-odds by" in found.words
+    assert found.warning == "" and "the 10 % brightest of the evidence map lowers the log-odds by" in found.words
     assert judge_map(engine, slide, value_map) == found
 
 
@@ -98,8 +100,8 @@ def test_a_map_that_says_the_opposite_is_told(engine: Any, known: tuple[Any, Val
     opposite = ValueMap(-value_map.values, STRIDE, STRIDE, "saliency", "tumour", "wrong", "")
     found = judge_map(engine, slide, opposite)
     assert found is not None and found.gained.high < 0
-    assert "Do not believe the map" in found.warning
-    assert "the 10 % brightest of the map raises the log-odds by" in found.words
+    assert "Do not believe the evidence map" in found.warning
+    assert "the 10 % brightest of the evidence map raises the log-odds by" in found.words
 
 
 def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
@@ -138,4 +140,4 @@ def test_it_stands_in_report_record_and_table(mapped: Path) -> None:
     for name in ("brightest", "random", "lowest"):
         assert float(row[f"drop_{name}"]) == pytest.approx(drops[name]["value"])
     page = (mapped / "report.html").read_text()
-    assert f"On {drops['tiles']} tiles of this slide, hiding the 10 % brightest of the map" in page
+    assert f"On {drops['tiles']} tiles of this slide, hiding the 10 % brightest of the saliency map" in page
