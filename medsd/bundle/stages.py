@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from medsd.explain.settings import ExplainSettings
 from medsd.files import atomic_path, make_folder, sha256_of, write_json
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
+from medsd.heatmap.faithfulness import randomised_card
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
 from medsd.networks.classifier import Classifier
@@ -77,7 +79,7 @@ def finetune(
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
     weights, regressed = network.encoder_weights, head_start == "regression"
-    scale = {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
+    scale: dict[str, Any] = {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
     settings = settings_of(
         trainer,
         network={
@@ -126,6 +128,10 @@ def finetune(
         options=network.options,
         **scale,
     )
+    assert card.calibration is not None
+    validation = data.part("validation")
+    checked = randomised_card(network, card.calibration, validation, validation.labels)
+    card = dataclasses.replace(card, randomised=checked)
     save_classifier(path, network, card)
     write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 

@@ -7,25 +7,31 @@ choice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from medsd.heatmap.legend import ADDITIVE
+from medsd.cohort.dataset import Sample
+from medsd.errors import NetworkError
+from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import Engine
 from medsd.heatmap.value_map import ValueMap
 from medsd.intervals import Interval, bootstrap_mean
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import full_name
+from medsd.networks.weights import Calibration
 from medsd.saliency.method import Method
 from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.perturb import at_pixels, baseline_image, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.randomisation import randomised_cascade
-from medsd.saliency.registry import make_method
+from medsd.saliency.registry import make_method, method_card
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 
@@ -34,6 +40,9 @@ MOST_TILES, LEAST_TILES = 64, 16
 # One tile in so many costs about a twentieth of the map's time: hiding takes four passes forward.
 _ONE_IN = 16
 _SEED = 0
+_OF_CLASS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,36 @@ def randomised_check(
     alike = rank_correlation(first.maps, last.maps).cpu().numpy()
     found = bootstrap_mean(alike[np.isfinite(alike)], seed=_SEED)
     return Randomised(found.value, found.low, found.high, len(images), layers)
+
+
+def randomised_card(
+    classifier: Classifier, calibration: Calibration, dataset: Dataset[Sample], labels: npt.NDArray[np.integer[Any]]
+) -> dict[str, Any] | None:
+    """Fields of `Randomised` as a card keeps them, of the method of the slides' saliency.
+
+    Args:
+        classifier, calibration: what is to be kept.
+        dataset: validation tiles; up to 8 of each class are taken, evenly.
+        labels: (n,) theirs.
+
+    Returns:
+        None where the method's maps are of no class, or a layer cannot draw its weights anew.
+    """
+    method = next(iter(calibration.limits), MASK)
+    if method == MASK or not method_card(method).needs_label:
+        return None
+    rows: list[int] = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        rows += own[np.linspace(0, len(own) - 1, min(_OF_CLASS, len(own))).astype(int)].tolist()
+    images = torch.stack([dataset[row]["image"] for row in rows])
+    vector = calibration.reference["vector"] if calibration.reference else None
+    try:
+        found = randomised_check(classifier, method, calibration.layer, vector, images)
+    except NetworkError as error:
+        logger.warning("whether the map depends on the weights is not known: %s", error)
+        return None
+    return asdict(found) if np.isfinite(found.correlation) else None
 
 
 def _above(classifier: nn.Module, layer: str) -> tuple[str, ...]:

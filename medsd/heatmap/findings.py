@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from medsd.heatmap.faithfulness import Faithfulness
+from medsd.heatmap.faithfulness import Faithfulness, Randomised
 from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
@@ -147,6 +147,8 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
         found["Encoder"] = f"{model.name} at {engine.mpp:g} µm per pixel"
     else:
         found["Classifier"] = f"{model.name}, tiles of {card.tile_px} px at {card.mpp:g} µm per pixel"
+        if card.randomised is not None:
+            found["Random weights"] = Randomised(**card.randomised).words
     return found | {"Weights SHA-256": model.sha256}
 
 

@@ -75,6 +75,8 @@ class ModelCard:
             (`medsd.slides.stain.profile_from_dict`); None where they are taken as they are.
         architecture: "tile" for a `TileClassifier`, "aim" for an `AimClassifier`.
         options: the network's `options`.
+        randomised: fields of `medsd.heatmap.faithfulness.Randomised`: how far its map depends on what was learnt; None
+            where that was not measured.
         input_mean, input_std: what its images are normalised by, see `Normalise`; ImageNet's in cards that do not say.
     """
 
@@ -93,6 +95,7 @@ class ModelCard:
     tissue: str = ""
     input_mean: tuple[float, ...] = IMAGENET_MEAN
     input_std: tuple[float, ...] = IMAGENET_STD
+    randomised: dict[str, Any] | None = None
 
 
 def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:

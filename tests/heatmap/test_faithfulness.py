@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medsd.heatmap.faithfulness import _above, judge_map, randomised_check
+from medsd.heatmap.faithfulness import _above, judge_map, randomised_card, randomised_check
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import Normalise, TileClassifier
+from medsd.networks.weights import Calibration
 from medsd.saliency.metrics.perturb import baseline_image
 from medsd.tables import read_table
 
@@ -121,6 +123,11 @@ def test_a_map_of_what_lies_below_does_not_depend_on_what_lies_above() -> None:
         assert bounds[0] <= found.correlation <= bounds[1], method
         assert found.tiles == 6 and found.layers == ("head", "encoder.layer4", "encoder.layer3")
         assert "with random weights in head, encoder.layer4, encoder.layer3" in found.words
+    tiles, labels = [{"image": image} for image in images], np.array([0, 0, 0, 1, 1, 1])
+    of = Calibration(0.5, {"gradient_x_activation": 1.0}, "layer2", "none", "")
+    assert randomised_card(network, of, tiles, labels) == asdict(found)
+    for method in ("mask", "tsm"):
+        assert randomised_card(network, replace(of, limits={method: 1.0}), tiles, labels) is None
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
