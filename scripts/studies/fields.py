@@ -129,8 +129,8 @@ class _Frozen:
 
 SUBJECTS = {
     "resnet18d": Subject("ResNet-18-D, PCam recipe", ("layer1", "layer2", "layer3")),
-    # On uniform maps of blocks.1 no vector near tissue is neutral.
-    "lite0": Subject("EfficientNet-Lite0 (ImageNet), head on PCam", ("blocks.2", "blocks.3", "blocks.4"), 2),
+    # On uniform maps of lower blocks no vector near tissue is neutral.
+    "lite0": Subject("EfficientNet-Lite0 (ImageNet), head on PCam", ("blocks.3", "blocks.4", "blocks.5"), 2),
     "densenet": Subject(
         "DenseNet-121 (H&E), head on PCam", ("features.pool0", "features.transition1", "features.transition2"), 2
     ),
