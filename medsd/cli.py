@@ -368,7 +368,7 @@ def heatmap(
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
         elif result.score is not None and len(results) <= _LISTED:
             area = f"{result.region_area_mm2:.2f} mm2"
-            print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}")
+            print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}")
     _end(results, _see(str(out / "index.html"), out, shard), empty_is_failure=True)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from medsd.checks import check_number
 from medsd.cohort.apart import may_train
@@ -28,7 +30,7 @@ from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.legend import ADDITIVE
-from medsd.networks.weights import Calibration
+from medsd.networks.calibrated import Calibration
 from medsd.phantom import write_phantom_dataset
 from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
@@ -37,7 +39,7 @@ from medsd.slides.readers.base import RGB
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict, profile_from_file
 from medsd.slides.stain.slide import StainNormaliser
-from medsd.training.predict import predict
+from medsd.training.predict import predict_logits
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +168,14 @@ class SlideData:
         chosen = np.isin(np.array(index.names)[index.slide], getattr(self._prepared, part))
         return UnlabelledImages(TileDataset(index.rows(chosen), self.cache, self._normaliser))
 
+    def tissue_shares(self) -> tuple[float, ...]:
+        """Each class's share of the labelled tiles of validation slides that are outlined in full; none if it is 0."""
+        prepared = self._prepared
+        known = [name for name in prepared.validation if prepared.entry(name).exhaustive]
+        return class_shares(prepared.index.of_slides(known).label, len(self.classes))
+
     def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scales from the validation slides' maps, see `with_reference`."""
+        """Threshold, cut-off and scales from the validation slides' maps, see `with_reference`."""
         prepared = self._prepared
         engine = with_reference(engine, self.part("validation"))
         slides = [prepared.entry(name) for name in prepared.validation]
@@ -305,11 +313,15 @@ class PatchData:
         """The patches of the part "training" or "validation", whatever their labels."""
         return UnlabelledImages(self.part(part))
 
+    def tissue_shares(self) -> tuple[float, ...]:
+        """Each class's share of the validation patches; none if it is 0."""
+        return class_shares(self.part("validation").labels, len(self.classes))
+
     def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scales from the validation patches, see `with_reference`."""
         validation = self.part("validation")
         engine = with_reference(engine, validation)
-        probabilities = predict(engine.classifier, validation, temperature=engine.temperature)
+        probabilities = engine.probability(torch.from_numpy(predict_logits(engine.classifier, validation))).numpy()
         return calibrate_on_patches(engine, validation, validation.labels == engine.target, probabilities)
 
     def jobs(self) -> list[SlideEntry]:
@@ -371,9 +383,16 @@ def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> En
         others = dict.fromkeys(_WITHOUT_REFERENCE if name == ADDITIVE else name for name in methods)
         settings = replace(engine.settings, methods=tuple(others))
         return make_engine(
-            engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, temperature=engine.temperature
+            *(engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, engine.temperature),
+            offset=engine.offset,
         )
     return engine
+
+
+def class_shares(labels: npt.NDArray[np.int8], classes: int) -> tuple[float, ...]:
+    """Each class's share of the labels (n,); none where a class has no item, for nothing follows from a share of 0."""
+    counts = np.bincount(labels, minlength=classes)
+    return tuple((counts / counts.sum()).tolist()) if counts.all() else ()
 
 
 # What the stages ask of a data set is what both offer.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,13 +24,15 @@ from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.pretraining import ENCODER
 from medsd.checks import check_choice
+from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
-from medsd.evaluate.plots import draw_summary
+from medsd.evaluate.lesion_scores import judge_slides, score_lesions, write_lesion_scores
+from medsd.evaluate.plots import draw_froc, draw_summary
 from medsd.evaluate.probes import score_probe
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
-from medsd.evaluate.temperature import fit_temperature, score_calibration, softmax
+from medsd.evaluate.temperature import fit_scaling, fit_temperature, score_calibration, softmax
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
 from medsd.files import atomic_path, make_folder, sha256_of, write_json
@@ -39,6 +41,7 @@ from medsd.heatmap.engine import make_engine
 from medsd.heatmap.faithfulness import randomised_card
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
+from medsd.networks.calibrated import calibrated, class_offset
 from medsd.networks.classifier import Classifier
 from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
@@ -48,6 +51,8 @@ from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import collect
 from medsd.training.training import run_training, settings_of
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, SCORES, HEATMAPS = "model.safetensors", "scores.json", "heatmaps"
 _BATCH = 64
@@ -71,8 +76,9 @@ def finetune(
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
-    The weights go beside the checkpoint's folder. Temperature, threshold and colour scale are the validation data's. Of
-    several processes the first does what follows the training. `head_start` "regression": see `start_head`.
+    The weights go beside the checkpoint's folder. Prevalence, temperature, thresholds and colour scale are the
+    validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
+    `start_head`.
     """
     check_choice("head_start", head_start, get_args(HeadStart))
     network = cast(Classifier, trainer.network)
@@ -109,8 +115,15 @@ def finetune(
         return
     network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
     logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
-    temperature = fit_temperature(logits, labels)
-    engine = make_engine(network, data.tile_px, data.mpp, settings=map_settings, temperature=temperature)
+    sampler = cast(DataLoader[Any], trainer.data_loader).sampler
+    drawn, tissue = cast(SlideGroupedSampler, sampler).class_shares, data.tissue_shares()
+    if tissue:
+        temperature, bias = fit_scaling(logits, labels, drawn)
+    else:
+        logger.warning("probabilities stay those of the training's class shares: validation tissue lacks a class")
+        temperature, bias = fit_temperature(logits, labels), ()
+    offset = class_offset(drawn, tissue, bias)
+    engine = make_engine(network, data.tile_px, data.mpp, 1, map_settings, temperature, offset=offset)
     card = ModelCard(
         encoder=network.encoder_name,
         classes=network.classes,
@@ -119,7 +132,7 @@ def finetune(
         trained_on=data.description,
         tissue=data.tissue,
         start=_start_of(network),
-        calibration=data.calibrate(engine),
+        calibration=replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias),
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         # Through JSON, as the card goes: tuples are lists there.
@@ -131,7 +144,7 @@ def finetune(
     assert card.calibration is not None
     validation = data.part("validation")
     checked = randomised_card(network, card.calibration, validation, validation.labels)
-    card = dataclasses.replace(card, randomised=checked)
+    card = replace(card, randomised=checked)
     save_classifier(path, network, card)
     write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 
@@ -175,16 +188,18 @@ def evaluate(
     features, labels = collect(network, loader, progress_bar("evaluate"), network.features)
     with torch.inference_mode():
         logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
-    probabilities = softmax(logits / calibration.temperature)[:, 1].astype(np.float32)
-    tempered = logits / np.float32(calibration.temperature)
-    log_odds = tempered[:, 1] - logsumexp(np.delete(tempered, 1, axis=1), axis=1)
+    adjusted = calibrated(torch.from_numpy(logits), calibration.temperature, calibration.offset).numpy()
+    probabilities = softmax(adjusted)[:, 1].astype(np.float32)
+    log_odds = adjusted[:, 1] - logsumexp(np.delete(adjusted, 1, axis=1), axis=1)
     tumour = (items.labels == 1).astype(np.int8)  # of more classes than two, the one that is mapped
     content = {
         "weights_sha256": digest,
         "data_sha256": card.data_sha256,
         # Ranked by log-odds, since probabilities of sure tiles are all 1.
         "tiles": as_json(score_tiles(tumour, log_odds, items.groups)),
-        "calibration": as_json(score_calibration(logits, items.labels, calibration.temperature, calibration.threshold)),
+        "calibration": as_json(
+            score_calibration(logits, items.labels, calibration.temperature, calibration.threshold, calibration.offset)
+        ),
     }
     if len(network.classes) > 2:
         rest = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(len(network.classes))]
@@ -237,7 +252,11 @@ def check_slides(data: Data, output_dir: str) -> None:
 
 
 def report(data: Data, output_dir: str) -> None:
-    """Stage report: slide scores and pointing shares beside the tile scores, and `summary.png`."""
+    """Stage report: scores of slides and their lesions beside those of tiles, and `summary.png`.
+
+    Of lesions: `lesions.csv` with FROC, slide AUC and Dice, the curves in `froc.csv`, `roc.csv` and `froc.png`, and
+    `candidates/<slide>.csv` as CAMELYON16 takes them.
+    """
     folder = Path(output_dir)
     scores = _read_scores(folder)
     entries = data.test_slides()
@@ -245,7 +264,13 @@ def report(data: Data, output_dir: str) -> None:
         slide_scores = score_slides(
             entries, read_results(folder / HEATMAPS), folder / HEATMAPS, scores["weights_sha256"]
         )
-        write_json(folder / SCORES, {**scores, "slides": as_json(slide_scores)})
+        card = load_classifier(folder / WEIGHTS)[1]
+        mapped = [entry for entry in entries if entry.name in slide_scores.slides]
+        judged = judge_slides(mapped, folder / HEATMAPS, card, folder / "candidates")
+        lesions = score_lesions(judged)
+        write_lesion_scores(folder, judged, lesions)
+        draw_froc(folder / "froc.png", judged, lesions)
+        write_json(folder / SCORES, {**scores, "slides": as_json(slide_scores), "lesions": as_json(lesions)})
     draw_summary(folder / "summary.png", folder)
 
 
@@ -268,11 +293,17 @@ def summary(output_dir: str) -> str:
             lines.append(f"  slide AUC    {_number(slides['slide_auc'])} ({len(slides['slides'])} slides)")
             what = "open masks" if slides.get("quantity") == "mask" else "positive saliency"
             lines.append(f"  pointing     {what} in tumour: {ratio} times tumour's share of the tissue")
+        if "lesions" in scores:
+            lesions, froc = scores["lesions"], scores["lesions"]["maps"]["model"]["froc"]
+            value, low, high = (_number(froc[name]) for name in ("value", "low", "high"))
+            what = f"{lesions['lesions']} lesions, resampling {lesions['slides']} slides"
+            lines.append(f"  lesion FROC  {value}, 95 % interval {low} to {high} ({what})")
     for label, name in (
         ("encoder", ENCODER),
         ("weights", WEIGHTS),
         ("heatmaps", f"{HEATMAPS}/index.html"),
         ("figure", "summary.png"),
+        ("lesions", "lesions.csv"),
     ):
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")

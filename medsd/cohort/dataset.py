@@ -194,6 +194,11 @@ class SlideGroupedSampler(GroupedSampler):
         self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
         self._hard_share = 0.0
 
+    @property
+    def class_shares(self) -> tuple[float, ...]:
+        """Each class's share of the draws, hard items included."""
+        return (1 / len(self._pools),) * len(self._pools)
+
     def set_hard(self, items: npt.ArrayLike, share: float) -> None:
         """From now on, take `share` of the normal draws of an epoch from `items`, evenly over them.
 

@@ -1,9 +1,9 @@
-"""Threshold and colour scale, fixed once on validation data and kept with the weights."""
+"""Thresholds and colour scale, fixed once on validation data and kept with the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ from medsd.annotations import rasterise, read_annotations
 from medsd.cohort.dataset import Sample
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
+from medsd.evaluate.operating import JudgedMap, lesion_threshold, slide_cut_off
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine
+from medsd.heatmap.findings import smallest_region_um2, top_mean
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import MASK
 from medsd.heatmap.value_map import ValueMap
-from medsd.networks.weights import Calibration
+from medsd.networks.calibrated import Calibration
 from medsd.progress import Progress, no_progress
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.isolate.slide import IsolatedSlide
@@ -39,34 +41,46 @@ def calibrate_on_slides(
     progress: Progress = no_progress,
     normaliser: StainNormaliser | None = None,
 ) -> Calibration:
-    """Threshold and scale from the maps of validation slides, their stain normalised if the classifier's tiles were.
+    """Threshold, cut-off and scale from the maps of validation slides, their stain normalised if the tiles' was.
 
-    The threshold is Youden's on map pixels against the annotation (normal slides count as all normal); the scale
-    ends at the 99.5th percentile of |saliency| in their tissue (both our choice), that of masks at 1.
-    The engine's temperature is kept with the threshold, which holds for tempered probabilities.
+    The threshold of regions is chosen for lesions (`lesion_threshold`), with the settings' budget of false regions;
+    where no slide is outlined in full it is Youden's on map pixels. Slides of the slide score (`top_mean`) of the
+    cut-off (`slide_cut_off`) or a higher one are raised. The scale ends at the 99.5th percentile of |saliency| in
+    tissue (our choice), that of masks at 1. The engine's temperature is kept with the threshold, which holds for
+    calibrated probabilities.
 
     Raises:
         DatasetError: the slides show one class only.
     """
-    labels, probabilities = [], []
+    judged: list[JudgedMap] = []
+    labels, scores = [], []
     values: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in engine.settings.methods}
     for entry in progress(slides, len(slides), "slide"):
         with IsolatedSlide(entry.path, entry.mpp) as slide:
             tissue = find_tissue(slide)
             seen = slide if normaliser is None or not tissue.mask.any() else normaliser.slide(slide, tissue)
             maps = engine.map(seen, tissue, progress)
-            size_px, origin_px = slide.dimensions, slide.bounds[:2]
+            size_px, origin_px, mpp = slide.dimensions, slide.bounds[:2], slide.mpp
         probability = maps.probability
         tumour = tumour_on(probability, entry, size_px, origin_px)
-        # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
-        known = probability.seen if entry.exhaustive else probability.seen & tumour
-        labels.append(tumour[known])
-        probabilities.append(probability.values[known])
+        judged.append(JudgedMap(probability, tumour, entry.exhaustive, mpp, size_px))
+        if entry.label is not None and probability.seen.any():
+            labels.append(entry.label)
+            scores.append(top_mean(probability.values[probability.seen]))
         for name, explanation in maps.explanations.items():
             values[name].append(np.abs(explanation.values[explanation.seen]))
     saliencies = {name: np.concatenate(parts) for name, parts in values.items() if name not in LABEL_FREE}
-    pixels, scores = np.concatenate(labels), np.concatenate(probabilities)
-    return _calibration(engine, pixels, scores, saliencies, f"{len(slides)} validation slides")
+    # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
+    pixels = np.concatenate([one.tumour[one.known] for one in judged])
+    probabilities = np.concatenate([one.probability.values[one.known] for one in judged])
+    found = _calibration(engine, pixels, probabilities, saliencies, f"{len(slides)} validation slides")
+    found = replace(found, cut_off=slide_cut_off(labels, scores))
+    if any(one.exhaustive for one in judged):
+        # As of the regions of slides that are mapped.
+        smallest_um2 = smallest_region_um2(engine.tile_px, engine.mpp)
+        threshold, lesions = lesion_threshold(judged, engine.settings.false_lesions, smallest_um2)
+        found = replace(found, threshold=threshold, lesions=lesions)
+    return found
 
 
 def find_reference(

@@ -16,6 +16,7 @@ from medsd.tables import write_table
 
 _DASH = "–"
 _MAPS = "explanations.maps"
+_LESIONS = "lesions.maps.model"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Metric:
 METRICS = (
     Metric("auc", "patch AUC", "tiles.patch_auc", "higher"),
     Metric("ece", "calibration error (ECE)", "calibration.ece", "lower"),
-    Metric("ece_before", "the same, before the temperature", "calibration.ece_before", "lower"),
+    Metric("ece_before", "the same, before calibration", "calibration.ece_before", "lower"),
     Metric("brier", "Brier score", "calibration.brier", "lower"),
     Metric("masking_area", "accuracy under masking, most salient first", f"{_MAPS}.gradient.masking_area", "lower"),
     Metric("random_area", "accuracy under masking, random control", "explanations.random.masking_area", ""),
@@ -51,6 +52,9 @@ METRICS = (
     Metric("slide_pointing", "energy pointing, slides", "slide_pointing.saliency.positive_inside", "higher"),
     Metric("slide_area_share", "tumour's share of the tissue (chance)", "slide_pointing.saliency.area_share", ""),
     Metric("slide_pointing_ratio", "energy pointing over chance, slides", "slide_pointing.saliency.ratio", "higher"),
+    Metric("slide_auc", "slide AUC", f"{_LESIONS}.slide_auc", "higher"),
+    Metric("froc", "lesion FROC score", f"{_LESIONS}.froc", "higher"),
+    Metric("dice", "Dice of tumour above the threshold, slides", f"{_LESIONS}.dice", "higher"),
     Metric("total_variation", "total variation of the map", f"{_MAPS}.gradient.total_variation", "lower"),
     Metric("gini", "concentration of the map (Gini)", f"{_MAPS}.gradient.gini", "higher"),
     Metric("entropy", "entropy of the map, 0 to 1", f"{_MAPS}.gradient.entropy", "lower"),
@@ -70,7 +74,7 @@ METRICS = (
 )
 
 _NOTES = """\
-Intervals are 95 %, by bootstrap over tiles (slides for the pointing of slides); tiles of a slide are alike, so they are
+Intervals are 95 %, by bootstrap over tiles (over slides, of what slides are); tiles of a slide are alike, so they are
 narrower than intervals over slides. A dash is what a run did not measure. Tiles are judged by the |input gradient| of
 their true class, slides by the map that the run draws of them; rows of masks are AIM's own. Masking, deletion and
 insertion replace pixels in the order of the map. A low accuracy under masking speaks for the map

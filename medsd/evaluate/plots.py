@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from medsd.drawing import save_figure
+from medsd.evaluate.froc import RATES
+from medsd.evaluate.lesion_scores import MODEL, PEAKS, JudgedSlide, LesionScores, curve_of
 from medsd.evaluate.runs import Run, number_text
 from medsd.evaluate.scores import roc_curve
 from medsd.tables import read_table
@@ -124,6 +126,44 @@ def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     axes.set_title("Where the masks are open" if masks else "Where the saliency lies")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
     _as_they_are(axes)
+
+
+def draw_froc(path: str | Path, judged: Mapping[str, Sequence[JudgedSlide]], scores: LesionScores) -> None:
+    """Draw the FROC curves and the slides' ROC curves of a model's maps and of the controls; nothing without either.
+
+    Raises:
+        OutputError: the figure cannot be written.
+    """
+    curves = {name: curve for name, slides in judged.items() if (curve := curve_of(slides)) is not None}
+    both = {one.label for one in judged[MODEL]} == {0, 1}
+    if not curves and not both:
+        return
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    froc, roc = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    for (name, found), (colour, marker) in zip(scores.maps.items(), RUN_STYLES, strict=False):
+        if name in curves:
+            curve, area = curves[name], found.froc
+            label = f"{name}: {area.value:.2f} ({area.low:.2f} to {area.high:.2f})"
+            places = np.append(curve.false_per_slide, max(RATES[-1], curve.false_per_slide[-1]))
+            froc.plot(places, np.append(curve.sensitivity, curve.sensitivity[-1]), color=colour)
+            froc.plot(RATES, curve.at(), marker, color=colour, ms=5, label=label)
+        if both and name != PEAKS:
+            rates = roc_curve([one.label for one in judged[name]], [one.score for one in judged[name]])
+            area = found.slide_auc
+            label = f"{name}: {area.value:.2f} ({area.low:.2f} to {area.high:.2f})"
+            roc.plot(*rates[:2], "-", marker=marker, ms=4, color=colour, label=label)
+    title = f"{scores.lesions} lesions ({scores.isolated} more are isolated cells, left out)"
+    froc.set(
+        xlabel="false positives a slide", ylabel="lesions found", title=title, xlim=(-0.1, 8.2), ylim=(-0.02, 1.05)
+    )
+    title = f"{scores.tumour_slides} of {scores.slides} slides with tumour"
+    roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.05))
+    for axes, heading in ((froc, "mean at the markers"), (roc, "area under the curve")):
+        axes.spines[["top", "right"]].set_visible(False)
+        heading = f"{heading} (95 % interval over slides)"
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(title=heading, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize="small")
+    save_figure(path, figure, "medsd lesions")
 
 
 def _as_they_are(axes: Axes) -> None:

@@ -143,6 +143,20 @@ def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     return middle if lower < middle <= upper else upper
 
 
+def dice(found: Bools, truth: Bools) -> float:
+    """Overlap of two areas, twice what they share over the sum of both (Dice 1945), 0 to 1; nan without any truth.
+
+    Args:
+        found, truth: of one shape.
+
+    Example:
+        >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+        0.666...
+    """
+    size = int(np.count_nonzero(truth))
+    return 2 * int(np.count_nonzero(found & truth)) / (int(np.count_nonzero(found)) + size) if size else math.nan
+
+
 def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bools) -> PointingShare:
     """Energy pointing: the share of the positive saliency that lies in tumour, against tumour's share of the area.
 

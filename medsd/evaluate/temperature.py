@@ -1,22 +1,26 @@
-"""A temperature fitted on validation data, and how far off probabilities are.
+"""Temperature and bias fitted on validation data, and how far off probabilities are.
 
-Training draws classes evenly, and a temperature does not undo that: a probability is that of a tile from as many tumour
-as normal tiles. Where tumour is rarer, as on slides, it is too high, and the calibration error says by how much.
+Training draws classes evenly, and a temperature does not undo that; the offset does (`medsd.networks.calibrated`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from scipy import special
 
 from medsd.checks import check_number
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Floats, check_scores
+from medsd.networks.calibrated import calibrated, logit_adjustment
 
 LOWEST, HIGHEST = 0.05, 20.0
+_TIGHT = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class CalibrationScores:
     """How far a classifier's tumour probabilities are off on test data.
 
     Attributes:
-        ece: expected calibration error of softmax(logits / temperature), see `calibration_error`.
+        ece: expected calibration error of the calibrated probabilities, see `calibration_error`.
         ece_before: that of softmax(logits).
-        brier: Brier score of softmax(logits / temperature), see `brier_score`.
+        brier: Brier score of the calibrated probabilities, see `brier_score`.
         temperature: that divides the logits, fitted on validation data.
         threshold: probability from which a tile counts as tumour, from validation data.
     """
@@ -39,14 +43,18 @@ class CalibrationScores:
 
 
 def score_calibration(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float, threshold: float
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    temperature: float,
+    threshold: float,
+    offset: Sequence[float] = (),
 ) -> CalibrationScores:
-    """Calibration on test data, before and after the temperature.
+    """Calibration on test data, before and after temperature and offset.
 
     Args:
         logits: (n, K).
         labels: (n,) class numbers, 1 tumour.
-        temperature, threshold: from validation data.
+        temperature, threshold, offset: from validation data, see `medsd.networks.calibrated`.
 
     Raises:
         DatasetError: as `fit_temperature`.
@@ -55,21 +63,23 @@ def score_calibration(
     check_number("temperature", temperature, "(0, inf)")
     truth, values = _checked(logits, labels)
     tumour = truth == 1
-    before, after = (softmax(values / divisor)[:, 1] for divisor in (1.0, temperature))
+    before = softmax(values)[:, 1]
+    after = softmax(calibrated(torch.from_numpy(values), temperature, offset).numpy())[:, 1]
     errors = calibration_error(tumour, after), calibration_error(tumour, before), brier_score(tumour, after)
     return CalibrationScores(*errors, temperature, threshold)
 
 
-def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The temperature T whose softmax(logits / T) has the least negative log-likelihood (Guo et al. 2017).
+def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, offset: Sequence[float] = ()) -> float:
+    """The temperature T whose softmax(logits / T + offset) has the least negative log-likelihood (Guo et al. 2017).
 
     The likelihood is concave in 1 / T, so the root of its slope is the optimum. T is kept within 0.05 to 20 (our
     choice): of logits that are worse than chance it would go to infinity. Where the data say nothing of T it is 1: of
     logits that are all equal, or that separate the classes so well that the best T lies below the bound.
-    The predicted class never changes.
+    Without an offset the predicted class never changes.
 
     Args:
         logits, labels: (n, K) of validation items, and (n,) class numbers.
+        offset: one number a class, see `medsd.networks.calibrated`; none for 0.
 
     Raises:
         DatasetError: unequal lengths, labels that are no class, no items, or logits that are not finite.
@@ -84,16 +94,67 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     # Softmax ignores what all logits of an item share; without it large ones keep their digits.
     values = values - values.max(axis=1, keepdims=True)
     of_truth = values[np.arange(len(truth)), truth]
+    added = np.asarray(offset or np.zeros(values.shape[1]), np.float64)
 
     def slope(log_temperature: float) -> float:
         """Rises with T."""
-        expected = (softmax(values * math.exp(-log_temperature)) * values).sum(axis=1)
+        expected = (softmax(values * math.exp(-log_temperature) + added) * values).sum(axis=1)
         return float((of_truth - expected).mean())
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
     if slope(0.0) == 0 or slope(low) >= 0:
         return 1.0  # all equal, or separated without fault: the data say that every T or every lower one would do
     return HIGHEST if slope(high) <= 0 else math.exp(float(brentq(slope, low, high, xtol=1e-10)))
+
+
+def fit_scaling(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, drawn: Sequence[float]
+) -> tuple[float, tuple[float, ...]]:
+    """Temperature T and bias b for which softmax(logits / T + log(shares / drawn) + b) has the greatest likelihood.
+
+    The shares are those of the labels at hand, so the bias is what the logits lack beside their adjustment, and holds
+    for tissue of other shares. With it the mean probabilities are the labels' shares. The likelihood is concave in
+    1 / T and b. Where a bias separates the classes without fault, so that every lower T would do, T is 1 beside it.
+
+    Args:
+        logits, labels: as of `fit_temperature`; every class has an item.
+        drawn: the classes' shares of the draws of the training.
+
+    Raises:
+        DatasetError: as `fit_temperature`, or a class without an item.
+
+    Example:
+        >>> temperature, bias = fit_scaling([[0, 1], [0, 3], [0, 2], [0, 4]], [0, 0, 1, 1], (0.5, 0.5))
+        >>> round(temperature, 2), [round(value, 2) for value in bias]
+        (1.1, [1.14, -1.14])
+    """
+    from scipy.optimize import minimize
+
+    truth, values = _checked(logits, labels)
+    shares = np.bincount(truth, minlength=values.shape[1]) / len(truth)
+    if not shares.all():
+        raise DatasetError("calibration: a class has no item; give validation data of every class")
+    adjustment = logit_adjustment(drawn, shares.tolist())
+    start = fit_temperature(logits, labels, adjustment)
+    values = (values - values.max(axis=1, keepdims=True)) / start
+    wanted = np.eye(len(shares))[truth]
+
+    def loss(parameters: Floats) -> tuple[float, Floats]:
+        """Negative log-likelihood and its slope in the inverse temperature, relative to the start's, and the bias."""
+        scaled = values * parameters[0] + adjustment + parameters[1:]
+        missed = softmax(scaled) - wanted
+        slope = np.concatenate([[(missed * values).sum(axis=1).mean()], missed.mean(axis=0)])
+        return float((special.logsumexp(scaled, axis=1) - scaled[wanted == 1]).mean()), slope
+
+    bounds = [(start / HIGHEST, start / LOWEST), *[(None, None)] * len(shares)]
+    first = np.concatenate([[1.0], np.zeros(len(shares))])
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds, options=_TIGHT).x
+    if loss(found)[0] * len(truth) < math.log(2.0):  # no item is on the wrong side: nothing bounds 1 / T
+        first[0] = start
+        bounds[0] = start, start
+        found = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds, options=_TIGHT).x
+    bias = found[1:] - found[1:].mean()
+    return float(start / found[0]), tuple(bias.tolist())
 
 
 def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = 15) -> float:
@@ -129,8 +190,6 @@ def brier_score(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
 
 def softmax(logits: npt.NDArray[np.floating]) -> Floats:
     """Probabilities (n, K) of logits (n, K), in float64."""
-    from scipy import special
-
     return special.softmax(logits.astype(np.float64), axis=1)  # type: ignore[no-any-return]
 
 

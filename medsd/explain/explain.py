@@ -62,7 +62,7 @@ def explain_images(
 
     "deeplift" compares with a neutral reference: the weights' own, or, where they have none of that layer, one found
     from the images, which the network must answer in either way. Its maps are in log-odds as those of slides, at the
-    weights' temperature; what they lack of the image's log-odds is told for each image.
+    weights' temperature and prevalence; what they lack of the image's log-odds is told for each image.
 
     Args:
         places: image files, and folders of them.
@@ -158,7 +158,7 @@ class _Explainer:
         if not self.model.classes:
             return None, None, None, None
         with evaluating(self.model.network), torch.no_grad():
-            logits = check_logits(self.model.network(x), len(x)) / self.model.temperature
+            logits = self.model.calibrated(check_logits(self.model.network(x), len(x)))
         probability, predicted = logits.softmax(dim=1).max(dim=1)
         target = targets_of(logits, self.model.target(self.settings.target))
         return predicted, probability, target, explained_output(logits, target, self.settings.output)

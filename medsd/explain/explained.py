@@ -25,7 +25,7 @@ class ExplainedImage:
         region: its mask at that small size, or None.
         predicted, explained: names of classes; "" for an encoder.
         probability: of the predicted class; nan for an encoder.
-        output: what is explained, of the explained class and at the weights' temperature; nan for an encoder.
+        output: what is explained, of the explained class, calibrated as of slides; nan for an encoder.
         unexplained: what the map of "deeplift" lacks of that when it is summed; nan without that method.
         maps: (h, w) float32 by method, signed, not normalised, at the size of the layer.
         measures: by method and name; nan where undefined.

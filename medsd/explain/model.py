@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, nearest
+from medsd.networks.calibrated import calibrated
 from medsd.networks.modes import full_name, usable_device
 from medsd.networks.start import last_stage, open_encoder
 from medsd.networks.weights import ModelCard, load_classifier
@@ -47,9 +48,14 @@ class Model:
 
     @property
     def temperature(self) -> float:
-        """Probabilities are softmax(logits / temperature)."""
+        """Divides the logits, see `medsd.networks.calibrated`."""
         calibration = self.card.calibration if self.card else None
         return calibration.temperature if calibration else 1.0
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Logits (B, K), as slides' probabilities follow from them."""
+        calibration = self.card.calibration if self.card else None
+        return calibrated(logits, self.temperature, calibration.offset if calibration else ())
 
     @property
     def smallest_px(self) -> int:

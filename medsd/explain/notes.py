@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from medsd import RESEARCH_USE_ONLY
 from medsd.explain.explained import ExplainedImages
+from medsd.heatmap.findings import prevalence_words
 from medsd.heatmap.legend import ADDITIVE, meaning
 from medsd.heatmap.scale import OPACITY
 from medsd.saliency.registry import method_card
@@ -52,6 +53,7 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
             f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
             f"(tiles of {card.tile_px} px, trained on {card.trained_on})."
         )
+        yield prevalence_words(card, 1)
         far = sum(not 1 / _FAR <= math.sqrt(height * width) / card.tile_px <= _FAR for height, width in sizes)
         if far:
             yield f"{far} image(s) are over {_FAR:g} times larger or smaller than those tiles."

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from medsd.errors import ConfigError
 from medsd.explain.model import Model
 from medsd.explain.settings import ExplainSettings
+from medsd.saliency.method import explained_output
 from medsd.saliency.neutral import NeutralReference, neutral_from_images
 
 
@@ -38,4 +40,7 @@ def found_reference(model: Model, settings: ExplainSettings, batches: Iterable[T
                 f"{', '.join(model.classes)}"
             )
         target = len(model.classes) - 1  # what is neutral for one of two is so for the other
-    return neutral_from_images(model.network, layer, batches, settings.output, target)
+    # In the network's own log-odds, in which the point of calibrated ones of 0 is looked for.
+    nothing = torch.zeros(1, len(model.classes), dtype=torch.float64)
+    added = explained_output(model.calibrated(nothing), torch.tensor([target]), settings.output) * model.temperature
+    return neutral_from_images(model.network, layer, batches, settings.output, target, float(added))

@@ -120,7 +120,8 @@ class _Maps(Kept[SlideResult]):
     folder: Path
     row_type = SlideResult
     columns = (
-        *("slide", "status", "model", "misfit", "reason", "score", "regions", "region_area_mm2", *_DROPS, "seconds"),
+        *("slide", "status", "model", "misfit", "reason", "score", "verdict", "regions", "region_area_mm2"),
+        *(*_DROPS, "seconds"),
     )
     record = f"{{}}/{RECORD}"
 
@@ -189,6 +190,7 @@ class _MapWork(_Maps, Work[SlideResult]):
                 _write_findings(folder, found, slide, maps.saliency.quantity)
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
+                row = replace(row, verdict=found.verdict[0])
             if faithful is not None:
                 bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
                 row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)

@@ -198,9 +198,10 @@ class DenseEngine(Engine):
             )
 
         def evidence_of(vector: Tensor) -> Tensor:
-            return plane_evidence(self._windows.cells, vector, self.target, bias, self.temperature)
+            return plane_evidence(self._windows.cells, vector, self.target, bias)
 
-        return reference_at(find_neutral(evidence_of, low, high), self.settings.layer, "plane", source)
+        point = find_neutral(self.calibrated_evidence(evidence_of), low, high)
+        return reference_at(point, self.settings.layer, "plane", source)
 
     def _plan(self, grids: list[MapGrid], tissue: TissueMask) -> _Plan:
         stage, (shift, hidden_shift) = self.cascade.top, self._shifts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,8 +42,9 @@ class MixedEngine(Engine):
         of_tiles = _of_tiles(self.settings)
         dense = tuple(name for name in self.settings.methods if name not in of_tiles)
         rest = self.classifier, self.tile_px, self.mpp, self.target
-        self._dense = DenseEngine(*rest, replace(self.settings, methods=dense), self.temperature)
-        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles), self.temperature)
+        scale = self.temperature, None, self.offset
+        self._dense = DenseEngine(*rest, replace(self.settings, methods=dense), *scale)
+        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles), *scale)
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -95,6 +96,7 @@ def make_engine(
     settings: MapSettings | None = None,
     temperature: float = 1.0,
     reference: NeutralReference | None = None,
+    offset: Sequence[float] = (),
 ) -> Engine:
     """The engine for a network: as `settings.way` says, and for "auto" the dense one where the network allows it.
 
@@ -103,7 +105,7 @@ def make_engine(
     mapped tile by tile. The maps name the way that was taken.
 
     Args:
-        classifier, tile_px, mpp, target, settings, temperature, reference: as `Engine` takes them.
+        classifier, tile_px, mpp, target, settings, temperature, reference, offset: as `Engine` takes them.
 
     Raises:
         NetworkError: no such layer, no masks, a stride that does not divide the tile, or no dense map where it is
@@ -114,16 +116,16 @@ def make_engine(
     if settings.way == "dense" and not isinstance(classifier, TileClassifier):
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
     if settings.way == "tiled" or not isinstance(classifier, TileClassifier):
-        return TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference)
+        return TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
     of_tiles = _of_tiles(settings)
     mixed = settings.way == "auto" and MASK not in of_tiles and 0 < len(of_tiles) < len(settings.methods)
     kind = MixedEngine if mixed else DenseEngine
     try:
-        return kind(classifier, tile_px, mpp, target, settings, temperature, reference)
+        return kind(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
     except NetworkError as reason:
         if settings.way == "dense":
             raise
         # A layer or tile that does not fit is refused by this engine as well.
-        tiled = TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference)
+        tiled = TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
         logger.info("mapped tile by tile: %s", reason)
         return tiled

@@ -14,7 +14,8 @@ from medsd.heatmap.model import MapModel
 from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
 from medsd.heatmap.regions import Region, find_regions
 from medsd.heatmap.value_map import ValueMap
-from medsd.networks.weights import Calibration, ModelCard
+from medsd.networks.calibrated import Calibration, SlideCutOff
+from medsd.networks.weights import ModelCard
 from medsd.slides.readers.base import RGB
 from medsd.slides.slide import Slide, hatched
 
@@ -67,18 +68,49 @@ def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
     return float(np.partition(probabilities, -count)[-count:].mean(dtype=np.float64))
 
 
+def smallest_region_um2(tile_px: int, mpp: float) -> float:
+    """A tile's area: a region below it cannot be told from noise, for a probability speaks of a tile (our choice)."""
+    return (tile_px * mpp) ** 2
+
+
+def verdict(score: float, cut_off: SlideCutOff | None, target: str) -> tuple[str, ...]:
+    """What a slide score means, by what its cut-off did on validation slides; then how sure that is."""
+    if cut_off is None:
+        return ("No cut-off is known for these weights: the slide score has no verdict.",)
+    side = "At or above" if score >= cut_off.score else "Below"
+    normal = f"raised {cut_off.raised} of {cut_off.normal} without it" if cut_off.normal else "met none without it"
+    said = (
+        f"{side} the cut-off {cut_off.score:.3g}, which found {cut_off.found} of {cut_off.tumour} validation slides "
+        f"with {target} and {normal}."
+    )
+    shares = [("Sensitivity", cut_off.sensitivity), ("specificity", cut_off.specificity)]
+    known = [f"{word} {one[0]:.0%} (95 % interval {one[1]:.0%} to {one[2]:.0%})" for word, one in shares if one]
+    return said, f"{', '.join(known)}, on the slides that the cut-off was fixed on."
+
+
 def _findings(slide: Slide, maps: SlideMaps, card: ModelCard, calibration: Calibration) -> Findings:
     probability, threshold = maps.probability, calibration.threshold
-    # What is smaller than the tile that a probability speaks of cannot be told from noise (our choice).
-    smallest_um2 = (card.tile_px * card.mpp) ** 2
+    smallest_um2 = smallest_region_um2(card.tile_px, card.mpp)
     regions = find_regions(probability, threshold, slide.mpp, slide.dimensions, maps.saliency, smallest_um2)
+    score = top_mean(probability.values[probability.seen])
     return Findings(
         probability=probability,
         threshold=threshold,
-        threshold_source=f"fixed on {calibration.source}",
+        threshold_source=_threshold_source(calibration),
         regions=regions,
         region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
-        score=top_mean(probability.values[probability.seen]),
+        score=score,
+        verdict=verdict(score, calibration.cut_off, probability.target),
+    )
+
+
+def _threshold_source(calibration: Calibration) -> str:
+    source, point = f"fixed on {calibration.source}", calibration.lesions
+    if point is None:
+        return source
+    return (
+        f"{source}, where it leaves {point.false_regions} false regions on {point.slides} slides (allowed: "
+        f"{point.budget:g} a slide) and touches {point.found} of {point.lesions} lesions"
     )
 
 
@@ -112,13 +144,23 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, faithful: Faithfuln
 
 
 def model_words(model: MapModel) -> str:
-    """What the network was trained on, for which tissue and at which scale: what every output says first."""
+    """What the network was trained on, for which tissue, scale and prevalence: what every output says first."""
     card = model.card
     if card is None:
         return f"Encoder alone, taken at {model.engine.mpp:g} µm per pixel; it has learned no classes."
     return (
-        f"Classifier trained on {card.trained_on}; tissue: {card.tissue or 'not stated'}; at {card.mpp:g} µm per pixel."
+        f"Classifier trained on {card.trained_on}; tissue: {card.tissue or 'not stated'}; at {card.mpp:g} µm per "
+        f"pixel. {prevalence_words(card, model.engine.target)}"
     )
+
+
+def prevalence_words(card: ModelCard, target: int) -> str:
+    """The share of the target in tissue that calibrated probabilities assume, a sentence."""
+    calibration, name = card.calibration, card.classes[target]
+    if calibration is None or not calibration.offset:
+        return f"Probabilities are not corrected for how rare {name} is."
+    share = 100 * calibration.tissue_shares[target]
+    return f"Probabilities assume that {share:.2g} % of the tissue is {name}, as in the {calibration.source}."
 
 
 def misfits(slide: Slide, model: MapModel, faithful: Faithfulness | None = None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from medsd.networks.weights import Smoothing
+from medsd.networks.calibrated import Smoothing
 from medsd.saliency.registry import method_card
 
 ADDITIVE = "deeplift"

@@ -22,13 +22,13 @@ from medsd.heatmap.grid import MapGrid, block_any, seam_score
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
 from medsd.heatmap.value_map import Floats, ValueMap
+from medsd.networks.calibrated import Smoothing, calibrated
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import is_out_of_memory
-from medsd.networks.weights import Smoothing
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
 from medsd.saliency.method import ClassMethod, Explanation, evidence
-from medsd.saliency.neutral import NeutralReference
+from medsd.saliency.neutral import EvidenceOf, NeutralReference
 from medsd.saliency.registry import make_method, method_card
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
@@ -53,6 +53,7 @@ class MapSettings:
             about. None: as large as memory allows.
         way: "dense", "tiled", or "auto": dense where network and methods allow it.
         batch: tiles that the tiled engine computes at once.
+        false_lesions: regions off all tumour that the threshold of regions may leave on a validation slide, on average.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -65,6 +66,7 @@ class MapSettings:
     block_px: int | None = None
     way: Way = "auto"
     batch: int = 32
+    false_lesions: float = 0.5
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str) or not self.methods or len(set(self.methods)) < len(self.methods):
@@ -79,6 +81,7 @@ class MapSettings:
                     "captum's for layers, such as captum.LayerGradientXActivation"
                 )
         check_number("smooth_um", self.smooth_um, "[0, inf)")
+        check_number("false_lesions", self.false_lesions, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.block_px is not None:
             check_number("block_px", self.block_px, "[1, inf)", whole=True)
@@ -154,8 +157,9 @@ class Engine(ABC):
         mpp: micrometres per pixel that the classifier expects.
         target: number of the class to map.
         settings: how the maps are made.
-        temperature: probabilities are softmax(logits / temperature), and additive maps sum to those log-odds.
+        temperature: of the logits, see `medsd.networks.calibrated`; additive maps sum to the log-odds of those.
         reference: of the method "deeplift"; None until it is found, see `neutral`.
+        offset: of the logits, a number a class; none for the shares of classes that the training drew.
 
     Raises:
         NetworkError: no such layer, no masks, or a stride that does not divide the tile.
@@ -169,6 +173,7 @@ class Engine(ABC):
     settings: MapSettings = MapSettings()
     temperature: float = 1.0
     reference: NeutralReference | None = None
+    offset: Sequence[float] = ()
     _methods: dict[str, ClassMethod] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -276,11 +281,17 @@ class Engine(ABC):
 
     def probability(self, logits: Tensor) -> Tensor:
         """Of the target (B, ...), of logits (B, K, ...)."""
-        return (logits / self.temperature).softmax(dim=1)[:, self.target]
+        return calibrated(logits, self.temperature, self.offset).softmax(dim=1)[:, self.target]
 
     def evidence(self, logits: Tensor) -> Tensor:
-        """Log-odds of the target (B, ...), of logits (B, K, ...): its tempered logit above the mean of the others."""
-        return evidence(logits / self.temperature)[:, self.target]
+        """Log-odds of the target (B, ...), of logits (B, K, ...): its calibrated logit above the mean of the others."""
+        return evidence(calibrated(logits, self.temperature, self.offset))[:, self.target]
+
+    def calibrated_evidence(self, evidence_of: EvidenceOf) -> EvidenceOf:
+        """The evidence of a vector, calibrated, from that of the network's own logits; see `find_neutral`."""
+        nothing = torch.zeros(1, len(self.classifier.classes), dtype=torch.float64)
+        added = float(self.evidence(nothing))
+        return lambda vector: evidence_of(vector) / self.temperature + added
 
     def _finished(self, slide: Slide, tissue: TissueMask, made: Assembled) -> SlideMaps:
         """The maps with their words: NaN outside the tissue, and where something could not be decoded."""

@@ -14,10 +14,11 @@ from medsd.heatmap.dicom import check_dicom
 from medsd.heatmap.engine import Engine, make_engine
 from medsd.heatmap.faithfulness import MOST_TILES
 from medsd.heatmap.maps import MapSettings
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import measure_geometry
 from medsd.networks.start import Encoder, last_stage, open_encoder
-from medsd.networks.weights import Calibration, ModelCard, load_classifier, unreadable_card
+from medsd.networks.weights import ModelCard, load_classifier, unreadable_card
 from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free
 from medsd.slides.mpp import check_mpp
@@ -120,6 +121,7 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px),
         temperature=calibration.temperature,
         reference=reference,
+        offset=calibration.offset,
     )
     return MapModel(engine, card.encoder, digest, card)
 

@@ -67,6 +67,7 @@ class Findings:
         regions: the regions, in level-0 pixels, largest first.
         region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
         score: mean of the highest 1 % of the probability in tissue.
+        verdict: what the score means, in sentences; the first stands alone.
     """
 
     probability: ValueMap
@@ -75,6 +76,7 @@ class Findings:
     regions: Sequence[Region]
     region_pictures: Sequence[npt.NDArray[np.uint8]]
     score: float
+    verdict: Sequence[str]
 
     @property
     def region_area_mm2(self) -> float:
@@ -183,6 +185,9 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY)
     """
     room = _WIDTH_PX - 2 * _MARGIN_PX
     head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
+    if slide.findings is not None:
+        words = f"Slide score {slide.findings.score:.3f}. {' '.join(slide.findings.verdict)}"
+        head += [(line, BLACK) for line in wrapped(words, 15, room)]
     head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room)]
     foot = _footer(slide, opacity)
     height, width = slide.thumbnail.shape[:2]

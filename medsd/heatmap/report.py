@@ -40,6 +40,7 @@ class SlideResult(SlideRow):
 
     Attributes:
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
+        verdict: what the score means, by what its cut-off did on validation slides; empty without a score.
         regions: number of regions at the threshold.
         region_area_mm2: their area.
         model: what the network was trained on, for which tissue and at which scale, in words.
@@ -53,6 +54,7 @@ class SlideResult(SlideRow):
     region_area_mm2: float = 0.0
     model: str = ""
     misfit: str = ""
+    verdict: str = ""
     drop_brightest: float | None = None
     drop_random: float | None = None
     drop_lowest: float | None = None

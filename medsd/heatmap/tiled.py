@@ -158,8 +158,8 @@ class TiledEngine(Engine):
             for tiles in (normal, tumour)
         )
         evidence_of = tile_evidence(self.classifier, layer, "evidence", self.target, shape)
-        found = find_neutral(evidence_of, low, high)
-        return reference_at(found, self.settings.layer, "tile", source, self.temperature)
+        point = find_neutral(self.calibrated_evidence(evidence_of), low, high)
+        return reference_at(point, self.settings.layer, "tile", source)
 
     def _run(self, images: Tensor) -> tuple[Floats, dict[str, Floats]]:
         """Probability (B,) and each method's maps (B, h, w)."""

@@ -17,6 +17,7 @@ import medsd
 from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import atomic_path
 from medsd.networks.aim import AimClassifier
+from medsd.networks.calibrated import Calibration, read_calibration
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
 from medsd.networks.whitening import WhitenedHead
 from medsd.slides.mpp import check_tile
@@ -24,36 +25,8 @@ from medsd.slides.mpp import check_tile
 FORMAT = "medsd-classifier-1"
 
 Architecture = Literal["tile", "aim"]
-Smoothing = Literal["backward_hook", "none"]
 
 _ARCHITECTURES: dict[str, type[TileClassifier] | type[AimClassifier]] = {"tile": TileClassifier, "aim": AimClassifier}
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What validation data fixed once for all slides.
-
-    Attributes:
-        threshold: tumour probability from which a place counts as tumour.
-        limits: ends of the colour scales by method, the 99.5th percentile of |saliency| in validation tissue. The
-            first method is the slide's saliency, see `medsd.heatmap.maps.MapSettings`. 0: each slide has its own.
-        layer: hidden layer of the saliency.
-        smoothing: "backward_hook" or "none".
-        source: the data that fixed these values, for legends.
-        temperature: probabilities are softmax(logits / temperature).
-        smooth_um: of additive maps, see `medsd.heatmap.maps.MapSettings`.
-        reference: fields of the layer's `medsd.saliency.neutral.NeutralReference`, which "deeplift" compares with; None
-            without that method.
-    """
-
-    threshold: float
-    limits: dict[str, float]
-    layer: str
-    smoothing: Smoothing
-    source: str
-    temperature: float = 1.0
-    smooth_um: float = 0.0
-    reference: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +210,7 @@ def _card(path: Path, card: dict[str, Any]) -> ModelCard:
         calibration = card["calibration"]
         if card.get("architecture", "tile") not in _ARCHITECTURES:
             raise ValueError(f"architecture '{card['architecture']}' is unknown")
-        known = None if calibration is None else Calibration(**calibration)
+        known = None if calibration is None else read_calibration(calibration)
         check_tile(card["tile_px"], card["mpp"])
         lists: dict[str, Any] = {
             name: tuple(card[name]) for name in ("classes", "input_mean", "input_std") if name in card

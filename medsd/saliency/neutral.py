@@ -166,17 +166,13 @@ def _beside(evidence_of: EvidenceOf, vector: Tensor, size: Tensor) -> tuple[Tens
     return None
 
 
-def reference_at(
-    point: NeutralPoint, layer: str, extent: Literal["plane", "tile"], source: str, temperature: float = 1.0
-) -> NeutralReference:
-    """A point as a model card keeps it; the temperature divides evidence that was found without it."""
-    vector, log_odds = tuple(point.vector.tolist()), point.log_odds / temperature
-    return NeutralReference(layer, vector, log_odds, point.position, extent, source, point.beside)
+def reference_at(point: NeutralPoint, layer: str, extent: Literal["plane", "tile"], source: str) -> NeutralReference:
+    """A point as a model card keeps it."""
+    vector = tuple(point.vector.tolist())
+    return NeutralReference(layer, vector, point.log_odds, point.position, extent, source, point.beside)
 
 
-def plane_evidence(
-    cells: nn.Module, vector: Tensor, target: int, bias: Tensor | None = None, temperature: float = 1.0
-) -> Tensor:
+def plane_evidence(cells: nn.Module, vector: Tensor, target: int, bias: Tensor | None = None) -> Tensor:
     """Evidence for a class of one cell of an endless uniform plane, a scalar with the graph of the vector.
 
     Args:
@@ -184,14 +180,13 @@ def plane_evidence(
         vector: (C,).
         target: the class.
         bias: (K,) of the logits, where `cells` leaves it out.
-        temperature: divides the logits.
 
     Raises:
         NetworkError: `cells` is no function of cells and their neighbours.
     """
     with evaluating(cells):
         logits = plane_output(cells, vector.to(_like(cells))).double()
-    logits = (logits if bias is None else logits + bias.detach().to(logits)) / temperature
+    logits = logits if bias is None else logits + bias.detach().to(logits)
     return evidence(logits[None])[0, target]
 
 
@@ -241,13 +236,14 @@ def mean_activation(network: nn.Module, layer: str, batches: Iterable[Tensor]) -
 
 
 def neutral_from_images(
-    network: nn.Module, layer: str, batches: Iterable[Tensor], output: Output, target: int
+    network: nn.Module, layer: str, batches: Iterable[Tensor], output: Output, target: int, added: float = 0.0
 ) -> NeutralReference:
     """A neutral reference of extent "tile" from images at hand, split by the sign of what is explained of each.
 
     Args:
         network, layer, output, target: as a class method's; the layer is hidden.
         batches: images (B, C, H, W) as the network takes them. The reference is neutral at the size of the first.
+        added: to what is explained before its sign is asked, such as a prevalence in the network's own log-odds.
 
     Raises:
         ConfigError: no images, or all on one side.
@@ -259,7 +255,7 @@ def neutral_from_images(
         shape = shape or (batch.shape[1], batch.shape[2], batch.shape[3])
         with evaluating(network), torch.no_grad(), recorded(network, layer) as outputs:
             logits = check_logits(network(batch), len(batch))
-        above = explained_output(logits, targets_of(logits, target), output) > 0
+        above = explained_output(logits, targets_of(logits, target), output) + added > 0
         for number, chosen in enumerate((~above, above)):
             found = outputs[0][chosen].double()
             totals[number] = totals[number] + found.sum(dim=(0, 2, 3)).cpu()
@@ -275,7 +271,7 @@ def neutral_from_images(
         )
     low, high = (total / count for total, count in zip(totals, places, strict=True))
     of = tile_evidence(network, layer, output, target, shape)
-    point = find_neutral(of, low, high)
+    point = find_neutral(lambda vector: of(vector) + added, low, high)
     return reference_at(point, layer, "tile", f"{images} images, by the network's answers")
 
 

@@ -23,16 +23,15 @@ def predict(
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress = no_progress,
-    temperature: float = 1.0,
 ) -> npt.NDArray[np.float32]:
-    """Probability of the class `target` for every item, (n,) float32: softmax(logits / temperature).
+    """Probability of the class `target` for every item, (n,) float32: of softmax(logits), before any calibration.
 
     The other arguments are those of `predict_logits`.
     """
     logits = predict_logits(classifier, dataset, batch_size, workers, progress)
     if not len(logits):
         return np.zeros(0, np.float32)
-    return (torch.from_numpy(logits) / temperature).softmax(dim=1)[:, target].numpy()
+    return torch.from_numpy(logits).softmax(dim=1)[:, target].numpy()
 
 
 def predict_logits(

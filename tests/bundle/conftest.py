@@ -13,8 +13,9 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from medsd.bundle import check_config, mistake
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import Calibration, ModelCard, save_classifier
+from medsd.networks.weights import ModelCard, save_classifier
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., ConfigWorkflow]

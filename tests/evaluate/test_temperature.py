@@ -15,9 +15,12 @@ from medsd.evaluate.temperature import (
     LOWEST,
     brier_score,
     calibration_error,
+    fit_scaling,
     fit_temperature,
     score_calibration,
+    softmax,
 )
+from medsd.networks.calibrated import class_offset, logit_adjustment
 
 
 def draw(seed: int, items: int = 400, classes: int = 3, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +48,19 @@ def test_no_temperature_of_a_fine_grid_is_better(classes):
 def test_finds_the_temperature_that_labels_were_drawn_with():
     logits, labels = draw(1, items=6000)
     assert fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.06)
+
+
+def test_the_prevalence_is_no_matter_of_the_temperature():
+    """Labels of rare tumour, logits of a training that drew it as often: beside the offset the old one is found."""
+    rng, offset = np.random.default_rng(4), logit_adjustment((0.5, 0.5), (0.95, 0.05))
+    labels = (rng.random(20_000) < 0.05).astype(int)
+    # Of exponential densities of the rates 3 and 1, the log-odds where either class is as frequent.
+    evidence = np.log(1 / 3) + 2 * rng.exponential(np.where(labels, 1.0, 1 / 3))
+    logits = np.stack([np.zeros(20_000), 2.5 * evidence], axis=1)
+    assert fit_temperature(logits, labels, offset) == pytest.approx(2.5, rel=0.05)
+    right = score_calibration(logits, labels, 2.5, 0.5, offset)
+    assert right.ece < 0.01 < 0.1 < score_calibration(logits, labels, 2.5, 0.5).ece
+    assert abs(fit_temperature(logits, labels) - 2.5) > 0.5  # which would make up for the prevalence
 
 
 @given(st.integers(0, 50), st.floats(0.3, 3), st.floats(-50, 50))
@@ -159,3 +175,37 @@ def test_bad_probabilities_are_named(labels, probabilities):
             function(labels, probabilities)
     with pytest.raises(ConfigError, match="bins=0"):
         calibration_error([0], [0.5], bins=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_bias_undoes_what_logits_lean_and_keeps_the_prevalence_apart(classes):
+    """Logits that are 1.7 times too sure and lean to a class; drawn as often, and labels of other shares."""
+    rng, shares = np.random.default_rng(5), np.array([0.9, 0.06, 0.04])[:classes]
+    shares = shares / shares.sum()
+    drawn = [1 / classes] * classes
+    labels = rng.choice(classes, 20_000, p=shares)
+    right = rng.normal(size=(20_000, classes)) + 1.0 * np.eye(classes)[labels]  # log-densities of the classes
+    lean = np.array([1.5, -1.5, 0.0])[:classes]
+    temperature, bias = fit_scaling(1.7 * (right + lean), labels, drawn)
+    assert temperature == pytest.approx(1.7, rel=0.06)
+    assert np.subtract(bias, bias[0]) == pytest.approx(lean[0] - lean, abs=0.15)
+    found = np.bincount(labels) / len(labels)
+    calibrated = softmax(1.7 * (right + lean) / temperature + np.array(class_offset(drawn, found.tolist(), bias)))
+    assert calibrated.mean(axis=0) == pytest.approx(found, abs=1e-6)
+    # Half of the normal ones are left out: another prevalence, the same network.
+    kept = (labels > 0) | (rng.random(20_000) < 0.5)
+    again = fit_scaling(1.7 * (right + lean)[kept], labels[kept], drawn)
+    assert again[0] == pytest.approx(temperature, rel=0.05) and again[1] == pytest.approx(bias, abs=0.1)
+
+
+def test_scaling_where_the_data_say_little():
+    labels = np.array([0, 1, 1, 0])
+    sure = np.eye(2)[labels] * 4
+    assert fit_scaling(sure, labels, (0.5, 0.5))[0] == pytest.approx(1.0)
+    leaning = sure + np.array([0, 9])  # separated by a bias alone
+    temperature, bias = fit_scaling(leaning, labels, (0.5, 0.5))
+    assert temperature == pytest.approx(1.0) and bias[1] - bias[0] == pytest.approx(-9, abs=0.01)
+    temperature, bias = fit_scaling(np.zeros((4, 2)), [0, 1, 1, 1], (0.5, 0.5))
+    assert temperature == pytest.approx(1.0) and bias == pytest.approx((0, 0), abs=1e-6)
+    with pytest.raises(DatasetError, match="a class has no item"):
+        fit_scaling(np.zeros((4, 2)), [1, 1, 1, 1], (0.5, 0.5))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import save_encoder
-from medsd.networks.weights import Calibration, ModelCard, save_classifier
+from medsd.networks.weights import ModelCard, save_classifier
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import torch
 
 from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.explain.model import load_model
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import save_encoder
-from medsd.networks.weights import Calibration, ModelCard, save_classifier, save_tensors
+from medsd.networks.weights import ModelCard, save_classifier, save_tensors
 
 CALIBRATION = Calibration(0.5, {"gradient_x_activation": 0.1}, "layer3", "none", "a test", temperature=2.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from safetensors import safe_open
 from medsd.errors import ConfigError
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import CLASS_METHODS, ExplainSettings
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import Calibration, ModelCard, load_classifier, save_classifier
+from medsd.networks.weights import ModelCard, load_classifier, save_classifier
 from medsd.saliency.neutral import NeutralReference, neutral_from_images
 from medsd.saliency.registry import make_method
 
 TEMPERATURE = 3.0
+OFFSET = math.log(0.2 / 0.8)  # the tissue's prevalence
 SETTINGS = ExplainSettings(("deeplift", "gradient"), "layer3", "tumour", measured=False)
 Write = Callable[..., Path]
 
@@ -54,11 +57,12 @@ def write(network, pixels, tmp_path) -> Write:
     with torch.no_grad():
         network.head.bias.zero_()
         odds = sorted(float(network(image) @ torch.tensor([-1.0, 1.0])) for image in pixels.values())
-        network.head.bias[1] = -(odds[1] + odds[2]) / 2
+        network.head.bias[1] = -(odds[1] + odds[2]) / 2 - TEMPERATURE * OFFSET
 
     def written(reference: NeutralReference | None = None, layer: str = "layer3") -> Path:
         fields = None if reference is None else asdict(reference)
-        calibration = Calibration(0.5, {}, layer, "none", "a test", TEMPERATURE, reference=fields)
+        shares = {"drawn_shares": (0.5, 0.5), "tissue_shares": (0.8, 0.2)}
+        calibration = Calibration(0.5, {}, layer, "none", "a test", TEMPERATURE, reference=fields, **shares)
         card = ModelCard("test_resnet", network.classes, 64, 0.5, "noise", calibration)
         save_classifier(tmp_path / "model.safetensors", network, card)
         return tmp_path / "model.safetensors"
@@ -76,13 +80,13 @@ def read(out: Path) -> tuple[dict[str, torch.Tensor], dict, dict[str, dict[str, 
 
 
 def log_odds(network: TileClassifier, x: torch.Tensor, vector: torch.Tensor | None = None) -> float:
-    """Tempered, of an image or of the layer's uniform map at its size."""
+    """Tempered, and of the tissue's prevalence, of an image or of the layer's uniform map at its size."""
     hook = network.encoder.layer3.register_forward_hook(
         lambda _module, _inputs, output: None if vector is None else vector[:, None, None].expand_as(output)
     )
     logits = network(x)[0]
     hook.remove()
-    return float(logits[1] - logits[0]) / TEMPERATURE
+    return float(logits[1] - logits[0]) / TEMPERATURE + OFFSET
 
 
 def test_a_map_and_what_it_lacks_are_the_log_odds(write, network, pixels, folder, tmp_path):
@@ -104,6 +108,7 @@ def test_a_map_and_what_it_lacks_are_the_log_odds(write, network, pixels, folder
         "position": 0.5,
         "extent": "plane",
         "source": "64 validation tiles",
+        "beside": 0.0,
     }
     sums = {name: float(maps[f"{name}/deeplift"].sum()) for name in rows}
     sure = [name for name in rows if abs(float(rows[name]["output"])) > 1]
@@ -135,7 +140,8 @@ def test_a_reference_is_found_from_images_of_either_answer(write, network, pixel
         assert float(rows[name]["unexplained"]) == pytest.approx(0, abs=1e-3)
     one = [next(name for name in square if rows[name]["predicted"] == answer) for answer in network.classes]
     found = neutral_from_images(
-        network, "encoder.layer3", [network.normalise(pixels[name]) for name in one], "evidence", 1
+        *(network, "encoder.layer3", [network.normalise(pixels[name]) for name in one], "evidence", 1),
+        added=TEMPERATURE * OFFSET,
     )
     assert found.extent == "tile" and found.log_odds == pytest.approx(0, abs=1e-4)
 

@@ -13,8 +13,9 @@ from medsd.heatmap.cohort import map_slides
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.weights import Calibration, ModelCard, save_classifier
+from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
 

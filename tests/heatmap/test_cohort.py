@@ -24,14 +24,15 @@ import medsd.heatmap.findings as findings
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
-from medsd.heatmap.findings import top_mean
+from medsd.heatmap.findings import top_mean, verdict
 from medsd.heatmap.model import MapRequest
 from medsd.heatmap.overlay import head_px, layout
 from medsd.heatmap.report import SlideResult
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
-from medsd.networks.weights import Calibration, save_classifier
+from medsd.networks.calibrated import Calibration, SlideCutOff
+from medsd.networks.weights import save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
 
 
@@ -84,7 +85,7 @@ def test_the_overlay_shows_the_fiducials_at_their_place(mapped, fiducials, fiduc
     """In the probability panel the orange end of the scale lies over the discs, nowhere else."""
     with Image.open(mapped / "overlay.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(float)
-    box = layout(3, 1.0, head_px(1))[0][1]
+    box = layout(3, 1.0, head_px(2))[0][1]
     panel = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     level0_px = fiducial_spec.size_px / box.width
     # The slide is grey there: red far above blue is the map's.
@@ -111,7 +112,10 @@ def test_what_is_complete_is_kept_and_another_recipe_redone(tmp_path, small_slid
     record = read_slide_record(folder)
     assert record["recipe"]["mpp"] == record["scale"]["mpp"] == 0.25
     assert record["scale"]["mpp_source"] == "given by the caller"
-    assert record["model"] == first.model == "Classifier trained on green discs; tissue: not stated; at 1 µm per pixel."
+    words = (
+        "Classifier trained on green discs; tissue: not stated; at 1 µm per pixel. Probabilities are not corrected for"
+    )
+    assert record["model"] == first.model and first.model.startswith(words)
     assert record["misfits"] == [] and first.model in (tmp_path / "slides.csv").read_text(encoding="utf-8")
     assert read_ome_tiff(folder / "probability.ome.tif").level0_px == 128
 
@@ -274,6 +278,44 @@ def test_the_slide_score_is_the_mean_of_the_top_percent():
     values = np.linspace(0, 1, 1000, dtype=np.float32)
     assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
     assert top_mean(values[:5]) == pytest.approx(values[4])
+
+
+def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
+    cut_off = SlideCutOff(0.4, 10, 10, 9, 1, (1.0, 0.69, 1.0), (8 / 9, 0.52, 0.997))
+    below, sure = verdict(0.39, cut_off, "tumour")
+    assert below == (
+        "Below the cut-off 0.4, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
+    )
+    assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
+    assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
+    no_normal = replace(cut_off, normal=0, raised=0, specificity=None)
+    said = " ".join(verdict(0.4, no_normal, "tumour"))
+    assert "met none without it" in said and "specificity" not in said
+    assert verdict(0.4, None, "tumour") == ("No cut-off is known for these weights: the slide score has no verdict.",)
+
+
+def test_prevalence_and_verdict_stand_on_every_output(tmp_path, small_slide, green_classifier, green_card):
+    """The map is that of other class shares, and every file says of which, and what the score means."""
+    cut_off = SlideCutOff(0.9, 4, 4, 3, 0, (1.0, 0.4, 1.0), (1.0, 0.29, 1.0))
+    shares = {"drawn_shares": (0.5, 0.5), "tissue_shares": (0.96, 0.04)}
+    new = replace(green_card.calibration, **shares, cut_off=cut_off)
+    maps = {}
+    for name, calibration, said, assumed in (
+        ("new", new, "the cut-off 0.9, which found 4 of 4", "assume that 4 % of the tissue is tumour, as in the green"),
+        ("old", green_card.calibration, "No cut-off is known", "are not corrected for how rare tumour is."),
+    ):
+        out, weights = tmp_path / name, tmp_path / f"{name}.safetensors"
+        save_classifier(weights, green_classifier, replace(green_card, calibration=calibration))
+        map_here([small_slide], weights, out)
+        (row,) = read_results(out)
+        assert said in row.verdict and assumed in row.model
+        for file in ("small/record.json", "small/report.html", "index.html"):
+            text = (out / file).read_text("utf-8")
+            assert row.verdict in text and assumed in text
+        maps[name] = read_ome_tiff(out / "small" / "probability.ome.tif").values
+    seen = np.isfinite(maps["old"])
+    odds = {name: values[seen].astype(np.float64) / (1 - values[seen]) for name, values in maps.items()}
+    np.testing.assert_allclose(odds["new"], odds["old"] * 0.04 / 0.96, rtol=2e-4)
 
 
 def hurt_tiles(slide: Path, copy: Path, level: int, numbers: list[int]) -> None:

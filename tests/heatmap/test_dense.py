@@ -222,14 +222,18 @@ def test_bad_requests_are_named(classifier):
         MapSettings(("gradeint",))
 
 
+OFFSET = (0.7, -0.4, 0.2)
+
+
 def additive(classifier: TileClassifier, window: int, layer: str, smoothing: str = "none", **settings) -> DenseEngine:
-    """With the mean of noise as the reference: sums are exact against any."""
+    """With the mean of noise as the reference: sums are exact against any, and for any prevalence."""
     engine = DenseEngine(
         classifier,
         32 * window,
         1.0,
         settings=MapSettings(("deeplift",), layer, smoothing, **settings),
         temperature=2.0,
+        offset=OFFSET[: len(classifier.classes)],
     )
     with torch.no_grad():
         hidden = engine.cascade.whole(torch.from_numpy(noise(96, 96, seed=9)).permute(2, 0, 1)[None])
@@ -238,10 +242,11 @@ def additive(classifier: TileClassifier, window: int, layer: str, smoothing: str
     return engine
 
 
-def log_odds(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def log_odds(logits: torch.Tensor, temperature: float, offset: tuple[float, ...] = OFFSET) -> torch.Tensor:
     """Of class 1 against the mean of the others (B, ...), of logits (B, K, ...)."""
     others = [number for number in range(logits.shape[1]) if number != 1]
-    return (logits[:, 1] - logits[:, others].mean(dim=1)).detach().double() / temperature
+    added = offset[1] - np.mean([offset[number] for number in others])
+    return (logits[:, 1] - logits[:, others].mean(dim=1)).detach().double() / temperature + added
 
 
 def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
@@ -346,9 +351,10 @@ def test_the_neutral_reference_lies_between_the_classes():
         torch.from_numpy(np.clip(rng.normal(level, 40, (3, 3, 96, 96)), 0, 255).astype(np.uint8)) for level in (70, 180)
     ]
     with torch.no_grad():
-        low, high = (log_odds(classifier(tiles), 1.0).mean() for tiles in groups)
-        classifier.head.bias[1] -= float(0.75 * low + 0.25 * high)
-    engine = DenseEngine(classifier, 96, 1.0, settings=MapSettings(("deeplift",), "layer4", "none"), temperature=2.0)
+        low, high = (log_odds(classifier(tiles), 2.0, (0.0, 0.6)).mean() for tiles in groups)
+        classifier.head.bias[1] -= 2.0 * float(0.75 * low + 0.25 * high)
+    settings = MapSettings(("deeplift",), "layer4", "none")
+    engine = DenseEngine(classifier, 96, 1.0, settings=settings, temperature=2.0, offset=(0.0, 0.6))
     reference = engine.neutral(groups[0].split(2), [groups[1]], "noise")
     assert reference.position == pytest.approx(0.25, abs=1e-3)
     assert abs(reference.log_odds) < 1e-4 * abs(float(high - low))

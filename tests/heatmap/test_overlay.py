@@ -64,7 +64,7 @@ def draw(
         thumbnail_level0_px=LEVEL0,
         damaged=False,
         explanations=[shown_explanation(method, replace(BLANK, quantity="saliency"), 1.0, "") for method in methods],
-        findings=Findings(probability, 0.5, "fixed on a test", regions, [], 0.0),
+        findings=Findings(probability, 0.5, "fixed on a test", regions, [], 0.0, ["Below the cut-off."]),
         provenance={},
         caveats=[],
     )
@@ -72,7 +72,7 @@ def draw(
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def places(count: int = 3, aspect: float = 400 / 300, lines: int = 1) -> list[Panel]:
+def places(count: int = 3, aspect: float = 400 / 300, lines: int = 2) -> list[Panel]:
     return layout(count, aspect, head_px(lines))[0]
 
 

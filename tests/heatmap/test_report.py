@@ -94,6 +94,7 @@ def content() -> MappedSlide:
             threshold_source="best F1 on validation slides",
             regions=find_regions(value_map, 0.5, 0.25, (8000, 6000)),
             score=0.9704,
+            verdict=["At or above the cut-off.", "Sensitivity 100 %."],
             region_pictures=[np.zeros((300, 500, 3), np.uint8)],
         ),
         provenance={"Weights": "abc"},
@@ -294,7 +295,15 @@ def test_tiles_for_zooming_are_in_the_page(tmp_path: Path) -> None:
 
 def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     rows = [
-        SlideResult("slide #1", "ok", score=0.91, regions=2, region_area_mm2=1.5, model="A model.", misfit="No fit."),
+        SlideResult(
+            *("slide #1", "ok"),
+            score=0.91,
+            regions=2,
+            region_area_mm2=1.5,
+            model="A model.",
+            misfit="No fit.",
+            verdict="Below the cut-off.",
+        ),
         SlideResult(NASTY, "failed", reason=NASTY),
         SlideResult("blank", "empty", reason="no tissue found"),
         SlideResult("javascript:alert(1)", "ok"),
@@ -312,7 +321,16 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     ]
     assert not parsed.all("script")
     assert "2 done, 1 without tissue, 1 failed." in parsed.words
-    for words in ("A model.", "No fit.", "no tissue found", "0.910", "1.5000", "Cohort & co", "Research use only."):
+    for words in (
+        "A model.",
+        "No fit.",
+        "Below the cut-off.",
+        "no tissue found",
+        "0.910",
+        "1.5000",
+        "Cohort & co",
+        "Research use only.",
+    ):
         assert words in parsed.words
 
 

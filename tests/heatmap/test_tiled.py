@@ -359,12 +359,13 @@ def test_deeplift_sums_to_the_log_odds_of_each_tile(request, kind, layer, channe
         1.0,
         settings=MapSettings(("deeplift", "gradient"), layer, smoothing),
         temperature=1.7,
+        offset=(0.5, -1.2),
         reference=NeutralReference(layer, (0.3,) * channels, 0.0, 0.5, "tile", "made up"),
     )
     tiles = torch.from_numpy(np.stack([noise(64, 64, seed) for seed in (1, 2, 3)])).permute(0, 3, 1, 2)
     probability, maps = engine.run(tiles)
     with torch.no_grad():
-        logits = network(tiles).double() / 1.7
+        logits = network(tiles).double() / 1.7 + torch.tensor([0.5, -1.2])
     size = np.abs(maps).sum(axis=(1, 2))
     assert maps.std() > 0
     assert (np.abs(maps.sum(axis=(1, 2)) - (logits[:, 1] - logits[:, 0]).numpy()) <= 1e-4 * size).all()

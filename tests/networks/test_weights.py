@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from medsd.errors import OutputError, WeightsError
 from medsd.networks.aim import AimClassifier
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.weights import (
     FORMAT,
-    Calibration,
     ModelCard,
     load_classifier,
     save_classifier,

@@ -48,8 +48,8 @@ class RedMeter(nn.Module):
         return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
 
-def probability(red: int, temperature: float = 1.0) -> float:
-    return 1 / (1 + np.exp(-(red - 127.5) / 10 / temperature))
+def probability(red: int) -> float:
+    return 1 / (1 + np.exp(-(red - 127.5) / 10))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,14 @@ def test_a_threshold_is_a_probability(threshold: float) -> None:
         HardNegativeRound(0, 0.5, Reds(), threshold).find(RedMeter())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("target", [0, 1])
-def test_probabilities_in_the_order_of_the_items(temperature: float, target: int) -> None:
+def test_probabilities_in_the_order_of_the_items(target: int) -> None:
     seen = []
 
     def progress(items, total, unit):
         seen.append((total, unit))
         return iter(items)
 
-    got = predict(RedMeter(), Reds(), target, batch_size=3, progress=progress, temperature=temperature)
-    expected = [abs(1 - target - probability(red, temperature)) for red in REDS]
+    got = predict(RedMeter(), Reds(), target, batch_size=3, progress=progress)
+    expected = [abs(1 - target - probability(red)) for red in REDS]
     assert got.dtype == np.float32 and np.allclose(got, expected, atol=1e-6) and seen == [(3, "batch")]

@@ -1,0 +1,115 @@
+"""A table of maps beside controls, from maps on disk whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+
+from medsd.annotations import annotations_of, write_geojson
+from medsd.annotations.shapes import Outline
+from medsd.cohort.entry import SlideEntry
+from medsd.evaluate.lesion_scores import (
+    CONSTANT,
+    MODEL,
+    PEAKS,
+    RANDOM,
+    JudgedSlide,
+    judge_slides,
+    score_lesions,
+    write_lesion_scores,
+)
+from medsd.evaluate.plots import draw_froc
+from medsd.evaluate.summary import as_json
+from medsd.heatmap.tiff import write_ome_tiff
+from medsd.heatmap.value_map import ValueMap
+from medsd.networks.calibrated import Calibration
+from medsd.networks.weights import ModelCard
+from medsd.record import write_record
+
+CARD = ModelCard("test_resnet", ("normal", "tumour"), 64, 1.0, "drawings", Calibration(0.5, {}, "", "none", "drawings"))
+BOXES = ((640, 640, 1280, 1280), (1920, 1280, 2560, 1600), (1920, 320, 1984, 384))  # the last is isolated cells
+
+
+def slide(folder: Path, name: str, label: int | None, **changes) -> SlideEntry:
+    """Of 3,200 x 1,920 px at 0.5 um; the map, of 32 um, finds the first lesion, and misses the second."""
+    values = np.full((30, 50), 0.01, np.float32)
+    values[:2] = np.nan
+    annotation = None
+    if label:
+        left, top, right, bottom = (corner // 64 for corner in BOXES[0])
+        values[top:bottom, left:right] = 0.9
+        values[25:28, 5:8] = 0.6  # a false region
+        outlines = [Outline(f"{n}", "Tumor", False, shapely.box(*box)) for n, box in enumerate(BOXES)]
+        annotation = folder / f"{name}.geojson"
+        write_geojson(annotation, annotations_of(outlines))
+    probability = ValueMap(values, 64.0, 32.0, "probability", "tumour", "drawn", "")
+    (folder / name).mkdir()
+    write_ome_tiff(folder / name / "probability.ome.tif", probability)
+    scale = {"mpp": 0.5, "dimensions": [3200, 1920], "bounds": [0, 0, 3200, 1920]}
+    write_record(folder / name / "record.json", {}, ["probability.ome.tif"], scale=scale)
+    return SlideEntry(name, folder / f"{name}.tif", label, annotation=annotation, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("maps")
+
+
+@pytest.fixture(scope="module")
+def judged(folder) -> dict[str, list[JudgedSlide]]:
+    entries = [slide(folder, "a", 1), slide(folder, "b", 1), slide(folder, "c", 0), slide(folder, "d", 0)]
+    entries += [slide(folder, "partly", 1, exhaustive=False), slide(folder, "unknown", None)]
+    return judge_slides(entries, folder, CARD, folder / "candidates")
+
+
+def test_scores_are_those_of_the_drawing(judged, folder):
+    found = score_lesions(judged)
+    assert (found.slides, found.tumour_slides, found.lesions, found.isolated) == (4, 2, 4, 2)
+    model, peaks, random, constant = (found.maps[name] for name in (MODEL, PEAKS, RANDOM, CONSTANT))
+    # One of two lesions, then a false region on every other slide; the map's lesser maxima find the other one at last.
+    assert peaks.froc.value == 0.5 and peaks.sensitivity == (0.5,) * 6
+    assert model.sensitivity[0] == 0.5 and model.froc.value >= 0.5
+    assert model.slide_auc.value == 1.0 and (random.slide_auc.low, random.slide_auc.high) != (1, 1)
+    assert constant.slide_auc.value == 0.5 and (constant.slide_auc.low, constant.slide_auc.high) == (0.5, 0.5)
+    # Tumour of 100 + 50 + 1 map pixels, 100 of them and 9 others above; and of all 1,400 that are seen.
+    assert model.dice.value == pytest.approx(2 * 100 / (151 + 109)) and model.dice == peaks.dice
+    assert constant.dice.value == pytest.approx(2 * 151 / (1400 + 151))
+    assert 0.5 * constant.dice.value < random.dice.value < 1.5 * constant.dice.value
+    assert constant.froc.value < 0.5 and random.froc.value < 0.5
+    assert json.dumps(as_json(found))
+    assert not (folder / "candidates" / "partly.csv").exists()
+    first = (folder / "candidates" / "a.csv").read_text().splitlines()[0].split(",")
+    assert float(first[0]) == pytest.approx(0.9) and (int(first[1]), int(first[2])) == (672, 672)
+
+
+def test_tables_and_figure(judged, tmp_path):
+    found = score_lesions(judged)
+    write_lesion_scores(tmp_path, judged, found)
+    draw_froc(tmp_path / "froc.png", judged, found)
+    assert (tmp_path / "froc.png").stat().st_size > 10_000
+    tables = {}
+    for name in ("lesions", "froc", "roc"):
+        with open(tmp_path / f"{name}.csv", newline="", encoding="utf-8") as handle:
+            tables[name] = list(csv.DictReader(handle))
+    assert [row["map"] for row in tables["lesions"]] == [MODEL, PEAKS, RANDOM, CONSTANT]
+    assert float(tables["lesions"][0]["froc"]) == found.maps[MODEL].froc.value
+    assert float(tables["lesions"][1]["sensitivity_at_0.25"]) == 0.5
+    peaks = [(row["false_per_slide"], row["sensitivity"]) for row in tables["froc"] if row["map"] == PEAKS]
+    assert peaks == [("0.0", "0.0"), ("0.0", "0.5"), ("0.5", "0.5")]
+    assert {row["map"] for row in tables["roc"]} == {MODEL, RANDOM, CONSTANT}
+
+
+def test_no_lesions_and_one_class_have_no_scores(judged, tmp_path):
+    normal = {name: slides[2:] for name, slides in judged.items()}
+    for slides in (normal, {name: [] for name in judged}):
+        found = score_lesions(slides)
+        assert all(value is None for value in as_json(found)["maps"][MODEL]["sensitivity"])
+        assert np.isnan([found.maps[MODEL].froc.value, found.maps[MODEL].slide_auc.value]).all()
+        write_lesion_scores(tmp_path, slides, found)
+        draw_froc(tmp_path / "froc.png", slides, found)
+    assert not (tmp_path / "froc.png").exists()
