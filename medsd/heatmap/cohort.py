@@ -262,7 +262,8 @@ def read_results(output: str | Path) -> list[SlideResult]:
     numbers = {"seconds": float, "score": float, "regions": int, "region_area_mm2": float}
     numbers |= dict.fromkeys(_DROPS, float)
     for row in rows:
-        row.update({name: kind(row[name]) if row[name] else None for name, kind in numbers.items()})
+        # Tables of before lack columns.
+        row.update({name: kind(row[name]) if row.get(name) else None for name, kind in numbers.items()})
     return [SlideResult(**row) for row in rows]
 
 

@@ -156,7 +156,7 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], kind: str, card: di
 def _sorted(data: bytes) -> bytes:
     """A safetensors file with its header in order: the library's own varies, so equal weights would differ in bytes."""
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header = json.JSONEncoder(sort_keys=True).encode(json.loads(data[8:end])).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[end:]
 

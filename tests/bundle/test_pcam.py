@@ -145,7 +145,11 @@ def test_a_network_without_a_neutral_reference_is_calibrated_all_the_same(patch_
     settings = MapSettings(("deeplift", "gradient"), "layer2", "none", smooth_um=8.0)
     calibration = data.calibrate(make_engine(classifier, 64, 1.0, settings=settings, temperature=2.0))
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "never 0" in line and "weights are kept, with maps by gradient_x_activation" in line and "train" in line
+    assert (
+        "and not 0 near that line" in line
+        and "weights are kept, with maps by gradient_x_activation" in line
+        and "train" in line
+    )
     assert list(calibration.limits) == ["gradient_x_activation", "gradient"] and calibration.reference is None
     assert (calibration.temperature, calibration.layer) == (2.0, "layer2")
     card = ModelCard("test_resnet", classifier.classes, 64, 1.0, "noise", calibration)

@@ -47,7 +47,7 @@ def mapped_of(slide: Any, seed: int = 0) -> MappedSlide:
         thumbnail_level0_px=1.0,
         damaged=False,
         explanations=[shown_explanation("deeplift", evidence, 2.0, "")],
-        findings=Findings(probability, 0.6, "fixed on some", regions, [], 0.5),
+        findings=Findings(probability, 0.6, "fixed on some", regions, [], 0.5, ("Below.",)),
         provenance={},
         caveats=[],
     )
