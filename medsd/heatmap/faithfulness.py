@@ -24,9 +24,9 @@ from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import Engine
 from medsd.heatmap.value_map import ValueMap
 from medsd.intervals import Interval, bootstrap_mean
+from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import full_name
-from medsd.networks.weights import Calibration
 from medsd.saliency.method import Method
 from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.perturb import at_pixels, baseline_image, perturbed_logits, pixel_ranks
