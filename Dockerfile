@@ -19,7 +19,7 @@ COPY bundles bundles
 COPY configs configs
 # hadolint ignore=DL3013
 RUN if [ -n "$TORCH_INDEX" ]; then \
-        pip install --no-cache-dir -c constraints.txt torch torchvision --index-url "$TORCH_INDEX"; \
+        PIP_INDEX_URL="$TORCH_INDEX" pip install --no-cache-dir -c constraints.txt torch torchvision; \
     fi \
     && pip install --no-cache-dir -c constraints.txt . \
     && useradd --uid 1000 --create-home medsd \
