@@ -85,14 +85,13 @@ def finetune(
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
     weights, regressed = network.encoder_weights, head_start == "regression"
-    scale: dict[str, Any] = {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
     settings = settings_of(
         trainer,
         network={
             "encoder": network.encoder_name,
             "architecture": network.architecture,
             "options": network.options,
-            **scale,
+            **_input_of(network),
         },
         # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
         start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
@@ -114,6 +113,19 @@ def finetune(
     if written is not None and sha256_of(path) == written["sha256"]:
         return
     network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
+    save_classifier(path, network, _card(network, data, trainer, evaluator, map_settings, settings))
+    write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
+
+
+def _card(
+    network: Classifier,
+    data: Data,
+    trainer: SupervisedTrainer,
+    evaluator: SupervisedEvaluator,
+    map_settings: MapSettings,
+    settings: dict[str, Any],
+) -> ModelCard:
+    """What goes with the weights, with what validation data fix."""
     logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
     sampler = cast(DataLoader[Any], trainer.data_loader).sampler
     drawn, tissue = cast(SlideGroupedSampler, sampler).class_shares, data.tissue_shares()
@@ -124,7 +136,9 @@ def finetune(
         temperature, bias = fit_temperature(logits, labels), ()
     offset = class_offset(drawn, tissue, bias)
     engine = make_engine(network, data.tile_px, data.mpp, 1, map_settings, temperature, offset=offset)
-    card = ModelCard(
+    calibration = replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias)
+    validation = data.part("validation")
+    return ModelCard(
         encoder=network.encoder_name,
         classes=network.classes,
         tile_px=data.tile_px,
@@ -132,21 +146,20 @@ def finetune(
         trained_on=data.description,
         tissue=data.tissue,
         start=_start_of(network),
-        calibration=replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias),
+        calibration=calibration,
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         # Through JSON, as the card goes: tuples are lists there.
         stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
         architecture=network.architecture,
         options=network.options,
-        **scale,
+        randomised=randomised_card(network, calibration, validation, validation.labels),
+        **_input_of(network),
     )
-    assert card.calibration is not None
-    validation = data.part("validation")
-    checked = randomised_card(network, card.calibration, validation, validation.labels)
-    card = replace(card, randomised=checked)
-    save_classifier(path, network, card)
-    write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
+
+
+def _input_of(network: Classifier) -> dict[str, Any]:
+    return {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
 
 
 def _start_of(network: Classifier) -> str:
