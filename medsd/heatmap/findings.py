@@ -109,8 +109,8 @@ def _threshold_source(calibration: Calibration) -> str:
     if point is None:
         return source
     return (
-        f"{source}, where it leaves {point.false_regions} false regions on {point.slides} slides (allowed: "
-        f"{point.budget:g} a slide) and touches {point.found} of {point.lesions} lesions"
+        f"{source}, where it leaves {point.false_regions} false region(s) on {point.slides} slide(s) (allowed: "
+        f"{point.budget:g} a slide) and touches {point.found} of {point.lesions} lesion(s)"
     )
 
 
