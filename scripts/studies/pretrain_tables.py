@@ -141,8 +141,9 @@ def _panel(axes: Axes, part: str, results: Results) -> None:
             continue
         shares = np.exp(np.mean([np.log(np.maximum(each, 1e-12) / each[0]) for each in found], axis=0))
         shares = shares[shares > 1e-6]
-        colour, marker = RUN_STYLES[number % len(RUN_STYLES)]
-        style = ("-", "--")[number // len(RUN_STYLES)]
+        # What learnt nothing comes first, and is none of the runs.
+        colour, marker = RUN_STYLES[(number - 1) % len(RUN_STYLES)] if number else ("#444444", "")
+        style = "-" if number else ":"
         axes.plot(
             np.arange(1, len(shares) + 1), shares, style, color=colour, marker=marker, markevery=(number * 4, 40), ms=4,
             label=words,
