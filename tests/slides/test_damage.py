@@ -117,8 +117,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-# The same examples each time: some headers, about one in a thousand, make OpenSlide abort the process, for which slides
-# are read in a child (`IsolatedSlide`).
+# Pixels are read by our own readers alone: one header in a thousand makes OpenSlide abort the process, which is why
+# slides are read in a child (`IsolatedSlide`). The same examples each time, but they follow what else was imported.
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -141,6 +141,8 @@ def test_mutated_headers(tmp_path: Path, small: tuple[Path, bytes], data: st.Dat
     target.write_bytes(hurt)
     try:
         with open_slide(target) as slide:
+            if slide.reader == "openslide":
+                return
             width, height = min(slide.dimensions[0], 512), min(slide.dimensions[1], 512)
             pixels, seen = slide.read_seen(0, 0, width, height)
             assert pixels.shape == (height, width, 3) and (seen is None or seen.shape == (height, width))
