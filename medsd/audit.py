@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from medsd.errors import ConfigError
 
 _CONFIGS, _LOGGING = (".json", ".yaml", ".yml"), (".conf", ".ini")
@@ -140,14 +142,8 @@ def _content(path: Path) -> Any:
         if path.stat().st_size > _MOST_BYTES:
             return ValueError("larger than any configuration")
         text = path.read_text("utf-8")
-        if path.suffix.lower() == ".json":
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError) as error:
-        return ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})")
-    except Exception as error:  # noqa: BLE001 - YAML's errors, without importing it for JSON
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         return ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})")
 
 
