@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from medsd.errors import ConfigError
+from medsd.files import json_of
 
 _CONFIGS, _LOGGING = (".json", ".yaml", ".yml"), (".conf", ".ini")
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".ts")
@@ -142,7 +142,7 @@ def _content(path: Path) -> Any:
         if path.stat().st_size > _MOST_BYTES:
             return ValueError("larger than any configuration")
         text = path.read_text("utf-8")
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return json_of(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         return ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})")
 

@@ -32,6 +32,23 @@ MACHINE = _machine()
 """A name of this machine (and container, since it was started) that has neither blanks nor separators."""
 
 
+def json_of(data: str | bytes) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: no JSON, not UTF-8, a number of thousands of digits, or thousands of nested brackets.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; `json_of` says what is raised of it, besides OSError."""
+    return json_of(Path(path).read_text("utf-8"))
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create `folder` with its parents, and make sure that files can be written there.
 

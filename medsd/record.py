@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import medsd
-from medsd.files import write_json
+from medsd.files import read_json, write_json
 
 _PACKAGES = ("torch", "monai", "timm", "numpy", "openslide-python", "tifffile", "scikit-image")
 
@@ -57,7 +57,7 @@ def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> di
     """
     path = Path(path)
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = read_json(path)
         # Through JSON, as the record went: tuples are lists there.
         wanted = record["recipe"] if recipe is None else json.loads(json.dumps({"medsd": medsd.__version__, **recipe}))
         outputs = record["outputs"].items()

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from medsd.errors import NoTissueError, OutputError, nearest
-from medsd.files import MACHINE, atomic_path, make_folder, remove_leftovers, sha256_of, write_json, write_text
+from medsd.files import (
+    MACHINE,
+    atomic_path,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 
 def test_atomic_path_replaces_the_old_file_only_at_the_end(tmp_path: Path) -> None:
@@ -88,6 +97,13 @@ def test_write_json_refuses_what_is_not_json(tmp_path: Path, value: float) -> No
         write_json(path, {"a": value})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5000, "nul"])
+def test_what_is_no_json_is_one_kind_of_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError):  # noqa: PT011 - its words are the parser's
+        read_json(tmp_path / "a.json")
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_a_lost_output_is_made_again(done: Path) -> None:
     assert read_record(done, {"scale": (1, 2)}) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": 1}', '{"recipe": 1, "outputs": 5}', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"recipe": 1}', '{"recipe": 1, "outputs": 5}', "null", "[" * 5000]
+)
 def test_a_damaged_record_is_made_again(done: Path, text: str) -> None:
     done.write_text(text)
     assert read_record(done) is None

@@ -29,7 +29,7 @@ from medsd.annotations.shapes import (
     quoted,
 )
 from medsd.errors import AnnotationError
-from medsd.files import atomic_path
+from medsd.files import atomic_path, json_of
 
 Shape = TypeVar("Shape", bound=Polygon | MultiPolygon)
 
@@ -48,9 +48,8 @@ def parse_json(data: bytes, path: Path, roles: Roles, qupath_origin_px: tuple[in
     `{"positive": [...], "negative": [...]}`, which get CAMELYON16's groups `_0` and `_2`.
     """
     try:
-        content = json.loads(data)
-    # ValueError: syntax, encoding, numbers of thousands of digits; RecursionError: thousands of nested brackets.
-    except (ValueError, RecursionError) as error:
+        content = json_of(data)
+    except ValueError as error:
         raise AnnotationError(f"{path}: is not JSON ({one_line(error)}); export the annotations again") from error
     if isinstance(content, dict) and content.keys() & _NCRF_GROUPS.keys():
         return _ncrf(content, path, roles)

@@ -31,6 +31,7 @@ from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.lesion_scores import judge_slides, score_lesions, write_lesion_scores
 from medsd.evaluate.plots import draw_froc, draw_summary
 from medsd.evaluate.probes import score_probe
+from medsd.evaluate.runs import read_run_json
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import fit_scaling, fit_temperature, score_calibration, softmax
 from medsd.explain.explain import explain_images
@@ -332,8 +333,7 @@ def _read_scores(folder: Path) -> dict[str, Any]:
     path = folder / SCORES
     if not path.is_file():
         raise DatasetError(f"{path}: no scores; run the stage 'evaluate' first")
-    scores: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return scores
+    return read_run_json(path)
 
 
 def explain(

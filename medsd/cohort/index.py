@@ -16,7 +16,7 @@ import numpy.typing as npt
 from medsd.annotations import Annotations, tumour_share
 from medsd.checks import check_number
 from medsd.errors import DatasetError
-from medsd.files import atomic_path
+from medsd.files import atomic_path, json_of
 from medsd.slides.mpp import check_tile
 from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.slide import Slide
@@ -133,7 +133,7 @@ class TileIndex:
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                head, columns = json.loads(str(archive["head"])), {name: archive[name] for name in _COLUMNS}
+                head, columns = json_of(str(archive["head"])), {name: archive[name] for name in _COLUMNS}
                 return _checked(head, columns)
         except FileNotFoundError as error:
             raise DatasetError(f"{path}: no tile index; {_FIX} first") from error

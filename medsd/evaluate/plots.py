@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from matplotlib.lines import Line2D
 from medsd.drawing import save_figure
 from medsd.evaluate.froc import RATES
 from medsd.evaluate.lesion_scores import MODEL, PEAKS, JudgedSlide, LesionScores, curve_of
-from medsd.evaluate.runs import Run, number_text
+from medsd.evaluate.runs import Run, number_text, read_run_json
 from medsd.evaluate.scores import roc_curve
 from medsd.tables import read_table
 
@@ -50,7 +49,7 @@ def draw_summary(path: str | Path, folder: str | Path) -> None:
         OutputError: the figure cannot be written.
     """
     folder = Path(folder)
-    scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    scores = read_run_json(folder / "scores.json")
     slides = scores.get("slides", {})
     drawers: list[Callable[[Axes, Path, dict[str, Any]], None]] = []
     if (folder / "training" / "history.csv").is_file():

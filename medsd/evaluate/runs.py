@@ -12,6 +12,7 @@ from typing import Any
 
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Interval, bootstrap_mean
+from medsd.files import read_json
 from medsd.tables import read_table
 
 _LONGEST_LABEL = 64
@@ -108,9 +109,9 @@ def number_text(value: float, beside: float = 0.0) -> str:
 def _read_run(folder: Path) -> Run:
     if not (folder / "scores.json").is_file():
         raise DatasetError(f"{folder}: no run with scores (no scores.json); name the output_dir of an evaluated run")
-    scores = _read_json(folder / "scores.json")
+    scores = read_run_json(folder / "scores.json")
     settings_path, pace_path = folder / "training" / "settings.json", folder / "training" / "pace.csv"
-    settings = _flat(_read_json(settings_path)) if settings_path.is_file() else {}
+    settings = _flat(read_run_json(settings_path)) if settings_path.is_file() else {}
     # The median over epochs, which the first one's warming up does not move.
     paces = _paces(pace_path) if pace_path.is_file() else []
     cost = {"seconds_per_step": median(paces) if paces else None}
@@ -118,9 +119,14 @@ def _read_run(folder: Path) -> Run:
     return Run(folder, folder.resolve().name, content, settings)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_run_json(path: Path) -> dict[str, Any]:
+    """What a stage wrote as JSON.
+
+    Raises:
+        DatasetError: it cannot be read, or is damaged.
+    """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: not JSON ({error}); run its stage again") from error
     if not isinstance(content, dict):

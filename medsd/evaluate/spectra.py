@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from medsd.errors import DatasetError
 from medsd.evaluate.compare import table_row
 from medsd.evaluate.plots import RUN_STYLES
 from medsd.evaluate.runs import number_text
-from medsd.files import make_folder, write_text
+from medsd.files import make_folder, read_json, write_text
 from medsd.tables import read_table, write_table
 
 _MEASURES = {
@@ -91,7 +90,7 @@ def _read(folder: Path) -> SpectrumRun:
         history = read_table(kept / "history.csv").to_dict("records")
         last: dict[str, Any] = history[-1]
         measures = {name: float(last[name] or "nan") for name in _MEASURES}
-        settings = json.loads((kept / "settings.json").read_text("utf-8"))["network"]
+        settings = read_json(kept / "settings.json")["network"]
         label = f"{folder.name}: decorrelation {settings['decorrelation']}, local {settings['local']:g}"
         return SpectrumRun(folder, label, int(last["epoch"]), singular, measures)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:

@@ -23,7 +23,7 @@ from defusedxml.ElementTree import fromstring
 
 from medsd import RESEARCH_USE_ONLY
 from medsd.errors import DatasetError
-from medsd.files import atomic_path, printable
+from medsd.files import atomic_path, json_of, printable
 from medsd.heatmap.value_map import ValueMap
 from medsd.slides.readers.damage import DAMAGED
 
@@ -149,7 +149,7 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
     if xml is None or values is None or values.dtype != np.float32 or values.ndim != 2:
         raise DatasetError(f"{path}: is not a float32 OME-TIFF of one map; give a file written by medsd")
     try:
-        record = json.loads(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
+        record = json_of(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
         fields: dict[str, Any] = {name: float(record[name]) for name in _NUMBERS}
         fields |= {name: str(record.get(name, "") if name == "meaning" else record[name]) for name in _TEXTS}
     except (ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError) as error:

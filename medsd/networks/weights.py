@@ -15,7 +15,7 @@ from torch import Tensor
 
 import medsd
 from medsd.errors import ConfigError, NetworkError, WeightsError
-from medsd.files import atomic_path
+from medsd.files import atomic_path, json_of
 from medsd.networks.aim import AimClassifier
 from medsd.networks.calibrated import Calibration, read_calibration
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
@@ -193,7 +193,7 @@ def read_tensors(path: Path) -> TensorFile:
     if card is None or _digest(state, card) != metadata.get("sha256"):
         raise WeightsError(f"{path}: tensors and card do not match their SHA-256; the file is damaged, copy it again")
     try:
-        return TensorFile(state, kind, dict(json.loads(card)), metadata["sha256"])
+        return TensorFile(state, kind, dict(json_of(card)), metadata["sha256"])
     except (ValueError, TypeError) as error:
         raise unreadable_card(path, error) from error
 

@@ -6,7 +6,6 @@ blurred over 20 um follows one random colour field that knows nothing of the tum
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from medsd.annotations import Annotations, rasterise
 from medsd.checks import check_choice, check_number
 from medsd.errors import DatasetError
-from medsd.files import make_folder, write_json, write_text
+from medsd.files import make_folder, read_json, write_json, write_text
 from medsd.phantom.files import write_outlines, write_pyramid
 from medsd.phantom.layers import cell_share, draw_cytoplasm, draw_nuclei, punch_fat, render, target_density
 from medsd.phantom.shapes import (
@@ -243,7 +242,7 @@ def _check_folder(folder: Path, record: dict[str, Any], known: set[str]) -> None
     if _RECORD not in found:
         raise DatasetError(f"{folder}: holds files that are no phantom data set ({min(found)}); {remedy}")
     try:
-        kept = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        kept = read_json(folder / _RECORD)
         changed = differences(kept["parameters"], record["parameters"]) or differences(kept, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{folder / _RECORD}: says nothing of phantom slides; {remedy}") from error

@@ -12,7 +12,7 @@ from openslide import OpenSlide
 from PIL.TiffImagePlugin import COMPRESSION_INFO
 
 from medsd.errors import ConfigError, SlideError, nearest
-from medsd.slides.readers.base import LevelReader, check_file
+from medsd.slides.readers.base import RGB, LevelReader, check_file
 from medsd.slides.readers.cache import TileCache
 from medsd.slides.readers.codecs import what_is_unusual
 from medsd.slides.readers.damage import damage_named
@@ -41,6 +41,8 @@ READERS = {
 }
 """Readers by name, with what they read."""
 
+# Tiles that are looked at, the fullest first, where those before are damaged.
+_MOST_LOOKED_AT = 8
 # Grey levels; a wrong colour space moves the mean by tens, half a pixel by one or two.
 _MOST_APART = 8.0
 
@@ -188,7 +190,9 @@ def _check_generic(path: Path, tiff: tifffile.TiffFile) -> None:
 def _agree(tiled: TiledTiff, vendor: VendorSlide, number: int) -> bool:
     """Whether a level's fullest tile is as OpenSlide shows it: TIFFs can contradict themselves about colours and pages.
 
-    Level 0 to the last bit; others nearly, for OpenSlide interpolates levels of rounded sizes.
+    Level 0 to the last bit; others nearly, for OpenSlide interpolates levels of rounded sizes. A tile that is damaged
+    tells nothing (OpenSlide shows some of those, wrong), and the next one is looked at. Where all are, level 0 is left
+    to OpenSlide if that reads one: it may know better.
     """
     level = tiled.levels[number]
     tiles = np.flatnonzero(level.counts)
@@ -197,17 +201,25 @@ def _agree(tiled: TiledTiff, vendor: VendorSlide, number: int) -> bool:
     if not inside.any():
         return number > 0
     # A tile of many bytes is no blank one.
-    chosen = np.flatnonzero(inside)[np.argmax(level.counts[tiles[inside]])]
-    left, top = int(column[chosen]), int(row[chosen])
-    size = min(level.codec.width, level.width - left), min(level.codec.height, level.height - top)
+    fullest = np.flatnonzero(inside)[np.argsort(-level.counts[tiles[inside]], kind="stable")][:_MOST_LOOKED_AT]
+    read_by_openslide = False
+    for left, top in zip(column[fullest].tolist(), row[fullest].tolist(), strict=True):
+        size = min(level.codec.width, level.width - left), min(level.codec.height, level.height - top)
+        shown, own = _read_or_none(vendor, number, left, top, *size), _read_or_none(tiled, number, left, top, *size)
+        if shown is not None and own is not None:
+            return _alike(own, shown, number)
+        read_by_openslide |= shown is not None
+    return number > 0 or not read_by_openslide
+
+
+def _read_or_none(reader: LevelReader, *area: int) -> RGB | None:
     try:
-        shown = vendor.read(number, left, top, *size)
+        return reader.read(*area)
     except SlideError:
-        return True  # damaged for OpenSlide, too; other tiles may be whole
-    try:
-        own = tiled.read(number, left, top, *size)
-    except SlideError:
-        return False
+        return None
+
+
+def _alike(own: RGB, shown: RGB, number: int) -> bool:
     if number == 0:
         return np.array_equal(own, shown)
     # A colour's mean over the tile hardly feels half a pixel, and tells another page or colour space.

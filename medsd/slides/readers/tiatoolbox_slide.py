@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 import tifffile
 
 from medsd.errors import SlideError
-from medsd.slides.readers.base import RGB, Handles, LevelReader, Size
+from medsd.slides.readers.absent import LOST, is_lost
+from medsd.slides.readers.base import RGB, Bools, Handles, LevelReader, Size
 from medsd.slides.readers.damage import damage_named
 from medsd.slides.readers.tiff_layout import ome_scale
 from medsd.slides.readers.zarr_levels import ArrayLevel, as_rgb, unfit
@@ -77,10 +79,14 @@ def _open(path: Path) -> _OmeLevels | _Jp2Levels:
             _check_openjpeg(path)
             return _Jp2Levels(path, JP2WSIReader(path))
         with tifffile.TiffFile(path) as file:
-            axes, description = file.series[0].axes, file.pages[0].aspage().description
-        if axes not in _OME_AXES:
-            raise unfit(path, f"axes {axes}")
-        return _OmeLevels(path, TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None), ome_scale(description))
+            series, description = file.series[0], file.pages[0].aspage().description
+            if series.axes not in _OME_AXES:
+                raise unfit(path, f"axes {series.axes}")
+            tables = [
+                _Stored.of([page.aspage() for page in level.pages if page is not None]) for level in series.levels
+            ]
+        reader = TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None)
+        return _OmeLevels(path, reader, tables, ome_scale(description))
 
 
 def _check_openjpeg(path: Path) -> None:
@@ -92,19 +98,83 @@ def _check_openjpeg(path: Path) -> None:
         )
 
 
-class _OmeLevels:
-    """The arrays of tiatoolbox's TIFF reader, largest first."""
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """What a TIFF says of the tiles or strips of a level, colours that lie apart together.
 
-    def __init__(self, path: Path, reader: Any, properties: Mapping[str, str]) -> None:
+    Attributes:
+        width, height: of one in pixels.
+        absent: (down, across) bool, those that are not in the file.
+        broken: those that cannot be whole, though the array beneath tiatoolbox would show them, black.
+    """
+
+    width: int
+    height: int
+    absent: Bools
+    broken: Bools
+
+    @staticmethod
+    def of(pages: Sequence[tifffile.TiffPage]) -> _Stored:
+        """That of a level's pages; ValueError where a table is not as long as the level has tiles."""
+        absent, broken = [], []
+        for page in pages:
+            y, x = page.axes.index("Y"), page.axes.index("X")
+            offsets, counts = (
+                np.array(table, np.int64).reshape(page.chunked) for table in (page.dataoffsets, page.databytecounts)
+            )
+            hurt = offsets + counts > page.parent.filehandle.size
+            if page.is_tiled and page.compression == tifffile.COMPRESSION.NONE:
+                hurt |= (counts > 0) & (counts != math.prod(page.chunks) * page.bitspersample // 8)
+            others = tuple(axis for axis in range(counts.ndim) if axis not in (x, y))
+            absent.append((counts == 0).any(axis=others))
+            broken.append(hurt.any(axis=others))
+        return _Stored(pages[0].chunks[x], pages[0].chunks[y], np.any(absent, axis=0), np.any(broken, axis=0))
+
+    def under(self, column: int, row: int, columns: int, rows: int) -> tuple[slice, slice]:
+        """The tiles that a rectangle touches."""
+        return (
+            slice(row // self.height, -(-(row + rows) // self.height)),
+            slice(column // self.width, -(-(column + columns) // self.width)),
+        )
+
+
+class _OmeLevels:
+    """The arrays of tiatoolbox's TIFF reader, largest first; what is not in the file is white, or lost."""
+
+    def __init__(self, path: Path, reader: Any, tables: Sequence[_Stored], properties: Mapping[str, str]) -> None:
         views = reader.level_arrays.values()
         self._levels = tuple(ArrayLevel(view.array, str(view.axes).lower()) for view in views)
         for level in self._levels:
             level.check(path, coded_by_store=True)
+        self._tables = tables
         self.sizes = tuple(level.size for level in self._levels)
         self.properties = properties
 
     def read(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
-        return self._levels[level].read(column, row, columns, rows)
+        table = self._tables[level]
+        if table.broken[table.under(column, row, columns, rows)].any():
+            raise ValueError("a tile is not as long as it says, or ends behind the file")
+        for area in self._absent(level, column, row, columns, rows):
+            if is_lost(self._as_stored, self.sizes, level, area):
+                raise ValueError(LOST)
+        return self._as_stored(level, column, row, columns, rows)
+
+    def _as_stored(self, level: int, column: int, row: int, columns: int, rows: int) -> RGB:
+        """With every absent tile white."""
+        pixels = self._levels[level].read(column, row, columns, rows)
+        for left, top, width, height in self._absent(level, column, row, columns, rows):
+            pixels[max(top - row, 0) : top + height - row, max(left - column, 0) : left + width - column] = 255
+        return pixels
+
+    def _absent(
+        self, level: int, column: int, row: int, columns: int, rows: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(column, row, columns, rows) of each absent tile that the rectangle touches, inside the level."""
+        table, (across, high) = self._tables[level], self.sizes[level]
+        down, right = table.under(column, row, columns, rows)
+        for i, j in np.argwhere(table.absent[down, right]).tolist():
+            left, top = (right.start + j) * table.width, (down.start + i) * table.height
+            yield left, top, min(table.width, across - left), min(table.height, high - top)
 
 
 class _Jp2Levels:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -28,6 +29,7 @@ _CODECS = {
     *("bytes", "transpose", "crc32c", "sharding_indexed"),
 }
 _LARGEST_CHUNK_BYTES = 2**28
+_BLOSC_HEAD = struct.Struct("<12xI")
 _RGB_HEX = ["FF0000", "00FF00", "0000FF"]
 
 
@@ -54,14 +56,14 @@ class ArrayLevel:
         stored = self.array.shards or self.array.chunks
         return stored[self.axes.index("x")], stored[self.axes.index("y")]
 
-    def has(self, path: Path, right: int, down: int) -> bool:
-        """Whether every colour of a stored part is in the folder at `path`."""
+    def files(self, path: Path, right: int, down: int) -> list[Path]:
+        """The files of a stored part in the folder at `path`: several where colours are stored apart."""
         stored = self.array.shards or self.array.chunks
         lengths = zip(self.axes, self.array.shape, stored, strict=True)
         counts = {axis: range(math.ceil(length / part)) if axis in "cs" else (0,) for axis, length, part in lengths}
         counts |= {"x": (right,), "y": (down,)}
         keys = (self.array.metadata.encode_chunk_key(place) for place in product(*(counts[axis] for axis in self.axes)))
-        return all((path / self.array.path / key).exists() for key in keys)
+        return [path / self.array.path / key for key in keys]
 
     def check(self, path: Path, coded_by_store: bool = False) -> None:
         """Raise SlideError where the array is no picture, or its chunks are not safe to decode.
@@ -79,7 +81,7 @@ class ArrayLevel:
             raise unfit(path, f"{lengths[planes[0]]} planes along {planes[0]}")
         if self.array.dtype != np.uint8 or colours not in (1, 3):
             raise unfit(path, f"{colours} channels of {self.array.dtype}")
-        unknown = set() if coded_by_store else _codec_names(self.array) - _CODECS
+        unknown = set() if coded_by_store else {*_codec_names(self.array)} - _CODECS
         if unknown:
             raise SlideError(f"{path}: compression '{min(unknown)}' is not decoded here; write it with zstd")
         if np.prod([float(length) for length in self.array.chunks]) > _LARGEST_CHUNK_BYTES:
@@ -145,7 +147,10 @@ class NgffSlide(LevelReader):
     def _is_whole(self, array: ArrayLevel, level: int, right: int, down: int) -> bool:
         known = self._whole.get((level, right, down))
         if known is None:
-            known = array.has(self.path, right, down) or not self._is_lost(array, level, right, down)
+            files = array.files(self.path, right, down)
+            if array.array.shards is None and _codec_names(array.array)[-1:] == ["blosc"]:
+                _check_blosc(file for file in files if file.exists())
+            known = all(file.exists() for file in files) or not self._is_lost(array, level, right, down)
             self._whole[level, right, down] = known
         return known
 
@@ -224,9 +229,19 @@ def _is_scale(transform: Mapping[str, Any], length: int) -> bool:
     return transform.get("type") == "scale" and isinstance(scale, list) and len(scale) == length
 
 
-def _codec_names(array: zarr.Array[Any]) -> set[str]:
+def _codec_names(array: zarr.Array[Any]) -> list[str]:
+    """In the order in which they are written: the last one's bytes are those in the file."""
     metadata: Any = array.metadata.to_dict()
     if metadata["zarr_format"] == 2:
-        codecs = [metadata.get("compressor"), *(metadata.get("filters") or ())]
-        return {str(codec["id"]) for codec in codecs if codec is not None}
-    return {str(codec["name"]) for codec in metadata["codecs"]}
+        codecs = [*(metadata.get("filters") or ()), metadata.get("compressor")]
+        return [str(codec["id"]) for codec in codecs if codec is not None]
+    return [str(codec["name"]) for codec in metadata["codecs"]]
+
+
+def _check_blosc(files: Iterable[Path]) -> None:
+    """Raise ValueError where a chunk has not the length that its head states: its decoder reads on beyond the end."""
+    for file in files:
+        with open(file, "rb") as handle:
+            head = handle.read(_BLOSC_HEAD.size)
+        if len(head) < _BLOSC_HEAD.size or _BLOSC_HEAD.unpack(head) != (file.stat().st_size,):
+            raise ValueError("a chunk is not as long as it says")

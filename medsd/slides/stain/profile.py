@@ -6,7 +6,6 @@ target's picture: a `StainProfile` is a few numbers that a configuration or a mo
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from medsd.checks import check_choice
 from medsd.errors import ConfigError, NoTissueError, nearest
+from medsd.files import read_json
 from medsd.slides.readers.base import RGB
 from medsd.slides.stain.transform import LabTransform, StainTransform, TwoStainTransform
 from medsd.slides.tiatoolbox_import import logging_untouched
@@ -124,9 +124,8 @@ def profile_from_file(path: str | Path) -> StainProfile:
         ConfigError: there is none.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
-        return profile_from_dict(content["stain_target"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return profile_from_dict(read_json(path)["stain_target"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: no stain target ({error}); write one with medsd stain SLIDE") from error
 
 

@@ -28,7 +28,7 @@ def write_ngff(
     omero: dict[str, Any] | None = None,
     chunk: int = 64,
 ) -> Path:
-    """An OME-NGFF 0.4 folder (zarr 2), each chunk a file written here, stored plain or as zlib."""
+    """An OME-NGFF 0.4 folder (zarr 2), each chunk a file written here, stored plain or coded by imagecodecs."""
     folder.mkdir(parents=True)
     axes = [{"name": axis, "type": {"c": "channel", "t": "time"}.get(axis, "space")} for axis in order]
     for axis in axes:
@@ -77,7 +77,7 @@ def _write_array(
         path = folder.joinpath(*map(str, index))
         path.parent.mkdir(parents=True, exist_ok=True)
         raw = padded.tobytes()
-        path.write_bytes(imagecodecs.zlib_encode(raw) if compressor and compressor["id"] == "zlib" else raw)
+        path.write_bytes(getattr(imagecodecs, f"{compressor['id']}_encode")(raw) if compressor else raw)
 
 
 def write_jp2(path: Path, pixels: np.ndarray, description: str | None = None, **coding: Any) -> Path:

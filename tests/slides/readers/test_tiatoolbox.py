@@ -272,3 +272,55 @@ def test_tiatoolbox_reads_maps_and_overlays(tmp_path: Path, coding: Any) -> None
         assert overlay.info.mpp[0] == pytest.approx(1.0)
         region = np.asarray(opened.read_region((300, 200), 0, (64, 64)).convert("RGB"))
     assert np.array_equal(overlay.read_rect((300, 200), (64, 64)), region)
+
+
+def hurt_tables(path: Path, table: str, tile: int, value: int, page: int = 0) -> None:
+    """Change an element of a table of tiles."""
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages[page].aspage().tags[table]
+        size = {3: 2, 4: 4, 16: 8}[int(tag.dtype)]
+    with open(path, "r+b") as handle:
+        handle.seek(tag.valueoffset + tile * size)
+        handle.write(value.to_bytes(size, "little"))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_tile_that_an_ome_tiff_lacks_is_lost_or_white(
+    tmp_path: Path, formats: Any, pixels: np.ndarray, lost: bool
+) -> None:
+    shown = pixels.copy()
+    if not lost:
+        shown[64:128, 128:192] = 255
+    path = formats.planes(tmp_path / "hurt.ome.tif", [shown, shown[::2, ::2]])
+    hurt_tables(path, "TileByteCounts", 5 + 2, 0)  # five tiles a row, of the red plane
+    reader = open_reader(path)
+    got, seen = reader.read_seen(0, 0, 0, 300, 201)
+    assert reader.name == "tiatoolbox" and (seen is None) == (not lost)
+    if seen is not None:
+        assert not seen[64:128, 128:192].any() and np.array_equal(got[seen], shown[seen])
+    else:
+        assert np.array_equal(got, shown)
+
+
+@pytest.mark.parametrize(("table", "value"), [("TileOffsets", 2**31), ("TileByteCounts", 9)])
+def test_a_tile_that_an_ome_tiff_cannot_hold_is_not_black(
+    tmp_path: Path, formats: Any, pixels: np.ndarray, table: str, value: int
+) -> None:
+    coding = {"compression": None} if table == "TileByteCounts" else {}
+    path = formats.planes(tmp_path / "hurt.ome.tif", [pixels], **coding)
+    hurt_tables(path, table, 0, value)
+    reader = open_reader(path)
+    with pytest.raises(SlideError, match=r"hurt\.ome\.tif: cannot be decoded"):
+        reader.read(0, 0, 0, 10, 10)
+    assert np.array_equal(reader.read(0, 64, 0, 100, 100), pixels[:100, 64:164])
+
+
+def test_an_ome_tiff_with_too_few_tiles_is_refused(tmp_path: Path, formats: Any, pixels: np.ndarray) -> None:
+    path = formats.planes(tmp_path / "hurt.ome.tif", [pixels])
+    with tifffile.TiffFile(path) as file:
+        where = file.pages[1].aspage().tags["TileOffsets"].offset
+    with open(path, "r+b") as handle:
+        handle.seek(where + 4)
+        handle.write((1).to_bytes(4, "little"))
+    with pytest.raises(SlideError, match=r"hurt\.ome\.tif: damaged slide"):
+        open_reader(path)

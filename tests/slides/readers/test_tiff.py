@@ -484,6 +484,25 @@ def test_a_tiff_that_contradicts_itself_is_left_to_openslide(tmp_path: Path) -> 
     assert np.array_equal(shown, VendorSlide(path).read(0, 0, 0, 371, 437))
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_damaged_tile_leaves_no_slide_to_openslide(tmp_path: Path, levels: int) -> None:
+    """OpenSlide shows a deflated tile before it finds that its sum is wrong; here it is said to be lost."""
+    base = picture(512, 512)
+    path = write(tmp_path / "slide.tif", [base, base[::8, ::8]][:levels], compression="deflate")
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[levels - 1].aspage()
+        fullest = int(np.argmax(page.databytecounts))
+        start, count = page.dataoffsets[fullest], page.databytecounts[fullest]
+    data = bytearray(path.read_bytes())
+    data[start + count - 1] ^= 1  # of the sum
+    path.write_bytes(data)
+    reader = open_reader(path)
+    assert reader.name == "tifffile"
+    pixels, seen = reader.read_seen(levels - 1, 0, 0, *reader.sizes[levels - 1])
+    assert seen is not None and (~seen).sum() == 64 * 64
+    assert np.array_equal(pixels[seen], (base, base[::8, ::8])[levels - 1][seen])
+
+
 def test_threads_share_a_small_cache(tmp_path: Path) -> None:
     base = picture(900, 800)
     path = write(tmp_path / "slide.tif", [base], compression="deflate")

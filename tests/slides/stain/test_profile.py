@@ -24,6 +24,7 @@ from medsd.slides.stain import (
     TwoStains,
     fit_picture,
     profile_from_dict,
+    profile_from_file,
     transform_between,
 )
 
@@ -100,6 +101,13 @@ def test_a_bad_target_is_named(change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         profile_from_dict({**asdict(TWO), **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "{}", '{"stain_target": {"method": "reinhard", "x": 1}}'])
+def test_a_file_that_holds_no_target_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stain.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"stain\.json: no stain target"):
+        profile_from_file(tmp_path / "stain.json")
 
 
 def test_missing_key_one_colour_and_two_methods_are_named() -> None:

@@ -1,0 +1,232 @@
+#!/usr/bin/env python
+"""Damaged and hostile files by the thousand, each read as medsd reads it, in a child process with limits.
+
+python scripts/torture.py --tries 10000 --data DATA
+
+Each try takes the undamaged file of a door (`hostile/doors.py`), damages it in one way (`hostile/mutations.py`), and
+says what came of it; the same seed and number give the same try. Bad are the last five outcomes: the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hostile.doors import SAYS_ELSE, Door, make_doors, shows
+from tqdm import tqdm
+
+from medsd.errors import MedsdError
+from medsd.files import write_json
+
+# What came of a try, in the order of the table.
+OUTCOMES = {
+    "right": "as the undamaged file",
+    "marked": "what is lost is said to be, the rest is right",
+    "as stored": "the file says something else now, to other software, too",
+    "refused": "one line that names the file",
+    "traceback": "any other exception",
+    "crash": "the process died",
+    "hang": "over the limit of time",
+    "memory": "over the limit of memory",
+    "wrong": "accepted, and neither the undamaged file nor what others read",
+}
+BAD = tuple(OUTCOMES)[4:]
+_CPU_S, _WALL_S, _PRODUCT_S = 15, 120, 60
+_MEMORY_BYTES = 2 * 2**30
+_JUDGING = b"\0"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a try: outcome, in words, and the processor seconds of the child."""
+
+    outcome: str
+    words: str
+    cpu_s: float
+
+
+def main() -> None:
+    """Try, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="Number of the first try.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, help="A folder that holds 'wsi': vendors' slides besides our own.")
+    parser.add_argument("--door", action="append", default=[], help="Only doors whose name holds this.")
+    parser.add_argument("--keep", type=Path, help="Folder for the files of bad outcomes.")
+    parser.add_argument("--json", type=Path, help="Counts and the first line of each refusal and bad outcome.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        doors = make_doors(Path(folder), arguments.data)
+        doors = [door for door in doors if all(part in door.name for part in arguments.door)]
+        counts, slowest, bad = run(doors, arguments)
+    print_table(doors, counts, slowest)
+    for line in bad:
+        print(line)
+    if arguments.json:
+        write_json(arguments.json, {"counts": {name: dict(found) for name, found in counts.items()}, "bad": bad})
+    sys.exit(bool(bad))
+
+
+def run(
+    doors: list[Door], arguments: argparse.Namespace
+) -> tuple[dict[str, Counter[str]], dict[str, float], list[str]]:
+    """Outcomes and the longest processor time by door, and a line for each bad outcome."""
+    counts: dict[str, Counter[str]] = {door.name: Counter() for door in doors}
+    slowest = dict.fromkeys(counts, 0.0)
+    truths = {door.name: door.read(door.path) for door in doors}
+    bad = []
+    for number in tqdm(range(arguments.first, arguments.first + arguments.tries), unit="try"):
+        door = doors[number % len(doors)]
+        random = np.random.default_rng([arguments.seed, number])
+        path, whole = pick(door.path, random)
+        mutation = door.mutations[random.integers(len(door.mutations))]
+        try:
+            damaged = mutation(whole, random)
+            path.write_bytes(damaged)
+            result = attempt(door, truths[door.name])
+        finally:
+            path.write_bytes(whole)
+        counts[door.name][result.outcome] += 1
+        slowest[door.name] = max(slowest[door.name], result.cpu_s)
+        if result.outcome in BAD:
+            bad.append(f"{number} {door.name}, {path.name}, {mutation.__name__}: {result.outcome}: {result.words}")
+            tqdm.write(bad[-1])
+            if arguments.keep:
+                arguments.keep.mkdir(parents=True, exist_ok=True)
+                (arguments.keep / f"{number}-{result.outcome}-{path.name}").write_bytes(damaged)
+    return counts, slowest, bad
+
+
+def pick(path: Path, random: np.random.Generator) -> tuple[Path, bytes]:
+    """The file, or one of the folder, and what it holds."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        path = files[random.integers(len(files))]
+    return path, path.read_bytes()
+
+
+def attempt(door: Door, truth: Any) -> Result:
+    """What comes of the damaged file: read in a child, and, where that goes wrong, as the commands read it."""
+    result = _in_child(door, door.read, truth, _CPU_S)
+    if result.outcome in BAD[:-1] and door.product is not None:
+        told = _in_child(door, door.product, truth, _PRODUCT_S)
+        result = Result(told.outcome, f"{result.outcome} of the reader, then: {told.words}", told.cpu_s)
+    return result
+
+
+def _in_child(door: Door, read: Callable[[Path], Any], truth: Any, cpu_s: int) -> Result:
+    answers, questions = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(answers)
+        _limit(cpu_s)
+        outcome, words = "crash", ""
+        try:
+            outcome, words = _judge(door, read, truth, lambda: os.write(questions, _JUDGING))
+        finally:
+            with suppress(OSError):
+                os.write(questions, f"{outcome}\n{words}".encode(errors="replace"))
+            os._exit(0)
+    os.close(questions)
+    said = _hear(answers, time.monotonic() + _WALL_S)
+    os.close(answers)
+    if said is None:
+        os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    cpu = usage.ru_utime + usage.ru_stime
+    if said is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
+        return Result("hang", f"over {cpu_s} s of processor time or {_WALL_S} s", cpu)
+    judging, words = said.startswith(_JUDGING), said.removeprefix(_JUDGING).decode(errors="replace")
+    if words:
+        outcome, _, words = words.partition("\n")
+        return Result(outcome, words, cpu)
+    how = f"died of signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "ended"
+    return Result("wrong" if judging else "crash", f"other software {how}" if judging else how, cpu)
+
+
+def _limit(cpu_s: int) -> None:
+    """Of processor time, and of memory beyond what is there already."""
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
+    used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    most = int(used.split()[1]) * 1024 + _MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print of damaged files
+
+
+def _hear(pipe: int, until: float) -> bytes | None:
+    """All that is said; None where it takes too long."""
+    said = b""
+    while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+        part = os.read(pipe, 2**16)
+        if not part:
+            return said
+        said += part
+    return None
+
+
+def _judge(door: Door, read: Callable[[Path], Any], truth: Any, judging: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        found = read(door.path)
+    except MedsdError as error:
+        words = str(error)
+        named = "\n" not in words and any(part.name in words for part in (door.path, door.path.parent))
+        return "refused" if named else "traceback", words
+    except MemoryError:
+        return "memory", "MemoryError"
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is counted
+        return "traceback", f"{type(error).__name__}: {error}"
+    if door.product is None:
+        same, marked = found == truth, False
+    else:
+        pixels, seen = found
+        whole = truth[0]
+        same = pixels.shape == whole.shape and not ((pixels != whole).any(axis=2) & seen).any()
+        marked = not seen.all()
+    if same:
+        return ("marked" if marked else "right"), ""
+    judging()
+    try:
+        other = door.elsewhere(door.path)
+    except Exception as error:  # noqa: BLE001 - others' exceptions say that they do not read it
+        return "wrong", f"others: {type(error).__name__}: {error}"
+    agree = other is SAYS_ELSE or (door.product is not None and shows(*found, other))
+    return ("as stored", "") if agree else ("wrong", "others read something else" if other is not None else "")
+
+
+def print_table(doors: list[Door], counts: dict[str, Counter[str]], slowest: dict[str, float]) -> None:
+    """Tries by door and outcome, and the longest processor time."""
+    print(f"| door | tries | {' | '.join(OUTCOMES)} | longest, s |")
+    print("|---|" + "--:|" * (len(OUTCOMES) + 2))
+    total: Counter[str] = Counter()
+    for door in doors:
+        found = counts[door.name]
+        total += found
+        _print_row(door.name, found, slowest[door.name])
+    _print_row("all", total, max(slowest.values()))
+    print("\n" + "\n".join(f"{name}: {words}" for name, words in OUTCOMES.items()))
+
+
+def _print_row(name: str, found: Counter[str], longest_s: float) -> None:
+    cells = [f"{found.total():,}", *(f"{found[outcome]:,}" for outcome in OUTCOMES), f"{longest_s:.1f}"]
+    print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
