@@ -4,7 +4,8 @@
 python scripts/torture.py --tries 10000 --data DATA
 
 Each try takes the undamaged file of a door (`hostile/doors.py`), damages it in one way (`hostile/mutations.py`), and
-says what came of it; the same seed and number give the same try. Bad are the last five outcomes: the exit code is 1.
+says what came of it; the same seed, number and data give the same try. Bad are the last five
+outcomes: the exit code is 1.
 """
 
 from __future__ import annotations
@@ -66,14 +67,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="Number of the first try.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="A folder that holds 'wsi': vendors' slides besides our own.")
-    parser.add_argument("--door", action="append", default=[], help="Only doors whose name holds this.")
+    parser.add_argument("--door", default="", help="Only the tries of doors whose name holds this.")
     parser.add_argument("--keep", type=Path, help="Folder for the files of bad outcomes.")
     parser.add_argument("--json", type=Path, help="Counts and the first line of each refusal and bad outcome.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         doors = make_doors(Path(folder), arguments.data)
-        doors = [door for door in doors if all(part in door.name for part in arguments.door)]
         counts, slowest, bad = run(doors, arguments)
     print_table(doors, counts, slowest)
     for line in bad:
@@ -85,14 +85,16 @@ def main() -> None:
 
 def run(
     doors: list[Door], arguments: argparse.Namespace
-) -> tuple[dict[str, Counter[str]], dict[str, float], list[str]]:
-    """Outcomes and the longest processor time by door, and a line for each bad outcome."""
+) -> tuple[dict[str, Counter[str]], dict[str, tuple[float, int]], list[str]]:
+    """Outcomes by door, the longest processor time with the number of its try, and a line for each bad outcome."""
     counts: dict[str, Counter[str]] = {door.name: Counter() for door in doors}
-    slowest = dict.fromkeys(counts, 0.0)
+    slowest = dict.fromkeys(counts, (0.0, 0))
     truths = {door.name: door.read(door.path) for door in doors}
     bad = []
     for number in tqdm(range(arguments.first, arguments.first + arguments.tries), unit="try"):
         door = doors[number % len(doors)]
+        if arguments.door not in door.name:
+            continue
         random = np.random.default_rng([arguments.seed, number])
         path, whole = pick(door.path, random)
         mutation = door.mutations[random.integers(len(door.mutations))]
@@ -103,7 +105,7 @@ def run(
         finally:
             path.write_bytes(whole)
         counts[door.name][result.outcome] += 1
-        slowest[door.name] = max(slowest[door.name], result.cpu_s)
+        slowest[door.name] = max(slowest[door.name], (result.cpu_s, number))
         if result.outcome in BAD:
             bad.append(f"{number} {door.name}, {path.name}, {mutation.__name__}: {result.outcome}: {result.words}")
             tqdm.write(bad[-1])
@@ -210,9 +212,9 @@ def _judge(door: Door, read: Callable[[Path], Any], truth: Any, judging: Callabl
     return ("as stored", "") if agree else ("wrong", "others read something else" if other is not None else "")
 
 
-def print_table(doors: list[Door], counts: dict[str, Counter[str]], slowest: dict[str, float]) -> None:
-    """Tries by door and outcome, and the longest processor time."""
-    print(f"| door | tries | {' | '.join(OUTCOMES)} | longest, s |")
+def print_table(doors: list[Door], counts: dict[str, Counter[str]], slowest: dict[str, tuple[float, int]]) -> None:
+    """Tries by door and outcome, and the longest processor time with the number of its try."""
+    print(f"| door | tries | {' | '.join(OUTCOMES)} | longest, s (try) |")
     print("|---|" + "--:|" * (len(OUTCOMES) + 2))
     total: Counter[str] = Counter()
     for door in doors:
@@ -223,8 +225,9 @@ def print_table(doors: list[Door], counts: dict[str, Counter[str]], slowest: dic
     print("\n" + "\n".join(f"{name}: {words}" for name, words in OUTCOMES.items()))
 
 
-def _print_row(name: str, found: Counter[str], longest_s: float) -> None:
-    cells = [f"{found.total():,}", *(f"{found[outcome]:,}" for outcome in OUTCOMES), f"{longest_s:.1f}"]
+def _print_row(name: str, found: Counter[str], longest: tuple[float, int]) -> None:
+    words = "{:.1f} ({})".format(*longest)
+    cells = [f"{found.total():,}", *(f"{found[outcome]:,}" for outcome in OUTCOMES), words]
     print(f"| {name} | {' | '.join(cells)} |")
 
 
