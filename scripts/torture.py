@@ -11,22 +11,16 @@ outcomes: the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import os
-import resource
-import select
-import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hostile.child import Result, in_child
 from hostile.doors import SAYS_ELSE, Door, make_doors, shows
 from tqdm import tqdm
 
@@ -46,18 +40,7 @@ OUTCOMES = {
     "wrong": "accepted, and neither the undamaged file nor what others read",
 }
 BAD = tuple(OUTCOMES)[4:]
-_CPU_S, _WALL_S, _PRODUCT_S = 15, 120, 60
-_MEMORY_BYTES = 2 * 2**30
-_JUDGING = b"\0"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a try: outcome, in words, and the processor seconds of the child."""
-
-    outcome: str
-    words: str
-    cpu_s: float
+_CPU_S, _PRODUCT_S = 15, 60
 
 
 def main() -> None:
@@ -125,62 +108,12 @@ def pick(path: Path, random: np.random.Generator) -> tuple[Path, bytes]:
 
 def attempt(door: Door, truth: Any) -> Result:
     """What comes of the damaged file: read in a child, and, where that goes wrong, as the commands read it."""
-    result = _in_child(door, door.read, truth, _CPU_S)
+    result = in_child(lambda judging: _judge(door, door.read, truth, judging), _CPU_S)
     if result.outcome in BAD[:-1] and door.product is not None:
-        told = _in_child(door, door.product, truth, _PRODUCT_S)
+        product = door.product
+        told = in_child(lambda judging: _judge(door, product, truth, judging), _PRODUCT_S)
         result = Result(told.outcome, f"{result.outcome} of the reader, then: {told.words}", told.cpu_s)
     return result
-
-
-def _in_child(door: Door, read: Callable[[Path], Any], truth: Any, cpu_s: int) -> Result:
-    answers, questions = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(answers)
-        _limit(cpu_s)
-        outcome, words = "crash", ""
-        try:
-            outcome, words = _judge(door, read, truth, lambda: os.write(questions, _JUDGING))
-        finally:
-            with suppress(OSError):
-                os.write(questions, f"{outcome}\n{words}".encode(errors="replace"))
-            os._exit(0)
-    os.close(questions)
-    said = _hear(answers, time.monotonic() + _WALL_S)
-    os.close(answers)
-    if said is None:
-        os.kill(child, signal.SIGKILL)
-    _, status, usage = os.wait4(child, 0)
-    cpu = usage.ru_utime + usage.ru_stime
-    if said is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
-        return Result("hang", f"over {cpu_s} s of processor time or {_WALL_S} s", cpu)
-    judging, words = said.startswith(_JUDGING), said.removeprefix(_JUDGING).decode(errors="replace")
-    if words:
-        outcome, _, words = words.partition("\n")
-        return Result(outcome, words, cpu)
-    how = f"died of signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "ended"
-    return Result("wrong" if judging else "crash", f"other software {how}" if judging else how, cpu)
-
-
-def _limit(cpu_s: int) -> None:
-    """Of processor time, and of memory beyond what is there already."""
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))
-    used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
-    most = int(used.split()[1]) * 1024 + _MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print of damaged files
-
-
-def _hear(pipe: int, until: float) -> bytes | None:
-    """All that is said; None where it takes too long."""
-    said = b""
-    while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
-        part = os.read(pipe, 2**16)
-        if not part:
-            return said
-        said += part
-    return None
 
 
 def _judge(door: Door, read: Callable[[Path], Any], truth: Any, judging: Callable[[], Any]) -> tuple[str, str]:
