@@ -195,6 +195,12 @@ def tiles(
     force_tissue: Annotated[
         bool, typer.Option("--force-tissue", help="Take slides that are no stained tissue on bright glass, too.")
     ] = False,
+    classes: Annotated[
+        str, typer.Option(help="Names of the classes with commas between them, that of normal tissue first.")
+    ] = "normal,tumour",
+    partly_outlined: Annotated[
+        bool, typer.Option("--partly-outlined", help="Tissue outside all outlines of an annotated slide has no label.")
+    ] = False,
     max_unseen: Annotated[float, typer.Option(help="Share of undecodable tiles beyond which a slide fails.")] = 0.05,
     workers: Annotated[
         int | None, typer.Option(help="Slides at work at once; as many as processors when not given.")
@@ -202,6 +208,8 @@ def tiles(
     shard: ShardOption = None,
 ) -> None:
     """Cut a cohort of slides into tiles: tile index, tissue thumbnails, slides.csv. Exit code 1 when a slide failed."""
+    from dataclasses import replace
+
     from medsd.cohort.index import TileGrid
     from medsd.cohort.manifest import find_cohort
     from medsd.cohort.owner import shard_of
@@ -210,8 +218,10 @@ def tiles(
     from medsd.progress import progress_bar
 
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
-    tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen)
-    entries = find_cohort(source, manifest, annotations, leave_out=out)
+    tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen, classes=classes.split(","))
+    entries = find_cohort(source, manifest, annotations, leave_out=out, classes=tiling.classes)
+    if partly_outlined:
+        entries = [replace(entry, exhaustive=entry.annotation is None) for entry in entries]
     if shard is not None and not (entries := shard_of(entries, shard)):
         return print(f"no slide in {shard}")
     sharing = Sharing(rename=True, gather=shard is None)
@@ -313,6 +323,9 @@ def heatmap(
         list[str] | None,
         typer.Option("--method", help="Saliency methods, the option once for each; the weights' own when not given."),
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Name of the class to map; the second of the weights' classes when not given.")
+    ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Layer of an encoder alone, such as layer3; its last stage when not given.")
     ] = None,
@@ -356,7 +369,9 @@ def heatmap(
         return print(f"no slide in {shard}")
     sharing = Sharing(rename=True, gather=shard is None)
     also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
-    request = MapRequest(methods or (), layer, network_mpp, block_px, also=also, faithful_tiles=faithful_tiles)
+    request = MapRequest(
+        methods or (), layer, network_mpp, block_px, also=also, faithful_tiles=faithful_tiles, target=target
+    )
     place, progress = _computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
     for words in dict.fromkeys(result.model for result in results if result.model):

@@ -13,6 +13,7 @@ from medsd.annotations.asap import parse_asap_xml
 from medsd.annotations.geojson import parse_json
 from medsd.annotations.mask import parse_mask
 from medsd.annotations.shapes import Annotations, Roles, one_line
+from medsd.classes import CLASSES
 from medsd.errors import AnnotationError
 from medsd.slides.readers.tiff_layout import is_tiff
 
@@ -27,6 +28,7 @@ def read_annotations(
     excluded_groups: Sequence[str] = (),
     tumour_values: Sequence[int] = (),
     qupath_origin_px: tuple[int, int] = (0, 0),
+    classes: Sequence[str] = CLASSES,
 ) -> Annotations:
     """Read the annotations of one slide from a file of any known format, chosen by its content.
 
@@ -42,6 +44,7 @@ def read_annotations(
         tumour_values: values of a mask that are tumour; without them 1, or 255.
         qupath_origin_px: the level-0 place that QuPath counts from: the corner of `Slide.bounds`, which it crops to.
             The other formats count from the slide's.
+        classes: names of groups, too: all but the first make up the tumour's area.
 
     Raises:
         AnnotationError: the file is missing, too large, damaged, of no known format, declares entities, has an unknown
@@ -54,7 +57,7 @@ def read_annotations(
         ({'_0'}, True)
     """
     path = Path(path)
-    roles = Roles(tumour_groups, excluded_groups)
+    roles = Roles(tumour_groups, excluded_groups, classes)
     try:
         with open(path, "rb") as handle:
             start = handle.read(4)
@@ -87,7 +90,7 @@ def read_annotations(
         if on_slide < found.tumour.area / 2:
             left, top, right, bottom = (round(bound) for bound in found.tumour.bounds)
             raise AnnotationError(
-                f"{path}: most of the tumour, x {left} to {right} and y {top} to {bottom}, lies off the slide of "
+                f"{path}: most of what is outlined, x {left} to {right} and y {top} to {bottom}, lies off the slide of "
                 f"{slide_size_px[0]} x {slide_size_px[1]}; give this slide's outlines in level-0 pixels, y downwards"
             )
     return found

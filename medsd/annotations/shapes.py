@@ -16,6 +16,7 @@ import numpy.typing as npt
 import shapely
 from shapely.geometry import MultiPolygon, Polygon
 
+from medsd.classes import CLASSES, class_number
 from medsd.errors import AnnotationError, nearest
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which groups are tumour and which are not.
+    """Which groups are tumour (or, of more classes, any but the first) and which are not.
 
     Names are compared in any case, without QuPath's `*`; a class derived from another (`Tumor: Positive`) has the role
     of its base unless it is named itself.
@@ -95,19 +96,31 @@ class Roles:
     Attributes:
         tumour, excluded: names of groups, before those in `TUMOUR_GROUPS` and `EXCLUDED_GROUPS`. The empty name
             stands for shapes without a class.
+        classes: names of groups, too; the first is not tumour.
     """
 
     tumour: Sequence[str] = ()
     excluded: Sequence[str] = ()
+    classes: Sequence[str] = CLASSES
+
+    def class_of(self, group: str) -> int | None:
+        """The number of the class that `group` names; None where it names none."""
+        for word in (group, group.split(":")[0]):
+            number = class_number(self.classes, word.strip().rstrip("*"))
+            if number is not None:
+                return number
+        return None
 
     def find(self, group: str) -> bool | None:
         """Whether `group` is not tumour; None where it is unknown."""
-        sides = ((TUMOUR_GROUPS, False), (EXCLUDED_GROUPS, True), (self.tumour, False), (self.excluded, True))
-        roles = {_folded(name): excluded for names, excluded in sides for name in names}
         twice = {_folded(name) for name in self.tumour} & {_folded(name) for name in self.excluded}
         if twice:
             raise AnnotationError(f"group {min(twice)!r} is both in tumour_groups and in excluded_groups; choose one")
-        return roles.get(_folded(group), roles.get(_folded(group.split(":")[0])))
+        own = ((self.tumour, False), (self.excluded, True))
+        named = _role_of(group, own)
+        if named is None and (number := self.class_of(group)) is not None:
+            named = number == 0
+        return _role_of(group, ((TUMOUR_GROUPS, False), (EXCLUDED_GROUPS, True))) if named is None else named
 
     def is_excluded(self, group: str, path: Path) -> bool:
         """Whether `group` is not tumour; AnnotationError where it is unknown, or has both roles."""
@@ -116,6 +129,12 @@ class Roles:
             return role
         tumour, excluded = (*self.tumour, *TUMOUR_GROUPS), (*self.excluded, *EXCLUDED_GROUPS)
         what = f"annotation group {quoted(group)} is unknown" if group else "an annotation has no group or class"
+        if tuple(self.classes) != CLASSES:
+            first, *others = self.classes
+            raise AnnotationError(
+                f"{path}: {what}{nearest(group, self.classes)}; give it one of {', '.join(others)}, or of {first}, "
+                f"{', '.join(EXCLUDED_GROUPS)} (cut out of the others) in ASAP or QuPath"
+            )
         raise AnnotationError(
             f"{path}: {what}{nearest(group, tumour + excluded)}; give it one of {', '.join(tumour)} (tumour) or "
             f"{', '.join(excluded)} (not tumour) in ASAP or QuPath"
@@ -226,6 +245,11 @@ def one_line(error: Exception) -> str:
 def quoted(text: str) -> str:
     """A name from a file, fit for a message."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _role_of(group: str, sides: Iterable[tuple[Sequence[str], bool]]) -> bool | None:
+    roles = {_folded(name): excluded for names, excluded in sides for name in names}
+    return roles.get(_folded(group), roles.get(_folded(group.split(":")[0])))
 
 
 def _folded(group: str) -> str:

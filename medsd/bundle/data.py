@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from medsd.checks import check_number
+from medsd.classes import CLASSES, checked_classes, folded, target_number
 from medsd.cohort.apart import may_train
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.kept import TABLE
-from medsd.cohort.manifest import CLASSES, find_slides_at, read_manifest
+from medsd.cohort.manifest import find_slides_at, read_manifest
 from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.cohort.split import with_parts
@@ -86,10 +87,13 @@ class SlideData:
             for none.
         tissue: what is on the slides, in words, for the weights' card.
         test_share: share of the patients (or slides) for testing, where the data set does not say.
-        classes: names of the classes, that of normal tissue first; labels of a manifest are these.
+        classes: names of the classes, that of normal tissue first; labels of a manifest and outlines have these.
+        target: name of the class that is mapped and scored against the others; None for the second.
+        outlined_in_full: whether outlines hold all of every class but the first: tissue outside is of the first then,
+            else it has no label, and what is outlined as the first class is of it. Tiles of `medsd tiles` keep theirs.
 
     Raises:
-        ConfigError: a number out of its range, the target is none, or not two classes.
+        ConfigError: a number out of its range, the stain target is none, or classes or target cannot be.
     """
 
     dataset_dir: str | None
@@ -103,12 +107,14 @@ class SlideData:
     tissue: str = ""
     test_share: float = 0.25
     classes: Sequence[str] = CLASSES
+    target: str | None = None
+    outlined_in_full: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", checked_classes(self.classes))
+        target_number(self.classes, self.target)
         check_number("validation_share", self.validation_share, "(0, 1)")
         check_number("test_share", self.test_share, "(0, 1)")
-        if len(self.classes) != 2 or len({str(name).casefold() for name in self.classes}) != 2:
-            raise ConfigError(f"classes={list(self.classes)}: name two, that of normal tissue first")
         given: object = self.stain_target
         if isinstance(given, str):
             object.__setattr__(self, "stain_target", profile_from_file(given))
@@ -135,6 +141,8 @@ class SlideData:
     def fingerprint(self) -> str:
         """A SHA-256 of which tiles with which labels play which part."""
         digest = hashlib.sha256(repr(self.stain_target).encode() if self.stain_target else b"")
+        if len(self.classes) > 2:
+            digest.update(repr(self.classes).encode())
         for part in _PARTS:
             index = self.part(part).index
             digest.update(f"{part} {index.tile_px} {index.mpp} {index.names}".encode())
@@ -148,9 +156,9 @@ class SlideData:
             self.phantoms.write()
         if self._tiled is None:
             prepare_slides(
-                self._slides, self.work_dir, self.grid, self.validation_share, self.seed, progress_bar("prepare")
+                self._slides, self.work_dir, self._tiling, self.validation_share, self.seed, progress_bar("prepare")
             )
-        self._prepared.tell(self.classes)
+        self._prepared.tell()
         if self._normaliser is not None:  # here, so that loader workers find every fit and need no tiatoolbox
             index = self._prepared.index
             for number in progress_bar("stain")(np.unique(index.slide), len(np.unique(index.slide)), "slide"):
@@ -160,7 +168,14 @@ class SlideData:
     def part(self, name: str) -> TileDataset:
         """The labelled tiles of the part "training", "validation" or "testing"."""
         prepared = self._prepared
-        return TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
+        found = TileDataset(prepared.index.of_slides(getattr(prepared, name)), self.cache, self._normaliser)
+        for number, word in enumerate(self.classes):
+            if name != "testing" and not (found.labels == number).any():
+                raise DatasetError(
+                    f"{name}: no tile of class '{word}'; outline some (see {self._tiles_at / TABLE}), or "
+                    "change parts or the seed"
+                )
+        return found
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """All tiles of the part "training" or "validation", those too that no label can be given to."""
@@ -200,10 +215,16 @@ class SlideData:
         if self._tiled is not None:
             slides = self._tiled[0]
         elif table.suffix.lower() == ".csv" and table.is_file():
-            slides = read_manifest(table, classes=tuple(self.classes))
+            slides = read_manifest(table, classes=self.classes)
+        elif len(self.classes) > 2:
+            raise ConfigError(
+                f"classes={list(self.classes)}: {place} is laid out like CAMELYON16, which has two; give a manifest"
+            )
         else:
             slides = find_slides(place)
-        return with_parts(slides, self.test_share, self.seed)
+        if not self.outlined_in_full and self._tiled is None:
+            slides = [replace(slide, exhaustive=slide.annotation is None) for slide in slides]
+        return with_parts(slides, self.test_share, self.seed, self.classes)
 
     @cached_property
     def _tiled(self) -> tuple[list[SlideEntry], Tiling] | None:
@@ -217,16 +238,27 @@ class SlideData:
                 f"{self.dataset_dir}: holds tiles of {cut.tile_px} px at {cut.mpp:g} um; "
                 f"set --tile_px {cut.tile_px} --mpp {cut.mpp:g}"
             )
+        if tuple(map(folded, tiling.classes)) != tuple(map(folded, self.classes)):
+            raise ConfigError(
+                f"{self.dataset_dir}: holds tiles of the classes {', '.join(tiling.classes)}; set "
+                f'--classes "{list(tiling.classes)}"'
+            )
         if find_tiles(slides, self.dataset_dir, tiling) is None:
             raise DatasetError(f"{self.dataset_dir}: holds tiles of slides that changed since; run medsd tiles again")
         return slides, tiling
 
     @cached_property
     def _prepared(self) -> PreparedSlides:
-        folder, tiling = self.work_dir, Tiling(self.grid)
-        if self._tiled is not None:
-            folder, tiling = str(self.dataset_dir), self._tiled[1]
-        return load_prepared(self._slides, folder, tiling, self.validation_share, self.seed)
+        tiling = self._tiling if self._tiled is None else self._tiled[1]
+        return load_prepared(self._slides, self._tiles_at, tiling, self.validation_share, self.seed)
+
+    @property
+    def _tiling(self) -> Tiling:
+        return Tiling(self.grid, classes=self.classes)
+
+    @property
+    def _tiles_at(self) -> Path:
+        return Path(self.work_dir if self._tiled is None else str(self.dataset_dir))
 
 
 @dataclass(frozen=True)
@@ -243,15 +275,16 @@ class PatchData:
         seed: deals the groups.
         stain_target: must be None: a stain cannot be fitted well to a patch.
         tissue: what is on the patches, in words, for the weights' card.
-        classes: names in the order of the labels; the second one is mapped, its threshold and scale are fixed.
+        classes: names in the order of the labels.
         left_out: labels whose patches are left out.
         shrink: whole number by which patches are made smaller before they are cropped; `mpp` is that of the smaller.
         more_dirs: further folders with labels, whose groups nobody knows. Their patches are trained on, but for those
             of a place or a stain that is validated or tested on, see `may_train`.
         stratified: deal the groups class by class, see `split_groups`.
+        target: name of the class that is mapped and scored against the others; None for the second.
 
     Raises:
-        ConfigError: a value out of its range, or fewer than two classes.
+        ConfigError: a value out of its range, or classes or target cannot be.
     """
 
     dataset_dir: str | None
@@ -264,11 +297,12 @@ class PatchData:
     seed: int = 0
     stain_target: None = None
     tissue: str = ""
-    classes: Sequence[str] = ("normal", "tumour")
+    classes: Sequence[str] = CLASSES
     left_out: Sequence[str] = ()
     shrink: int = 1
     more_dirs: Sequence[str] = ()
     stratified: bool = False
+    target: str | None = None
 
     def __post_init__(self) -> None:
         if self.stain_target is not None:
@@ -281,8 +315,8 @@ class PatchData:
         check_number("validation_share", self.validation_share, "(0, 1)")
         check_number("test_share", self.test_share, "(0, 1)")
         check_number("shrink", self.shrink, "[1, inf)", whole=True)
-        if len(self.classes) < 2:
-            raise ConfigError(f"classes={list(self.classes)!r}: at least two are needed")
+        object.__setattr__(self, "classes", checked_classes(self.classes))
+        target_number(self.classes, self.target)
 
     @property
     def description(self) -> str:

@@ -24,6 +24,7 @@ from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.pretraining import ENCODER
 from medsd.checks import check_choice
+from medsd.classes import folded
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
@@ -42,7 +43,7 @@ from medsd.heatmap.engine import make_engine
 from medsd.heatmap.faithfulness import randomised_card
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
-from medsd.networks.calibrated import calibrated, class_offset
+from medsd.networks.calibrated import Calibration, calibrated, class_offset
 from medsd.networks.classifier import Classifier
 from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
@@ -136,8 +137,17 @@ def _card(
         logger.warning("probabilities stay those of the training's class shares: validation tissue lacks a class")
         temperature, bias = fit_temperature(logits, labels), ()
     offset = class_offset(drawn, tissue, bias)
-    engine = make_engine(network, data.tile_px, data.mpp, 1, map_settings, temperature, offset=offset)
-    calibration = replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias)
+
+    def fixed(target: int) -> Calibration:
+        engine = make_engine(network, data.tile_px, data.mpp, target, map_settings, temperature, offset=offset)
+        return replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias)
+
+    calibration, others = fixed(1), dict[str, Calibration]()
+    for number, name in enumerate(network.classes[2:], start=2):
+        try:
+            others[name] = fixed(number)
+        except DatasetError as reason:
+            logger.warning("class '%s' cannot be mapped with these weights: %s", name, reason)
     validation = data.part("validation")
     return ModelCard(
         encoder=network.encoder_name,
@@ -154,6 +164,7 @@ def _card(
         stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
         architecture=network.architecture,
         options=network.options,
+        others=others,
         randomised=randomised_card(network, calibration, validation, validation.labels),
         **_input_of(network),
     )
@@ -175,9 +186,14 @@ def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, 
     """The classifier of the stage finetune, if it was trained on this very split of the data.
 
     Raises:
-        WeightsError: there is none, or it was trained on another split.
+        WeightsError: there is none, or it was trained on other classes or on another split.
     """
     network, card, digest = load_classifier(path, device)
+    if list(map(folded, card.classes)) != list(map(folded, data.classes)):
+        raise WeightsError(
+            f"{path}: its classes are {', '.join(card.classes)}, those of the data {', '.join(data.classes)}; set "
+            "--classes, or train on these"
+        )
     if card.data_sha256 != data.fingerprint():
         raise WeightsError(f"{path}: trained on another split of the data; run the stage 'finetune' for this one")
     return network, card, digest
@@ -197,35 +213,40 @@ def evaluate(
     network, card, digest = load_own(data, path, device)
     if card.calibration is None:
         raise WeightsError(f"{path}: not calibrated; run the stage 'finetune' to its end")
-    calibration, items = card.calibration, data.part("testing")
+    target, found = card.asked(data.target)
+    calibration, items = found or card.calibration, data.part("testing")
     loader = DataLoader(items, batch_size=_BATCH, num_workers=workers)
     features, labels = collect(network, loader, progress_bar("evaluate"), network.features)
     with torch.inference_mode():
         logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
     adjusted = calibrated(torch.from_numpy(logits), calibration.temperature, calibration.offset).numpy()
-    probabilities = softmax(adjusted)[:, 1].astype(np.float32)
-    log_odds = adjusted[:, 1] - logsumexp(np.delete(adjusted, 1, axis=1), axis=1)
-    tumour = (items.labels == 1).astype(np.int8)  # of more classes than two, the one that is mapped
+    probabilities = softmax(adjusted)[:, target].astype(np.float32)
+    log_odds = adjusted[:, target] - logsumexp(np.delete(adjusted, target, axis=1), axis=1)
+    has = (items.labels == target).astype(np.int8)
     content = {
         "weights_sha256": digest,
         "data_sha256": card.data_sha256,
+        "target": card.classes[target],
+        "other": card.classes[0] if len(card.classes) == 2 else "other classes",
         # Ranked by log-odds, since probabilities of sure tiles are all 1.
-        "tiles": as_json(score_tiles(tumour, log_odds, items.groups)),
+        "tiles": as_json(score_tiles(has, log_odds, items.groups)),
         "calibration": as_json(
-            score_calibration(logits, items.labels, calibration.temperature, calibration.threshold, calibration.offset)
+            score_calibration(
+                logits, items.labels, calibration.temperature, calibration.threshold, calibration.offset, target
+            )
         ),
     }
     if len(network.classes) > 2:
         rest = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(len(network.classes))]
         content["classes"] = as_json(score_probe(items.labels, logits - np.stack(rest, axis=1), items.groups))
     if explained_tiles:
-        settings = ExplanationSettings(items=explained_tiles, seed=seed)
+        settings = ExplanationSettings(items=explained_tiles, target=target, seed=seed)
         explained = score_explanations(
             network, items, settings, progress=progress_bar("explain"), collected=(features, labels)
         )
         content["explanations"] = as_json(explained)
     with atomic_path(Path(output_dir) / "test_tiles.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, label=tumour, probability=probabilities, log_odds=log_odds, group=items.groups)
+        np.savez_compressed(handle, label=has, probability=probabilities, log_odds=log_odds, group=items.groups)
     write_json(Path(output_dir) / SCORES, content)
 
 
@@ -245,7 +266,7 @@ def heatmap(
     jobs = data.jobs()
     if jobs:
         folder = Path(output_dir) / HEATMAPS
-        request = MapRequest(block_px=block_px, also=also, faithful_tiles=faithful_tiles)
+        request = MapRequest(block_px=block_px, also=also, faithful_tiles=faithful_tiles, target=data.target)
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 
@@ -275,15 +296,15 @@ def report(data: Data, output_dir: str) -> None:
     scores = _read_scores(folder)
     entries = data.test_slides()
     if entries:
-        slide_scores = score_slides(
-            entries, read_results(folder / HEATMAPS), folder / HEATMAPS, scores["weights_sha256"]
-        )
         card = load_classifier(folder / WEIGHTS)[1]
+        target = card.asked(data.target)[0]
+        results, digest = read_results(folder / HEATMAPS), scores["weights_sha256"]
+        slide_scores = score_slides(entries, results, folder / HEATMAPS, digest, card.classes, target)
         mapped = [entry for entry in entries if entry.name in slide_scores.slides]
-        judged = judge_slides(mapped, folder / HEATMAPS, card, folder / "candidates")
+        judged = judge_slides(mapped, folder / HEATMAPS, card, folder / "candidates", target=data.target)
         lesions = score_lesions(judged)
         write_lesion_scores(folder, judged, lesions)
-        draw_froc(folder / "froc.png", judged, lesions)
+        draw_froc(folder / "froc.png", judged, lesions, card.classes[target])
         write_json(folder / SCORES, {**scores, "slides": as_json(slide_scores), "lesions": as_json(lesions)})
     draw_summary(folder / "summary.png", folder)
 
@@ -294,7 +315,7 @@ def summary(output_dir: str) -> str:
     lines = ["", "medsd: done"]
     if (folder / SCORES).is_file():
         scores = _read_scores(folder)
-        tiles = scores["tiles"]
+        tiles, target = scores["tiles"], scores.get("target", "tumour")
         for words, key in (
             (f"{tiles['items']} tiles", "patch_auc"),
             (f"{tiles['groups']} groups", "patch_auc_by_group"),
@@ -306,7 +327,7 @@ def summary(output_dir: str) -> str:
             ratio = _number(slides["mean_pointing_ratio"], 1)
             lines.append(f"  slide AUC    {_number(slides['slide_auc'])} ({len(slides['slides'])} slides)")
             what = "open masks" if slides.get("quantity") == "mask" else "positive saliency"
-            lines.append(f"  pointing     {what} in tumour: {ratio} times tumour's share of the tissue")
+            lines.append(f"  pointing     {what} in {target}: {ratio} times its share of the tissue")
         if "lesions" in scores:
             lesions, froc = scores["lesions"], scores["lesions"]["maps"]["model"]["froc"]
             value, low, high = (_number(froc[name]) for name in ("value", "low", "high"))

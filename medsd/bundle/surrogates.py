@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from medsd.bundle.data import Data
 from medsd.bundle.stages import WEIGHTS, load_own
 from medsd.checks import check_number
+from medsd.classes import target_number
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
@@ -26,6 +28,7 @@ from medsd.networks.classifier import Classifier
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.saliency import smooth
+from medsd.saliency.method import evidence
 from medsd.training.predict import collect
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class SurrogateTraining:
     Attributes:
         epochs, lr, also, channels_last: see `smooth.train_surrogate`.
         batch_size: tiles at once.
-        samples: tiles of an epoch, half of them tumour and as many of each slide; no more validation tiles than that
+        samples: tiles of an epoch, as many of each class and of each slide; no more validation tiles than that
             are scored.
         seed: draws starting weights and tiles.
 
@@ -166,11 +169,16 @@ def score_surrogate(
     logits, labels = collect(network, loader)
     with smooth.surrogate(network, trained):
         replaced, _ = collect(network, loader)
+    target = target_number(network.classes, None)
+
+    def area(values: npt.NDArray[np.float32]) -> float:
+        return auc(labels == target, evidence(torch.from_numpy(values))[:, target].numpy())
+
     return SurrogateScores(
         items=len(labels),
-        patch_auc=auc(labels, logits[:, 1] - logits[:, 0]),
+        patch_auc=area(logits),
         accuracy=float((logits.argmax(axis=1) == labels).mean()),
-        surrogate_patch_auc=auc(labels, replaced[:, 1] - replaced[:, 0]),
+        surrogate_patch_auc=area(replaced),
         surrogate_accuracy=float((replaced.argmax(axis=1) == labels).mean()),
         softmax_change=float(np.abs(softmax(replaced) - softmax(logits)).sum(axis=1).mean()),
         points=report.points,

@@ -171,7 +171,7 @@ class SlideGroupedSampler(GroupedSampler):
     hold eight runs or more. The draw depends on the hard items, too.
 
     Args:
-        labels: (n,) class of each item, 0 normal, 1 tumour, and more where there are more.
+        labels: (n,) class of each item, 0 normal.
         groups: (n,) slide of each item.
         samples, run, seed: as in `GroupedSampler`; a run is of one slide and class.
 
@@ -188,8 +188,9 @@ class SlideGroupedSampler(GroupedSampler):
         for label in range(max(2, int(labels.max(initial=0)) + 1)):
             items = np.flatnonzero(labels == label)
             if not len(items):
-                word = {0: "normal", 1: "tumour"}.get(label, f"class {label}")
-                raise DatasetError(f"no {word} tiles to train on; training needs every class")
+                raise DatasetError(
+                    f"no tiles to train on of class {label} of 'classes', from 0; training needs every class"
+                )
             self._pools.append(self._by_group(items))
         self._hard: npt.NDArray[np.intp] = np.zeros(0, np.intp)
         self._hard_share = 0.0

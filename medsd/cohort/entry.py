@@ -27,11 +27,11 @@ class SlideEntry:
     Attributes:
         name: what its outputs are kept by, see `output_name`.
         path: its file.
-        label: 1 tumour, 0 normal, None where nobody says.
+        label: number of its class, 0 normal, 1 tumour where there are two; None where nobody says.
         part: "training", "validation" or "testing"; empty where nobody says.
         annotation: the file of its outlines, if any.
         mpp: micrometres per level-0 pixel, where the file's own is missing or wrong.
-        exhaustive: whether the annotation outlines all tumour; where it does not, tissue outside it has no label.
+        exhaustive: whether all of every class but the first is outlined; where not, tissue outside has no label.
         patient: whose slide it is; empty where nobody says.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medsd.annotations import Annotations, tumour_share
+from medsd.annotations import tumour_share
 from medsd.checks import check_number
+from medsd.cohort.outlines import Outlines
 from medsd.errors import DatasetError
 from medsd.files import atomic_path, json_of
 from medsd.slides.mpp import check_tile
@@ -22,7 +23,7 @@ from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-TUMOUR, NORMAL, MIXED = 1, 0, -1
+NORMAL, MIXED = 0, -1
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class TileGrid:
         stride_px: step between tiles in pixels at `mpp`.
         mpp: micrometres per pixel of a tile.
         min_tissue: least share of a tile's area that is tissue, 0 to 1.
-        tumour_from: share of a tile's area inside the annotation from which it is a tumour tile. Tiles that
-            touch the annotation but hold less are mixed and used neither for training nor for scores (our choice).
+        outlined_from: share of a tile's area inside the outlines of a class from which it is a tile of that class.
+            Tiles that touch outlines but have no class by this rule, or two, are mixed and used neither for training
+            nor for scores (our choice).
 
     Raises:
         ConfigError: a value is out of its range.
@@ -45,13 +47,13 @@ class TileGrid:
     stride_px: int
     mpp: float
     min_tissue: float = 0.5
-    tumour_from: float = 0.5
+    outlined_from: float = 0.5
 
     def __post_init__(self) -> None:
         check_tile(self.tile_px, self.mpp)
         check_number("stride_px", self.stride_px, "[1, inf)", whole=True)
         check_number("min_tissue", self.min_tissue, "[0, 1]")
-        check_number("tumour_from", self.tumour_from, "(0, 1]")
+        check_number("outlined_from", self.outlined_from, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class TileIndex:
         slide_mpp: micrometres per level-0 pixel that each slide was indexed with; None where it could not be opened.
         slide: (n,) int32, number of the tile's slide in `names`.
         x, y: (n,) int32, top left corner in level-0 pixels.
-        label: (n,) int8: 1 tumour, 0 normal, -1 mixed or not known.
+        label: (n,) int8: number of the class, 0 normal, -1 mixed or not known.
         tissue: (n,) float32, share of the tile that is tissue.
         tile_px: side of a tile in pixels at `mpp`.
         mpp: micrometres per pixel of a tile.
@@ -90,7 +92,7 @@ class TileIndex:
         return replace(self, **columns)
 
     def of_slides(self, names: Sequence[str]) -> TileIndex:
-        """The labelled tiles (tumour or normal) of the named slides."""
+        """The labelled tiles of the named slides."""
         numbers = [self.names.index(name) for name in names]
         return self.rows(np.isin(self.slide, numbers) & (self.label != MIXED))
 
@@ -165,12 +167,12 @@ def _checked(head: dict[str, Any], columns: dict[str, npt.NDArray[Any]]) -> Tile
 
 
 def tiles_of_slide(
-    slide: Slide, name: str, grid: TileGrid, tissue: TissueMask, annotations: Annotations | None = None
+    slide: Slide, name: str, grid: TileGrid, tissue: TissueMask, outlines: Outlines | None = None
 ) -> TileIndex:
     """The tiles of one slide that hold enough tissue, in row-major order.
 
-    Tiles start on multiples of the stride from the slide's origin and lie wholly inside the slide. Without
-    annotations every tile is normal.
+    Tiles start on multiples of the stride from the slide's origin and lie wholly inside the slide. Labels are those of
+    a slide that is outlined in full, see `tile_labels`; without outlines every tile is normal.
     """
     level0_per_px = grid.mpp / slide.mpp
     side, stride = grid.tile_px * level0_per_px, grid.stride_px * level0_per_px
@@ -178,11 +180,7 @@ def tiles_of_slide(
     share = tissue.share(x, y, side)
     kept = share >= grid.min_tissue
     x, y, share = x[kept], y[kept], share[kept]
-    label = np.zeros(len(x), np.int8)
-    if annotations is not None:
-        tumour = tumour_share(annotations, x, y, side)
-        label[tumour > 0] = MIXED
-        label[tumour >= grid.tumour_from] = TUMOUR
+    shares = {number: tumour_share(area, x, y, side) for number, area in (outlines or {}).items() if number}
     return TileIndex(
         names=(name,),
         paths=(str(slide.path),),
@@ -190,11 +188,33 @@ def tiles_of_slide(
         slide=np.zeros(len(x), np.int32),
         x=x.astype(np.int32),
         y=y.astype(np.int32),
-        label=label,
+        label=tile_labels(shares, len(x), grid.outlined_from),
         tissue=share.astype(np.float32),
         tile_px=grid.tile_px,
         mpp=grid.mpp,
     )
+
+
+def tile_labels(
+    shares: Mapping[int, npt.NDArray[np.float64]], tiles: int, outlined_from: float
+) -> npt.NDArray[np.int8]:
+    """A tile is of the one class that covers `outlined_from` of it, normal where no outline touches it, else mixed.
+
+    Mixed are tiles that outlines cover less, and where outlines overlap those that two classes cover so far.
+
+    Args:
+        shares: of each tile's area (n,) in the outlines of each class, by its number above 0.
+        tiles: how many there are.
+        outlined_from: see `TileGrid`.
+    """
+    label, covering, touched = np.zeros(tiles, np.int8), np.zeros(tiles, np.int8), np.zeros(tiles, np.bool_)
+    for number, share in shares.items():
+        covers = share >= outlined_from
+        label[covers] = number
+        covering += covers
+        touched |= share > 0
+    label[touched & (covering != 1)] = MIXED
+    return label
 
 
 def no_tiles(name: str, path: str, slide_mpp: float | None, grid: TileGrid) -> TileIndex:

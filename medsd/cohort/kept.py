@@ -69,6 +69,14 @@ class Kept(ABC, Generic[Row]):
         """The record of a slide."""
         return self.folder / self.record.format(name)
 
+    def cells(self, row: Row) -> Mapping[str, Any]:
+        """A row as `slides.csv` has it."""
+        return asdict(row)
+
+    def header(self, _rows: Sequence[Row]) -> Sequence[str]:
+        """The columns of the table of these rows."""
+        return self.columns
+
     def row_now(self, row: Row, entry: SlideEntry) -> Row:
         """A row with what a run knows better: folders may be moved."""
         return replace(row, path=str(entry.path))
@@ -126,7 +134,7 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
         rows.setdefault(row.slide, row if entry is None else kept.row_now(row, entry))
     order = {name: number for number, name in enumerate(current.entries)}
     ordered = sorted(rows.values(), key=lambda row: (order.get(row.slide, len(order)), row.slide))
-    write_table(kept.folder / TABLE, map(asdict, ordered), kept.columns)
+    write_table(kept.folder / TABLE, map(kept.cells, ordered), kept.header(ordered))
     return ordered, recipes
 
 

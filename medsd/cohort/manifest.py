@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from medsd.cohort.camelyon import LABELS
+from medsd.classes import CLASSES, class_number
 from medsd.cohort.entry import SlideEntry, check_names, named_slides, output_name, with_own_names
 from medsd.errors import DatasetError
 from medsd.slides.mpp import WANTED_MPP, is_plausible
@@ -25,8 +24,6 @@ from medsd.slides.readers.zarr_levels import is_zarr
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
-
-Meaning = TypeVar("Meaning")
 
 COLUMNS = ("slide", "label", "annotation", "mpp", "part", "patient")
 """Columns of a manifest; the first must be there."""
@@ -42,9 +39,6 @@ PARTS = {"training": "training", "train": "training", "validation": "validation"
 PARTS |= {"testing": "testing", "test": "testing"}
 """Parts of a data set by the words for them."""
 
-CLASSES = ("normal", "tumour")
-"""The usual names of the classes."""
-
 _MASK = "_mask"
 # float() also takes "1_0", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", re.ASCII)
@@ -55,6 +49,7 @@ def find_cohort(
     manifest: str | Path | None = None,
     annotations: str | Path | None = None,
     leave_out: str | Path | None = None,
+    classes: Sequence[str] = CLASSES,
 ) -> list[SlideEntry]:
     """The slides of a folder, of a manifest, those of a folder that a manifest lists, or a slide itself.
 
@@ -63,6 +58,7 @@ def find_cohort(
         manifest: a table of the slides in `source`; other slides there are left out.
         annotations: folder of files `<slide's name>.xml` and the like, for slides whose manifest names none.
         leave_out: a folder in `source` that is not searched (that of the outputs).
+        classes: see `read_manifest`.
 
     Returns:
         entries with absolute paths.
@@ -78,9 +74,9 @@ def find_cohort(
     if source.suffix.lower() == ".csv" and not source.is_dir():
         if manifest is not None:
             raise DatasetError(f"{source}: a manifest, as is {manifest}; give one, or a folder and one")
-        entries = read_manifest(source)
+        entries = read_manifest(source, classes=classes)
     elif manifest is not None:
-        entries = read_manifest(manifest, source)
+        entries = read_manifest(manifest, source, classes)
         unlisted = len(set(_slide_files(source, leave_out)) - {entry.path for entry in entries})
         if unlisted:
             logger.warning("%s: %d slides that %s does not list are left out", source, unlisted, manifest)
@@ -90,12 +86,12 @@ def find_cohort(
 
 
 def find_slides_at(places: Sequence[str | Path], leave_out: str | Path | None = None) -> list[SlideEntry]:
-    """The slides of several folders, manifests and slides, as `find_cohort` finds those of one.
+    """The slides of several folders, manifests (their labels left out) and slides, as `find_cohort` finds those of one.
 
     Raises:
         DatasetError: see there.
     """
-    return with_own_names([entry for place in places for entry in find_cohort(place, leave_out=leave_out)])
+    return with_own_names([entry for place in places for entry in find_cohort(place, leave_out=leave_out, classes=())])
 
 
 def _slides_at(place: Path, leave_out: str | Path | None) -> list[SlideEntry]:
@@ -213,8 +209,8 @@ def read_manifest(
     Args:
         path: the table.
         root: folder that relative names start from; None for the table's own.
-        classes: names that labels may have, in any case: that of slides without tumour, and that of the others. Of
-            the usual ones "tumor" is a spelling.
+        classes: names that labels may have, in any case, that of normal slides first; "tumor" is "tumour". None:
+            labels are not looked at.
 
     Returns:
         entries in the order of the table, with absolute paths.
@@ -226,10 +222,9 @@ def read_manifest(
     root = Path(os.path.abspath(path.parent if root is None else root))
     entries: list[SlideEntry] = []
     places: dict[Path, int] = {}
-    labels = LABELS if tuple(classes) == CLASSES else {name.casefold(): n for n, name in enumerate(classes)}
     for number, cells in read_table(path, ["slide"], known=COLUMNS).iterrows():
         where = f"{path}: row {number}"
-        entry = _entry(cells, root, labels, where)
+        entry = _entry(cells, root, classes, where)
         other = places.setdefault(entry.path, number)
         if other != number:
             raise DatasetError(f"{where}, column 'slide': row {other} has this slide, too; drop one")
@@ -239,25 +234,33 @@ def read_manifest(
     return with_own_names(entries)
 
 
-def _entry(cells: Mapping[str, str], root: Path, labels: Mapping[str, int], where: str) -> SlideEntry:
+def _entry(cells: Mapping[str, str], root: Path, classes: Sequence[str], where: str) -> SlideEntry:
     slide = _file(cells["slide"], root, f"{where}, column 'slide'")
     annotation = cells.get("annotation", "")
     return SlideEntry(
         output_name(slide.stem),
         slide,
-        _one_of(labels, cells.get("label", ""), f"{where}, column 'label'"),
-        _one_of(PARTS, cells.get("part", ""), f"{where}, column 'part'") or "",
+        _label(cells.get("label", ""), classes, f"{where}, column 'label'"),
+        _part(cells.get("part", ""), f"{where}, column 'part'"),
         _file(annotation, root, f"{where}, column 'annotation'") if annotation else None,
         _mpp(cells.get("mpp", ""), f"{where}, column 'mpp'"),
         patient=cells.get("patient", ""),
     )
 
 
-def _one_of(meanings: Mapping[str, Meaning], word: str, where: str) -> Meaning | None:
-    """What a word means; None for none."""
-    if word and word.casefold() not in meanings:
-        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(meanings)} or nothing")
-    return meanings[word.casefold()] if word else None
+def _label(word: str, classes: Sequence[str], where: str) -> int | None:
+    if not classes:
+        return None
+    number = class_number(classes, word)
+    if word and number is None:
+        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(classes)} or nothing, or name your classes")
+    return number
+
+
+def _part(word: str, where: str) -> str:
+    if word and word.casefold() not in PARTS:
+        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(PARTS)} or nothing")
+    return PARTS[word.casefold()] if word else ""
 
 
 def _file(text: str, root: Path, where: str) -> Path:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from medsd.classes import CLASSES
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.index import TileGrid, TileIndex
+from medsd.cohort.index import TileIndex
 from medsd.cohort.kept import TABLE
 from medsd.cohort.split import patients_on_two_sides, split_validation
 from medsd.cohort.tiling import INDEX, THUMBNAILS, Tiling, find_tiles, tile_slides
@@ -29,6 +30,8 @@ class PreparedSlides:
         index: the tiles of all slides with tissue.
         slides: the slides, in the order found.
         training, validation, testing: names of the slides with tissue.
+        classes: names by the numbers of labels.
+        shared: tiles of each slide that outlines of two classes touch.
     """
 
     index: TileIndex
@@ -36,8 +39,10 @@ class PreparedSlides:
     training: tuple[str, ...]
     validation: tuple[str, ...]
     testing: tuple[str, ...]
+    classes: tuple[str, ...] = CLASSES
+    shared: Mapping[str, int] = field(default_factory=dict)
 
-    def tell(self, classes: Sequence[str]) -> None:
+    def tell(self) -> None:
         """Log slides, patients and tiles of each part by class, and warn of patients on two sides."""
         sides = []
         for part in ("training", "validation", "testing"):
@@ -45,10 +50,14 @@ class PreparedSlides:
             tiles = self.index.of_slides([entry.name for entry in entries]).label
             counts = [
                 f"{sum(entry.label == label for entry in entries)} {word} slides ({int((tiles == label).sum())} tiles)"
-                for label, word in enumerate(classes)
+                for label, word in enumerate(self.classes)
             ]
             patients = {entry.patient for entry in entries if entry.patient}
             logger.info("%s: %s%s", part, ", ".join(counts), f" of {len(patients)} patients" if patients else "")
+            if touched := sum(self.shared.get(entry.name, 0) for entry in entries):
+                logger.info(
+                    "%s: outlines of two classes touch %d tiles, see 'shared_tiles' and 'mixed_tiles'", part, touched
+                )
             sides.append(entries)
         if leaks := patients_on_two_sides(sides):
             logger.warning(
@@ -65,7 +74,7 @@ class PreparedSlides:
 def prepare_slides(
     slides: Sequence[SlideEntry],
     folder: str | Path,
-    grid: TileGrid,
+    tiling: Tiling,
     validation_share: float,
     seed: int,
     progress: Progress = no_progress,
@@ -80,8 +89,8 @@ def prepare_slides(
         DatasetError: no slides, or two of one name.
         NoTissueError: no tile at all on the training or testing side.
     """
-    tile_slides(slides, folder, Tiling(grid), workers, progress=progress)
-    return load_prepared(slides, folder, Tiling(grid), validation_share, seed)
+    tile_slides(slides, folder, tiling, workers, progress=progress)
+    return load_prepared(slides, folder, tiling, validation_share, seed)
 
 
 def load_prepared(
@@ -104,9 +113,12 @@ def load_prepared(
     for part in ("training", "testing"):
         if not any(slide.part == part for slide in kept):
             raise NoTissueError(f"{part}: no tissue in any slide; look at {folder / THUMBNAILS}")
-    training, validation = split_validation(kept, validation_share, seed)
+    training, validation = split_validation(kept, validation_share, seed, tiling.classes)
     testing = [slide.name for slide in kept if slide.part == "testing"]
-    return PreparedSlides(index, tuple(slides), tuple(training), tuple(validation), tuple(testing))
+    rows = read_table(folder / TABLE, ("slide", "shared_tiles"))
+    shared = {name: int(count) for name, count in zip(rows["slide"], rows["shared_tiles"], strict=True) if count}
+    parts = tuple(training), tuple(validation), tuple(testing)
+    return PreparedSlides(index, tuple(slides), *parts, tuple(tiling.classes), shared)
 
 
 def failed_slides(folder: str | Path) -> dict[str, str]:

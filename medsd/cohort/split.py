@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from medsd.classes import CLASSES
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 
-_WORDS = ((0, "normal"), (1, "tumor"))
 
-
-def with_parts(slides: Sequence[SlideEntry], test_share: float, seed: int) -> list[SlideEntry]:
+def with_parts(
+    slides: Sequence[SlideEntry], test_share: float, seed: int, classes: Sequence[str] = CLASSES
+) -> list[SlideEntry]:
     """The slides, each with a part: where nobody said one, that of the patient's others, or a share is for testing.
 
-    Where some slides are said to be for testing, no others are.
+    Where some slides are said to be for testing, no others are. A share is one of each of `classes`, whose numbers
+    labels are; a patient with slides of several counts to the last of them.
 
     Raises:
         DatasetError: a slide has no label, or a class too few slides.
@@ -29,12 +31,14 @@ def with_parts(slides: Sequence[SlideEntry], test_share: float, seed: int) -> li
     free = [slide for slide in known if not slide.part]
     dealt: set[str] = set()
     if free and not any(slide.part == "testing" for slide in known):
-        dealt = _dealt(free, test_share, seed, "testing")
+        dealt = _dealt(free, test_share, seed, "testing", classes)
     parts = {True: "testing", False: "training"}
     return [replace(slide, part=slide.part or parts[slide.name in dealt]) for slide in known]
 
 
-def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> tuple[list[str], list[str]]:
+def split_validation(
+    slides: Sequence[SlideEntry], share: float, seed: int, classes: Sequence[str] = CLASSES
+) -> tuple[list[str], list[str]]:
     """Names of training and of validation slides: those said to be, or a share of each class's patients.
 
     Raises:
@@ -43,12 +47,12 @@ def split_validation(slides: Sequence[SlideEntry], share: float, seed: int) -> t
     training = [slide for slide in slides if slide.part == "training"]
     held_out = {slide.name for slide in slides if slide.part == "validation"}
     if not held_out:
-        held_out = _dealt(training, share, seed, "validation")
+        held_out = _dealt(training, share, seed, "validation", classes)
     names = [slide.name for slide in training]
     sides = sorted(set(names) - held_out), sorted(held_out)
     label = {slide.name: slide.label for slide in slides}
     for side, part in zip(sides, ("training", "validation"), strict=True):
-        for number, word in _WORDS:
+        for number, word in enumerate(classes):
             if not any(label[name] == number for name in side):
                 raise DatasetError(f"{part}: no {word} slide; give slides other parts, or change the seed")
     return sides
@@ -60,18 +64,18 @@ def patients_on_two_sides(parts: Sequence[Sequence[SlideEntry]]) -> list[str]:
     return sorted({patient for n, side in enumerate(sides) for other in sides[:n] for patient in side & other})
 
 
-def _dealt(slides: Sequence[SlideEntry], share: float, seed: int, part: str) -> set[str]:
-    """Names of a share of the slides: of the patients with tumour, and of those without, so that no patient is cut."""
+def _dealt(slides: Sequence[SlideEntry], share: float, seed: int, part: str, classes: Sequence[str]) -> set[str]:
+    """Names of a share of the slides: of the patients of each class, so that no patient is cut."""
     groups: dict[str, list[SlideEntry]] = {}
     for slide in slides:
         groups.setdefault(f"patient {slide.patient}" if slide.patient else slide.name, []).append(slide)
-    for label, word in _WORDS:
+    for label, word in enumerate(classes):
         count = sum(any(slide.label == label for slide in group) for group in groups.values())
         if count < 2:
             raise DatasetError(f"training/{word}: {count} slide(s); at least 2 are needed, one for {part}")
     generator = np.random.default_rng(seed)
     chosen: set[str] = set()
-    for label, _ in _WORDS:
+    for label in range(len(classes)):
         names = sorted(name for name, group in groups.items() if max(slide.label or 0 for slide in group) == label)
         shuffled = [names[i] for i in generator.permutation(len(names))]
         count = min(max(1, round(share * len(names))), len(names) - 1)

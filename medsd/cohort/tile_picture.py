@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileIndex
+from medsd.cohort.index import MIXED, TileIndex
 from medsd.drawing import WHITE, Canvas, Colour, fitted, text_width
 from medsd.slides.slide import Slide, thumbnail
 from medsd.slides.tissue import TissueMask
@@ -23,7 +23,12 @@ _MARGIN_PX = 12
 _TEXT_PX = 15
 _OUTLINE = (0, 120, 60)
 _UNSEEN = (230, 120, 0)
-_COLOURS = {TUMOUR: (214, 39, 40), NORMAL: (31, 119, 180), MIXED: (90, 90, 90)}
+_MIXED = (90, 90, 90)
+# By the number of the class; further classes begin again with the second.
+_COLOURS = (
+    *((31, 119, 180), (214, 39, 40), (148, 103, 189), (255, 187, 0)),
+    *((23, 190, 207), (227, 119, 194), (140, 86, 75), (44, 160, 44)),
+)
 # Opacities, of 255: stained nuclei must stay visible through a tile.
 _FILL, _EDGE = 48, 230
 _SMALLEST_EDGED_PX = 16
@@ -35,7 +40,7 @@ def draw_tiles(
     tiles: TileIndex,
     tissue: TissueMask,
     unseen: npt.NDArray[np.bool_],
-    labelled: bool,
+    classes: Sequence[str],
 ) -> None:
     """Draw the slide, the outline of its tissue, its tiles by label, and a legend with their numbers, as PNG.
 
@@ -45,7 +50,7 @@ def draw_tiles(
         tiles: its tiles, those that could not be decoded too.
         tissue: its tissue.
         unseen: (n,) True where a tile could not be decoded.
-        labelled: whether the labels of the tiles mean anything.
+        classes: names by the labels of the tiles; none where labels mean nothing.
 
     Raises:
         OutputError: the file cannot be written.
@@ -58,7 +63,7 @@ def draw_tiles(
     pixels[inside & ~binary_erosion(inside, iterations=2)] = _OUTLINE
     side = tiles.tile_px * tiles.mpp / slide.mpp / level0_px
     colours = [
-        _UNSEEN if lost else _COLOURS[label if labelled else NORMAL]
+        _UNSEEN if lost else _colour(label if classes else 0)
         for lost, label in zip(unseen.tolist(), tiles.label.tolist(), strict=True)
     ]
     layer = _layer((width, height), tiles.x / level0_px, tiles.y / level0_px, side, colours)
@@ -71,11 +76,17 @@ def draw_tiles(
     picture.text(_MARGIN_PX, height + 22, name, _TEXT_PX)
     picture.text(2 * _MARGIN_PX + text_width(name, _TEXT_PX), height + 22, about, _TEXT_PX)
     x = float(_MARGIN_PX)
-    for word, colour in _legend(tiles, tissue, unseen, labelled):
+    for word, colour in _legend(tiles, tissue, unseen, classes):
         picture.box(x, height + 34, 13, 13, colour)
         picture.text(x + 19, height + 46, word, _TEXT_PX)
         x += 41 + text_width(word, _TEXT_PX)
     picture.save(path, tiles.names[0])
+
+
+def _colour(label: int) -> Colour:
+    if label == MIXED:
+        return _MIXED
+    return _COLOURS[label if label < len(_COLOURS) else 1 + (label - 1) % (len(_COLOURS) - 1)]
 
 
 def _layer(
@@ -100,13 +111,13 @@ def _layer(
 
 
 def _legend(
-    tiles: TileIndex, tissue: TissueMask, unseen: npt.NDArray[np.bool_], labelled: bool
+    tiles: TileIndex, tissue: TissueMask, unseen: npt.NDArray[np.bool_], classes: Sequence[str]
 ) -> list[tuple[str, Colour]]:
     if not tissue.mask.any():
         return [("no tissue found", WHITE)]
-    kinds = [(TUMOUR, "tumour"), (NORMAL, "normal"), (MIXED, "mixed")] if labelled else [(MIXED, "tiles")]
+    kinds = [*enumerate(classes), (MIXED, "mixed")] if classes else [(MIXED, "tiles")]
     counts = [(int(((tiles.label == label) & ~unseen).sum()), word, label) for label, word in kinds]
-    legend = [(f"{count} {word}", _COLOURS[label if labelled else NORMAL]) for count, word, label in counts if count]
+    legend = [(f"{count} {word}", _colour(label if classes else 0)) for count, word, label in counts if count]
     if unseen.any():
         legend.append((f"{int(unseen.sum())} damaged", _UNSEEN))
     return [("tissue outline", _OUTLINE), *(legend or [("no tiles", WHITE)])]

@@ -6,20 +6,23 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from medsd.annotations import Annotations, read_annotations
+from medsd.annotations import tumour_share
 from medsd.checks import check_choice, check_number
+from medsd.classes import CLASSES, checked_classes
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
 from medsd.cohort.kept import Kept, SlideRow, gather
+from medsd.cohort.outlines import Outlines, read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
-from medsd.errors import AnnotationError, DatasetError
+from medsd.errors import DatasetError
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record
 from medsd.slides.reading import read_tiles
@@ -30,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 INDEX = "tiles.npz"
 THUMBNAILS = "thumbnails"
-_LABELS = {1: "tumor", 0: "normal", None: ""}
 _COLUMNS = (
     *("slide", "path", "part", "label", "annotation", "patient", "status", "reason"),
     *("mpp", "mpp_source", "reader", "width", "height"),
-    *("tissue_mm2", "tiles", "tumour_tiles", "normal_tiles", "mixed_tiles", "unseen_tiles", "seconds"),
+    *("tissue_mm2", "tiles"),
 )
+_LAST_COLUMNS = ("mixed_tiles", "shared_tiles", "unseen_tiles", "seconds")
 # Raised whenever the same settings give other tiles or another record.
-_FORMAT = 3
+_FORMAT = 4
 # Tiles so much finer than the slide are told (our choice).
 _ENLARGED = 1.1
 
@@ -53,6 +56,7 @@ class Tiling:
         verify: decode every tile once, and leave out those that cannot be decoded.
         max_unseen: the share of a slide's tiles (or of its area, when tissue is looked for) that may be undecodable;
             beyond it the slide is failed (our choice).
+        classes: names of the classes by the number of labels, that of normal tissue first.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -63,8 +67,10 @@ class Tiling:
     force_tissue: bool = False
     verify: bool = True
     max_unseen: float = 0.05
+    classes: Sequence[str] = CLASSES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", checked_classes(self.classes))
         check_choice("tissue", self.tissue, METHODS)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
 
@@ -75,7 +81,7 @@ class TiledSlide(SlideRow):
 
     Attributes:
         part: the slide's part in its data set.
-        label: "tumor", "normal", or empty where nobody says.
+        label: name of the slide's class; empty where nobody says.
         annotation: the file of its outlines, if any.
         patient: whose slide it is; empty where nobody says.
         mpp, mpp_source: micrometres per level-0 pixel, and where the number comes from; None where it never opened.
@@ -83,7 +89,9 @@ class TiledSlide(SlideRow):
         width, height: size at level 0 in pixels.
         tissue_mm2: area of the tissue.
         tiles: number of tiles.
-        tumour_tiles, normal_tiles, mixed_tiles: of these, by label; mixed are also tiles whose label nobody knows.
+        class_tiles: of these, those of each class by its name: columns such as `tumour_tiles`.
+        mixed_tiles: of these, those of no class, see `tile_labels`; also tiles whose label nobody knows.
+        shared_tiles: of these, those that outlines of two classes or more touch, whatever their label.
         unseen_tiles: tiles that could not be decoded and were left out.
     """
 
@@ -98,9 +106,9 @@ class TiledSlide(SlideRow):
     height: int | None = None
     tissue_mm2: float | None = None
     tiles: int = 0
-    tumour_tiles: int = 0
-    normal_tiles: int = 0
+    class_tiles: Mapping[str, int] = field(default_factory=dict)
     mixed_tiles: int = 0
+    shared_tiles: int = 0
     unseen_tiles: int = 0
 
 
@@ -141,7 +149,7 @@ def tile_slides(
     Example:
         >>> slides = [SlideEntry("slide", Path("slide.tif"), annotation=Path("slide.xml"))]
         >>> tiled = tile_slides(slides, "tiles", Tiling(TileGrid(tile_px=64, stride_px=64, mpp=1.0)))
-        >>> tiled.slides[0].status, tiled.slides[0].tumour_tiles > 0
+        >>> tiled.slides[0].status, tiled.slides[0].class_tiles["tumour"] > 0
         ('ok', True)
     """
     work = _TilingWork(Path(folder), tiling)
@@ -214,6 +222,13 @@ class _Tiles(Kept[TiledSlide]):
     columns = _COLUMNS
     record = "slides/{}.json"
 
+    def cells(self, row: TiledSlide) -> Mapping[str, Any]:
+        return asdict(row) | {f"{name}_tiles": count for name, count in row.class_tiles.items()}
+
+    def header(self, rows: Sequence[TiledSlide]) -> Sequence[str]:
+        names = dict.fromkeys(name for row in rows for name in row.class_tiles)
+        return (*self.columns, *(f"{name}_tiles" for name in names), *_LAST_COLUMNS)
+
     def publish(self, rows: Sequence[TiledSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
         found = [json.dumps(recipes[row.slide]["tiling"]) for row in rows if row.status != "failed"]
         counts = Counter(found)
@@ -267,24 +282,27 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
             row,
             path=str(entry.path),
             part=entry.part,
-            label=_LABELS[entry.label],
+            label="" if entry.label is None else self.tiling.classes[entry.label],
             annotation="" if entry.annotation is None else str(entry.annotation),
             patient=entry.patient,
+            class_tiles=row.class_tiles or dict.fromkeys(self.tiling.classes, 0),
         )
 
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[TiledSlide]:
         tiling = self.tiling
-        annotations = _annotations(entry, slide)
+        outlines = read_outlines(entry, slide.dimensions, slide.bounds[:2], tiling.classes)
         tissue = find_tissue(slide, method=tiling.tissue, force=tiling.force_tissue)
-        found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, annotations)
-        labelled = _has_labels(entry, annotations)
-        doubts = list(_doubts(slide, entry, found, annotations, tiling.grid))
-        if labelled and annotations is not None and _missed(found, annotations):
+        found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, outlines)
+        labelled = _has_labels(entry, outlines)
+        doubts = list(_doubts(slide, entry, found, outlines, tiling))
+        if labelled and _missed(found, outlines):
             labelled = False
         if not labelled:
             found.label[:] = MIXED  # nobody says what a tile is: no honest label
         elif not entry.exhaustive:
-            found.label[found.label == NORMAL] = MIXED  # there may be tumour that nobody outlined
+            # Outside there may be what nobody outlined.
+            drawn = _covered(found, outlines, 0, slide.mpp)
+            found.label[(found.label == NORMAL) & (drawn < tiling.grid.outlined_from)] = MIXED
         seen = np.ones(len(found), np.bool_)
         if tiling.verify:
             places = read_tiles(slide, found.x, found.y, found.tile_px, found.mpp)
@@ -292,7 +310,14 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
                 seen[tile.row] = tile.seen is None or tile.seen.all()
         for doubt in doubts:
             logger.warning("%s: %s", entry.path, doubt)
-        draw_tiles(self.folder / THUMBNAILS / f"{entry.name}.png", slide, found, tissue, ~seen, labelled)
+        draw_tiles(
+            self.folder / THUMBNAILS / f"{entry.name}.png",
+            slide,
+            found,
+            tissue,
+            ~seen,
+            tiling.classes if labelled else (),
+        )
         tiles, unseen = found.rows(seen), found.rows(~seen)
         row = replace(
             self.row(entry, *_verdict(slide, tissue, len(found), len(unseen), tiling)),
@@ -308,8 +333,17 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
             return Made(row)
         row = replace(row, reason="; ".join([row.reason, *doubts] if row.reason else doubts))
         tiles.save(self.record_of(entry.name).with_name(f"{entry.name}.npz"))
-        tumour, normal, mixed = (int((tiles.label == label).sum()) for label in (TUMOUR, NORMAL, MIXED))
-        row = replace(row, tiles=len(tiles), tumour_tiles=tumour, normal_tiles=normal, mixed_tiles=mixed)
+        mixed, *counts = (int((tiles.label == label).sum()) for label in range(MIXED, len(tiling.classes)))
+        shared = np.zeros(len(tiles), np.int64)
+        for number in filter(None, outlines or ()):
+            shared += _covered(tiles, outlines, number, slide.mpp) > 0
+        row = replace(
+            row,
+            tiles=len(tiles),
+            class_tiles=dict(zip(tiling.classes, counts, strict=True)),
+            mixed_tiles=mixed,
+            shared_tiles=int(np.count_nonzero(shared > 1)),
+        )
         corners = list(zip(unseen.x.tolist(), unseen.y.tolist(), strict=True))
         return Made(row, [name.format(entry.name) for name in self.outputs], {"unseen_level0": corners})
 
@@ -321,37 +355,37 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
         return tiles_in(self, row, self.tiling.grid)
 
 
-def _annotations(entry: SlideEntry, slide: Slide) -> Annotations | None:
-    """The slide's outlines; AnnotationError where they say the opposite of its label."""
-    if entry.annotation is None:
-        return None
-    found = read_annotations(entry.annotation, slide.dimensions, qupath_origin_px=slide.bounds[:2])
-    if entry.label == 0 and not found.tumour.is_empty:
-        raise AnnotationError(f"{entry.annotation}: outlines tumour on a slide that is labelled normal; correct either")
-    return found
+def _covered(tiles: TileIndex, outlines: Outlines | None, number: int, slide_mpp: float) -> npt.NDArray[np.float64]:
+    """The share of each tile (n,) in the outlines of a class."""
+    if outlines is None or number not in outlines:
+        return np.zeros(len(tiles))
+    return tumour_share(outlines[number], tiles.x, tiles.y, tiles.tile_px * tiles.mpp / slide_mpp)
 
 
-def _has_labels(entry: SlideEntry, annotations: Annotations | None) -> bool:
+def _has_labels(entry: SlideEntry, outlines: Outlines | None) -> bool:
     """Whether tiles can be labelled: by outlines, or because the whole slide is normal."""
-    outlined = annotations is not None and not annotations.tumour.is_empty
-    return outlined or entry.label == 0 or (entry.label is None and annotations is not None)
+    outlined = bool(outlines) and (any(outlines or ()) or not entry.exhaustive)
+    return outlined or entry.label == 0 or (entry.label is None and outlines is not None)
 
 
-def _missed(tiles: TileIndex, annotations: Annotations) -> bool:
-    """Whether tumour is outlined, and none of it lies on a tile: the outlines may be another slide's."""
-    return len(tiles) > 0 and not annotations.tumour.is_empty and bool((tiles.label == NORMAL).all())
+def _missed(tiles: TileIndex, outlines: Outlines | None) -> bool:
+    """Whether a class is outlined, and none of it lies on a tile: the outlines may be another slide's."""
+    return len(tiles) > 0 and any(outlines or ()) and bool((tiles.label == NORMAL).all())
 
 
 def _doubts(
-    slide: Slide, entry: SlideEntry, tiles: TileIndex, annotations: Annotations | None, grid: TileGrid
+    slide: Slide, entry: SlideEntry, tiles: TileIndex, outlines: Outlines | None, tiling: Tiling
 ) -> Iterator[str]:
     """What must not pass without a word: tiles that are no real pixels, and labels that nobody gave."""
-    if slide.mpp > _ENLARGED * grid.mpp:
-        yield f"tiles ({grid.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
-    if annotations is not None and _missed(tiles, annotations):
-        yield "no outline of tumour lies on tissue, so no tile has a label; see whether they are this slide's"
-    elif entry.label == 1 and (annotations is None or annotations.tumour.is_empty):
-        yield "a tumour slide without outlines: no tile has a label"
+    if slide.mpp > _ENLARGED * tiling.grid.mpp:
+        yield f"tiles ({tiling.grid.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
+    name = tiling.classes[entry.label or 0]
+    if _missed(tiles, outlines):
+        yield "no outline lies on tissue, so no tile has a label; see whether they are this slide's"
+    elif entry.label and not any(outlines or ()):
+        yield f"a slide of the class {name} without outlines: no tile has a label"
+    elif entry.label and entry.label not in (outlines or ()):
+        yield f"labelled {name}, of which nothing is outlined, though other classes are"
 
 
 def _verdict(slide: Slide, tissue: TissueMask, tiles: int, unseen: int, tiling: Tiling) -> tuple[str, str]:

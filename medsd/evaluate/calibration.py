@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from medsd.annotations import rasterise, read_annotations
 from medsd.cohort.dataset import Sample
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.outlines import Outlines, holds, raster, read_outlines
 from medsd.errors import DatasetError
 from medsd.evaluate.operating import JudgedMap, lesion_threshold, slide_cut_off
 from medsd.evaluate.scores import youden_threshold
@@ -41,7 +41,9 @@ def calibrate_on_slides(
     progress: Progress = no_progress,
     normaliser: StainNormaliser | None = None,
 ) -> Calibration:
-    """Threshold, cut-off and scale from the maps of validation slides, their stain normalised if the tiles' was.
+    """Threshold, cut-off and scale of the engine's target from the maps of validation slides.
+
+    Their stain is normalised if the tiles' was. Whatever else is outlined or labelled counts as without the target.
 
     The threshold of regions is chosen for lesions (`lesion_threshold`), with the settings' budget of false regions;
     where no slide is outlined in full it is Youden's on map pixels. Slides of the slide score (`top_mean`) of the
@@ -50,8 +52,9 @@ def calibrate_on_slides(
     calibrated probabilities.
 
     Raises:
-        DatasetError: the slides show one class only.
+        DatasetError: the slides show the target nowhere, or everywhere.
     """
+    classes, target = engine.classifier.classes, engine.target
     judged: list[JudgedMap] = []
     labels, scores = [], []
     values: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in engine.settings.methods}
@@ -62,23 +65,26 @@ def calibrate_on_slides(
             maps = engine.map(seen, tissue, progress)
             size_px, origin_px, mpp = slide.dimensions, slide.bounds[:2], slide.mpp
         probability = maps.probability
-        tumour = tumour_on(probability, entry, size_px, origin_px)
-        judged.append(JudgedMap(probability, tumour, entry.exhaustive, mpp, size_px))
+        outlines, shape = read_outlines(entry, size_px, origin_px, classes), probability.values.shape
+        inside = raster(outlines, target, shape, probability.level0_px)
+        outlined = outlined_on(probability, outlines)
+        judged.append(JudgedMap(probability, inside, entry.exhaustive, mpp, size_px, outlined))
         if entry.label is not None and probability.seen.any():
-            labels.append(entry.label)
+            labels.append(int(holds(entry, outlines, target)))
             scores.append(top_mean(probability.values[probability.seen]))
         for name, explanation in maps.explanations.items():
             values[name].append(np.abs(explanation.values[explanation.seen]))
     saliencies = {name: np.concatenate(parts) for name, parts in values.items() if name not in LABEL_FREE}
     # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
-    pixels = np.concatenate([one.tumour[one.known] for one in judged])
+    pixels = np.concatenate([one.inside[one.known] for one in judged])
     probabilities = np.concatenate([one.probability.values[one.known] for one in judged])
     found = _calibration(engine, pixels, probabilities, saliencies, f"{len(slides)} validation slides")
     found = replace(found, cut_off=slide_cut_off(labels, scores))
     if any(one.exhaustive for one in judged):
         # As of the regions of slides that are mapped.
         smallest_um2 = smallest_region_um2(engine.tile_px, engine.mpp)
-        threshold, lesions = lesion_threshold(judged, engine.settings.false_lesions, smallest_um2)
+        name = classes[target]
+        threshold, lesions = lesion_threshold(judged, engine.settings.false_lesions, smallest_um2, name)
         found = replace(found, threshold=threshold, lesions=lesions)
     return found
 
@@ -86,39 +92,42 @@ def calibrate_on_slides(
 def find_reference(
     engine: Engine, dataset: Dataset[Sample], labels: npt.NDArray[np.int8], source: str
 ) -> NeutralReference:
-    """The neutral reference of the engine's layer, between the mean activations of normal and of tumour tiles.
+    """The neutral reference of the engine's layer, between the mean activations of tiles without and with the target.
 
     Args:
         engine: its `neutral` finds it.
-        dataset: tiles of the engine's `tile_px`; up to 256 of each class are taken, evenly.
-        labels: (n,) 0 or 1, those of the dataset.
+        dataset: tiles of the engine's `tile_px`; up to 256 with the target, and as many without it, are taken, evenly.
+        labels: (n,) class numbers, those of the dataset.
         source: what the tiles are, in words.
 
     Raises:
-        DatasetError: the tiles are of one class.
+        DatasetError: tiles with the target or without it are missing.
         NetworkError: no point between them has log-odds 0.
     """
-    if len(np.unique(labels)) < 2:
-        raise DatasetError(f"{source} hold one class only; the neutral reference needs both, change validation_share")
+    has = labels == engine.target
+    if has.all() or not has.any():
+        name = engine.classifier.classes[engine.target]
+        raise DatasetError(
+            f"{source} are {'all' if has.all() else 'none'} of class {name}; the neutral reference needs both, change "
+            "validation_share"
+        )
 
-    def batches(label: int) -> Iterator[Tensor]:
-        rows = np.flatnonzero(labels == label)
+    def batches(wanted: npt.NDArray[np.bool_]) -> Iterator[Tensor]:
+        rows = np.flatnonzero(wanted)
         rows = rows[np.linspace(0, len(rows) - 1, min(_REFERENCE_FROM, len(rows))).astype(int)]
         for start in range(0, len(rows), _BATCH):
             yield torch.stack([dataset[row]["image"] for row in rows[start : start + _BATCH].tolist()])
 
-    return engine.neutral(batches(0), batches(1), source)
+    return engine.neutral(batches(~has), batches(has), source)
 
 
-def tumour_on(
-    values: ValueMap, entry: SlideEntry, slide_size_px: tuple[int, int], qupath_origin_px: tuple[int, int]
-) -> npt.NDArray[np.bool_]:
-    """The annotated tumour (height, width) on the grid of a map of the slide; none where there is no annotation."""
-    height, width = values.values.shape
-    if entry.annotation is None:
-        return np.zeros((height, width), bool)
-    annotations = read_annotations(entry.annotation, slide_size_px, qupath_origin_px=qupath_origin_px)
-    return rasterise(annotations, width, height, values.level0_px)
+def outlined_on(values: ValueMap, outlines: Outlines | None) -> npt.NDArray[np.bool_]:
+    """Where any class is outlined, (height, width) on the grid of a map of the slide."""
+    shape = values.values.shape
+    found = np.zeros(shape, np.bool_)
+    for number in outlines or ():
+        found |= raster(outlines, number, shape, values.level0_px)
+    return found
 
 
 def calibrate_on_patches(
@@ -155,7 +164,10 @@ def _calibration(
     source: str,
 ) -> Calibration:
     if len(np.unique(labels)) < 2:
-        raise DatasetError(f"{source} hold one class only; the threshold needs both, change validation_share or seed")
+        name = engine.classifier.classes[engine.target]
+        raise DatasetError(
+            f"{source}: {name} is nowhere, or everywhere; the threshold needs both, change validation_share or seed"
+        )
     settings = engine.settings
     return Calibration(
         # A network that is sure of everything would give 1.0, which no map exceeds.

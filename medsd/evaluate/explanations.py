@@ -102,7 +102,7 @@ def score_explanations(
         classifier: in eval mode for the length of the call.
         dataset: samples {"image": (3, S, S) uint8, "label"}, all of one size.
         settings: what the scores rest on.
-        region: the tumour within the tile of that number, (S, S) bool; `masks.__getitem__` of an array (N, S, S).
+        region: the target within the tile of that number, (S, S) bool; `masks.__getitem__` of an array (N, S, S).
         progress: shown over batches.
         collected: pooled features (n, d) and labels (n,) of all tiles, where they are there already.
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medsd.annotations import rasterise, read_annotations
 from medsd.cohort.entry import SlideEntry
-from medsd.evaluate.calibration import tumour_on
+from medsd.cohort.outlines import holds, raster, read_outlines
 from medsd.evaluate.froc import (
     RATES,
     Candidates,
@@ -47,10 +46,10 @@ class JudgedSlide:
     """What became of a slide's map of one kind.
 
     Attributes:
-        label: 1 tumour, 0 normal.
+        label: 1 with the target, 0 without.
         score: the slide score, see `top_mean`.
         hits: of the map's candidates.
-        dice: overlap of pixels above the threshold with the tumour, 0 to 1; nan without tumour.
+        dice: overlap of pixels above the threshold with the target, 0 to 1; nan without it.
         isolated: lesions that are isolated tumour cells and do not count.
     """
 
@@ -69,7 +68,7 @@ class MapScores:
         froc: mean sensitivity to lesions at 1/4, 1/2, 1, 2, 4 and 8 false positives a slide.
         sensitivity: at each of these.
         slide_auc: of the slide scores.
-        dice: mean over slides with tumour.
+        dice: mean over slides with the target.
     """
 
     froc: Interval
@@ -85,7 +84,7 @@ class LesionScores:
     Attributes:
         maps: by kind: the model's, by its maxima and by the peaks of its regions; values drawn evenly from 0 to 1; 1
             everywhere.
-        slides, tumour_slides: how many were scored, and how many of them hold tumour.
+        slides, tumour_slides: how many were scored, and how many of them hold the target.
         lesions, isolated: how many lesions count, and how many are isolated tumour cells, which do not.
     """
 
@@ -97,7 +96,12 @@ class LesionScores:
 
 
 def judge_slides(
-    entries: Sequence[SlideEntry], folder: str | Path, card: ModelCard, candidates: str | Path, seed: int = 0
+    entries: Sequence[SlideEntry],
+    folder: str | Path,
+    card: ModelCard,
+    candidates: str | Path,
+    seed: int = 0,
+    target: str | None = None,
 ) -> dict[str, list[JudgedSlide]]:
     """Judge the maps of slides, and controls on the same tissue, against the slides' outlines.
 
@@ -110,12 +114,14 @@ def judge_slides(
         card: of calibrated weights.
         candidates: folder that gets a CSV a slide of the model's, see `write_candidates`.
         seed: of the random map.
+        target: the class that is mapped; its outlines are the lesions.
 
     Returns:
         By kind of map, the slides in their order.
     """
-    assert card.calibration is not None
-    threshold, smallest_um2 = card.calibration.threshold, smallest_region_um2(card.tile_px, card.mpp)
+    number_of, calibration = card.asked(target)
+    assert calibration is not None
+    threshold, smallest_um2 = calibration.threshold, smallest_region_um2(card.tile_px, card.mpp)
     judged: dict[str, list[JudgedSlide]] = {name: [] for name in (MODEL, PEAKS, RANDOM, CONSTANT)}
     place = make_folder(candidates)
     for number, entry in enumerate(entries):
@@ -123,13 +129,13 @@ def judge_slides(
             continue
         probability = read_ome_tiff(Path(folder) / entry.name / "probability.ome.tif")
         scale = read_slide_record(Path(folder) / entry.name)["scale"]
-        truth = _truth(entry, probability, scale)
+        truth = _truth(entry, probability, scale, card.classes, number_of)
         for name, values in _controls(probability, np.random.default_rng((seed, number))).items():
             shown = replace(probability, values=values)
             found = map_candidates(shown)
             seen = shown.seen
-            score, overlap = top_mean(values[seen]), dice(values[seen] > threshold, truth.tumour[seen])
-            judged[name].append(JudgedSlide(int(entry.label), score, truth.hits(found), overlap, len(truth.isolated)))
+            score, overlap = top_mean(values[seen]), dice(values[seen] > threshold, truth.inside[seen])
+            judged[name].append(JudgedSlide(truth.label, score, truth.hits(found), overlap, len(truth.isolated)))
             if name == MODEL:
                 write_candidates(place / f"{entry.name}.csv", found)
                 size = scale["dimensions"][0], scale["dimensions"][1]
@@ -185,9 +191,10 @@ def curve_of(slides: Sequence[JudgedSlide]) -> FrocCurve | None:
 
 @dataclass(frozen=True)
 class _Truth:
-    """A slide's tumour on the map's grid, and its lesions on a finer one."""
+    """Whether a slide has the target, where on the map's grid, and its lesions on a finer one."""
 
-    tumour: npt.NDArray[np.bool_]
+    label: int
+    inside: npt.NDArray[np.bool_]
     lesions: Labels
     isolated: npt.NDArray[np.int64]
     level0_px: float
@@ -196,17 +203,16 @@ class _Truth:
         return judge_candidates(candidates, self.lesions, self.isolated, self.level0_px)
 
 
-def _truth(entry: SlideEntry, probability: ValueMap, scale: Mapping[str, Any]) -> _Truth:
+def _truth(
+    entry: SlideEntry, probability: ValueMap, scale: Mapping[str, Any], classes: Sequence[str], target: int
+) -> _Truth:
     width, height = scale["dimensions"]
     origin, level0_px = (scale["bounds"][0], scale["bounds"][1]), _MASK_UM / scale["mpp"]
-    tumour = tumour_on(probability, entry, (width, height), origin)
-    shape = math.ceil(height / level0_px), math.ceil(width / level0_px)
-    fine = np.zeros(shape, bool)
-    if entry.label and entry.annotation is not None:
-        outlines = read_annotations(entry.annotation, (width, height), qupath_origin_px=origin)
-        fine = rasterise(outlines, shape[1], shape[0], level0_px)
+    outlines = read_outlines(entry, (width, height), origin, classes)
+    inside = raster(outlines, target, probability.values.shape, probability.level0_px)
+    fine = raster(outlines, target, (math.ceil(height / level0_px), math.ceil(width / level0_px)), level0_px)
     labels = lesion_labels(fine, _MASK_UM)
-    return _Truth(tumour, labels, isolated_cells(labels, _MASK_UM), level0_px)
+    return _Truth(int(holds(entry, outlines, target)), inside, labels, isolated_cells(labels, _MASK_UM), level0_px)
 
 
 def _controls(probability: ValueMap, random: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""Operating points, fixed on validation slides: where a region begins, and which slides are taken for tumour."""
+"""Operating points, fixed on validation slides: where a region begins, and which slides are raised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from medsd.heatmap.value_map import ValueMap
 from medsd.intervals import LEVEL
 from medsd.networks.calibrated import LesionPoint, SlideCutOff
 
-# Tumour slides that a cut-off may miss, as a share: one odd slide of twenty moves it no more (our choice).
+# Slides with the target that a cut-off may miss, as a share: one odd slide of twenty moves it no more (our choice).
 _MISSED = 0.05
 _STEPS = 128  # thresholds that are tried at most
 
@@ -30,27 +30,30 @@ class JudgedMap:
 
     Attributes:
         probability: the map.
-        tumour: (height, width) on its grid, the annotation.
-        exhaustive: whether that is all tumour of the slide.
+        inside: (height, width) on its grid, where the target is outlined.
+        exhaustive: whether that is all of it on the slide.
         slide_mpp: micrometres per level-0 pixel.
         dimensions: (width, height) at level 0.
+        outlined: where any class is outlined, as `inside`; None where only the target is.
     """
 
     probability: ValueMap
-    tumour: npt.NDArray[np.bool_]
+    inside: npt.NDArray[np.bool_]
     exhaustive: bool
     slide_mpp: float
     dimensions: tuple[int, int]
+    outlined: npt.NDArray[np.bool_] | None = None
 
     @property
     def known(self) -> npt.NDArray[np.bool_]:
         """(height, width): what is seen and has a label."""
-        return self.probability.seen if self.exhaustive else self.probability.seen & self.tumour
+        outlined = self.inside if self.outlined is None else self.outlined
+        return self.probability.seen if self.exhaustive else self.probability.seen & outlined
 
     @cached_property
     def _lesions(self) -> tuple[npt.NDArray[np.int32], shapely.STRtree]:
         """The lesion of each map pixel that lies in one, and their centres in level-0 pixels."""
-        labels = lesion_labels(self.tumour, self.probability.mpp)
+        labels = lesion_labels(self.inside, self.probability.mpp)
         rows, columns = np.nonzero(labels)
         side = self.probability.level0_px
         return labels[rows, columns], shapely.STRtree(shapely.points((columns + 0.5) * side, (rows + 0.5) * side))
@@ -68,28 +71,31 @@ class JudgedMap:
         return len(regions) - len(np.unique(region)), len(np.unique(labels[place]))
 
 
-def lesion_threshold(maps: Sequence[JudgedMap], budget: float, smallest_um2: float) -> tuple[float, LesionPoint]:
+def lesion_threshold(
+    maps: Sequence[JudgedMap], budget: float, smallest_um2: float, target: str = "tumour"
+) -> tuple[float, LesionPoint]:
     """The threshold of regions: as many lesions as can be found with `budget` false regions a slide, drawn best.
 
-    From the highest probability down, as long as the regions off all tumour (`lesion_labels`, on the map's grid) are
+    From the highest probability down, as long as the regions off the target (`lesion_labels`, on the map's grid) are
     within the budget on average: the lowest of these finds the most lesions. Of all that find as many the one is taken
-    whose pixels overlap the tumour best (Dice), for the lowest may spread far beyond it where nothing else is near
+    whose pixels overlap it best (Dice), for the lowest may spread far beyond it where nothing else is near
     (our choice). Where no region keeps within the budget it is the highest probability, above which there is none.
 
     Args:
         maps: validation slides, some of them outlined in full.
         budget: false regions a slide; counted on slides that are outlined in full.
         smallest_um2: smaller regions are left out, as they are of slides that are mapped.
+        target: the class, for messages.
 
     Raises:
-        DatasetError: no slide is outlined in full, or no tumour on any.
+        DatasetError: no slide is outlined in full, or the target is on none.
     """
     slides = sum(one.exhaustive for one in maps)
     if not slides:
         raise DatasetError("no validation slide is outlined in full: nobody knows which regions are false")
-    truth = np.concatenate([one.tumour[one.known] for one in maps])
+    truth = np.concatenate([one.inside[one.known] for one in maps])
     if not truth.any():
-        raise DatasetError("no tumour on any validation slide; change validation_share or seed")
+        raise DatasetError(f"no {target} on any validation slide; change validation_share or seed")
     values = np.concatenate([one.probability.values[one.known] for one in maps])
     tried: list[tuple[int, float, int, float]] = []
     for threshold in _thresholds(values):
@@ -106,16 +112,16 @@ def lesion_threshold(maps: Sequence[JudgedMap], budget: float, smallest_um2: flo
 
 
 def slide_cut_off(labels: npt.ArrayLike, scores: npt.ArrayLike) -> SlideCutOff | None:
-    """The highest cut-off that finds at least 95 % of the tumour slides, all of fewer than 20 (our choice).
+    """The highest cut-off that finds at least 95 % of the slides with the target, all of fewer than 20 (our choice).
 
     It lies midway between the lowest score that is found and the next one below it, of any slide.
 
     Args:
-        labels: (n,) 1 tumour, 0 normal.
+        labels: (n,) 1 with the target, 0 without.
         scores: (n,) slide scores.
 
     Returns:
-        None without a tumour slide.
+        None without a slide of the target.
 
     Raises:
         DatasetError: as `medsd.evaluate.scores.auc`.

@@ -20,7 +20,7 @@ from medsd.evaluate.runs import Run, number_text, read_run_json
 from medsd.evaluate.scores import roc_curve
 from medsd.tables import read_table
 
-_NORMAL, _TUMOUR, _INK = "#1f77b4", "#d62728", "#444444"
+_OTHER, _TARGET, _INK = "#1f77b4", "#d62728", "#444444"
 _TERMS = (
     ("cross_entropy", _INK),
     ("consistency", "#9467bd"),
@@ -102,7 +102,7 @@ def _draw_roc(axes: Axes, folder: Path, scores: dict[str, Any]) -> None:
 def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     slides, area = scores["slides"]["slides"], scores["slides"]["slide_auc"]
     names = sorted(slides, key=lambda name: slides[name][1])
-    for word, colour, wanted in (("tumour", _TUMOUR, True), ("normal", _NORMAL, False)):
+    for word, colour, wanted in ((_target(scores), _TARGET, True), (scores.get("other", "normal"), _OTHER, False)):
         places = [(slides[name][1], row) for row, name in enumerate(names) if bool(slides[name][0]) == wanted]
         axes.plot(*np.reshape(places, (-1, 2)).T, "o", color=colour, label=word)
     axes.set(xlabel="slide score", xlim=(-0.02, 1.02), yticks=range(len(names)), yticklabels=names)
@@ -113,12 +113,12 @@ def _draw_slides(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
 
 def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     pointing = scores["slides"]["pointing"]
-    masks = scores["slides"].get("quantity") == "mask"
+    masks, target = scores["slides"].get("quantity") == "mask", _target(scores)
     names = sorted(pointing)
     rows = np.arange(len(names))
     for offset, key, colour, word in (
-        (0.2, "positive_inside", _TUMOUR, "open masks in tumour" if masks else "positive saliency in tumour"),
-        (-0.2, "area_share", "#bbbbbb", "tissue that is tumour"),
+        (0.2, "positive_inside", _TARGET, f"{'open masks' if masks else 'positive saliency'} in {target}"),
+        (-0.2, "area_share", "#bbbbbb", f"tissue that is {target}"),
     ):
         axes.barh(rows + offset, [pointing[name][key] or 0 for name in names], 0.38, color=colour, label=word)
     axes.set(xlabel="share", xlim=(0, 1), yticks=rows, yticklabels=names)
@@ -127,8 +127,17 @@ def _draw_pointing(axes: Axes, _folder: Path, scores: dict[str, Any]) -> None:
     _as_they_are(axes)
 
 
-def draw_froc(path: str | Path, judged: Mapping[str, Sequence[JudgedSlide]], scores: LesionScores) -> None:
+def _target(scores: dict[str, Any]) -> str:
+    """The class that is scored; runs of before do not say."""
+    return str(scores.get("target", "tumour"))
+
+
+def draw_froc(
+    path: str | Path, judged: Mapping[str, Sequence[JudgedSlide]], scores: LesionScores, target: str = "tumour"
+) -> None:
     """Draw the FROC curves and the slides' ROC curves of a model's maps and of the controls; nothing without either.
+
+    `target` is the class whose lesions they are, in words.
 
     Raises:
         OutputError: the figure cannot be written.
@@ -151,11 +160,11 @@ def draw_froc(path: str | Path, judged: Mapping[str, Sequence[JudgedSlide]], sco
             area = found.slide_auc
             label = f"{name}: {area.value:.2f} ({area.low:.2f} to {area.high:.2f})"
             roc.plot(*rates[:2], "-", marker=marker, ms=4, color=colour, label=label)
-    title = f"{scores.lesions} lesions ({scores.isolated} more are isolated cells, left out)"
+    title = f"{scores.lesions} lesions of {target} ({scores.isolated} more are isolated cells, left out)"
     froc.set(
         xlabel="false positives a slide", ylabel="lesions found", title=title, xlim=(-0.1, 8.2), ylim=(-0.02, 1.05)
     )
-    title = f"{scores.tumour_slides} of {scores.slides} slides with tumour"
+    title = f"{scores.tumour_slides} of {scores.slides} slides with {target}"
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.05))
     for axes, heading in ((froc, "mean at the markers"), (roc, "area under the curve")):
         axes.spines[["top", "right"]].set_visible(False)
@@ -166,8 +175,10 @@ def draw_froc(path: str | Path, judged: Mapping[str, Sequence[JudgedSlide]], sco
 
 
 def _as_they_are(axes: Axes) -> None:
-    """Names on the axis and in the title are no formulae, whatever dollar signs are in them."""
-    for label in (axes.title, *axes.get_yticklabels()):
+    """Names on the axis, in the title and the legend are no formulae, whatever dollar signs are in them."""
+    found = axes.get_legend()
+    legend = [] if found is None else found.get_texts()
+    for label in (axes.title, *axes.get_yticklabels(), *legend):
         label.set_parse_math(False)
 
 

@@ -20,12 +20,12 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class PointingShare:
-    """How much of a saliency map points at tumour, over the tissue that was seen.
+    """How much of a saliency map points at a class, over the tissue that was seen.
 
     Attributes:
-        positive_inside: share of the positive saliency that lies in tumour, 0 to 1; nan without positive saliency.
-        area_share: share of the seen tissue that is tumour, 0 to 1: what a constant map would score.
-        ratio: `positive_inside / area_share`; 1 is chance, nan without seen tumour.
+        positive_inside: share of the positive saliency that lies in it, 0 to 1; nan without positive saliency.
+        area_share: share of the seen tissue that is the class, 0 to 1: what a constant map would score.
+        ratio: `positive_inside / area_share`; 1 is chance, nan where none of it is seen.
     """
 
     positive_inside: float
@@ -111,7 +111,9 @@ def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Flo
     """
     positive, values = check_scores(labels, scores)
     if positive.all() or not positive.any():
-        raise DatasetError(f"scores: all {len(values)} items have one class; a ROC curve needs tumour and normal items")
+        raise DatasetError(
+            f"scores: all {len(values)} items have one class; a ROC curve needs items with and without it"
+        )
     distinct, tie = np.unique(values, return_inverse=True)
     counts = (np.bincount(tie[chosen], minlength=len(distinct))[::-1] for chosen in (~positive, positive))
     rates = (np.concatenate([[0.0], np.cumsum(count) / count.sum()]) for count in counts)
@@ -121,7 +123,7 @@ def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Flo
 def youden_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """The threshold with the largest sensitivity + specificity - 1 (Youden 1950); `score >= threshold` is positive.
 
-    It lies midway between neighbouring scores. Of equal ones the lowest is taken, since a missed tumour costs more than
+    It lies midway between neighbouring scores. Of equal ones the lowest is taken, since a missed lesion costs more than
     a false alarm (our choice). Where none beats chance it is the lowest score: everything is called positive.
     Arguments as in `auc`.
 
@@ -157,30 +159,30 @@ def dice(found: Bools, truth: Bools) -> float:
     return 2 * int(np.count_nonzero(found & truth)) / (int(np.count_nonzero(found)) + size) if size else math.nan
 
 
-def inside_share(saliency: npt.NDArray[np.floating], tumour: Bools, tissue: Bools) -> PointingShare:
-    """Energy pointing: the share of the positive saliency that lies in tumour, against tumour's share of the area.
+def inside_share(saliency: npt.NDArray[np.floating], inside: Bools, tissue: Bools) -> PointingShare:
+    """Energy pointing: the share of the positive saliency that lies in a class, against its share of the area.
 
     After the energy-based pointing game (Wang et al. 2020, Score-CAM), counted over seen tissue only (our choice).
 
     Args:
         saliency: signed map, shape (h, w); NaN is not seen.
-        tumour, tissue: shape (h, w).
+        inside, tissue: shape (h, w).
 
     Raises:
         DatasetError: shapes differ, or the saliency is infinite somewhere.
     """
-    if not saliency.shape == tumour.shape == tissue.shape:
+    if not saliency.shape == inside.shape == tissue.shape:
         raise DatasetError(
-            f"pointing share: saliency {saliency.shape}, tumour {tumour.shape} and tissue {tissue.shape} differ; "
+            f"pointing share: saliency {saliency.shape}, inside {inside.shape} and tissue {tissue.shape} differ; "
             "put all three on one grid"
         )
     if np.isinf(saliency).any():
         raise DatasetError("pointing share: the saliency is infinite somewhere; compute it in float32, not float16")
     seen = np.asarray(tissue, np.bool_) & ~np.isnan(saliency)
-    inside = seen & np.asarray(tumour, np.bool_)
+    within = seen & np.asarray(inside, np.bool_)
     positive = np.maximum(saliency, 0.0, dtype=np.float64)
-    positive_inside = _ratio(float(positive[inside].sum()), float(positive[seen].sum()))
-    area_share = _ratio(float(np.count_nonzero(inside)), float(np.count_nonzero(seen)))
+    positive_inside = _ratio(float(positive[within].sum()), float(positive[seen].sum()))
+    area_share = _ratio(float(np.count_nonzero(within)), float(np.count_nonzero(seen)))
     return PointingShare(positive_inside, area_share, _ratio(positive_inside, area_share))
 
 
@@ -203,7 +205,7 @@ def check_scores(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, F
         raise DatasetError(f"scores: {truth.shape} labels, {values.shape} scores; give one label and one score an item")
     known = np.isin(truth, (0, 1))
     if not known.all():
-        raise DatasetError(f"scores: label {truth[~known][0]!r} is neither 0 nor 1; give 1 for tumour and 0 for normal")
+        raise DatasetError(f"scores: label {truth[~known][0]!r} is neither 0 nor 1; give 1 for the class, 0 for others")
     if not np.isfinite(values).all():
         wrong = np.flatnonzero(~np.isfinite(values))
         raise DatasetError(

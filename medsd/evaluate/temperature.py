@@ -25,14 +25,14 @@ _TIGHT = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
 
 @dataclass(frozen=True)
 class CalibrationScores:
-    """How far a classifier's tumour probabilities are off on test data.
+    """How far a classifier's probabilities of the target are off on test data.
 
     Attributes:
         ece: expected calibration error of the calibrated probabilities, see `calibration_error`.
         ece_before: that of softmax(logits).
         brier: Brier score of the calibrated probabilities, see `brier_score`.
         temperature: that divides the logits, fitted on validation data.
-        threshold: probability from which a tile counts as tumour, from validation data.
+        threshold: probability from which a tile counts as the target, from validation data.
     """
 
     ece: float
@@ -48,13 +48,15 @@ def score_calibration(
     temperature: float,
     threshold: float,
     offset: Sequence[float] = (),
+    target: int = 1,
 ) -> CalibrationScores:
     """Calibration on test data, before and after temperature and offset.
 
     Args:
         logits: (n, K).
-        labels: (n,) class numbers, 1 tumour.
+        labels: (n,) class numbers.
         temperature, threshold, offset: from validation data, see `medsd.networks.calibrated`.
+        target: the class that is judged against the others.
 
     Raises:
         DatasetError: as `fit_temperature`.
@@ -62,10 +64,10 @@ def score_calibration(
     """
     check_number("temperature", temperature, "(0, inf)")
     truth, values = _checked(logits, labels)
-    tumour = truth == 1
-    before = softmax(values)[:, 1]
-    after = softmax(calibrated(torch.from_numpy(values), temperature, offset).numpy())[:, 1]
-    errors = calibration_error(tumour, after), calibration_error(tumour, before), brier_score(tumour, after)
+    has = truth == target
+    before = softmax(values)[:, target]
+    after = softmax(calibrated(torch.from_numpy(values), temperature, offset).numpy())[:, target]
+    errors = calibration_error(has, after), calibration_error(has, before), brier_score(has, after)
     return CalibrationScores(*errors, temperature, threshold)
 
 
@@ -158,10 +160,10 @@ def fit_scaling(
 
 
 def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = 15) -> float:
-    """Expected calibration error of tumour probabilities, 0 to 1: mean |share of tumour - mean probability| of bins.
+    """Expected calibration error of a class's probabilities, 0 to 1: mean |share of it - mean probability| of bins.
 
     Bins are of equal width, (low, high], and weigh as many items as they hold (Naeini et al. 2015, Guo et al. 2017).
-    It is the tumour's probability that is judged, over 0 to 1, since it is drawn and thresholded; that of the
+    It is the class's probability that is judged, over 0 to 1, since it is drawn and thresholded; that of the
     predicted class, as often printed, would fold the bins below 0.5 onto those above.
 
     Args:
@@ -180,7 +182,7 @@ def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
 
 
 def brier_score(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """Mean (probability - label)^2 of tumour probabilities, 0 to 1 (Brier 1950, of two classes the half).
+    """Mean (probability - label)^2 of a class's probabilities, 0 to 1 (Brier 1950, of two classes the half).
 
     Arguments and errors as in `calibration_error`.
     """
@@ -208,5 +210,5 @@ def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[
 def _probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[Floats, Floats]:
     truth, values = check_scores(labels, probabilities)
     if not len(values) or not ((values >= 0) & (values <= 1)).all():
-        raise DatasetError("scores: no probabilities, or outside 0 to 1; give those of the tumour class")
+        raise DatasetError("scores: no probabilities, or outside 0 to 1; give those of one class")
     return truth.astype(np.float64), values

@@ -22,7 +22,7 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
     """What a reader of the sheet must know."""
     settings, card, images = explained.settings, explained.model.card, explained.images
     sizes = [image.size_px for image in images]
-    yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where tumour is."
+    yield f"{RESEARCH_USE_ONLY} Maps show what the model reacts to, not where any class is."
     methods: dict[str, list[str]] = {}
     for name in settings.methods:
         output = f"{explained.output}, but for what its map lacks"
@@ -53,7 +53,7 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
             f"The weights expect {card.mpp:g} µm per pixel; pictures do not tell theirs, so check it "
             f"(tiles of {card.tile_px} px, trained on {card.trained_on})."
         )
-        yield prevalence_words(card, 1)
+        yield prevalence_words(card, 1, card.calibration)
         far = sum(not 1 / _FAR <= math.sqrt(height * width) / card.tile_px <= _FAR for height, width in sizes)
         if far:
             yield f"{far} image(s) are over {_FAR:g} times larger or smaller than those tiles."

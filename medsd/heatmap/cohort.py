@@ -105,7 +105,9 @@ def gather_maps(output: str | Path) -> list[SlideResult]:
 def _write_findings(folder: Path, found: Findings, slide: Slide, quantity: str) -> None:
     probability, regions = (folder / file for file in _FINDINGS)
     write_ome_tiff(probability, found.probability)
-    write_regions(regions, found.regions, "Tumour (model)", slide.path.stem, quantity, slide.bounds[:2])
+    name = found.probability.target
+    words = f"{name[:1].upper()}{name[1:]} (model)"
+    write_regions(regions, found.regions, words, slide.path.stem, quantity, slide.bounds[:2])
 
 
 def _file_of(method: str) -> str:
@@ -120,7 +122,7 @@ class _Maps(Kept[SlideResult]):
     folder: Path
     row_type = SlideResult
     columns = (
-        *("slide", "status", "model", "misfit", "reason", "score", "verdict", "regions", "region_area_mm2"),
+        *("slide", "status", "model", "misfit", "reason", "target", "score", "verdict", "regions", "region_area_mm2"),
         *(*_DROPS, "seconds"),
     )
     record = f"{{}}/{RECORD}"
@@ -141,6 +143,11 @@ class _MapWork(_Maps, Work[SlideResult]):
         *(REGIONS, *map(file_of_map, ("saliency", "probability", *METHODS))),
     )
 
+    @property
+    def target(self) -> str:
+        """The class that is mapped; empty of an encoder alone."""
+        return "" if self.model.card is None else self.model.card.classes[self.model.engine.target]
+
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
         calibration, engine = self.model.calibration, self.model.engine
         recipe = {
@@ -149,6 +156,8 @@ class _MapWork(_Maps, Work[SlideResult]):
             "max_unseen": self.request.max_unseen,
             "faithful_tiles": self.request.faithful_tiles,
         }
+        if self.target and len(self.model.engine.classifier.classes) > 2:
+            recipe["target"] = self.target
         if self.request.also:
             recipe["also"] = sorted(set(self.request.also))
         if calibration is None:  # what was not of the weights
@@ -190,7 +199,7 @@ class _MapWork(_Maps, Work[SlideResult]):
                 _write_findings(folder, found, slide, maps.saliency.quantity)
                 area_mm2 = found.region_area_mm2
                 row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
-                row = replace(row, verdict=found.verdict[0])
+                row = replace(row, verdict=found.verdict[0], target=self.target)
             if faithful is not None:
                 bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
                 row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)
@@ -203,6 +212,7 @@ class _MapWork(_Maps, Work[SlideResult]):
             row, files = self.row(entry, "empty", f"no tissue found; see {_THUMBNAIL}"), [_THUMBNAIL]
         content = {
             "model": words,
+            "target": self.target,
             "misfits": apart,
             "slide": {"name": entry.path.name, "sha256": slide_hash},
             "scale": {

@@ -189,12 +189,12 @@ class DenseEngine(Engine):
             maps = np.stack([conserve(*pair, stage.taken) for pair in zip(maps, sums, strict=True)])
         return as_array(self.probability(window_mean(logits, self.window))), maps
 
-    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+    def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
         bias = self.classifier.head.bias
         with evaluating(self.classifier), torch.no_grad():
             low, high = (
                 _mean(self.cascade.whole(batch.to(self.classifier.device)) for batch in tiles)
-                for tiles in (normal, tumour)
+                for tiles in (without, having)
             )
 
         def evidence_of(vector: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class MixedEngine(Engine):
         name = method or self.settings.methods[0]
         return self.maker_of(name).run(images, name)
 
-    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
-        return self._dense.neutral(normal, tumour, source)
+    def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
+        return self._dense.neutral(without, having, source)
 
 
 def _of_tiles(settings: MapSettings) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, faithful: Faithfuln
             "not judged."
         )
     if model.card is None:
-        yield "The encoder has learned no classes: its maps show what its features hold, not where tumour is."
+        yield "The encoder has learned no classes: its maps show what its features hold, not where any class is."
     else:
         yield f"On other material than the classifier's own ({model.card.trained_on}) its scores mean little."
         yield (
@@ -150,13 +150,13 @@ def model_words(model: MapModel) -> str:
         return f"Encoder alone, taken at {model.engine.mpp:g} µm per pixel; it has learned no classes."
     return (
         f"Classifier trained on {card.trained_on}; tissue: {card.tissue or 'not stated'}; at {card.mpp:g} µm per "
-        f"pixel. {prevalence_words(card, model.engine.target)}"
+        f"pixel. {prevalence_words(card, model.engine.target, model.calibration)}"
     )
 
 
-def prevalence_words(card: ModelCard, target: int) -> str:
+def prevalence_words(card: ModelCard, target: int, calibration: Calibration | None) -> str:
     """The share of the target in tissue that calibrated probabilities assume, a sentence."""
-    calibration, name = card.calibration, card.classes[target]
+    name = card.classes[target]
     if calibration is None or not calibration.offset:
         return f"Probabilities are not corrected for how rare {name} is."
     share = 100 * calibration.tissue_shares[target]
@@ -189,7 +189,7 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
         found["Encoder"] = f"{model.name} at {engine.mpp:g} µm per pixel"
     else:
         found["Classifier"] = f"{model.name}, tiles of {card.tile_px} px at {card.mpp:g} µm per pixel"
-        if card.randomised is not None:
+        if card.randomised is not None and engine.target == 1:
             found["Random weights"] = Randomised(**card.randomised).words
     return found | {"Weights SHA-256": model.sha256}
 

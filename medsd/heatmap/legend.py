@@ -33,7 +33,7 @@ _MEANINGS = {
     "and the values do not add up.",
     "gradient_x_activation": "Slope times activation: what the model reacts to. Its sign is no evidence for or against "
     "{target}, and the values do not add up.",
-    MASK: "Which of its features the model used, each seeing more than its place; not tumour probability.",
+    MASK: "Which of its features the model used, each seeing more than its place; no probability.",
 }
 
 

@@ -53,7 +53,7 @@ class MapSettings:
             about. None: as large as memory allows.
         way: "dense", "tiled", or "auto": dense where network and methods allow it.
         batch: tiles that the tiled engine computes at once.
-        false_lesions: regions off all tumour that the threshold of regions may leave on a validation slide, on average.
+        false_lesions: regions off the target that the threshold of regions may leave on a validation slide, on average.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -225,11 +225,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+    def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
         """The neutral reference of the layer, as this engine's "deeplift" takes it.
 
         Args:
-            normal, tumour: batches (B, 3, tile_px, tile_px) uint8 of tiles without and with the target.
+            without, having: batches (B, 3, tile_px, tile_px) uint8 of tiles without and with the target.
             source: what they are, in words.
 
         Raises:

@@ -40,6 +40,7 @@ class MapRequest:
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
         also: further outputs: "overlay.tif" (see `write_overlay_tiff`), "tiles.geojson" (see `write_tiles`) and "dicom"
             (see `write_dicom`).
+        target: name of the class to map, one of those that the weights were calibrated for; None for the second class.
         faithful_tiles: tiles at most on which is measured how far the answer follows the map, see `judge_map`; 0: not.
 
     Raises:
@@ -53,6 +54,7 @@ class MapRequest:
     max_unseen: float = 0.05
     also: Sequence[str] = ()
     faithful_tiles: int = MOST_TILES
+    target: str | None = None
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:
@@ -74,17 +76,14 @@ class MapModel:
         name: timm name of the encoder.
         sha256: of the weights and what their file says.
         card: of a classifier, calibrated; None of an encoder alone, whose probability says nothing.
+        calibration: of the class that is mapped; None of an encoder alone.
     """
 
     engine: Engine
     name: str
     sha256: str
     card: ModelCard | None
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What validation data fixed; None of an encoder alone."""
-        return None if self.card is None else self.card.calibration
+    calibration: Calibration | None = None
 
 
 def load_map_model(weights: str | Path, request: MapRequest, device: torch.device) -> MapModel:
@@ -92,15 +91,15 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
 
     Raises:
         WeightsError: weights that cannot be used, or a classifier that was never calibrated.
-        ConfigError: an encoder without its mpp, a method that it has no classes for, or a classifier whose layer and
-            mpp are given.
+        ConfigError: an encoder without its mpp, a method or target that it has no classes for, a classifier whose layer
+            and mpp are given, or a target that it was not calibrated for.
         NetworkError: no such layer, or an encoder whose maps are no functions of places.
     """
     encoder = open_encoder(weights, device)
     if encoder is not None:
         return _of_encoder(Path(weights), encoder, request)
     classifier, card, digest = load_classifier(weights, device)
-    calibration = card.calibration
+    target, calibration = card.asked(request.target)
     if calibration is None:
         raise WeightsError(f"{weights}: not calibrated (no threshold and scale); run the stage 'finetune' to its end")
     for name, given in (("layer", request.layer), ("network_mpp", request.network_mpp)):
@@ -118,17 +117,20 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         classifier,
         card.tile_px,
         card.mpp,
+        target,
         settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px),
         temperature=calibration.temperature,
         reference=reference,
         offset=calibration.offset,
     )
-    return MapModel(engine, card.encoder, digest, card)
+    return MapModel(engine, card.encoder, digest, card, calibration)
 
 
 def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
     names = request.methods or _OF_ENCODER
     check_label_free(names, path)
+    if request.target is not None:
+        raise ConfigError(f"target='{request.target}': {path} is an encoder, which has no classes; leave it out")
     if request.network_mpp is None:
         raise ConfigError(f"network_mpp: {path} is an encoder and does not say its scale; give its um per pixel")
     network = encoder.network

@@ -39,6 +39,7 @@ class SlideResult(SlideRow):
     """What became of a slide: a row of `slides.csv`.
 
     Attributes:
+        target: name of the class that score, verdict and regions speak of; empty without classes.
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         verdict: what the score means, by what its cut-off did on validation slides; empty without a score.
         regions: number of regions at the threshold.
@@ -49,6 +50,7 @@ class SlideResult(SlideRow):
             `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
     """
 
+    target: str = ""
     score: float | None = None
     regions: int = 0
     region_area_mm2: float = 0.0
@@ -142,6 +144,7 @@ def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> No
         others=[row for row in rows if row.status != "ok"],
         counts=count_by_status(rows),
         models=list(dict.fromkeys(row.model for row in rows if row.model)),
+        targets=len({row.target for row in rows if row.target}),
         title=title,
     )
 

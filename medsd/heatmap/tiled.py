@@ -151,11 +151,11 @@ class TiledEngine(Engine):
         probability, maps = self._run(images)
         return probability, maps[method or self.settings.methods[0]]
 
-    def neutral(self, normal: Iterable[Tensor], tumour: Iterable[Tensor], source: str) -> NeutralReference:
+    def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
         layer, shape = f"encoder.{self.settings.layer}", (3, self.tile_px, self.tile_px)
         low, high = (
             mean_activation(self.classifier, layer, (batch.to(self.classifier.device) for batch in tiles))
-            for tiles in (normal, tumour)
+            for tiles in (without, having)
         )
         evidence_of = tile_evidence(self.classifier, layer, "evidence", self.target, shape)
         point = find_neutral(self.calibrated_evidence(evidence_of), low, high)

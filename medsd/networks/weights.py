@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import medsd
+from medsd.classes import target_number
 from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import atomic_path, json_of
 from medsd.networks.aim import AimClassifier
@@ -41,7 +42,8 @@ class ModelCard:
         trained_on: the training data, in words.
         tissue: what was on its slides, in words; empty where nobody said.
         start: what the encoder started from, in words; empty where nobody said.
-        calibration: None until validation data have fixed it.
+        calibration: of the second class, against the others; None until validation data have fixed it.
+        others: of further classes by name, each against all others; see `asked`.
         data_sha256: of the items and labels of its training, validation and test parts.
         settings_sha256: of the settings it was trained with.
         stain_target: numbers of the stain that its tiles were normalised to, and that slides are before it maps them
@@ -69,6 +71,22 @@ class ModelCard:
     input_mean: tuple[float, ...] = IMAGENET_MEAN
     input_std: tuple[float, ...] = IMAGENET_STD
     randomised: dict[str, Any] | None = None
+    others: dict[str, Calibration] = field(default_factory=dict)
+
+    def asked(self, target: str | None) -> tuple[int, Calibration | None]:
+        """The number of the class that is asked about, see `target_number`, and what validation data fixed of it.
+
+        Raises:
+            ConfigError: no such class, or one that was never calibrated beside others that were.
+        """
+        number = target_number(self.classes, target)
+        if number == target_number(self.classes, None) or self.calibration is None:
+            return number, self.calibration
+        name = self.classes[number]
+        if name not in self.others:
+            known = ", ".join((self.classes[1], *self.others))
+            raise ConfigError(f"target='{target}': these weights map {known}; thresholds of '{name}' were never fixed")
+        return number, self.others[name]
 
 
 def save_classifier(path: str | Path, classifier: Classifier, card: ModelCard) -> str:
@@ -211,12 +229,13 @@ def _card(path: Path, card: dict[str, Any]) -> ModelCard:
         if card.get("architecture", "tile") not in _ARCHITECTURES:
             raise ValueError(f"architecture '{card['architecture']}' is unknown")
         known = None if calibration is None else read_calibration(calibration)
+        others = {name: read_calibration(fields) for name, fields in card.get("others", {}).items()}
         check_tile(card["tile_px"], card["mpp"])
         lists: dict[str, Any] = {
             name: tuple(card[name]) for name in ("classes", "input_mean", "input_std") if name in card
         }
-        return ModelCard(**{**card, **lists, "calibration": known})
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        return ModelCard(**{**card, **lists, "calibration": known, "others": others})
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise unreadable_card(path, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Normal tiles that a half-trained classifier takes for tumour, to be drawn more often from then on.
+"""Normal tiles that a half-trained classifier takes for something else, to be drawn more often from then on.
 
 Wang et al., "Deep learning for identifying metastatic breast cancer" (arXiv 1606.05718), winners of CAMELYON16, added
 the false positives of a first training to the tiles of a second one; Li and Ping (NCRF, MIDL 2018) did likewise. Here
@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 from torch import nn
 from torch.utils.data import Subset
 
 from medsd.checks import check_number
 from medsd.cohort.dataset import Sample
 from medsd.progress import progress_bar
-from medsd.training.predict import predict
+from medsd.training.predict import predict_logits
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class HardNegativeRound:
     Attributes:
         epoch: epochs before the round (0 starts with it).
         share: share of the normal draws from then on that come from the hard negatives, 0 to 1.
-        dataset: the training items, with their classes as `labels` (n,): 0 normal, 1 tumour, others are left out.
-        threshold: tumour probability from which on an item is hard, 0 to 1.
+        dataset: the training items, with their classes as `labels` (n,): 0 normal.
+        threshold: probability of all other classes together from which on an item is hard, 0 to 1.
         batch_size, workers: as in `predict`.
 
     Raises:
@@ -51,14 +52,13 @@ class HardNegativeRound:
         check_number("threshold", self.threshold, "[0, 1]")
 
     def find(self, classifier: nn.Module) -> npt.NDArray[np.int64]:
-        """The normal items whose tumour probability is `threshold` or more, ascending; perhaps none.
+        """The normal items whose probability of other classes is `threshold` or more, ascending; perhaps none.
 
         Every normal item is read once. Tiles that the annotation cuts, or whose label nobody knows, are never among
         them.
         """
         normal = np.flatnonzero(self.dataset.labels == 0).astype(np.int64)
         items: Subset[Sample] = Subset(self.dataset, cast(Sequence[int], normal))  # no list of millions of integers
-        probability = predict(
-            classifier, items, batch_size=self.batch_size, workers=self.workers, progress=progress_bar("mine")
-        )
+        logits = predict_logits(classifier, items, self.batch_size, self.workers, progress_bar("mine"))
+        probability = softmax(logits, axis=1)[:, 1:].sum(axis=1) if len(logits) else np.zeros(0)
         return normal[probability >= self.threshold]

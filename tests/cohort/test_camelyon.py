@@ -341,7 +341,7 @@ def test_the_seed_chooses() -> None:
     assert len({tuple(split_validation(entries(20, 20), 0.25, seed)[1]) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize(("normal", "tumour", "word"), [(1, 5, "normal"), (5, 0, "tumor")])
+@pytest.mark.parametrize(("normal", "tumour", "word"), [(1, 5, "normal"), (5, 0, "tumour")])
 def test_too_few_slides_to_split(normal: int, tumour: int, word: str) -> None:
     with pytest.raises(DatasetError, match=rf"training/{word}: [01] slide\(s\); at least 2 are needed"):
         split_validation(entries(normal, tumour), 0.25, 0)

@@ -301,7 +301,7 @@ def test_hard_items_must_be_normal_ones(items: list[int]) -> None:
 def test_mixed_tiles_are_never_drawn_and_a_class_must_be_there() -> None:
     labels, groups = np.array([0, -1, 1, -1], np.int8), np.array(["a", "a", "b", "b"])
     assert set(SlideGroupedSampler(labels, groups, 20)) == {0, 2}
-    for missing, word in ((0, "normal"), (1, "tumour")):
+    for missing in (0, 1):
         kept = labels != missing
-        with pytest.raises(DatasetError, match=f"no {word} tiles"):
+        with pytest.raises(DatasetError, match=f"no tiles to train on of class {missing}"):
             SlideGroupedSampler(labels[kept], groups[kept], 20)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, box
 
 from medsd.annotations import Annotations
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex, join, no_tiles, tile_labels, tiles_of_slide
 from medsd.errors import ConfigError, DatasetError
 from medsd.slides.tissue import TissueMask
 
@@ -113,13 +113,25 @@ def test_tiles_need_their_share_of_tissue() -> None:
     assert shares == {0: 1.0, 8: 0.5, 16: 0.0, 24: 0.0}
 
 
-@pytest.mark.parametrize(("tumour_from", "at_eight"), [(0.5, TUMOUR), (0.51, MIXED), (1.0, MIXED), (0.01, TUMOUR)])
-def test_labels_by_the_share_inside_the_annotation(tumour_from: float, at_eight: int) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.sampled_from([0.0, 0.4, 0.5, 1.0])), max_size=30),
+    st.sampled_from([0.2, 0.5, 1.0]),
+)
+def test_a_tile_is_of_the_one_class_that_covers_it(shares: list[tuple[float, float]], least: float) -> None:
+    table = np.array(shares, np.float64).reshape(-1, 2)
+    found = tile_labels({1: table[:, 0], 3: table[:, 1]}, len(table), least)
+    for label, (one, three) in zip(found.tolist(), shares, strict=True):
+        covering = [number for number, share in ((1, one), (3, three)) if share >= least]
+        assert label == (covering[0] if len(covering) == 1 else NORMAL if one == three == 0 else MIXED)
+
+
+@pytest.mark.parametrize(("outlined_from", "at_eight"), [(0.5, 1), (0.51, MIXED), (1.0, MIXED), (0.01, 1)])
+def test_labels_by_the_share_inside_the_annotation(outlined_from: float, at_eight: int) -> None:
     drawn = Annotations(MultiPolygon([box(0, 0, 12, 32)]), 0, MultiPolygon())
-    grid = TileGrid(8, 8, 1.0, tumour_from=tumour_from)
-    tiles = tiles_of_slide(Blank(32, 32), "a", grid, all_tissue(32, 32), drawn)
+    grid = TileGrid(8, 8, 1.0, outlined_from=outlined_from)
+    tiles = tiles_of_slide(Blank(32, 32), "a", grid, all_tissue(32, 32), {1: drawn})
     labels = {x: set(tiles.label[tiles.x == x].tolist()) for x in (0, 8, 16, 24)}
-    assert labels == {0: {TUMOUR}, 8: {at_eight}, 16: {NORMAL}, 24: {NORMAL}}
+    assert labels == {0: {1}, 8: {at_eight}, 16: {NORMAL}, 24: {NORMAL}}
 
 
 def test_a_slide_smaller_than_a_tile_has_none() -> None:
@@ -137,8 +149,8 @@ def test_a_slide_smaller_than_a_tile_has_none() -> None:
         ("mpp", float("inf")),
         ("min_tissue", 1.1),
         ("min_tissue", -0.1),
-        ("tumour_from", 0.0),  # every tile of an annotated slide would be tumour
-        ("tumour_from", 1.5),
+        ("outlined_from", 0.0),  # every tile of an annotated slide would be tumour
+        ("outlined_from", 1.5),
     ],
 )
 def test_grids_that_mean_nothing(name: str, value: float) -> None:

@@ -49,7 +49,7 @@ def test_classes_parts_and_patients(folder: Path) -> None:
         SlideEntry("b", folder / "deep/b.tif", 1, "training"),
         SlideEntry("c", folder / "deep/c.zarr"),
     ]
-    with pytest.raises(DatasetError, match="row 2, column 'label': 'Benign' is unknown; use normal, tumor"):
+    with pytest.raises(DatasetError, match="row 2, column 'label': 'Benign' is unknown; use normal, tumour or"):
         read_manifest(table)
 
 
@@ -156,7 +156,7 @@ MISTAKES = {
     "slide,mpp\na.svs,-0.5\n": r"column 'mpp': '-0\.5' is no number",
     "slide,mpp\na.svs,0.001\n": r"column 'mpp': no microscope has 0\.001 um per pixel; give micrometres.* 0\.05 to 20",
     "slide,mpp\na.svs,1e999\n": r"column 'mpp': no microscope has 1e999 um",
-    "slide,label\na.svs,maybe\n": r"row 2, column 'label': 'maybe' is unknown; use normal, tumor, tumour or nothing",
+    "slide,label\na.svs,maybe\n": r"row 2, column 'label': 'maybe' is unknown; use normal, tumour or nothing",
     "slide,part\na.svs,later\n": r"row 2, column 'part': 'later' is unknown; use training, train, validation",
     "slide\nb.svs\n": r"row 2, column 'slide': no file .*b\.svs; correct the name, which starts from",
     "slide\ndeep\n": r"row 2, column 'slide': no file .*deep",

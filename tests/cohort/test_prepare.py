@@ -17,7 +17,7 @@ from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
+from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex
 from medsd.cohort.prepare import PreparedSlides, failed_slides, load_prepared, prepare_slides
 from medsd.cohort.tiling import Tiling
 from medsd.errors import DatasetError, NoTissueError
@@ -36,7 +36,7 @@ def entries(phantoms: Path) -> list[SlideEntry]:
 @pytest.fixture(scope="session")
 def done(entries: list[SlideEntry], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreparedSlides]:
     folder = tmp_path_factory.mktemp("prepared") / "work"
-    return folder, prepare_slides(entries, folder, GRID, 0.5, 0)
+    return folder, prepare_slides(entries, folder, Tiling(GRID), 0.5, 0)
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_what_is_left_behind(done: tuple[Path, PreparedSlides], entries: list[Sl
     for name, row in table(folder).items():
         tiles = of(prepared.index, name)
         assert row["status"] == "ok" and int(row["tiles"]) == len(tiles) > 0
-        counts = [int((tiles.label == label).sum()) for label in (TUMOUR, NORMAL, MIXED)]
+        counts = [int((tiles.label == label).sum()) for label in (1, NORMAL, MIXED)]
         assert [int(row[f"{word}_tiles"]) for word in ("tumour", "normal", "mixed")] == counts
-        assert (row["part"], row["label"]) == (prepared.entry(name).part, "tumor" if "tumor" in name else row["label"])
+        assert (row["part"], row["label"]) == (prepared.entry(name).part, "tumour" if "tumor" in name else row["label"])
 
 
 def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, PreparedSlides]) -> None:
@@ -94,15 +94,15 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
             assert (tiles.label == NORMAL).all()
         else:
             tumour = tumour_share(read_annotations(entry.annotation), tiles.x, tiles.y, 128)
-            assert np.array_equal(tiles.label == TUMOUR, tumour >= 0.5)
+            assert np.array_equal(tiles.label == 1, tumour >= 0.5)
             assert np.array_equal(tiles.label == MIXED, (tumour > 0) & (tumour < 0.5))
-    assert (prepared.index.label == TUMOUR).any() and (prepared.index.label == NORMAL).any()
+    assert (prepared.index.label == 1).any() and (prepared.index.label == NORMAL).any()
 
 
 def test_a_second_call_opens_no_slide(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     monkeypatch.setattr(runner, "IsolatedSlide", None)
-    again = prepare_slides(entries, copy, GRID, 0.5, 0)
+    again = prepare_slides(entries, copy, Tiling(GRID), 0.5, 0)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before and len(again.index) > 0
 
 
@@ -118,7 +118,7 @@ def test_what_changed_is_redone(copy: Path, phantoms: Path, tmp_path: Path, spoi
         data = Path(shutil.copytree(phantoms, tmp_path / "data", copy_function=shutil.copy2))
         entries = find_slides(data)
         (data / "training" / "lesion_annotations" / f"{entries[2].name}.xml").touch()
-    prepared = prepare_slides(entries, copy, grid, 0.5, 0)
+    prepared = prepare_slides(entries, copy, Tiling(grid), 0.5, 0)
     after = tree(copy)
     whole = {"slides.csv", "tiles.npz"}
     of_slides = {name for name in before if "/" in name}
@@ -137,7 +137,7 @@ def test_what_an_earlier_version_prepared_is_prepared_again(copy: Path, entries:
     path.write_text(json.dumps(record))
     with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
         load_prepared(entries, copy, Tiling(GRID), 0.5, 0)
-    assert len(prepare_slides(entries, copy, GRID, 0.5, 0).index) > 0
+    assert len(prepare_slides(entries, copy, Tiling(GRID), 0.5, 0).index) > 0
 
 
 class Killed(BaseException):
@@ -155,11 +155,11 @@ def test_killed_half_way_is_not_taken_for_whole(
         # After the new tiles of every slide are written, before their index: the old one must not vouch for them.
         patch.setattr(tiling, "join", killed)
         with pytest.raises(Killed):
-            prepare_slides(entries, copy, TileGrid(128, 128, 1.0), 0.5, 0)
+            prepare_slides(entries, copy, Tiling(TileGrid(128, 128, 1.0)), 0.5, 0)
     assert not (copy / "tiles.npz").exists()
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare'"):
         load_prepared(entries, copy, Tiling(GRID), 0.5, 0)
-    assert prepare_slides(entries, copy, GRID, 0.5, 0).index.tile_px == 64
+    assert prepare_slides(entries, copy, Tiling(GRID), 0.5, 0).index.tile_px == 64
     assert not list(copy.rglob(".*"))
     os.utime(copy / "tiles.npz", (1, 1))  # as another process left it, before a slide was done anew
     with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
@@ -200,7 +200,7 @@ def test_a_slide_without_tissue_is_empty_and_plays_no_part(
         SlideEntry("blank_train", blank, 0, "training", None),
         SlideEntry("blank_test", blank, 1, "testing", None),
     ]
-    prepared = prepare_slides([*entries, *empty], tmp_path / "work", GRID, 0.5, 0)
+    prepared = prepare_slides([*entries, *empty], tmp_path / "work", Tiling(GRID), 0.5, 0)
     rows = table(tmp_path / "work")
     for entry in empty:
         assert (rows[entry.name]["status"], rows[entry.name]["tiles"]) == ("empty", "0")
@@ -217,15 +217,15 @@ def test_a_side_without_any_tissue_is_the_error(
     slides.append(SlideEntry("blank", blank, 0, part, None))
     for _ in range(2):  # and the same the second time
         with pytest.raises(NoTissueError, match=f"{part}: no tissue in any slide; look at .*thumbnails"):
-            prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+            prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
 
 
 def test_no_tissue_anywhere_and_no_slides(tmp_path: Path, blank: Path) -> None:
     slides = [SlideEntry(part, blank, 0, part, None) for part in ("training", "testing")]
     with pytest.raises(NoTissueError):
-        prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+        prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
     with pytest.raises(DatasetError, match="no slides"):
-        prepare_slides([], tmp_path / "work", GRID, 0.5, 0)
+        prepare_slides([], tmp_path / "work", Tiling(GRID), 0.5, 0)
 
 
 @pytest.mark.parametrize("annotation", [None, "empty"])
@@ -240,21 +240,21 @@ def test_a_tumour_slide_that_nobody_outlined_has_only_mixed_tiles(
         SlideEntry(s.name, s.path, s.label, s.part, outline) if (s.part, s.label) == ("testing", 1) else s
         for s in entries
     ]
-    prepared = prepare_slides(changed, tmp_path / "work", GRID, 0.5, 0)
+    prepared = prepare_slides(changed, tmp_path / "work", Tiling(GRID), 0.5, 0)
     name = next(s.name for s in changed if (s.part, s.label) == ("testing", 1))
     tiles = of(prepared.index, name)
     assert len(tiles) > 0 and (tiles.label == MIXED).all()
     assert name in prepared.testing and len(prepared.index.of_slides([name])) == 0
-    assert table(tmp_path / "work")[name]["label"] == "tumor"
+    assert table(tmp_path / "work")[name]["label"] == "tumour"
 
 
 def test_outside_the_outlines_of_a_partly_annotated_slide_no_tile_is_normal(
     entries: list[SlideEntry], tmp_path: Path
 ) -> None:
     """There may be tumour that nobody outlined; a run before the slides were marked is not taken for this one."""
-    whole = prepare_slides(entries, tmp_path / "work", GRID, 0.5, 0)
+    whole = prepare_slides(entries, tmp_path / "work", Tiling(GRID), 0.5, 0)
     partly = [replace(slide, exhaustive=slide.label == 0) for slide in entries]
-    prepared = prepare_slides(partly, tmp_path / "work", GRID, 0.5, 0)
+    prepared = prepare_slides(partly, tmp_path / "work", Tiling(GRID), 0.5, 0)
     for slide in entries:
         before, after = of(whole.index, slide.name).label, of(prepared.index, slide.name).label
         if slide.label == 0:
@@ -267,13 +267,13 @@ def test_a_bad_slide_costs_only_itself_and_is_tried_again(entries: list[SlideEnt
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"II*\0 nonsense")
     slides = [*entries, SlideEntry("broken", broken, 0, "training", None)]
-    prepared = prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+    prepared = prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
     assert "broken" not in (*prepared.training, *prepared.validation, *prepared.testing)
     row = table(tmp_path / "work")["broken"]
     assert row["status"] == "failed" and str(broken) in row["reason"] and row["tiles"] == "0"
     assert failed_slides(tmp_path / "work") == {"broken": row["reason"]}
     shutil.copyfile(entries[0].path, broken)
-    prepared = prepare_slides(slides, tmp_path / "work", GRID, 0.5, 0)
+    prepared = prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
     assert "broken" in (*prepared.training, *prepared.validation)
     assert failed_slides(tmp_path / "work") == {} == failed_slides(tmp_path)
 
@@ -285,5 +285,5 @@ def test_progress_counts_slides(entries: list[SlideEntry], tmp_path: Path) -> No
         seen.append((total, unit))
         return iter(items)
 
-    prepare_slides(entries, tmp_path / "work", GRID, 0.5, 0, progress)
+    prepare_slides(entries, tmp_path / "work", Tiling(GRID), 0.5, 0, progress)
     assert seen == [(6, "slide")]

@@ -13,12 +13,13 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.split import patients_on_two_sides, split_validation, with_parts
 from medsd.errors import DatasetError
 
-SLIDES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), min_size=1, max_size=60)
+NAMES = ("benign", "in situ", "invasive")
+SLIDES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=60)
 
 
-def entries(drawn: list[tuple[int, int]], part: str = "") -> list[SlideEntry]:
-    """Slides of at least four patients with tumour and four without, and of those that were drawn."""
-    least = [(100 + number, number % 2) for number in range(8)]
+def entries(drawn: list[tuple[int, int]], part: str = "", classes: int = 2) -> list[SlideEntry]:
+    """Slides of at least four patients of each class, and of those that were drawn."""
+    least = [(100 + number, number % classes) for number in range(4 * classes)]
     return [
         SlideEntry(f"s{number:03}", Path(f"s{number}"), label, part, patient=f"p{patient}")
         for number, (patient, label) in enumerate([*drawn, *least])
@@ -26,18 +27,19 @@ def entries(drawn: list[tuple[int, int]], part: str = "") -> list[SlideEntry]:
 
 
 @given(SLIDES, st.floats(0.1, 0.6), st.integers(0, 99))
-def test_patients_stay_whole_and_every_part_has_both_classes(
+def test_patients_stay_whole_and_every_part_has_all_classes(
     drawn: list[tuple[int, int]], share: float, seed: int
 ) -> None:
-    slides = with_parts(entries(drawn), share, seed)
-    training, validation = split_validation(slides, share, seed)
+    given_slides = entries(drawn, classes=3)
+    slides = with_parts(given_slides, share, seed, NAMES)
+    training, validation = split_validation(slides, share, seed, NAMES)
     testing = [slide.name for slide in slides if slide.part == "testing"]
     assert sorted([*training, *validation, *testing]) == [slide.name for slide in slides]
     by_name = {slide.name: slide for slide in slides}
     parts = [[by_name[name] for name in names] for names in (training, validation, testing)]
     assert not patients_on_two_sides(parts)
-    assert all({slide.label for slide in part} == {0, 1} for part in parts)
-    assert with_parts(entries(drawn)[::-1], share, seed)[::-1] == slides
+    assert all({slide.label for slide in part} == {0, 1, 2} for part in parts)
+    assert with_parts(given_slides[::-1], share, seed, NAMES)[::-1] == slides
 
 
 def test_parts_that_somebody_said_are_kept_and_leaks_told() -> None:

@@ -26,7 +26,7 @@ from medsd.annotations import Outline, annotations_of, read_annotations, tumour_
 from medsd.cohort import runner, tile_picture, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry, named_slides
-from medsd.cohort.index import MIXED, NORMAL, TUMOUR, TileGrid, TileIndex
+from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex
 from medsd.cohort.tiling import TiledCohort, Tiling, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import PhantomSpec, draw_phantom
@@ -130,9 +130,9 @@ def test_one_row_a_slide_and_bad_ones_cost_only_themselves(
     for entry, row in zip(cohort, rows.values(), strict=True):
         tiles = of(tiled.index, entry.name)
         assert (row["path"], row["part"]) == (str(entry.path), entry.part)
-        assert row["label"] == {1: "tumor", 0: "normal", None: ""}[entry.label]
+        assert row["label"] == {1: "tumour", 0: "normal", None: ""}[entry.label]
         assert int(row["tiles"]) == len(tiles) and (len(tiles) > 0) == (row["status"] == "ok")
-        counts = [int((tiles.label == label).sum()) for label in (TUMOUR, NORMAL, MIXED)]
+        counts = [int((tiles.label == label).sum()) for label in (1, NORMAL, MIXED)]
         assert [int(row[f"{word}_tiles"]) for word in ("tumour", "normal", "mixed")] == counts
         if row["status"] == "ok":
             assert [row[key] for key in ("mpp", "width", "height")] == ["0.5", "1024", "1024"]
@@ -162,7 +162,7 @@ def test_tiles_have_their_tissue_share_and_label(done: tuple[Path, TiledCohort],
             assert (tiles.label == NORMAL).all()
         else:
             share = tumour_share(read_annotations(entry.annotation), tiles.x, tiles.y, 128)
-            assert np.array_equal(tiles.label, np.where(share >= 0.5, TUMOUR, np.where(share > 0, MIXED, NORMAL)))
+            assert np.array_equal(tiles.label, np.where(share >= 0.5, 1, np.where(share > 0, MIXED, NORMAL)))
 
 
 def test_tiles_that_cannot_be_decoded_are_left_out_and_counted(done: tuple[Path, TiledCohort], odd: Path) -> None:
@@ -492,8 +492,8 @@ def test_what_nobody_said_of_tiles_is_told_and_is_no_label(
     missed, without = SlideEntry("b", slide, 1, "", elsewhere), SlideEntry("c", slide, 1)
     cases = {
         "tiles (0.25 um per pixel) are finer than the slide (0.5): they are enlarged": (entries[0], finer),
-        "no outline of tumour lies on tissue, so no tile has a label": (missed, TILING),
-        "a tumour slide without outlines: no tile has a label": (without, TILING),
+        "no outline lies on tissue, so no tile has a label": (missed, TILING),
+        "a slide of the class tumour without outlines: no tile has a label": (without, TILING),
     }
     for number, (words, (entry, settings)) in enumerate(cases.items()):
         tiled = tile_slides([entry], tmp_path / str(number), settings)
@@ -504,6 +504,32 @@ def test_what_nobody_said_of_tiles_is_told_and_is_no_label(
     assert row.status == "failed" and "outlines tumour on a slide that is labelled normal; correct either" in row.reason
     row = tile_slides([SlideEntry("e", slide)], tmp_path / "large", Tiling(TileGrid(1024, 1024, 1.0))).slides[0]
     assert row.status == "empty" and row.reason == "a tile (1024 um) is larger than the slide (512 um)"
+
+
+def test_tiles_of_several_classes_are_counted_and_shared_ones_told(entries: list[SlideEntry], tmp_path: Path) -> None:
+    tiling = Tiling(TileGrid(64, 64, 1.0, min_tissue=0.0), classes=("benign", "in situ", "mixture"), verify=False)
+    places = {"in situ": (256, 256, 640, 512), "Mixture": (512, 256, 768, 512)}  # they share a column of tiles
+    drawn = [Outline("", group, False, shapely.box(*place)) for group, place in places.items()]
+    write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
+    entry = SlideEntry("a", entries[2].path, 2, annotation=tmp_path / "a.geojson")
+    tiled = tile_slides([entry], tmp_path / "out", tiling, isolate=False)
+    # Tiles are 128 px of the slide: 3 by 2 in situ, 2 by 2 of the other, one column of two in both.
+    row = tiled.slides[0]
+    assert row.class_tiles == {"benign": 64 - 8, "in situ": 4, "mixture": 2}
+    assert (row.label, row.tiles, row.mixed_tiles, row.shared_tiles) == ("mixture", 64, 2, 2)
+    written = table(tmp_path / "out")["a"]
+    assert [written[f"{name}_tiles"] for name in ("benign", "in situ", "mixture", "mixed", "shared")] == [
+        *("56", "4", "2"),
+        *("2", "2"),
+    ]
+    partly = tile_slides([replace(entry, exhaustive=False)], tmp_path / "out", tiling, isolate=False)
+    assert partly.slides[0].class_tiles == {"benign": 0, "in situ": 4, "mixture": 2}
+    drawn.append(Outline("", "Benign", False, shapely.box(0, 0, 128, 1024)))
+    write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
+    partly = tile_slides([replace(entry, exhaustive=False)], tmp_path / "out", tiling, isolate=False)
+    assert partly.slides[0].class_tiles == {"benign": 8, "in situ": 4, "mixture": 2}
+    other = tile_slides([replace(entry, label=1)], tmp_path / "other", replace(tiling, classes=("b", "in situ", "x")))
+    assert other.slides[0].status == "failed" and "'Mixture' is unknown" in other.slides[0].reason
 
 
 def test_outlines_of_qupath_count_from_the_scanned_area(
