@@ -18,6 +18,12 @@ _LONGEST_BYTES = 120
 # What shells, Windows and its shares, and spreadsheets take for something else.
 _UNFIT = frozenset('/\\:*?"<>|')
 _UNFIT_FIRST = ".=+-@ "
+RESERVED = frozenset(["index.html", "slides.csv", "tiles.npz", "stains", "slides", "thumbnails", "record.json"])
+"""Names, in any case, that output folders use themselves."""
+# What Windows takes for a device, with any suffix.
+_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))]
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def output_name(text: str) -> str:
     """The name of a slide's outputs from the stem of its file: a part of a path on any system, and nothing else.
 
     It is not empty, at most 120 bytes long, has no separators, control characters or bytes that are no text, does not
-    begin with a dot, a blank or what spreadsheets take for a formula, and does not end with a dot or blank.
+    begin with a dot, a blank or what spreadsheets take for a formula, and does not end with a dot or blank. Names in
+    `RESERVED` and of devices (`con.1`) get a line below.
 
     Example:
         >>> output_name("tumor_001"), output_name(".."), output_name("=a/b")
@@ -69,7 +76,13 @@ def output_name(text: str) -> str:
     """
     name = "".join("_" if letter in _UNFIT or not letter.isprintable() else letter for letter in text)
     name = name.lstrip(_UNFIT_FIRST).encode()[:_LONGEST_BYTES].decode(errors="ignore")
-    return name.rstrip(". ") or "slide"
+    name = name.rstrip(". ") or "slide"
+    if _folded(name) in RESERVED:
+        return f"{name}_"
+    first, *others = name.split(".")
+    if _folded(first.strip()) in _DEVICES:
+        return output_name(".".join([f"{first.strip()}_", *others]))
+    return name
 
 
 def own_name(path: Path) -> str:

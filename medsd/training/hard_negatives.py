@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
+import torch
 from torch import nn
 from torch.utils.data import Subset
 
@@ -60,5 +60,7 @@ class HardNegativeRound:
         normal = np.flatnonzero(self.dataset.labels == 0).astype(np.int64)
         items: Subset[Sample] = Subset(self.dataset, cast(Sequence[int], normal))  # no list of millions of integers
         logits = predict_logits(classifier, items, self.batch_size, self.workers, progress_bar("mine"))
-        probability = softmax(logits, axis=1)[:, 1:].sum(axis=1) if len(logits) else np.zeros(0)
-        return normal[probability >= self.threshold]
+        if not len(logits):
+            return normal
+        others = torch.from_numpy(logits).softmax(dim=1)[:, 1:].sum(dim=1).numpy()
+        return normal[others >= self.threshold]

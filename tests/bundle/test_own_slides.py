@@ -68,23 +68,29 @@ def test_a_manifest_feeds_the_bundle(
     assert [line.split(":")[0] for line in told] == ["training", "validation", "testing"]
     assert all("1 benign slides (" in line and "1 cancer slides (" in line for line in told)
     assert all(line.endswith(" of 2 patients") for line in told)
-    assert "a tumour slide without outlines: no tile has a label" in caplog.text
-    labels = {name: set(found.part(name).labels.tolist()) for name in split}
+    assert "a slide of the class cancer without outlines: no tile has a label" in caplog.text
     outlined = {name for name in split if split[name] & {"tumor_001", "tumor_002"}}
-    assert all(labels[name] == ({0, 1} if name in outlined else {0}) for name in split)
+    for name in split:
+        if name in outlined or name == "testing":
+            assert set(found.part(name).labels.tolist()) == ({0, 1} if name in outlined else {0})
+        else:
+            with pytest.raises(DatasetError, match=f"{name}: no tile of class 'cancer'; outline some"):
+                found.part(name)
     assert {entry.name for entry in found.jobs()} == split["testing"]
     with pytest.raises(DatasetError, match=r"none\.csv: no such folder; set dataset_dir to a manifest"):
         data(tmp_path / "none.csv", tmp_path / "other").prepare()
-    with pytest.raises(DatasetError, match="row 2, column 'label': 'Benign' is unknown; use normal, tumor"):
+    with pytest.raises(DatasetError, match="row 2, column 'label': 'Benign' is unknown; use normal, tumour or"):
         data(table, tmp_path / "work", classes=("normal", "tumour")).prepare()
-    for classes in (("one",), ("a", "b", "c"), ("a", "A")):
-        with pytest.raises(ConfigError, match="name two, that of normal tissue first"):
-            data(table, tmp_path / "work", classes=classes)
+    with pytest.raises(ConfigError, match="target='cancr': the classes are benign, cancer; did you mean 'cancer'"):
+        data(table, tmp_path / "work", target="cancr")
+    with pytest.raises(ConfigError, match="is laid out like CAMELYON16, which has two; give a manifest"):
+        data(table.parent / "none", tmp_path / "work", classes=("a", "b", "c")).prepare()
 
 
 def test_what_medsd_tiles_left_is_not_cut_again(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = read_manifest(table, classes=("benign", "cancer"))
-    tiled = tile_slides(entries, tmp_path / "tiles", Tiling(TileGrid(64, 32, 1.0, min_tissue=0.8)), workers=1)
+    tiling = Tiling(TileGrid(64, 32, 1.0, min_tissue=0.8), classes=("benign", "cancer"))
+    tiled = tile_slides(entries, tmp_path / "tiles", tiling, workers=1)
     monkeypatch.setattr(runner, "IsolatedSlide", None)  # nothing is opened
     found = data(tmp_path / "tiles", tmp_path / "work")
     found.prepare()
@@ -96,6 +102,8 @@ def test_what_medsd_tiles_left_is_not_cut_again(table: Path, tmp_path: Path, mon
     assert {found._prepared.entry(name).annotation for name in names} == {entry.annotation for entry in entries}
     with pytest.raises(ConfigError, match=r"tiles: holds tiles of 64 px at 1 um; set --tile_px 64 --mpp 1"):
         data(tmp_path / "tiles", tmp_path / "work", grid=TileGrid(64, 64, 0.5)).prepare()
+    with pytest.raises(ConfigError, match=r"tiles: holds tiles of the classes benign, cancer; set --classes"):
+        data(tmp_path / "tiles", tmp_path / "work", classes=("benign", "cancer", "other")).prepare()
     shutil.rmtree(tmp_path / "tiles" / "thumbnails")
     with pytest.raises(DatasetError, match=r"\.json: not whole, or of another version; run medsd tiles again"):
         data(tmp_path / "tiles", tmp_path / "work").prepare()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsd.cohort.entry import SlideEntry, output_name, own_name
+from medsd.cohort.entry import RESERVED, SlideEntry, output_name, own_name
 from medsd.cohort.manifest import SLIDE_SUFFIXES, find_cohort, find_slides_at, read_manifest, search_folder
 from medsd.errors import ConfigError, DatasetError
 
@@ -74,15 +74,21 @@ def test_slides_of_one_name_each_get_their_own(tmp_path: Path, monkeypatch: pyte
         find_cohort(write(tmp_path, "slide\none/x.svs\ntwo/x.svs\n"), annotations=tmp_path)
 
 
-@given(st.text(max_size=300) | st.sampled_from(["", ".", "..", "...", " ", "a" * 500, "ä" * 200, "=cmd", "C:\\x"]))
+@given(
+    st.text(max_size=300)
+    | st.sampled_from(["", ".", "..", "...", " ", "a" * 500, "ä" * 200, "=cmd", "C:\\x"])
+    | st.sampled_from([*RESERVED, "Index.HTML", "CON", "nul.1", "con ." + "a" * 200, "lpt1." + "b" * 116])
+)
 def test_a_name_of_outputs_is_a_part_of_a_path_and_stays_itself(text: str) -> None:
     name = output_name(text)
     assert name and name == output_name(name) and len(name.encode()) <= 120 and name.isprintable()
     assert not set(name) & set('/\\:*?"<>|') and name[0] not in ".=+-@ " and name[-1] not in ". "
+    for taken in (name, Path(name).name.casefold()):
+        assert taken not in RESERVED and taken.split(".")[0].strip() not in {"con", "nul", "lpt1"}
     own = own_name(Path("folder") / (text.replace("/", "").replace("\0", "") or "x"))
     assert own == output_name(own) and own != name
     fit = text.isalnum() and len(text.encode()) <= 120
-    assert not fit or name == text
+    assert not fit or name in (text, f"{text}_")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a\0", "x" * 121, "f\udce9vrier"])

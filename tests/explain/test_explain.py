@@ -177,7 +177,7 @@ def test_what_a_reader_must_know_is_said(folder, weights, tmp_path):
     notes = " ".join(explain_images([folder], weights, tmp_path / "out", QUICK).notes)
     for words in (
         "Research use only",
-        "not where tumour is",
+        "not where any class is",
         "expect 0.5 µm per pixel",
         "differ in size",
         "1 image(s) are over",
