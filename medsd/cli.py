@@ -348,6 +348,10 @@ def heatmap(
     faithful_tiles: Annotated[
         int, typer.Option(help="Tiles at most on which is measured how far the answer follows the map; 0: not.")
     ] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
+    ] = None,
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
@@ -370,7 +374,14 @@ def heatmap(
     sharing = Sharing(rename=True, gather=shard is None)
     also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
     request = MapRequest(
-        methods or (), layer, network_mpp, block_px, also=also, faithful_tiles=faithful_tiles, target=target
+        methods or (),
+        layer,
+        network_mpp,
+        block_px,
+        also=also,
+        faithful_tiles=faithful_tiles,
+        target=target,
+        workers=workers,
     )
     place, progress = _computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)

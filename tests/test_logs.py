@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,21 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
         "heatmap: slide 3 of 8 (37 %), 10 s a slide, 0:00:50 left",
         "heatmap: slide 6 of 8 (75 %), 10 s a slide, 0:00:20 left",
     ]
+
+
+def test_of_pixels_the_rate_is_told_and_the_slide_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "medsd")
+    seconds = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(seconds)))
+    blocks = [progress.Pixels(4_000_000)] * 8
+    assert list(progress_bar("heatmap")(blocks, 8, "a, b, block")) == blocks
+    assert caplog.records[0].getMessage() == "heatmap: a, b, block 3 of 8 (37 %), 0.4 Mpx/s, 0:00:50 left"
+    monkeypatch.undo()
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "tqdm", partial(progress.tqdm, mininterval=0, file=terminal))
+    assert list(progress_bar("heatmap")(blocks, 8, "a, b, block")) == blocks
+    assert "heatmap a, b:  88%" in terminal.getvalue() and "Mpx/s" in terminal.getvalue()

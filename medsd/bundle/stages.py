@@ -257,16 +257,20 @@ def heatmap(
     block_px: int | None = None,
     also: Sequence[str] = (),
     faithful_tiles: int = 64,
+    workers: int = 0,
 ) -> None:
     """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`.
 
     Args:
         block_px, also, faithful_tiles: see `MapRequest`.
+        workers: processes that read a slide; 0 for one.
     """
     jobs = data.jobs()
     if jobs:
         folder = Path(output_dir) / HEATMAPS
-        request = MapRequest(block_px=block_px, also=also, faithful_tiles=faithful_tiles, target=data.target)
+        request = MapRequest(
+            block_px=block_px, also=also, faithful_tiles=faithful_tiles, target=data.target, workers=workers or None
+        )
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 

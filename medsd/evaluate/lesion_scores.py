@@ -84,13 +84,13 @@ class LesionScores:
     Attributes:
         maps: by kind: the model's, by its maxima and by the peaks of its regions; values drawn evenly from 0 to 1; 1
             everywhere.
-        slides, tumour_slides: how many were scored, and how many of them hold the target.
+        slides, target_slides: how many were scored, and how many of them hold the target.
         lesions, isolated: how many lesions count, and how many are isolated tumour cells, which do not.
     """
 
     maps: Mapping[str, MapScores]
     slides: int
-    tumour_slides: int
+    target_slides: int
     lesions: int
     isolated: int
 

@@ -164,7 +164,7 @@ def draw_froc(
     froc.set(
         xlabel="false positives a slide", ylabel="lesions found", title=title, xlim=(-0.1, 8.2), ylim=(-0.02, 1.05)
     )
-    title = f"{scores.tumour_slides} of {scores.slides} slides with {target}"
+    title = f"{scores.target_slides} of {scores.slides} slides with {target}"
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.05))
     for axes, heading in ((froc, "mean at the markers"), (roc, "area under the curve")):
         axes.spines[["top", "right"]].set_visible(False)

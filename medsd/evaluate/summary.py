@@ -32,13 +32,13 @@ class TileScores:
     Attributes:
         patch_auc: AUC with a 95 % bootstrap interval over tiles.
         patch_auc_by_group: the same with whole slides (or stain clusters) resampled, which tiles of one slide ask for.
-        items, tumour_items, groups: how many tiles, tiles of the target, and slides (or clusters).
+        items, target_items, groups: how many tiles, tiles of the target, and slides (or clusters).
     """
 
     patch_auc: Interval
     patch_auc_by_group: Interval
     items: int
-    tumour_items: int
+    target_items: int
     groups: int
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -167,12 +167,16 @@ class _MapWork(_Maps, Work[SlideResult]):
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[SlideResult]:
         started = time.perf_counter()
         folder = self.folder / entry.name
+
+        def of_slide(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
+            return progress(items, total, f"{entry.name}, {unit}")
+
         picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
         tissue = find_tissue(slide)
         normaliser = self.normaliser if tissue.mask.any() else None
         shown = slide if normaliser is None else normaliser.slide(slide, tissue)
         store = self._store(entry, folder)
-        maps = self.model.engine.map(shown, tissue, progress, store)
+        maps = self.model.engine.map(shown, tissue, of_slide, store)
         map_seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, maps.unseen)
         if unseen > self.request.max_unseen:

@@ -37,7 +37,7 @@ from medsd.heatmap.windows import Part, Windows, window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import ReceptiveField
 from medsd.networks.modes import evaluating, recorded
-from medsd.progress import Progress
+from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence, reference_at
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.reading import read_ahead
@@ -137,7 +137,7 @@ class DenseEngine(Engine):
         leaves = (leaf.crop for at in missing for leaf in plan.nodes[at].leaves())
         images = self._images(slide, leaves, grids[1], lost)
 
-        def work() -> Iterator[None]:
+        def work() -> Iterator[Pixels]:
             waiting = list(missing)
             for number in [*todo, len(plan.rects)]:
                 while waiting and users[waiting[0]][0] <= number:
@@ -148,14 +148,14 @@ class DenseEngine(Engine):
                     blocks.write(f"lost-{at}", lost=_together(lost))
                     lost.clear()
                     kept.write(at, features)
-                    yield
+                    yield Pixels(sum(leaf.crop.area for leaf in plan.nodes[at].leaves()) * self.strides[0] ** 2)
                 if number == len(plan.rects):
                     return
                 blocks.write(f"maps-{number}", **self._maps(plan, number, kept))
                 for at, wanted in users.items():
                     if wanted and wanted[-1] == number and not free:
                         kept.remove(at)
-                yield
+                yield Pixels(0)
 
         for _ in progress(work(), len(missing) + len(todo), "block"):
             pass
@@ -231,7 +231,7 @@ class DenseEngine(Engine):
             return crop, *slide.read_seen(x, y, crop.width * stride, crop.height * stride, mpp=self.mpp)
 
         # An accelerator computes faster than one thread decodes; the CPU's own cores are computing.
-        threads = _READERS if self.classifier.device.type == "cuda" else 1
+        threads = self.settings.workers or (_READERS if self.classifier.device.type == "cuda" else 1)
         for crop, pixels, seen in read_ahead(read, crops, threads=threads, ahead=max(threads, _READ_AHEAD)):
             if seen is not None:
                 left, top = (cell * stride + self.origin_px for cell in (crop.left, crop.top))

@@ -78,9 +78,9 @@ def verdict(score: float, cut_off: SlideCutOff | None, target: str) -> tuple[str
     if cut_off is None:
         return ("No cut-off is known for these weights: the slide score has no verdict.",)
     side = "At or above" if score >= cut_off.score else "Below"
-    normal = f"raised {cut_off.raised} of {cut_off.normal} without it" if cut_off.normal else "met none without it"
+    normal = f"raised {cut_off.raised} of {cut_off.without} without it" if cut_off.without else "met none without it"
     said = (
-        f"{side} the cut-off {cut_off.score:.3g}, which found {cut_off.found} of {cut_off.tumour} validation slides "
+        f"{side} the cut-off {cut_off.score:.3g}, which found {cut_off.found} of {cut_off.having} validation slides "
         f"with {target} and {normal}."
     )
     shares = [("Sensitivity", cut_off.sensitivity), ("specificity", cut_off.specificity)]

@@ -31,6 +31,7 @@ from medsd.saliency.method import ClassMethod, Explanation, evidence
 from medsd.saliency.neutral import EvidenceOf, NeutralReference
 from medsd.saliency.registry import make_method, method_card
 from medsd.slides.readers.base import Bools
+from medsd.slides.reading import opened_times
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
@@ -53,6 +54,8 @@ class MapSettings:
             about. None: as large as memory allows.
         way: "dense", "tiled", or "auto": dense where network and methods allow it.
         batch: tiles that the tiled engine computes at once.
+        workers: how many read a slide at once, each with its own child process where slides are isolated; None for one,
+            and four threads of that one where a GPU computes.
         false_lesions: regions off the target that the threshold of regions may leave on a validation slide, on average.
 
     Raises:
@@ -67,6 +70,7 @@ class MapSettings:
     way: Way = "auto"
     batch: int = 32
     false_lesions: float = 0.5
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str) or not self.methods or len(set(self.methods)) < len(self.methods):
@@ -83,6 +87,8 @@ class MapSettings:
         check_number("smooth_um", self.smooth_um, "[0, inf)")
         check_number("false_lesions", self.false_lesions, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
+        if self.workers is not None:
+            check_number("workers", self.workers, "[1, inf)", whole=True)
         if self.block_px is not None:
             check_number("block_px", self.block_px, "[1, inf)", whole=True)
         for name, known in (("smoothing", Smoothing), ("way", Way)):
@@ -197,10 +203,13 @@ class Engine(ABC):
         Raises:
             ConfigError: the method "deeplift" without a reference.
         """
-        with TemporaryDirectory(prefix="medsd-") if store is None else nullcontext(store) as folder:
+        with (
+            TemporaryDirectory(prefix="medsd-") if store is None else nullcontext(store) as folder,
+            opened_times(slide, self.settings.workers or 1) as shared,
+        ):
             while True:
                 try:
-                    return self._finished(slide, tissue, self.assemble(slide, tissue, Path(folder), progress))
+                    return self._finished(slide, tissue, self.assemble(shared, tissue, Path(folder), progress))
                 except RuntimeError as error:  # torch has a class of its own for devices only
                     if not is_out_of_memory(error) or not self.use_less_memory():
                         raise

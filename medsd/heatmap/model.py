@@ -36,7 +36,7 @@ class MapRequest:
             that was not calibrated ends at the 99.5th percentile of the slide itself.
         layer: hidden layer, of an encoder alone, whose weights name none; None for its last stage.
         network_mpp: micrometres per pixel that an encoder alone takes.
-        block_px: see `MapSettings`.
+        block_px, workers: see `MapSettings`.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
         also: further outputs: "overlay.tif" (see `write_overlay_tiff`), "tiles.geojson" (see `write_tiles`) and "dicom"
             (see `write_dicom`).
@@ -55,6 +55,7 @@ class MapRequest:
     also: Sequence[str] = ()
     faithful_tiles: int = MOST_TILES
     target: str | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.network_mpp is not None:
@@ -118,7 +119,7 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         card.tile_px,
         card.mpp,
         target,
-        settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px),
+        settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px, workers=request.workers),
         temperature=calibration.temperature,
         reference=reference,
         offset=calibration.offset,
@@ -138,7 +139,7 @@ def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
     classifier = TileClassifier(encoder.name, ("no class",)).to(next(network.parameters()).device).eval()
     classifier.encoder, classifier.normalise = network, encoder.normalise
     layer = request.layer or last_stage(network, encoder.name)
-    settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense")
+    settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense", workers=request.workers)
     tile_px = measure_geometry(classifier, layer).features.stride
     engine = make_engine(classifier, tile_px, request.network_mpp, 0, settings)
     return MapModel(engine, encoder.name, encoder.sha256, None)

@@ -30,7 +30,7 @@ from medsd.networks.aim import AimClassifier, stage_layer
 from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
-from medsd.progress import Progress
+from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, reference_at, tile_evidence
 from medsd.slides.reading import read_tiles
 from medsd.slides.slide import Slide
@@ -106,7 +106,7 @@ class TiledEngine(Engine):
         groups = self._groups(grids, tissue)
         todo = [number for number, _ in enumerate(groups) if not blocks.has(f"maps-{number}")]
 
-        def work() -> Iterator[None]:
+        def work() -> Iterator[Pixels]:
             for number in todo:
                 blocks.write(f"maps-{number}", **(yield from self._blended(slide, groups[number], grids)))
 
@@ -204,7 +204,7 @@ class TiledEngine(Engine):
 
     def _blended(
         self, slide: Slide, group: _Group, grids: list[MapGrid]
-    ) -> Generator[None, None, dict[str, npt.NDArray[Any]]]:
+    ) -> Generator[Pixels, None, dict[str, npt.NDArray[Any]]]:
         """Weighted sums of a group's tiles over the map pixels that they hold; yields after each tile."""
         ratio = self.mpp / slide.mpp
         x, y = (np.rint(place * ratio).astype(np.int64) for place in group)
@@ -224,7 +224,7 @@ class TiledEngine(Engine):
             np.zeros(fine, np.float32),
         )
         lost = [np.zeros((0, 2), np.int32)]
-        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp)
+        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp, self.settings.workers or 1)
         window = np.outer(
             *2 * [blend_window((np.arange(cells) + 0.5) * self.hidden.stride, self.tile_px, self.step_px)]
         )
@@ -244,7 +244,7 @@ class TiledEngine(Engine):
                 _add(probability, coarse * values[number], rows - corners[0][0], columns - corners[0][1])
                 if tile.seen is not None:
                     lost.append(grids[1].holding(~tile.seen, across, down))
-                yield
+                yield Pixels(self.tile_px**2)
         return {
             **sums,
             "probability": probability,

@@ -33,20 +33,20 @@ Smoothing = Literal["backward_hook", "none"]
 
 @dataclass(frozen=True)
 class SlideCutOff:
-    """The slide score from which a slide is taken for one with tumour, and how that went on validation slides.
+    """The slide score from which a slide is taken for one with the target, and how that went on validation slides.
 
     Attributes:
         score: slides of this score or a higher one are raised.
-        tumour, found: validation slides with tumour, and how many of them are raised.
-        normal, raised: those without, and how many of them are raised.
+        having, found: validation slides with the target, and how many of them are raised.
+        without, raised: those without it, and how many of them are raised.
         sensitivity, specificity: their share (0 to 1) with the bounds of its exact 95 % interval (Clopper and Pearson
             1934); None without such slides.
     """
 
     score: float
-    tumour: int
+    having: int
     found: int
-    normal: int
+    without: int
     raised: int
     sensitivity: tuple[float, float, float]
     specificity: tuple[float, float, float] | None
@@ -58,9 +58,9 @@ class LesionPoint:
 
     Attributes:
         budget: false regions a slide that were allowed.
-        slides, false_regions: validation slides whose tumour is outlined in full, and the regions on them off all
-            tumour.
-        lesions, found: tumours outlined on any validation slide, and how many of them a region touches.
+        slides, false_regions: validation slides whose target is outlined in full, and the regions on them off all of
+            it.
+        lesions, found: those outlined on any validation slide, and how many of them a region touches.
     """
 
     budget: float
@@ -75,7 +75,7 @@ class Calibration:
     """What validation data fixed once for all slides.
 
     Attributes:
-        threshold: tumour probability from which a place counts as tumour.
+        threshold: probability of the target from which a place counts as one.
         limits: ends of the colour scales by method, the 99.5th percentile of |saliency| in validation tissue. The
             first method is the slide's saliency, see `medsd.heatmap.maps.MapSettings`. 0: each slide has its own.
         layer: hidden layer of the saliency.
@@ -120,7 +120,8 @@ def read_calibration(fields: Mapping[str, Any]) -> Calibration:
     if given.get("lesions") is not None:
         given["lesions"] = LesionPoint(**given["lesions"])
     if given.get("cut_off") is not None:
-        cut_off = dict(given["cut_off"])
+        before = {"tumour": "having", "normal": "without"}  # what these were called
+        cut_off = {before.get(name, name): value for name, value in given["cut_off"].items()}
         for name in ("sensitivity", "specificity"):
             cut_off[name] = cut_off[name] and tuple(cut_off[name])
         given["cut_off"] = SlideCutOff(**cut_off)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from itertools import islice
+from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.slide import Slide
+from medsd.slides.slide import Area, Slide
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -73,6 +76,44 @@ def read_tiles(
     for tiles in read_ahead(read, parts, threads, threads + 1):
         while tiles:
             yield tiles.pop(0)  # let go here: memory that the caller has done with is used again
+
+
+class SharedSlide(Slide):
+    """A slide opened several times, so that as many threads read at once where one opening lets them wait.
+
+    Args:
+        slide: may be pickled; neither read nor closed by this one.
+        times: how often it is opened.
+    """
+
+    def __init__(self, slide: Slide, times: int) -> None:
+        self.path, self.dimensions, self.bounds = slide.path, slide.dimensions, slide.bounds
+        self.mpp, self.mpp_source, self.reader = slide.mpp, slide.mpp_source, slide.reader
+        self._opened = [deepcopy(slide) for _ in range(times)]
+        self._free: SimpleQueue[Slide] = SimpleQueue()
+        for one in self._opened:
+            self._free.put(one)
+
+    def close(self) -> None:
+        for one in self._opened:
+            one.close()
+
+    def _read(self, area: Area, strict: bool) -> tuple[RGB, Bools | None]:
+        one = self._free.get()
+        try:
+            return (one.read(*area), None) if strict else one.read_seen(*area)
+        finally:
+            self._free.put(one)
+
+
+@contextmanager
+def opened_times(slide: Slide, times: int) -> Iterator[Slide]:
+    """The slide, opened `times` times to the end of the block, see `SharedSlide`; itself where that is once."""
+    if times < 2:
+        yield slide
+        return
+    with SharedSlide(slide, times) as shared:
+        yield shared
 
 
 def read_ahead(work: Callable[[Job], Result], jobs: Iterable[Job], threads: int, ahead: int) -> Iterator[Result]:

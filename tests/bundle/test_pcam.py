@@ -109,7 +109,7 @@ def test_grades_are_told_apart_by_patient(patch_folder, tmp_path, run_bundle):
     grades = {"classes": ["normal", "cancer", "polyp"], "left_out": ["other"]}
     run_bundle("bundles/camelyon.json,configs/ebhi.json", "run", **small, **places, **grades)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores["classes"]["items"] == scores["tiles"]["items"] == 3 * scores["tiles"]["tumour_items"]
+    assert scores["classes"]["items"] == scores["tiles"]["items"] == 3 * scores["tiles"]["target_items"]
     assert 0 <= scores["classes"]["auc"]["low"] <= scores["classes"]["auc"]["high"] <= 1
     card = load_classifier(tmp_path / "out" / "model.safetensors")[1]
     assert (card.classes, card.input_mean, card.tile_px) == (tuple(grades["classes"]), (0.5, 0.5, 0.5), 32)

@@ -69,7 +69,7 @@ def judged(folder) -> dict[str, list[JudgedSlide]]:
 
 def test_scores_are_those_of_the_drawing(judged, folder):
     found = score_lesions(judged)
-    assert (found.slides, found.tumour_slides, found.lesions, found.isolated) == (4, 2, 4, 2)
+    assert (found.slides, found.target_slides, found.lesions, found.isolated) == (4, 2, 4, 2)
     model, peaks, random, constant = (found.maps[name] for name in (MODEL, PEAKS, RANDOM, CONSTANT))
     # One of two lesions, then a false region on every other slide; the map's lesser maxima find the other one at last.
     assert peaks.froc.value == 0.5 and peaks.sensitivity == (0.5,) * 6

@@ -24,12 +24,12 @@ def test_no_higher_cut_off_finds_enough(slides: list[tuple[bool, float]]) -> Non
     if found is None:
         assert not labels.any()
         return
-    assert found.found == np.sum(labels & (scores >= found.score)) >= 0.95 * found.tumour
+    assert found.found == np.sum(labels & (scores >= found.score)) >= 0.95 * found.having
     assert found.raised == np.sum(~labels & (scores >= found.score))
-    assert (found.tumour, found.normal) == (labels.sum(), (~labels).sum())
-    assert found.found == found.tumour or found.tumour >= 20
+    assert (found.having, found.without) == (labels.sum(), (~labels).sum())
+    assert found.found == found.having or found.having >= 20
     above = scores[scores >= found.score].min()
-    assert np.sum(labels & (scores > above)) < 0.95 * found.tumour
+    assert np.sum(labels & (scores > above)) < 0.95 * found.having
 
 
 def test_intervals_are_exact() -> None:

@@ -32,6 +32,7 @@ from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
 from medsd.networks.calibrated import Calibration, SlideCutOff
+from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
 
@@ -288,7 +289,7 @@ def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
     )
     assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
     assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
-    no_normal = replace(cut_off, normal=0, raised=0, specificity=None)
+    no_normal = replace(cut_off, without=0, raised=0, specificity=None)
     said = " ".join(verdict(0.4, no_normal, "tumour"))
     assert "met none without it" in said and "specificity" not in said
     assert verdict(0.4, None, "tumour") == ("No cut-off is known for these weights: the slide score has no verdict.",)
@@ -316,6 +317,41 @@ def test_prevalence_and_verdict_stand_on_every_output(tmp_path, small_slide, gre
     seen = np.isfinite(maps["old"])
     odds = {name: values[seen].astype(np.float64) / (1 - values[seen]) for name, values in maps.items()}
     np.testing.assert_allclose(odds["new"], odds["old"] * 0.04 / 0.96, rtol=2e-4)
+
+
+def test_the_class_asked_for_is_mapped_by_its_name(tmp_path, fiducial_slide, green_classifier, green_card, mapped):
+    """Of three classes the third is green: its map is the one of two classes, and every file speaks of it alone."""
+    classes = ("benign", "in situ", "invasive")
+    network = TileClassifier("test_resnet", classes).eval()
+    state = green_classifier.state_dict()
+    for name in ("head.weight", "head.bias"):
+        # As likely as both of the others are together where there is nothing green.
+        state[name] = torch.stack([state[name][0], state[name][0], state[name][1] + (name == "head.bias") * np.log(2)])
+    network.load_state_dict(state)
+    cut_off = SlideCutOff(0.4, 3, 3, 9, 1, (1.0, 0.3, 1.0), (8 / 9, 0.52, 0.997))
+    other = replace(green_card.calibration, cut_off=cut_off)
+    card = replace(green_card, classes=classes, others={"invasive": other})
+    save_classifier(tmp_path / "w.safetensors", network, card)
+    slide, weights = [fiducial_slide], tmp_path / "w.safetensors"
+    (first,) = map_here(slide, weights, tmp_path / "out")
+    (row,) = map_here(slide, weights, tmp_path / "out", target="Invasive", workers=2)
+    assert (first.target, row.target) == ("in situ", "invasive") and row.score > first.score
+    assert [result.target for result in read_results(tmp_path / "out")] == ["invasive"]
+    folder = tmp_path / "out" / fiducial_slide.stem
+    found, alone = (read_ome_tiff(place / "probability.ome.tif") for place in (folder, mapped))
+    np.testing.assert_allclose(found.values, alone.values, atol=1e-5)
+    assert found.target == "invasive" and read_slide_record(folder)["target"] == "invasive"
+    drawn = json.loads((folder / "regions.geojson").read_text())["features"]
+    assert {feature["properties"]["classification"]["name"] for feature in drawn} == {"Invasive (model)"}
+    assert "3 of 3 validation slides with invasive" in row.verdict
+    for path in ("record.json", "report.html", "regions.geojson", "../index.html", "../slides.csv"):
+        assert "tumo" not in (folder / path).read_text("utf-8").casefold()
+    for target, words in {
+        "benign": "these weights map in situ, invasive; thresholds of 'benign' were never fixed",
+        "tumour": "target='tumour': the classes are benign, in situ, invasive",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            map_here(slide, weights, tmp_path / "none", target=target)
 
 
 def hurt_tiles(slide: Path, copy: Path, level: int, numbers: list[int]) -> None:

@@ -11,7 +11,8 @@ import pytest
 import tifffile
 
 from medsd.errors import SlideError
-from medsd.slides.reading import read_ahead, read_tiles
+from medsd.slides.isolate.slide import IsolatedSlide
+from medsd.slides.reading import SharedSlide, opened_times, read_ahead, read_tiles
 from medsd.slides.slide import open_slide
 
 
@@ -105,3 +106,17 @@ def test_an_error_comes_in_its_turn_and_ends_the_threads() -> None:
     assert next(stopped) == 0
     stopped.close()
     assert threading.active_count() == before
+
+
+def test_a_shared_slide_reads_through_children_of_its_own(wide: Path) -> None:
+    with IsolatedSlide(wide, 0.5) as slide, opened_times(slide, 2) as shared:
+        assert isinstance(shared, SharedSlide) and (shared.dimensions, shared.mpp) == (slide.dimensions, 0.5)
+        x, y = grid(1900, 300, 90, 80)
+        tiles = list(read_tiles(shared, x, y, 40, 1.0, threads=2))
+        assert sorted(tile.row for tile in tiles) == list(range(len(x)))
+        for tile in tiles[::7]:
+            assert np.array_equal(tile.pixels, slide.read(int(x[tile.row]), int(y[tile.row]), 40, 40, 1.0))
+    with pytest.raises(SlideError, match="was closed"):
+        shared.read(0, 0, 8, 8)
+    with open_slide(wide, 0.5) as slide, opened_times(slide, 1) as shared:
+        assert shared is slide
