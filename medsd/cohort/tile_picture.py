@@ -26,8 +26,8 @@ _UNSEEN = (230, 120, 0)
 _MIXED = (90, 90, 90)
 # By the number of the class; further classes begin again with the second.
 _COLOURS = (
-    *((31, 119, 180), (214, 39, 40), (148, 103, 189), (255, 187, 0)),
-    *((23, 190, 207), (227, 119, 194), (140, 86, 75), (44, 160, 44)),
+    *((31, 119, 180), (214, 39, 40), (255, 187, 0), (23, 190, 207)),
+    *((140, 86, 75), (227, 119, 194), (44, 160, 44), (148, 103, 189)),
 )
 # Opacities, of 255: stained nuclei must stay visible through a tile.
 _FILL, _EDGE = 48, 230

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample
 from medsd.errors import NetworkError
-from medsd.heatmap.legend import ADDITIVE, MASK
+from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import Engine
 from medsd.heatmap.value_map import ValueMap
 from medsd.intervals import Interval, bootstrap_mean
@@ -55,6 +55,7 @@ class Faithfulness:
         brightest, random, lowest: hidden where the map is highest, anywhere (map pixels as a whole, as for the others),
             and where it is lowest.
         gained: `brightest` less `random`, paired by tiles.
+        output: what is lowered, see `evidence_word`.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Faithfulness:
     random: Interval
     lowest: Interval
     gained: Interval
+    output: str = "log-odds"
 
     @property
     def words(self) -> str:
@@ -70,8 +72,8 @@ class Faithfulness:
         told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
         return (
             f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the {self.kind} map "
-            f"{_change(self.brightest)}, hiding a random 10 % {_change(self.random)}, hiding the 10 % lowest "
-            f"{_change(self.lowest)} (means, 95 % intervals over tiles; hidden places are blurred).{told}"
+            f"{self._change(self.brightest)}, hiding a random 10 % {self._change(self.random)}, hiding the 10 % lowest "
+            f"{self._change(self.lowest)} (means, 95 % intervals over tiles; hidden places are blurred).{told}"
         )
 
     @property
@@ -82,10 +84,17 @@ class Faithfulness:
         gained = self.gained
         sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
-            f"{sure.format(self.kind)}: on this slide, hiding what it shows brightest lowers the log-odds no more than "
-            f"hiding random tissue (difference {gained.value:+.2f}, {gained.low:+.2f} to {gained.high:+.2f}, on "
+            f"{sure.format(self.kind)}: on this slide, hiding what it shows brightest lowers the {self.output} no more "
+            f"than hiding random tissue (difference {gained.value:+.2f}, {gained.low:+.2f} to {gained.high:+.2f}, on "
             f"{self.tiles} tiles)."
         )
+
+    def _change(self, drop: Interval) -> str:
+        ends = sorted((abs(drop.low), abs(drop.high)))
+        if drop.low < 0 < drop.high:
+            return f"changes the {self.output} by {-drop.value:+.2f} ({-drop.high:+.2f} to {-drop.low:+.2f})"
+        word = "lowers" if drop.value >= 0 else "raises"
+        return f"{word} the {self.output} by {abs(drop.value):.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
 
 
 def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST_TILES) -> Faithfulness | None:
@@ -116,7 +125,7 @@ def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST
     drops = _drops(engine, torch.stack(images), torch.stack(maps))
     found = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
     kind = "evidence" if engine.settings.methods[0] == ADDITIVE else "saliency"
-    return Faithfulness(kind, len(images), **found)
+    return Faithfulness(kind, len(images), **found, output=evidence_word(len(engine.classifier.classes)))
 
 
 def _drops(engine: Engine, images: Tensor, maps: Tensor) -> dict[str, npt.NDArray[np.float64]]:
@@ -143,14 +152,6 @@ def _whole_tiles(seen: Bools, side: int) -> npt.NDArray[np.int64]:
     rows, columns = (length // side for length in seen.shape)
     blocks = seen[: rows * side, : columns * side].reshape(rows, side, columns, side)
     return np.argwhere(blocks.all(axis=(1, 3))) * side
-
-
-def _change(drop: Interval) -> str:
-    ends = sorted((abs(drop.low), abs(drop.high)))
-    if drop.low < 0 < drop.high:
-        return f"changes the log-odds by {-drop.value:+.2f} ({-drop.high:+.2f} to {-drop.low:+.2f})"
-    word = "lowers" if drop.value >= 0 else "raises"
-    return f"{word} the log-odds by {abs(drop.value):.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
 
 
 @dataclass(frozen=True)

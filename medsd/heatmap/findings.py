@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.heatmap.faithfulness import Faithfulness, Randomised
-from medsd.heatmap.legend import ADDITIVE, MASK
+from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
 from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
@@ -181,7 +181,8 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
     found = {}
     if ADDITIVE in maps.explanations and maps.moved is not None:
         before = "before it was smoothed, " if engine.settings.smooth_um else ""
-        found["Adds up"] = f"to the log-odds of every tile, {before}by a correction of {maps.moved:.1%}"
+        word = evidence_word(len(engine.classifier.classes))
+        found["Adds up"] = f"to the {word} of every tile, {before}by a correction of {maps.moved:.1%}"
     if maps.seam is not None:
         found["Seams"] = f"{maps.seam:.2f} (jump across block borders over beside them)"
     found["Slide file"] = f"{slide.path.name}, read by {slide.reader}"

@@ -47,7 +47,12 @@ class Legend(NamedTuple):
     meaning: str
 
 
-def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: str) -> Legend:
+def evidence_word(classes: int) -> str:
+    """What the evidence of a class is called: of two the log-odds, of more no odds follow from it alone."""
+    return "log-odds" if classes <= 2 else "evidence"
+
+
+def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: str, classes: int = 2) -> Legend:
     """The words of a method's map.
 
     Args:
@@ -55,6 +60,7 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
         layer, smoothing: of the settings.
         target: name of the class.
         tiles: the way that was taken and the tiles, in words.
+        classes: how many there are.
     """
     if method == MASK:
         # A mask is drawn before there is an answer, and belongs to none.
@@ -63,8 +69,11 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
     name = name_of(method) + (" against a neutral reference" if method == ADDITIVE else "")
     smoothed = ", smoothed at strided convolutions" if smoothing == "backward_hook" and card.needs_gradient else ""
     where = tiles if card.needs_label else "of the slide's features as a whole"
-    made, unit = f"{name} at {layer}{smoothed}, {where}", _UNITS.get(method, "arbitrary")
-    return Legend("saliency", target if card.needs_label else "no class", made, unit, meaning(method, target))
+    made, word = f"{name} at {layer}{smoothed}, {where}", evidence_word(classes)
+    unit = _UNITS.get(method, "arbitrary").replace("log-odds", word)
+    output = word if classes <= 2 else f"{word}, its logit above the mean of the others'"
+    words = meaning(method, target, output=output)
+    return Legend("saliency", target if card.needs_label else "no class", made, unit, words)
 
 
 def name_of(method: str) -> str:

@@ -325,7 +325,10 @@ class Engine(ABC):
                 grids[1],
                 seen[1],
                 values,
-                legend(name, settings.layer, settings.smoothing, target, self.maker_of(name).tiles),
+                legend(
+                    *(name, settings.layer, settings.smoothing, target, self.maker_of(name).tiles),
+                    len(self.classifier.classes),
+                ),
             )
             for name, values in made.explanations.items()
         }

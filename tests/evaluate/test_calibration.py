@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 import torch
 
+from medsd.annotations import Outline, annotations_of, write_geojson
 from medsd.cohort.camelyon import find_slides
+from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
 from medsd.heatmap.engine import make_engine
@@ -79,3 +82,23 @@ def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
     assert tempered.threshold == pytest.approx(1 / (1 + np.exp(-logit / 2)), abs=1e-5)
     assert tempered.limits == plain.limits
     assert (plain.temperature, tempered.temperature) == (1.0, 2.0)
+
+
+def test_each_class_is_calibrated_against_all_others(phantoms: Path, tmp_path: Path) -> None:
+    """Two in situ, one invasive, on a slide that is labelled by one of them."""
+    places = {"In situ": ((300, 300, 420, 420), (600, 300, 720, 420)), "Invasive": ((440, 600, 640, 700),)}
+    drawn = [Outline("", group, False, shapely.box(*box)) for group, boxes in places.items() for box in boxes]
+    write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
+    path = next(entry.path for entry in find_slides(phantoms) if entry.label == 1)
+    entries = [SlideEntry("a", path, 2, annotation=tmp_path / "a.geojson")]
+    torch.manual_seed(0)
+    network = TileClassifier("test_resnet", ("benign", "in situ", "invasive")).eval()
+    settings, found = MapSettings(("gradient_x_activation",), "layer3", way="dense"), {}
+    for target in (1, 2):
+        found[target] = calibrate_on_slides(make_engine(network, 64, 1.0, target, settings), entries)
+        assert found[target].cut_off is not None and found[target].cut_off.having == 1  # type: ignore[union-attr]
+    assert [found[target].lesions.lesions for target in (1, 2)] == [2, 1]  # type: ignore[union-attr]
+    assert found[1].limits != found[2].limits
+    network = TileClassifier("test_resnet", ("benign", "in situ", "invasive", "other")).eval()
+    with pytest.raises(DatasetError, match="1 validation slides: other is nowhere, or everywhere"):
+        calibrate_on_slides(make_engine(network, 64, 1.0, 3, settings), entries)

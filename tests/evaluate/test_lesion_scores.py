@@ -104,6 +104,28 @@ def test_tables_and_figure(judged, tmp_path):
     assert {row["map"] for row in tables["roc"]} == {MODEL, RANDOM, CONSTANT}
 
 
+def test_of_several_classes_one_is_asked_about(tmp_path: Path) -> None:
+    """The lesions of the others are tissue without it, and a map that finds those alone finds nothing."""
+    calibration = Calibration(0.5, {}, "", "none", "drawings")
+    names, entries = ("normal", "in situ", "invasive"), []
+    for name in ("a", "b"):
+        entry = slide(tmp_path, name, 1)
+        drawn = zip(("In situ", "Invasive"), BOXES, strict=False)
+        outlines = [Outline("", group, False, shapely.box(*box)) for group, box in drawn]
+        write_geojson(entry.annotation, annotations_of(outlines))  # type: ignore[arg-type]
+        entries.append(entry)
+    entries.append(slide(tmp_path, "c", 0))
+    card = ModelCard("test_resnet", names, 64, 1.0, "drawings", calibration, others={"invasive": calibration})
+    found = {
+        target: score_lesions(judge_slides(entries, tmp_path, card, tmp_path / "candidates", target=target))
+        for target in ("in situ", "invasive")
+    }
+    assert {(one.slides, one.target_slides, one.lesions) for one in found.values()} == {(3, 2, 2)}
+    peaks = {target: one.maps[PEAKS] for target, one in found.items()}
+    assert (peaks["in situ"].froc.value, peaks["invasive"].froc.value) == (1.0, 0.0)
+    assert peaks["in situ"].dice.value == pytest.approx(2 * 100 / (100 + 109)) and peaks["invasive"].dice.value == 0
+
+
 def test_no_lesions_and_one_class_have_no_scores(judged, tmp_path):
     normal = {name: slides[2:] for name, slides in judged.items()}
     for slides in (normal, {name: [] for name in judged}):
