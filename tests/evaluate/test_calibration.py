@@ -86,7 +86,7 @@ def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
 
 def test_each_class_is_calibrated_against_all_others(phantoms: Path, tmp_path: Path) -> None:
     """Two in situ, one invasive, on a slide that is labelled by one of them."""
-    places = {"In situ": ((300, 300, 420, 420), (600, 300, 720, 420)), "Invasive": ((440, 600, 640, 700),)}
+    places = {"In situ": ((200, 300, 320, 420), (780, 300, 900, 420)), "Invasive": ((440, 600, 640, 700),)}
     drawn = [Outline("", group, False, shapely.box(*box)) for group, boxes in places.items() for box in boxes]
     write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
     path = next(entry.path for entry in find_slides(phantoms) if entry.label == 1)
