@@ -39,7 +39,6 @@ class SlideResult(SlideRow):
     """What became of a slide: a row of `slides.csv`.
 
     Attributes:
-        target: name of the class that score, verdict and regions speak of; empty without classes.
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         verdict: what the score means, by what its cut-off did on validation slides; empty without a score.
         regions: number of regions at the threshold.
@@ -48,9 +47,9 @@ class SlideResult(SlideRow):
         misfit: where the slide is not what that asks for, in words; empty where it is.
         drop_brightest, drop_random, drop_lowest: mean fall of the log-odds when a tenth of a tile is hidden, see
             `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
+        target: name of the class that score, verdict and regions speak of; empty without classes.
     """
 
-    target: str = ""
     score: float | None = None
     regions: int = 0
     region_area_mm2: float = 0.0
@@ -60,6 +59,7 @@ class SlideResult(SlideRow):
     drop_brightest: float | None = None
     drop_random: float | None = None
     drop_lowest: float | None = None
+    target: str = ""
 
 
 def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -345,7 +346,8 @@ def test_the_class_asked_for_is_mapped_by_its_name(tmp_path, fiducial_slide, gre
     assert {feature["properties"]["classification"]["name"] for feature in drawn} == {"Invasive (model)"}
     assert "3 of 3 validation slides with invasive" in row.verdict
     for path in ("record.json", "report.html", "regions.geojson", "../index.html", "../slides.csv"):
-        assert "tumo" not in (folder / path).read_text("utf-8").casefold()
+        text = re.sub("[A-Za-z0-9+/]{60,}", "", (folder / path).read_text("utf-8"))  # without pictures
+        assert "tumo" not in text.casefold()
     for target, words in {
         "benign": "these weights map in situ, invasive; thresholds of 'benign' were never fixed",
         "tumour": "target='tumour': the classes are benign, in situ, invasive",

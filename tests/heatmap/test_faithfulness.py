@@ -26,7 +26,7 @@ TILE, STRIDE = 40, 4  # a tenth of a tile is 10 of its 100 map pixels
 class Linear(nn.Module):
     """Log-odds: the sum of the pixels, each times its own weight."""
 
-    device = torch.device("cpu")
+    device, classes = torch.device("cpu"), ("normal", "tumour")
 
     def __init__(self) -> None:
         super().__init__()
