@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import medsd
 from medsd.files import read_json, write_json
 
+_DIGEST = "record_sha256"
 _PACKAGES = ("torch", "monai", "timm", "numpy", "openslide-python", "tifffile", "scikit-image")
 
 
@@ -46,18 +48,20 @@ def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[
         "versions": {package: version(package) for package in _PACKAGES},
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(path, record)
+    write_json(path, record | {_DIGEST: _digest(record)})
 
 
 def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The record, if its outputs are whole and, where a recipe is given, follow from the very same.
 
-    None means: make them (again). That is so where there is no record, it is damaged or of another version, an output
-    is gone or has another size, or the recipe differs.
+    None means: make them (again). That is so where there is no record, it is damaged, altered or of another version, an
+    output is gone or has another size, or the recipe differs.
     """
     path = Path(path)
     try:
         record = read_json(path)
+        if record.pop(_DIGEST) != _digest(record):
+            return None
         # Through JSON, as the record went: tuples are lists there.
         wanted = record["recipe"] if recipe is None else json.loads(json.dumps({"medsd": medsd.__version__, **recipe}))
         outputs = record["outputs"].items()
@@ -65,6 +69,10 @@ def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> di
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return dict(record) if whole else None
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _size(path: Path) -> int | None:

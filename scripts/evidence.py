@@ -4,6 +4,7 @@
 python scripts/evidence.py objectives DATA --part pcam
 python scripts/evidence.py finetune PATCHES --seeds 5
 python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
+python scripts/evidence.py label_free DATA
 python scripts/evidence.py maps DATA --run runs/pcam
 python scripts/evidence.py pretrain DATA --device cuda --processes 12
 """
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES = ("objectives", "finetune", "saliency", "maps", "pretrain")
+STUDIES = ("objectives", "finetune", "saliency", "label_free", "maps", "pretrain")
 
 
 class Job(Protocol):

@@ -19,6 +19,7 @@ from medsd import cli, doctor
 from medsd.cohort.entry import SlideEntry
 from medsd.heatmap import cohort
 from medsd.heatmap.model import MapRequest
+from medsd.record import write_record
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import fit_slide
@@ -188,9 +189,8 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
 
 def test_gather_makes_the_tables_of_what_others_left(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, capsys, "gather", tmp_path)[0] == 1
-    record = {"recipe": {"slide": []}, "outputs": {}, "status": "ok", "result": asdict(cohort.SlideResult("a", "ok"))}
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "record.json").write_text(json.dumps(record))
+    result = asdict(cohort.SlideResult("a", "ok"))
+    write_record(tmp_path / "a" / "record.json", {"slide": []}, [], status="ok", result=result)
     code, out, _ = run(monkeypatch, capsys, "gather", tmp_path)
     assert code == 0 and out == f"1 ok; see {tmp_path / 'slides.csv'}\n" and (tmp_path / "index.html").is_file()
 

@@ -47,6 +47,15 @@ def test_a_damaged_record_is_made_again(done: Path, text: str) -> None:
     assert read_record(done) is None
 
 
+def test_an_altered_record_is_made_again(done: Path) -> None:
+    kept = json.loads(done.read_text())
+    for change in ({"score": 0.6}, {"more": 1}):
+        done.write_text(json.dumps({**kept, **change}))
+        assert read_record(done) is None
+    done.write_text(json.dumps(kept, indent=3))  # the same in other words
+    assert read_record(done) is not None
+
+
 def test_no_record_is_made(tmp_path: Path) -> None:
     assert read_record(tmp_path / "record.json") is None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -172,6 +173,14 @@ def with_head(data: Path, name: str, path: Path) -> None:
     known = classifier.encoder.state_dict()
     classifier.encoder.load_state_dict({key: value for key, value in state.items() if key in known})
     _take_images(classifier, frozen)
+    fit_head(classifier, data, scale)
+    words = "PatchCamelyon, the head alone"
+    card = ModelCard(frozen.encoder, classifier.classes, PATCH_PX * scale, PATCH_MPP / scale, words)
+    save_classifier(path, classifier, card)
+
+
+def fit_head(classifier: TileClassifier, data: Path, scale: int) -> None:
+    """Give a classifier a head by logistic regression on PatchCamelyon, its strength chosen on validation patches."""
     parts = []
     for part in (0, 1):
         images, labels = patches(data, part, scale)
@@ -190,9 +199,14 @@ def with_head(data: Path, name: str, path: Path) -> None:
     with torch.no_grad():
         classifier.head.weight.copy_(torch.stack([-weight, weight]))
         classifier.head.bias.copy_(torch.tensor([-bias, bias]))
-    words = "PatchCamelyon, the head alone"
-    card = ModelCard(frozen.encoder, classifier.classes, PATCH_PX * scale, PATCH_MPP / scale, words)
-    save_classifier(path, classifier, card)
+
+
+def imagenet_lite0(data: Path) -> nn.Module:
+    """EfficientNet-Lite0 with its 1,000 classes, in eval mode; takes RGB less 0.5, over 0.5."""
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    weights = load_file(data / "weights_encoders" / _FROZEN["lite0"].file)
+    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    return network.eval()
 
 
 def _take_images(classifier: Classifier, frozen: _Frozen) -> None:

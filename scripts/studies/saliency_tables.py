@@ -121,7 +121,7 @@ def _of_layers(found: dict[str, Any], layers: Sequence[str], method: str, way: s
 
 def _cut(plain: dict[str, Floats], smoothed: dict[str, Floats], groups: npt.NDArray[np.int64]) -> str:
     """1 - mean over layers of TV over that without smoothing, in percent, with an interval over groups."""
-    before, after = (_by_group(values["variation"].T, groups) for values in (plain, smoothed))
+    before, after = (by_group(values["variation"].T, groups) for values in (plain, smoothed))
     random = np.random.default_rng(0)
     drawn = random.integers(len(before), size=(_RESAMPLES, len(before)))
     cuts = 100 * (1 - (after[drawn].mean(axis=1) / before[drawn].mean(axis=1)).mean(axis=1))
@@ -132,16 +132,16 @@ def _cut(plain: dict[str, Floats], smoothed: dict[str, Floats], groups: npt.NDAr
 
 def _mean(values: Floats, groups: npt.NDArray[np.int64]) -> float:
     """Of (layers, images), every group of images weighing the same."""
-    return float(_by_group(values.T, groups).mean())
+    return float(by_group(values.T, groups).mean())
 
 
-def _by_group(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+def by_group(values: Floats, groups: npt.NDArray[np.int64]) -> Floats:
     """Means of (images, ...) by group."""
     return np.stack([values[groups == group].mean(axis=0) for group in np.unique(groups)])
 
 
 def _signed(differences: Floats, groups: npt.NDArray[np.int64]) -> str:
-    found = bootstrap_mean(_by_group(differences, groups), _RESAMPLES)
+    found = bootstrap_mean(by_group(differences, groups), _RESAMPLES)
     digits = 1 if abs(found.high - found.low) > 1 else 3
     return f"{found.value:+.{digits}f}, {found.low:+.{digits}f} to {found.high:+.{digits}f}"
 
@@ -162,7 +162,7 @@ def _label_free(found: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     chance = next(iter(found.values()))
-    share = _interval(100 * np.asarray(chance["area_share"]), np.asarray(chance["groups"]), 1)
+    share = interval(100 * np.asarray(chance["area_share"]), np.asarray(chance["groups"]), 1)
     parts.append(f"Energy pointing of a constant map, which is the tumour's share of the area: {share} %.")
     return "\n\n".join(parts)
 
@@ -175,21 +175,21 @@ def _score(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
     values = scale * np.asarray(found[f"{layer}/{method}"][kind])
     reference = scale * np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
     groups = np.asarray(found["groups"])
-    times = "" if method == "EigenCAM, reference" else f"; {_ratio(values, reference, groups)}"
-    return _interval(values, groups, digits) + times
+    times = "" if method == "EigenCAM, reference" else f"; {ratio(values, reference, groups)}"
+    return interval(values, groups, digits) + times
 
 
-def _ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> str:
+def ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> str:
     """Ratio of the means, with an interval over groups, the same drawn for both."""
-    pairs = np.stack([_by_group(part, groups) for part in (values, reference)])
+    pairs = np.stack([by_group(part, groups) for part in (values, reference)])
     drawn = np.random.default_rng(0).integers(pairs.shape[1], size=(_RESAMPLES, pairs.shape[1]))
     resampled = pairs[:, drawn].mean(axis=2)
     low, high = np.quantile(resampled[0] / resampled[1], (0.025, 0.975))
     return f"x{pairs[0].mean() / pairs[1].mean():.2f} ({low:.2f} to {high:.2f})"
 
 
-def _interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str:
-    found = bootstrap_mean(_by_group(values, groups), _RESAMPLES)
+def interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str:
+    found = bootstrap_mean(by_group(values, groups), _RESAMPLES)
     return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
@@ -261,10 +261,10 @@ def _draw_label_free(found: dict[str, dict[str, Any]], path: Path) -> None:
             for row, method in enumerate(methods):
                 if f"{layer}/{method}" in part:
                     values = 100 * np.asarray(part[f"{layer}/{method}"]["pointing"])
-                    known = bootstrap_mean(_by_group(values, groups), _RESAMPLES)
+                    known = bootstrap_mean(by_group(values, groups), _RESAMPLES)
                     axes.plot((known.low, known.high), (row + offset,) * 2, color=colour, lw=1.2)
                     axes.plot(known.value, row + offset, "o", color=colour, ms=4, label=None if row else layer)
-        axes.axvline(100 * _by_group(np.asarray(part["area_share"]), groups).mean(), color="#999999", lw=0.8)
+        axes.axvline(100 * by_group(np.asarray(part["area_share"]), groups).mean(), color="#999999", lw=0.8)
         axes.set(title=NETWORKS[name], xlabel="energy pointing % (line: chance)", xlim=(0, 100))
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
