@@ -48,7 +48,12 @@ def write_record(path: str | Path, recipe: Mapping[str, Any], outputs: Iterable[
         "versions": {package: version(package) for package in _PACKAGES},
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(path, record | {_DIGEST: _digest(record)})
+    rewrite_record(path, record)
+
+
+def rewrite_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record that `read_record` gave, and in which something was changed."""
+    write_json(path, {**record, _DIGEST: _digest(record)})
 
 
 def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -24,9 +24,9 @@ from medsd.cohort.entry import SlideEntry, check_names, with_own_names
 from medsd.cohort.kept import Current, Kept, Row, gather, write_rows
 from medsd.cohort.owner import check_owner, known_identity, with_free_name
 from medsd.errors import DatasetError, MedsdError, OutputError, SlideError
-from medsd.files import make_folder, remove_leftovers, write_json
+from medsd.files import make_folder, remove_leftovers
 from medsd.progress import Progress, no_progress
-from medsd.record import read_record, write_record
+from medsd.record import read_record, rewrite_record, write_record
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.parts import slide_identity
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
@@ -217,7 +217,7 @@ class _Run(Generic[Row]):
             return None
         row = self._row(record, entry)
         if asdict(row) != record["result"]:
-            write_json(self.work.record_of(entry.name), {**record, "result": asdict(row)})
+            rewrite_record(self.work.record_of(entry.name), {**record, "result": asdict(row)})
         return row
 
     def has_failed(self, entry: SlideEntry) -> bool:
