@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.classes import CLASSES, checked_classes, folded, target_number
@@ -29,7 +30,7 @@ from medsd.cohort.split import with_parts
 from medsd.cohort.tiling import INDEX, Tiling, find_tiles, tiled_slides
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
-from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.engine import Engine, engine_that_agrees, make_engine
 from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.calibrated import Calibration
 from medsd.phantom import write_phantom_dataset
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _PARTS = ("training", "validation", "testing")
 _WITHOUT_REFERENCE = "gradient_x_activation"
+# Tiles that are asked for alone and among others.
+_ASKED_OF_CLASS = 24
 
 
 @dataclass(frozen=True)
@@ -398,10 +401,11 @@ def _pixels(table: PatchTable) -> RGB:
 
 
 def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:
-    """The engine with the neutral reference of validation tiles, where a method of it needs one.
+    """The engine that agrees with validation tiles, with their neutral reference where a method of it needs one.
 
     A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
     """
+    engine = engine_that_agrees(engine, _some_tiles(validation))
     methods = engine.settings.methods
     if ADDITIVE not in methods:
         return engine
@@ -421,6 +425,15 @@ def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> En
             offset=engine.offset,
         )
     return engine
+
+
+def _some_tiles(validation: TileDataset | PatchDataset) -> Tensor:
+    """Tiles of every class, evenly, (B, 3, tile_px, tile_px) uint8."""
+    rows: list[int] = []
+    for label in np.unique(validation.labels):
+        own = np.flatnonzero(validation.labels == label)
+        rows += own[np.linspace(0, len(own) - 1, min(_ASKED_OF_CLASS, len(own))).astype(int)].tolist()
+    return torch.stack([validation[row]["image"] for row in rows])
 
 
 def class_shares(labels: npt.NDArray[np.int8], classes: int) -> tuple[float, ...]:

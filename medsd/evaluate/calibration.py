@@ -185,4 +185,5 @@ def _calibration(
         smooth_um=settings.smooth_um,
         temperature=engine.temperature,
         reference=None if engine.reference is None else asdict(engine.reference),
+        way=settings.way,
     )

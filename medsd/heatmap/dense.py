@@ -189,6 +189,22 @@ class DenseEngine(Engine):
             maps = np.stack([conserve(*pair, stage.taken) for pair in zip(maps, sums, strict=True)])
         return as_array(self.probability(window_mean(logits, self.window))), maps
 
+    def with_surroundings(self, images: Tensor) -> Tensor:
+        """Log-odds of tiles as a slide's map has them, with what lies around them in the place of padding.
+
+        Args:
+            images: (B, 3, 3 * tile_px, 3 * tile_px) uint8, each tile in the middle.
+
+        Returns:
+            (B,)
+        """
+        with evaluating(self.classifier), torch.no_grad():
+            hidden = self.cascade.whole(images.to(self.classifier.device))
+            self._windows.cells.part = None
+            cells = self._logits(self._windows.cells(hidden))
+        first, end = self.window, 2 * self.window
+        return self.evidence(cells[:, :, first:end, first:end].mean(dim=(2, 3)))
+
     def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
         bias = self.classifier.head.bias
         with evaluating(self.classifier), torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from medsd.errors import NetworkError
@@ -18,14 +19,17 @@ from medsd.heatmap.maps import Assembled, Engine, MapSettings
 from medsd.heatmap.tiled import TiledEngine
 from medsd.heatmap.value_map import Floats
 from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.modes import evaluating
 from medsd.progress import Progress
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-__all__ = ["Engine", "make_engine"]
+__all__ = ["Engine", "engine_that_agrees", "make_engine"]
 
 logger = logging.getLogger(__name__)
+
+_LEAST_SURE, _LEAST_AGREEING, _BATCH = 8, 0.95, 32
 
 
 @dataclass(eq=False, repr=False)
@@ -43,24 +47,24 @@ class MixedEngine(Engine):
         dense = tuple(name for name in self.settings.methods if name not in of_tiles)
         rest = self.classifier, self.tile_px, self.mpp, self.target
         scale = self.temperature, None, self.offset
-        self._dense = DenseEngine(*rest, replace(self.settings, methods=dense), *scale)
+        self.of_places = DenseEngine(*rest, replace(self.settings, methods=dense), *scale)
         self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles), *scale)
 
     @property
     def strides(self) -> tuple[int, int]:
-        return self._dense.strides
+        return self.of_places.strides
 
     @property
     def tiles(self) -> str:
-        return self._dense.tiles
+        return self.of_places.tiles
 
     def maker_of(self, method: str) -> Engine:
-        self._dense.reference = self.reference
-        return self._tiled if method in self._tiled.settings.methods else self._dense
+        self.of_places.reference = self.reference
+        return self._tiled if method in self._tiled.settings.methods else self.of_places
 
     def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
-        self._dense.reference = self.reference
-        whole, tiles = (engine.assemble(slide, tissue, store, progress) for engine in (self._dense, self._tiled))
+        self.of_places.reference = self.reference
+        whole, tiles = (engine.assemble(slide, tissue, store, progress) for engine in (self.of_places, self._tiled))
         found, first = {**whole.explanations, **tiles.explanations}, self.settings.methods[0]
         return replace(
             whole,
@@ -73,14 +77,54 @@ class MixedEngine(Engine):
 
     def use_less_memory(self) -> bool:
         # Whichever of them ran out of it.
-        return any([self._dense.use_less_memory(), self._tiled.use_less_memory()])
+        return any([self.of_places.use_less_memory(), self._tiled.use_less_memory()])
 
     def run(self, images: Tensor, method: str | None = None) -> tuple[Floats, Floats]:
         name = method or self.settings.methods[0]
         return self.maker_of(name).run(images, name)
 
     def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
-        return self._dense.neutral(without, having, source)
+        return self.of_places.neutral(without, having, source)
+
+
+def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
+    """The engine, or the tiled one where its network answers otherwise to tiles with their surroundings than alone.
+
+    A network learns from tiles whose borders are padded. In a slide's dense map other tissue lies there instead; where
+    what is padded reaches most of the tile, the answer may be another one (EfficientNet-Lite0 on tiles of 96 px), and
+    the dense map would be that of a network nobody trained. Asked are tiles in the midst of eight others (our choice).
+
+    Args:
+        engine: as `make_engine` made it; one whose settings say a way keeps it.
+        tiles: (B, 3, tile_px, tile_px) uint8, of every class.
+
+    Returns:
+        the engine, unless of eight tiles or more with |log-odds| above 1 fewer than 95 % keep the sign.
+    """
+    dense = engine.of_places if isinstance(engine, MixedEngine) else engine
+    if not isinstance(dense, DenseEngine) or engine.settings.way != "auto":
+        return engine
+    classifier, side = dense.classifier, engine.tile_px
+    with evaluating(classifier), torch.no_grad():
+        parts = (tiles[start : start + _BATCH].to(classifier.device) for start in range(0, len(tiles), _BATCH))
+        alone = torch.cat([engine.evidence(classifier(classifier.normalise(part))) for part in parts])
+    generator, kept = torch.Generator().manual_seed(0), []
+    for number in (alone.abs() > 1).nonzero()[:, 0].tolist():
+        around = tiles[torch.randint(len(tiles), (9,), generator=generator)]
+        around[4] = tiles[number]
+        mosaic = around.view(3, 3, 3, side, side).permute(2, 0, 3, 1, 4).reshape(1, 3, 3 * side, 3 * side)
+        kept.append(bool(dense.with_surroundings(mosaic)[0] * alone[number] > 0))
+    if len(kept) < _LEAST_SURE or sum(kept) >= _LEAST_AGREEING * len(kept):
+        return engine
+    logger.warning(
+        "slides are mapped tile by tile, which takes longer: among others, %d of %d tiles that the network is sure of "
+        "are answered the other way",
+        len(kept) - sum(kept),
+        len(kept),
+    )
+    settings = replace(engine.settings, way="tiled")
+    rest = engine.mpp, engine.target, settings, engine.temperature, engine.reference, engine.offset
+    return make_engine(classifier, side, *rest)
 
 
 def _of_tiles(settings: MapSettings) -> tuple[str, ...]:

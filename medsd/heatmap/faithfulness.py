@@ -41,6 +41,8 @@ MOST_TILES, LEAST_TILES = 64, 16
 _ONE_IN = 16
 _SEED = 0
 _OF_CLASS = 8
+# Smoothing moves sums across borders, so a few may differ (our choice).
+_LEAST_AGREEING = 0.8
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Faithfulness:
             and where it is lowest.
         gained: `brightest` less `random`, paired by tiles.
         output: what is lowered, see `evidence_word`.
+        sure, agreeing: tiles that the network, shown each alone, gives |log-odds| above 1, and those of them whose sum
+            of a map that adds up has their sign; 0 of other maps.
     """
 
     kind: str
@@ -65,22 +69,36 @@ class Faithfulness:
     lowest: Interval
     gained: Interval
     output: str = "log-odds"
+    sure: int = 0
+    agreeing: int = 0
 
     @property
     def words(self) -> str:
         """What was found, in a sentence."""
+        agreed = (
+            f" In {self.agreeing} of {self.sure} of them that the network, shown the tile alone, is sure of, the map's "
+            "sum has its sign."
+            if self.sure
+            else ""
+        )
         told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
         return (
             f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the {self.kind} map "
             f"{self._change(self.brightest)}, hiding a random 10 % {self._change(self.random)}, hiding the 10 % lowest "
-            f"{self._change(self.lowest)} (means, 95 % intervals over tiles; hidden places are blurred).{told}"
+            f"{self._change(self.lowest)} (means, 95 % intervals over tiles; hidden places are blurred).{told}{agreed}"
         )
 
     @property
     def warning(self) -> str:
         """What a reader has to be warned of; empty where the map does better than random places."""
-        if self.gained.value > 0:
+        if self.gained.value > 0 and self.agreeing >= _LEAST_AGREEING * self.sure:
             return ""
+        if self.gained.value > 0:
+            return (
+                f"Do not believe the maps: on this slide, {self.sure - self.agreeing} of {self.sure} tiles that the "
+                "network is sure of when shown alone have the other sign in them. Run the stage 'finetune' again: it "
+                "chooses to map tile by tile where surroundings change the answer."
+            )
         gained = self.gained
         sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
@@ -122,14 +140,21 @@ def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST
             maps.append(torch.from_numpy(saliency.values[row : row + side, column : column + side]))
     if len(images) < LEAST_TILES:
         return None
-    drops = _drops(engine, torch.stack(images), torch.stack(maps))
-    found = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
-    kind = "evidence" if engine.settings.methods[0] == ADDITIVE else "saliency"
-    return Faithfulness(kind, len(images), **found, output=evidence_word(len(engine.classifier.classes)))
+    clean, drops = _drops(engine, torch.stack(images), torch.stack(maps))
+    means = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
+    drop = means["brightest"], means["random"], means["lowest"], means["gained"]
+    word = evidence_word(len(engine.classifier.classes))
+    if engine.settings.methods[0] != ADDITIVE:
+        return Faithfulness("saliency", len(images), *drop, output=word)
+    sure, sums = np.abs(clean) > 1, torch.stack(maps).double().sum(dim=(1, 2)).numpy()
+    counts = int(sure.sum()), int((sums * clean > 0)[sure].sum())
+    return Faithfulness("evidence", len(images), *drop, word, *counts)
 
 
-def _drops(engine: Engine, images: Tensor, maps: Tensor) -> dict[str, npt.NDArray[np.float64]]:
-    """What each tile's log-odds lose, by what is hidden."""
+def _drops(
+    engine: Engine, images: Tensor, maps: Tensor
+) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
+    """Each tile's log-odds, and what they lose, by what is hidden."""
     generator = torch.Generator().manual_seed(_SEED)
     anywhere = torch.rand(maps.shape, generator=generator)
     device, classifier = engine.classifier.device, engine.classifier
@@ -144,7 +169,8 @@ def _drops(engine: Engine, images: Tensor, maps: Tensor) -> dict[str, npt.NDArra
         log_odds = log_odds.view(len(images), -1).double().cpu()
         clean = log_odds[:, 0] if clean is None else clean
         drops[name] = (clean - log_odds[:, -1]).numpy()
-    return drops | {"gained": drops["brightest"] - drops["random"]}
+    assert clean is not None
+    return clean.numpy(), drops | {"gained": drops["brightest"] - drops["random"]}
 
 
 def _whole_tiles(seen: Bools, side: int) -> npt.NDArray[np.int64]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from medsd.heatmap.grid import MapGrid, block_any, seam_score
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
 from medsd.heatmap.value_map import Floats, ValueMap
-from medsd.networks.calibrated import Smoothing, calibrated
+from medsd.networks.calibrated import Smoothing, Way, calibrated
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import is_out_of_memory
 from medsd.progress import Progress, no_progress
@@ -34,8 +34,6 @@ from medsd.slides.readers.base import Bools
 from medsd.slides.reading import opened_times
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
-
-Way = Literal["auto", "dense", "tiled"]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,10 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         card.tile_px,
         card.mpp,
         target,
-        settings=MapSettings(names, calibration.layer, smoothing, smooth_um, request.block_px, workers=request.workers),
+        settings=MapSettings(
+            *(names, calibration.layer, smoothing, smooth_um, request.block_px, calibration.way),
+            workers=request.workers,
+        ),
         temperature=calibration.temperature,
         reference=reference,
         offset=calibration.offset,

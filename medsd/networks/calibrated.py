@@ -29,6 +29,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 Smoothing = Literal["backward_hook", "none"]
+Way = Literal["auto", "dense", "tiled"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Calibration:
         bias: a number a class, added to logits beside the adjustment to those shares; none for 0.
         lesions: what the threshold was chosen by; None where there were no slides, and it is Youden's of patches.
         cut_off: of slides; None where none is known.
+        way: how slides are mapped, see `medsd.heatmap.maps.MapSettings`; "tiled" where the network answers otherwise to
+            tiles with their surroundings than alone.
     """
 
     threshold: float
@@ -105,6 +108,7 @@ class Calibration:
     bias: tuple[float, ...] = ()
     lesions: LesionPoint | None = None
     cut_off: SlideCutOff | None = None
+    way: Way = "auto"
 
     @property
     def offset(self) -> tuple[float, ...]:

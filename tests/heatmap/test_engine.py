@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.engine import make_engine
+from medsd.heatmap.engine import engine_that_agrees, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import TileClassifier
@@ -67,3 +67,37 @@ def test_a_network_without_dense_maps_goes_by_tiles_with_all_its_methods():
         TileClassifier("test_efficientnet"), 64, 1.0, settings=MapSettings(("gradient", "gradcam"), "blocks.1")
     )
     assert isinstance(engine, TiledEngine)
+
+
+def test_tiles_with_their_surroundings_are_the_middle_of_a_larger_image(classifier):
+    engine = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2", way="dense"))
+    images = torch.randint(0, 256, (2, 3, 192, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = classifier.feature_map(classifier.normalise(images))
+        first = engine.window
+        pooled = features[:, :, first : 2 * first, first : 2 * first].mean(dim=(2, 3))
+        wanted = engine.evidence(classifier.head(pooled))
+    torch.testing.assert_close(engine.with_surroundings(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.97, 0.5])
+def test_a_network_that_surroundings_turn_round_is_mapped_tile_by_tile(classifier, monkeypatch, caplog, share):
+    settings = MapSettings(("gradient",), "layer2")
+    images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    offset = (-3.0, 3.0)  # sure of every tile
+    engine = make_engine(classifier, 64, 1.0, 1, settings, offset=offset)
+    answers = iter([1.0] * round(40 * share) + [-1.0] * (40 - round(40 * share)))
+    monkeypatch.setattr(DenseEngine, "with_surroundings", lambda self, mosaic: torch.tensor([next(answers)]))
+    found = engine_that_agrees(engine, images)
+    if share > 0.95:
+        assert found is engine and not caplog.text
+    else:
+        assert isinstance(found, TiledEngine) and found.settings.way == "tiled" and found.offset == offset
+        assert "20 of 40 tiles that the network is sure of are answered the other way" in caplog.text
+    chosen = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2", way="dense"), offset=offset)
+    assert engine_that_agrees(chosen, images) is chosen  # who says a way gets it
+
+
+def test_a_network_that_is_sure_of_nothing_keeps_its_way(classifier):
+    engine = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2"), 1e6)
+    assert engine_that_agrees(engine, torch.zeros((20, 3, 64, 64), dtype=torch.uint8)) is engine

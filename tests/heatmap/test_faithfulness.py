@@ -78,7 +78,9 @@ def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[An
     assert lowest.min() - 1e-2 <= found.lowest.value <= lowest.max() + 1e-2
     assert found.brightest.low <= found.brightest.value <= found.brightest.high
     assert found.gained.value == pytest.approx(found.brightest.value - found.random.value)
-    assert found.warning == "" and "the 10 % brightest of the evidence map lowers the log-odds by" in found.words
+    # The map is worth against blur: its sums are not the log-odds.
+    assert replace(found, sure=0, agreeing=0).warning == ""
+    assert "the 10 % brightest of the evidence map lowers the log-odds by" in found.words
     assert judge_map(engine, slide, value_map) == found
 
 
@@ -104,6 +106,25 @@ def test_a_map_that_says_the_opposite_is_told(engine: Any, known: tuple[Any, Val
     assert found is not None and found.gained.high < 0
     assert "Do not believe the evidence map" in found.warning
     assert "the 10 % brightest of the evidence map raises the log-odds by" in found.words
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_that_contradict_the_tiles_are_told(
+    engine: Any, known: tuple[Any, ValueMap, np.ndarray], sign: int
+) -> None:
+    slide, value_map, _ = known
+    values, side = value_map.values.copy(), TILE // STRIDE
+    for row in range(4):
+        for column in range(5):
+            place = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            pixels = torch.from_numpy(slide.read(column * TILE, row * TILE, TILE, TILE)).permute(2, 0, 1)[None]
+            log_odds = float(engine.evidence(engine.classifier(engine.classifier.normalise(pixels)))[0])
+            values[place] += (sign * log_odds - values[place].sum()) / side**2  # the order stays
+    found = judge_map(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", ""))
+    assert found is not None and found.sure > 8 and found.gained.low > 0
+    assert found.agreeing == (found.sure if sign > 0 else 0)
+    assert f"In {found.agreeing} of {found.sure} of them" in found.words
+    assert found.warning == "" if sign > 0 else f"{found.sure} of {found.sure} tiles that the network" in found.warning
 
 
 def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
