@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import fields, natural
+from studies import fields, natural, pretrain
 from studies.label_free_tables import draw, tables
 from torch import Tensor, nn
 

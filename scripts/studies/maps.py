@@ -27,7 +27,7 @@ from torch import Tensor
 from medsd.evaluate.scores import auc
 from medsd.files import atomic_path, make_folder, sha256_of
 from medsd.heatmap.additive import blurred
-from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.engine import Engine, engine_that_agrees, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import TileClassifier
@@ -54,9 +54,9 @@ PROBABILITY, OCCLUSION = "probability", "occlusion"
 _SCORED, _STEPS = 4, 8  # fields and steps of insertion and deletion
 _PATCH_PX, _APART = 32, 4  # occlusion at the model's mpp: side of what is hidden, and patches from one to the next
 _DRAWN = 3
-_BATCH = 32
+_BATCH, _ASKED_OF_CLASS = 32, 24
 # Raised whenever results mean something else.
-VERSION = 1
+VERSION = 2
 
 Floats = npt.NDArray[np.float64]
 
@@ -126,12 +126,13 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     make_folder(folder / "slides")
     for part in arguments.part:
         for field in GROUPS[part](arguments.data):
-            path = _slide_of(folder, part, field.name)
+            path = slide_of(folder, part, field.name)
             if not path.is_file():
                 field.write(path)
 
 
-def _slide_of(folder: Path, part: str, field: str) -> Path:
+def slide_of(folder: Path, part: str, field: str) -> Path:
+    """The file of a field."""
     return folder / "slides" / f"{part}-{field}.tif"
 
 
@@ -150,8 +151,8 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     }
     scored, drawn = (names.index(job.field) < count for count in (_SCORED, _DRAWN))
     example: dict[str, Any] = {"image": field.image, "tumour": field.tumour}
-    with open_slide(_slide_of(Path(job.folder), job.part, field.name)) as slide:
-        judged = _Judged(slide, field, classifier, card)
+    with open_slide(slide_of(Path(job.folder), job.part, field.name)) as slide:
+        judged = Judged(slide, field, classifier, card)
         for name, values, value_map in _maps(slide, engines, judged):
             found["maps"][name] = judged.measures(values, value_map)
             if scored and name.partition("/")[0] in (PROBABILITY, OCCLUSION, SUBJECTS[job.network].layers[-1]):
@@ -172,12 +173,16 @@ def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, Mod
     classifier, card = fields.load_subject(Path(weights))
     images, labels = fields.patches(Path(data), 1, SUBJECTS[network].scale)
     temperature = card.calibration.temperature if card.calibration else 1.0
-    engines = []
+    engines, way = [], "auto"
     for layer in SUBJECTS[network].layers:
         reference = None
         for smoothing, methods in RUNS:
-            settings = MapSettings(methods, layer, smoothing)
+            settings = MapSettings(methods, layer, smoothing, way="tiled" if way == "tiled" else "auto")
             engine = make_engine(classifier, card.tile_px, card.mpp, 1, settings, temperature, reference)
+            if way == "auto":
+                asked = torch.cat([images[labels == label][:_ASKED_OF_CLASS] for label in (0, 1)])
+                engine = engine_that_agrees(engine, asked)
+                way = "tiled" if engine.settings.way == "tiled" else "dense"
             if reference is None:
                 normal, tumour = (images[labels == label].split(_BATCH) for label in (0, 1))
                 reference = engine.reference = engine.neutral(normal, tumour, "PatchCamelyon, validation patches")
@@ -186,7 +191,7 @@ def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, Mod
 
 
 def _maps(
-    slide: Slide, engines: tuple[Engine, ...], judged: _Judged
+    slide: Slide, engines: tuple[Engine, ...], judged: Judged
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], ValueMap | None]]:
     """Every map of the slide by name, "layer/method/smoothing" or without a layer; its values at the judged squares.
 
@@ -208,7 +213,7 @@ def _maps(
     yield OCCLUSION, judged.occlusion(), None
 
 
-class _Judged:
+class Judged:
     """A field and what its maps are compared with.
 
     Args:
