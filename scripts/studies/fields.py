@@ -133,7 +133,7 @@ SUBJECTS = {
     # On uniform maps of lower blocks no vector near tissue is neutral.
     "lite0": Subject("EfficientNet-Lite0 (ImageNet), head on PCam", ("blocks.3", "blocks.4", "blocks.5"), 2),
     "densenet": Subject(
-        "DenseNet-121 (H&E), head on PCam", ("features.pool0", "features.transition1", "features.transition2"), 2
+        "DenseNet-121 (H&E), head on PCam", ("features.transition2", "features.denseblock3", "features.transition3"), 2
     ),
 }
 _FROZEN = {

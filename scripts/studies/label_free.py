@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import fields, natural, pretrain
+from studies import fields, natural
+from studies.finetune import ENCODER
 from studies.label_free_tables import draw, tables
 from torch import Tensor, nn
 
@@ -191,7 +192,7 @@ def _tissue(job: Job) -> Subject:
 @lru_cache(maxsize=1)
 def _probe(data: str, weights: str) -> TileClassifier:
     """The encoder without labels, with logistic regression on PatchCamelyon's training patches."""
-    classifier = TileClassifier("resnet10t_half").eval()
+    classifier = TileClassifier(ENCODER).eval()
     load_encoder(classifier.encoder, Path(weights))
     fields.fit_head(classifier, Path(data), 1)
     return classifier
