@@ -85,6 +85,8 @@ def run(
             damaged = mutation(whole, random)
             path.write_bytes(damaged)
             result = attempt(door, truths[door.name])
+        except KeyboardInterrupt:
+            break  # with the table of what was tried
         finally:
             path.write_bytes(whole)
         counts[door.name][result.outcome] += 1

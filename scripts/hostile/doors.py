@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from medsd.tables import write_table
 
 _SIDE_PX, _MPP = 512, 0.5
 _MOST_PX = 3072
-_OVERVIEW_PX = 256
+_OVERVIEW_PX, _PLACE_PX = 256, 128
 _REAL = (
     *("CMU-1-Small-Region.svs", "test3-DAPI-2-(387).ndpi", "sm_image_numbers.dcm", "boxes.tiff"),
     *("derived/cmu1-region-pyramid-jpeg.tif", "derived/cmu1-region-pyramid.ome.tif"),
@@ -143,15 +144,24 @@ def _picture(slide: Slide) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]
 
 
 def _elsewhere(path: Path) -> Any:
-    """As OpenSlide shows level 0, or else the decoder of the format; None where neither does."""
-    try:
+    """As OpenSlide shows level 0, and where it cannot, the decoder of the format; None where neither shows anything.
+
+    Place by place, for one damaged tile keeps others from being shown: what nobody shows is no colour at all (-1).
+    """
+    size, known = None, None
+    with suppress(OpenSlideError):
         with OpenSlide(path) as slide:
             size = tuple(min(side, _MOST_PX) for side in slide.dimensions)
-            shown = Image.new("RGBA", size, "white")
-            shown.alpha_composite(slide.read_region((0, 0), 0, size))
-            return np.asarray(shown)[..., :3]
-    except OpenSlideError:
-        pass
+        known = np.full((size[1], size[0], 3), -1, np.int16)
+        for top in range(0, size[1], _PLACE_PX):
+            for left in range(0, size[0], _PLACE_PX):
+                width, height = min(_PLACE_PX, size[0] - left), min(_PLACE_PX, size[1] - top)
+                with suppress(OpenSlideError), OpenSlide(path) as slide:  # anew, for it refuses all after an error
+                    shown = Image.new("RGBA", (width, height), "white")
+                    shown.alpha_composite(slide.read_region((left, top), 0, (width, height)))
+                    known[top : top + height, left : left + width] = np.asarray(shown)[..., :3]
+    if known is not None:
+        return known
     for read in (_by_format, lambda path: np.asarray(Image.open(path).convert("RGB"))):
         try:
             pixels = np.atleast_3d(read(path))
@@ -166,7 +176,22 @@ def _by_format(path: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(zarr.open_group(path, mode="r")["0"])
     if path.suffix == ".dcm":
         return np.asarray(pydicom.dcmread(path).pixel_array)
-    return tifffile.imread(path, series=0, level=0)
+    return _tile_by_tile(path)
+
+
+def _tile_by_tile(path: Path) -> npt.NDArray[np.int16]:
+    """A TIFF's first page as tifffile decodes it, -1 where it cannot."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0].aspage()
+        known = np.full((page.imagelength, page.imagewidth, 3), -1, np.int16)
+        for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
+            file.filehandle.seek(offset)
+            with suppress(Exception):
+                tile, place, _ = page.decode(file.filehandle.read(count), number, jpegtables=page.jpegtables)
+                top, left = place[2], place[3]
+                shown = np.asarray(tile)[0, : page.imagelength - top, : page.imagewidth - left]
+                known[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
+    return known
 
 
 def shows(pixels: npt.NDArray[np.uint8], seen: npt.NDArray[np.bool_], other: Any) -> bool:

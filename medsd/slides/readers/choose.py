@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -125,6 +126,7 @@ def _of_tiff(path: Path, tiff: tifffile.TiffFile, handle: BinaryIO, cache: TileC
     kind = vendor.properties.get("openslide.vendor", "")
     if kind not in _PLAIN_VENDORS:
         return vendor
+    _check_tables(path, tiff)
     bits = tiff.pages[0].aspage().bitspersample
     if kind == "generic-tiff" and bits > 16:  # OpenSlide opens it and reads nothing
         raise _unread(path, f"{bits} bits a colour")
@@ -167,6 +169,17 @@ def _unknown_to_openslide(
 
 def _unread(path: Path, what: str) -> SlideError:
     return SlideError(f"{path}: TIFF with {what} is not read; save it as 8-bit RGB with JPEG, LZW or deflate tiles")
+
+
+def _check_tables(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError where a page has not as many tiles as its size asks for: OpenSlide would read others' places."""
+    for page in pages_of(tiff):
+        wanted, found = math.prod(page.chunked), len(page.dataoffsets)
+        if page.is_tiled and wanted != found:
+            raise SlideError(
+                f"{path}: a page of {page.imagewidth} x {page.imagelength} px has {found} tiles instead of {wanted}; "
+                "its header is damaged, copy it again"
+            )
 
 
 def _check_generic(path: Path, tiff: tifffile.TiffFile) -> None:

@@ -223,6 +223,18 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(("name", "value"), [("ImageWidth", 2**20), ("TileWidth", 16), ("ImageLength", 5000)])
+def test_a_page_with_too_few_tiles_is_refused(tmp_path: Path, name: str, value: int) -> None:
+    """A header that claims 2^20 px of width would be read for minutes, one of other tiles shows them scrambled."""
+    path = tmp_path / "wide.tif"
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", compression="deflate")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].aspage().tags[name].overwrite(value)
+    with pytest.raises(SlideError, match=r"wide\.tif: a page of .* has 35 tiles instead of \d+"):
+        open_reader(path)
+
+
 def test_odd_files_are_right_or_refused(shared_data: Path) -> None:
     paths = [path for path in sorted((shared_data / "wsi_odd").iterdir()) if path.suffix != ".md"]
     refused = set()
