@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import timm
 import torch
+from timm.models import group_parameters
 from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 
@@ -95,6 +96,11 @@ class Classifier(nn.Module):
     def device(self) -> torch.device:
         """Where its weights are."""
         return next(self.parameters()).device
+
+    def encoder_layers(self) -> dict[str, int] | None:
+        """The layer of each of the encoder's parameters, by name, the stem's being 0; None where timm does not know."""
+        matcher = getattr(self.encoder, "group_matcher", None)
+        return None if matcher is None else group_parameters(self.encoder, matcher(), reverse=True)
 
     def feature_map(self, x: Tensor) -> Tensor:
         """Features (B, d, h, w) of images (B, 3, H, W): uint8 as read, or float as `normalise` gives them."""

@@ -21,11 +21,18 @@ def augment(images: Tensor, generator: torch.Generator, stain: float = 0.1) -> T
     Returns:
         (B, 3, S, S) uint8.
     """
-    batch = images.shape[0]
-    symmetry = torch.randint(8, (batch,), generator=generator)
-    gain = 1 + stain * (2 * torch.rand((batch, 3, 1, 1), generator=generator) - 1)
-    turned = turn(images, symmetry)
-    transmitted = (turned.to(torch.float32) + 1) / 256
+    return restain(turn(images, symmetries(len(images), generator)), generator, stain)
+
+
+def symmetries(batch: int, generator: torch.Generator) -> Tensor:
+    """Symmetries of the square (B,) for `turn`, drawn evenly on the CPU."""
+    return torch.randint(8, (batch,), generator=generator)
+
+
+def restain(images: Tensor, generator: torch.Generator, stain: float) -> Tensor:
+    """Images (B, 3, H, W) uint8 with the optical density of each channel scaled, see `augment`."""
+    gain = 1 + stain * (2 * torch.rand((len(images), 3, 1, 1), generator=generator) - 1)
+    transmitted = (images.to(torch.float32) + 1) / 256
     return (transmitted.pow(gain.to(images.device)) * 256 - 1).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import ignite.distributed as idist
 import numpy as np
@@ -59,12 +59,12 @@ class BalancedSampler(_Dealt, SlideGroupedSampler):
     def __init__(
         self, dataset: Labelled, samples: int, batch_size: int, run: int = 1, by_group: bool = True, seed: int = 0
     ) -> None:
-        _check(samples, batch_size, run, "batch_size", f"samples_per_epoch={samples}")
+        _check(samples, batch_size, run)
         super().__init__(dataset.labels, _groups(dataset, by_group), samples, run, seed)
         self.batch_size, self.by_group = batch_size, by_group
 
 
-class UnlabelledSampler(_Dealt):
+class EvenSampler(_Dealt):
     """Draws whatever the class (see `GroupedSampler`), dealt out to the processes that train together.
 
     Args:
@@ -77,6 +77,8 @@ class UnlabelledSampler(_Dealt):
         ConfigError: a number out of its range, or a batch larger than an epoch.
     """
 
+    keys: ClassVar[tuple[str, str]] = ("batch_size", "samples_per_epoch")
+
     def __init__(
         self,
         dataset: Grouped,
@@ -87,16 +89,24 @@ class UnlabelledSampler(_Dealt):
         seed: int = 0,
     ) -> None:
         samples = len(dataset.groups) if samples is None else samples
-        _check(samples, batch_size, run, "pretrain_batch_size", f"pretrain_samples={samples}")
+        _check(samples, batch_size, run, self.keys)
         super().__init__(_groups(dataset, by_group), samples, run, seed)
         self.batch_size, self.by_group = batch_size, by_group
 
 
-def _check(samples: int, batch_size: int, run: int, key: str, epoch: str) -> None:
+class UnlabelledSampler(EvenSampler):
+    """An `EvenSampler` of pre-training, by whose keys its messages go."""
+
+    keys = ("pretrain_batch_size", "pretrain_samples")
+
+
+def _check(
+    samples: int, batch_size: int, run: int, keys: tuple[str, str] = ("batch_size", "samples_per_epoch")
+) -> None:
     check_number("tiles_in_a_row", run, "[1, inf)", whole=True)
     processes = idist.get_world_size()
-    hint = f"an epoch has {epoch}" + (f" of {processes} processes" if processes > 1 else "")
-    check_number(key, batch_size, f"[2, {samples // processes}]", whole=True, hint=hint)
+    hint = f"an epoch has {keys[1]}={samples}" + (f" of {processes} processes" if processes > 1 else "")
+    check_number(keys[0], batch_size, f"[2, {samples // processes}]", whole=True, hint=hint)
 
 
 def _groups(dataset: Grouped, by_group: bool) -> npt.NDArray[np.str_]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import ignite.distributed as idist
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.models import group_parameters
 from torch import nn
 
 from medsd.checks import check_number
@@ -21,9 +20,31 @@ from medsd.networks.whitening import WhitenedHead
 
 logger = logging.getLogger(__name__)
 
-_STEM, _BATCHNORM = "stem", "batchnorm"
+_STEM, _BATCHNORM, _ENCODER = "stem", "batchnorm", "encoder"
 # More would let a usual batch be whitened into anything.
 _WHITENED_TOGETHER = 32
+
+
+OneNetwork = TypeVar("OneNetwork", bound=nn.Module)
+
+
+class Encoded(Protocol):
+    """A network with a timm encoder: `Classifier`, `SegmentationNetwork`."""
+
+    encoder_name: str
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The network below everything else."""
+        ...
+
+    def encoder_layers(self) -> dict[str, int] | None:
+        """The layer of each of the encoder's parameters, by name, the stem's being 0; None where timm does not know."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All of them."""
+        ...
 
 
 def ready_to_train(
@@ -58,21 +79,29 @@ def ready_to_train(
         if isinstance(network, AimClassifier):
             raise ConfigError("whitening: AIM's head sees masked features and is not whitened; leave it false")
         network.head = WhitenedHead(network.feature_dim, len(network.classes), group_size or _WHITENED_TOGETHER)
+    if compiled and isinstance(network, AimClassifier):
+        logger.warning("compiled: torch.compile does not reach the stages that AIM takes from its encoder")
+        compiled = False
+    return on_device(network, device, channels_last, compiled)
+
+
+def on_device(
+    network: OneNetwork, device: torch.device, channels_last: bool = False, compiled: bool = False
+) -> OneNetwork:
+    """The network where it is trained; other arguments as in `ready_to_train`."""
     if idist.get_world_size() > 1 and device.type == "cuda":
         # timm's: torch's own would replace timm's BatchNorms that hold an activation, and lose it.
         network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     network = network.to(device)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compiled and isinstance(network, AimClassifier):
-        logger.warning("compiled: torch.compile does not reach the stages that AIM takes from its encoder")
-    elif compiled:
-        network.encoder.compile()
+    if compiled:
+        cast(Encoded, network).encoder.compile()
     return network
 
 
 def parameter_groups(
-    network: Classifier,
+    network: Encoded,
     lr: float,
     weight_decay: float,
     frozen: Sequence[str] = (),
@@ -95,8 +124,8 @@ def parameter_groups(
         lr: the full learning rate.
         weight_decay: of all parameters, see `decay_vectors`.
         frozen: modules of the encoder such as "layer1" or "stages.0"; "stem" is timm's lowest layer, "batchnorm" every
-            BatchNorm, which then keeps what it learnt from more images than a small data set has. Naming all stages
-            leaves the head to train (linear probing).
+            BatchNorm, which then keeps what it learnt from more images than a small data set has. "encoder" is all of
+            it, which leaves the head or decoder to train (linear probing).
         layer_decay: in 0 to 1, 0 excluded; 1 for one rate.
         head_lr: rate of what is not the encoder; None for `lr`.
         decay_vectors: False for no weight decay on parameters of one dimension (norms, biases, layer scales), which
@@ -127,7 +156,7 @@ def parameter_groups(
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def _encoder_rates(network: Classifier, lr: float, layer_decay: float) -> dict[nn.Parameter, float]:
+def _encoder_rates(network: Encoded, lr: float, layer_decay: float) -> dict[nn.Parameter, float]:
     parameters = dict(network.encoder.named_parameters())
     if layer_decay == 1:
         return dict.fromkeys(parameters.values(), lr)
@@ -136,17 +165,17 @@ def _encoder_rates(network: Classifier, lr: float, layer_decay: float) -> dict[n
     return {parameters[name]: lr * layer_decay ** (depth_of_stem - layer) for name, layer in layers.items()}
 
 
-def _layers(network: Classifier, key: str) -> dict[str, int]:
-    """The layer of each of the encoder's parameters, by name, the stem's being 0."""
-    matcher = getattr(network.encoder, "group_matcher", None)
-    if matcher is None:
+def _layers(network: Encoded, key: str) -> dict[str, int]:
+    layers = network.encoder_layers()
+    if layers is None:
         raise NetworkError(f"{key}: timm does not know the layers of {network.encoder_name}; leave this option out")
-    layers: dict[str, int] = group_parameters(network.encoder, matcher(), reverse=True)
     return layers
 
 
-def _stage(network: Classifier, name: str) -> list[nn.Parameter]:
+def _stage(network: Encoded, name: str) -> list[nn.Parameter]:
     encoder = network.encoder
+    if name == _ENCODER:
+        return list(encoder.parameters())
     if name == _STEM:
         layers, parameters = _layers(network, f"frozen '{name}'"), dict(encoder.named_parameters())
         return [parameters[parameter] for parameter, layer in layers.items() if layer == 0]
@@ -158,7 +187,7 @@ def _stage(network: Classifier, name: str) -> list[nn.Parameter]:
     stages = {path: list(module.parameters()) for path, module in encoder.named_modules() if path}
     if not stages.get(name):
         made = [info["module"] for info in getattr(encoder, "feature_info", ())]
-        known = [_STEM, _BATCHNORM, *(path for path in made if stages.get(path))]
+        known = [_ENCODER, _STEM, _BATCHNORM, *(path for path in made if stages.get(path))]
         raise NetworkError(
             f"frozen '{name}': {network.encoder_name} has no such stage to freeze{nearest(name, stages)}; it has "
             f"{', '.join(known)}"

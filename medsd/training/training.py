@@ -252,17 +252,18 @@ class _Epochs:
             return {}
         state, validated = self.state, self.evaluator.state
         if validated.epoch != state.epoch:  # the handler's interval may leave epochs out
-            return {"validation_auc": None}
+            return {validated.key_metric_name: None}
         metric = float(validated.metrics[validated.key_metric_name])
         if not math.isfinite(metric):
             raise TrainingError(
-                f"validation metric is {metric} in epoch {state.epoch}; validation data need items of both classes"
+                f"{validated.key_metric_name} is {metric} in epoch {state.epoch}; validation data need items of every "
+                "class"
             )
         if metric > state.best_metric:
             network = self.trainer.network.state_dict().items()
             state.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network}
             state.best_metric, state.best_epoch = metric, state.epoch
-        return {"validation_auc": metric}
+        return {validated.key_metric_name: metric}
 
 
 def _append_row(path: Path, row: Mapping[str, float | None]) -> None:

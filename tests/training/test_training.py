@@ -83,7 +83,7 @@ class Training:
 
 
 def score(engine: Any) -> float:
-    return float(engine.state.metrics["val_auc"])
+    return float(engine.state.metrics["validation_auc"])
 
 
 def training(
@@ -106,7 +106,7 @@ def training(
         val_data_loader=DataLoader(validation or Blobs(1), batch_size=20),
         network=network,
         postprocessing=Compose([Activationsd(keys="pred", softmax=True), AsDiscreted(keys="label", to_onehot=2)]),
-        key_val_metric={"val_auc": ROCAUC(output_transform=from_engine(["pred", "label"]))},
+        key_val_metric={"validation_auc": ROCAUC(output_transform=from_engine(["pred", "label"]))},
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=3 * max(epochs, 3))
     trainer = SupervisedTrainer(
@@ -413,7 +413,7 @@ def test_validation_of_one_class_is_told(tmp_path: Path) -> None:
     data = Blobs(1)
     data.labels[:] = 1
     with pytest.warns(UserWarning, match="skip AUC"):
-        refuse(lambda: training(validation=data).run(tmp_path), "validation data need items of both classes")
+        refuse(lambda: training(validation=data).run(tmp_path), "validation data need items of every class")
 
 
 def test_no_epoch_at_all(tmp_path: Path) -> None:
@@ -506,7 +506,8 @@ def test_patience_stops_a_training_that_no_longer_improves(tmp_path: Path) -> No
         part = training(epochs=4)
         part.trainer.state.max_epochs = epochs
         part.evaluator.add_event_handler(
-            Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(val_auc=metrics[engine.state.epoch - 1])
+            Events.EPOCH_COMPLETED,
+            lambda engine: engine.state.metrics.update(validation_auc=metrics[engine.state.epoch - 1]),
         )
         return part, part.run(tmp_path, patience=2)
 

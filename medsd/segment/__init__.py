@@ -1,0 +1,1 @@
+"""The encoder goes on to segmentation: networks of segmentation-models-pytorch, images with masks."""
