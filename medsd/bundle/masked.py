@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from medsd.checks import check_number
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, MaskScores, decoder_dice, maps_of
 from medsd.explain.images import read_image, read_png_mask
 from medsd.networks.classifier import Normalise
 from medsd.pretrain.images import hold_out
+from medsd.segment.folder import TABLE, read_mask_table
 from medsd.slides.readers.base import RGB, Bools
-from medsd.tables import read_table
 
-_TABLE = "index.csv"
 _BATCH = 16
 
 
@@ -52,7 +51,7 @@ class MaskedFolder:
         check_number("side_px", self.side_px, "[8, inf)", whole=True)
         check_number("held_out", self.held_out, "(0, 1)")
         if self.masked_dir is None:
-            raise ConfigError(f"masked_dir: not set; name a folder with {_TABLE}, images and masks")
+            raise ConfigError(f"masked_dir: not set; name a folder with {TABLE}, images and masks")
 
     def scores(self, encoder: nn.Module, normalise: Normalise | None = None) -> MaskScores:
         """Dice of a linear decoder on the encoder's maps, learnt on some groups and scored on the others.
@@ -76,18 +75,8 @@ class MaskedFolder:
 
     def _rows(self) -> tuple[list[tuple[Path, Path]], npt.NDArray[Any]]:
         """Image and mask of every row, and its group."""
-        folder = Path(str(self.masked_dir))
-        if not folder.is_dir():
-            raise DatasetError(f"{folder}: no such folder; set masked_dir to one with {_TABLE}, images and masks")
-        rows = read_table(folder / _TABLE, ("file", "mask", self.group_column.lower()))
-        root, pairs = folder.resolve(), []
-        for number in rows.index:
-            image, mask = (folder / rows[column][number] for column in ("file", "mask"))
-            for path in (image, mask):
-                if not path.resolve().is_relative_to(root) or not path.is_file():
-                    raise DatasetError(f"{folder / _TABLE}: row {number}: no file {path} in the folder; mend the row")
-            pairs.append((image, mask))
-        return pairs, rows[self.group_column.lower()].to_numpy(str)
+        table = read_mask_table(str(self.masked_dir), self.group_column, key="masked_dir")
+        return list(zip(table.images, table.masks, strict=True)), table.patient
 
     def _batches(self, pairs: list[tuple[Path, Path]], masks: list[Bools]) -> Iterator[Tensor]:
         """Images (B, 3, S, S), whose masks are added to `masks`."""

@@ -57,14 +57,22 @@ class PatchTable:
         Raises:
             DatasetError: it cannot be decoded, or has more than 4,096 x 4,096 px.
         """
-        path = self.paths[row]
-        try:
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > _MOST_PX:
-                    raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
-                return np.array(image.convert("RGB"))
-        except DAMAGED as error:
-            raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
+        return read_patch(self.paths[row])
+
+
+def read_patch(path: Path) -> RGB:
+    """A patch as RGB pixels (height, width, 3).
+
+    Raises:
+        DatasetError: it cannot be decoded, or has more than 4,096 x 4,096 px.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PX:
+                raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
+            return np.array(image.convert("RGB"))
+    except DAMAGED as error:
+        raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
 
 
 def read_patch_table(

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from medsd.checks import check_number
 from medsd.errors import DatasetError, TrainingError
+from medsd.evaluate.mask_scores import dice_per_image
 from medsd.evaluate.probes import frozen_maps
 from medsd.evaluate.scores import Interval, bootstrap_mean
 from medsd.networks.classifier import Normalise
+from medsd.segment.linear import LinearDecoder, channel_moments
 
 _AT_ONCE = 32
 
@@ -102,35 +104,6 @@ class MaskScores:
     groups: int
 
 
-class MaskDecoder(nn.Module):
-    """Logits of an image's pixels, linear in its map: a 1 x 1 convolution, then bilinear upsampling.
-
-    The two commute, so that the few cells are convolved and not the many pixels. Channels are standardised first, by
-    moments that are kept.
-
-    Args:
-        mean, deviation: (d,) of the training maps' channels; constant ones are left out.
-        classes: K, with the background.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, mean: Tensor, deviation: Tensor, classes: int) -> None:
-        super().__init__()
-        varies = deviation > 1e-6 * mean.abs()
-        self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("scale", torch.where(varies, 1 / deviation, 0.0)[:, None, None])
-        self.convolution = nn.Conv2d(len(mean), classes, 1, device="meta").to_empty(device=mean.device)
-        nn.init.zeros_(self.convolution.weight)
-        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
-
-    def forward(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Logits (B, K, *size) of maps (B, d, h, w)."""
-        logits = self.convolution((maps.float() - self.mean) * self.scale)
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
 def maps_of(
     encoder: nn.Module, batches: Iterable[Tensor], layer: str | None = None, normalise: Normalise | None = None
 ) -> Tensor:
@@ -170,6 +143,10 @@ def decoder_dice(
     if train.maps.shape[1] != test.maps.shape[1]:
         raise DatasetError(f"decoder: {train.maps.shape[1]} channels to train on, {test.maps.shape[1]} to test on")
     classes = _classes(train.masks)
+    if int(test.masks.max()) >= classes:
+        raise DatasetError(
+            f"decoder: class {int(test.masks.max())} in a test mask; the training masks end at {classes - 1}"
+        )
     found = predict_masks(train_decoder(train, settings, device), test.maps, (size[0], size[1]))
     dice = dice_per_image(found, test.masks, classes)
     known = ~np.isnan(dice)
@@ -189,7 +166,7 @@ def decoder_dice(
 
 def train_decoder(
     train: Masked, settings: DecoderSettings = _DEFAULT, device: torch.device | str = "cpu"
-) -> MaskDecoder:
+) -> LinearDecoder:
     """A decoder trained by cross-entropy and Dice (MONAI's `DiceCELoss`, without background, summed over the batch).
 
     The same seed on the same device gives the same decoder; no generator of torch's own is drawn from.
@@ -202,8 +179,8 @@ def train_decoder(
 
     classes = _classes(train.masks)
     size = (train.masks.shape[1], train.masks.shape[2])
-    mean, deviation = _moments(train.maps)
-    decoder = MaskDecoder(mean, deviation, classes).to(device)
+    mean, deviation = channel_moments(_parts(train.maps))
+    decoder = LinearDecoder(mean, deviation, classes).to(device)
     optimiser = torch.optim.Adam(decoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     loss_of = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
@@ -224,7 +201,7 @@ def train_decoder(
     return decoder
 
 
-def predict_masks(decoder: MaskDecoder, maps: Tensor, size: tuple[int, int]) -> Tensor:
+def predict_masks(decoder: LinearDecoder, maps: Tensor, size: tuple[int, int]) -> Tensor:
     """The likeliest class of each pixel, (n, *size) uint8 on the CPU, of maps (n, d, h, w)."""
     device = decoder.mean.device
     with torch.no_grad():
@@ -256,30 +233,6 @@ def _nearest_of(cells: int, pixels: int) -> Tensor:
     return projection
 
 
-def dice_per_image(found: Tensor, masks: Tensor, classes: int) -> npt.NDArray[np.float64]:
-    """Dice (n,) of masks (n, H, W) by MONAI: the mean over the classes that are there; nan of an empty mask.
-
-    Raises:
-        DatasetError: a class number that is not below `classes`.
-
-    Example:
-        >>> mask = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [0, 0]]], dtype=torch.uint8)
-        >>> found = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 1]]], dtype=torch.uint8)
-        >>> dice_per_image(found, mask, classes=2).round(3).tolist()
-        [0.8, nan]
-    """
-    from monai.metrics import compute_dice
-
-    if int(masks.max()) >= classes:
-        raise DatasetError(f"decoder: class {int(masks.max())} in a test mask; the training masks end at {classes - 1}")
-    parts = zip(_parts(found), _parts(masks), strict=True)
-    each = [
-        compute_dice(_one_hot(one, classes), _one_hot(other, classes), include_background=False) for one, other in parts
-    ]
-    dice: npt.NDArray[np.float64] = torch.cat(each).double().nanmean(dim=1).numpy()
-    return dice
-
-
 def _parts(values: Tensor) -> list[Tensor]:
     return [values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE)]
 
@@ -293,12 +246,3 @@ def _classes(masks: Tensor) -> int:
     if highest < 1:
         raise DatasetError("decoder: all training masks are empty; give images with something to find")
     return highest + 1
-
-
-def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (d,) of a map's channels, without a copy of all in single precision."""
-    count = maps.numel() / maps.shape[1]
-    mean = torch.stack([part.double().sum(dim=(0, 2, 3)) for part in _parts(maps)]).sum(dim=0) / count
-    squares = [(part.double() - mean[:, None, None]).square().sum(dim=(0, 2, 3)) for part in _parts(maps)]
-    deviation = (torch.stack(squares).sum(dim=0) / count).sqrt()
-    return mean.float(), deviation.float()

@@ -64,19 +64,33 @@ def slices_of(path: str | Path, settings: SliceSettings) -> npt.NDArray[np.uint8
         DatasetError: the file cannot be read, is no volume, or holds nothing in the window.
         ConfigError: nibabel is not installed.
     """
-    volume = _read(Path(path))
-    if volume.ndim != 3 or not np.isfinite(volume).all():
-        raise DatasetError(f"{path}: shape {volume.shape}, all finite: {np.isfinite(volume).all()}; give a CT volume")
-    low, high = settings.window
-    chosen = volume[:, :, :: settings.every].transpose(2, 1, 0).astype(np.float32)
-    grey = ((chosen - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+    grey = _windowed(read_volume(Path(path))[0], settings)
     grey = grey[(grey != grey[:, :1, :1]).any(axis=(1, 2))]
     if not len(grey):
+        low, high = settings.window
         raise DatasetError(f"{path}: no slice has anything between {low:g} and {high:g} HU; is it CT?")
     return _squares(grey, settings.side_px)
 
 
-def _read(path: Path) -> npt.NDArray[np.floating]:
+def grey_slices(volume: npt.NDArray[np.floating], settings: SliceSettings) -> npt.NDArray[np.uint8]:
+    """Slices (n, side_px, side_px) of a volume (x, y, z) as `slices_of` gives them, those of one colour too."""
+    return _squares(_windowed(volume, settings), settings.side_px)
+
+
+def _windowed(volume: npt.NDArray[np.floating], settings: SliceSettings) -> npt.NDArray[np.uint8]:
+    low, high = settings.window
+    chosen = volume[:, :, :: settings.every].transpose(2, 1, 0).astype(np.float32)
+    grey: npt.NDArray[np.uint8] = ((chosen - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)
+    return grey
+
+
+def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], tuple[float, float, float]]:
+    """Values (x, y, z) that run left, posterior, superior, and millimetres between voxels (1 of bare arrays).
+
+    Raises:
+        DatasetError: the file cannot be read, or is no volume of finite numbers.
+        ConfigError: nibabel is not installed.
+    """
     from monai.transforms import LoadImage, Orientation
 
     bare = path.suffix == ".npy"
@@ -85,12 +99,15 @@ def _read(path: Path) -> npt.NDArray[np.floating]:
     reader = "NumpyReader" if bare else "NibabelReader"
     try:
         image = LoadImage(reader, image_only=True, ensure_channel_first=True)(path)
-        array = image if bare else Orientation(axcodes="LPS")(image)
+        array: Any = image if bare else Orientation(axcodes="LPS")(image)
+        steps = (1.0, 1.0, 1.0) if bare else tuple(float(step) for step in array.pixdim)
     except DAMAGED as error:
         reason = printable(" ".join(str(error).split()))[:200]
         raise DatasetError(f"{path}: cannot be read as a volume ({reason}); copy it again") from error
     values: npt.NDArray[np.floating] = np.asarray(array[0])
-    return values
+    if values.ndim != 3 or not np.isfinite(values).all():
+        raise DatasetError(f"{path}: shape {values.shape}, all finite: {np.isfinite(values).all()}; give a CT volume")
+    return values, (steps[0], steps[1], steps[2])
 
 
 def _squares(slices: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
@@ -153,7 +170,7 @@ class SliceDataset(Dataset[Sample]):
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self.files = tuple(map(Path, files))
-        counts = [len(_mapped(path)) for path in self.files]
+        counts = [len(load_slices(path)) for path in self.files]
         self._volume = np.repeat(np.arange(len(counts)), counts)
         self._slice = np.concatenate([np.arange(count) for count in counts])
         self.groups: npt.NDArray[np.str_] = np.array([path.stem for path in self.files])[self._volume]
@@ -162,7 +179,7 @@ class SliceDataset(Dataset[Sample]):
         return len(self._volume)
 
     def __getitem__(self, item: int) -> Sample:
-        grey = _mapped(self.files[self._volume[item]])[self._slice[item]]
+        grey = load_slices(self.files[self._volume[item]])[self._slice[item]]
         return as_sample(np.repeat(grey[..., None], 3, axis=2), np.int64(-1))
 
     def place(self, item: int) -> str:
@@ -178,7 +195,12 @@ class SliceDataset(Dataset[Sample]):
         return digest.hexdigest()
 
 
-def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+def load_slices(path: Path) -> npt.NDArray[np.uint8]:
+    """Slices (n, height, width) from their file, which stays on disk.
+
+    Raises:
+        DatasetError: it is not there or damaged.
+    """
     try:
         slices: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:

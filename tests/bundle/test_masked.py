@@ -52,14 +52,15 @@ def test_a_mask_that_is_the_colour_is_found_in_groups_that_were_not_learnt_from(
     [
         ("gone.png,masks/0.png,p9", r"row 12: no file .*gone\.png in the folder"),
         ("../outside.png,masks/0.png,p9", r"row 12: no file .*outside\.png in the folder"),
-        ("0.png,small.png,p9", r"small\.png: 8 x 8 px, its image 38 x 38"),
-        ("small.png,small.png,p9", r"small\.png: 8 x 8 px; the network takes images from 32 px"),
+        ("extra.png,small.png,p9", r"small\.png: 8 x 8 px, its image 38 x 38"),
+        ("small.png,small2.png,p9", r"small\.png: 8 x 8 px; the network takes images from 32 px"),
     ],
 )
 def test_a_bad_row_is_told_in_a_line(tmp_path: Path, row: str, message: str) -> None:
     folder = write_masked(tmp_path / "masked", rows=(row,))
-    for path in (folder.parent / "outside.png", folder / "small.png"):
+    for path in (folder.parent / "outside.png", folder / "small.png", folder / "small2.png"):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    Image.fromarray(np.zeros((SIDE + 6, SIDE + 6), np.uint8)).save(folder / "extra.png")
     with pytest.raises(DatasetError, match=message) as told:
         MaskedFolder(str(folder), "patient", SIDE).scores(encoder())
     assert "\n" not in str(told.value)

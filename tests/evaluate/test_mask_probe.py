@@ -13,7 +13,6 @@ from torch import Tensor
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.mask_probe import (
     DecoderSettings,
-    MaskDecoder,
     Masked,
     decoder_dice,
     dice_per_image,
@@ -23,6 +22,7 @@ from medsd.evaluate.mask_probe import (
     train_decoder,
 )
 from medsd.networks.classifier import create_encoder
+from medsd.segment.linear import LinearDecoder
 
 SHORT = DecoderSettings(steps=60, batch_size=4, lr=0.1)
 
@@ -81,7 +81,7 @@ def test_channels_of_any_scale_do_alike() -> None:
 
 def test_convolution_and_upsampling_commute() -> None:
     generator = torch.Generator().manual_seed(0)
-    decoder = MaskDecoder(torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5, 3)
+    decoder = LinearDecoder(torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5, 3)
     with torch.no_grad():
         decoder.convolution.weight.normal_(generator=generator)
         decoder.convolution.bias.fill_(0.3)  # type: ignore[union-attr]

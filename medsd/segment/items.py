@@ -1,0 +1,134 @@
+"""What images with masks are to training and scoring, whichever kind of data they come from; parts by patient."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medsd.checks import check_number
+from medsd.errors import DatasetError
+from medsd.slides.readers.base import RGB
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("training", "validation", "testing")
+Numbers = npt.NDArray[np.uint8]
+
+
+class MaskedSample(TypedDict):
+    """An image (3, S, S) uint8 and the class number of each pixel (1, S, S) uint8, 0 the background."""
+
+    image: Tensor
+    label: Tensor
+
+
+class MaskedItems(Protocol):
+    """A data set of images with masks.
+
+    Attributes:
+        groups: (n,) what draws are made even over, such as patients.
+        units: (n,) what items are scored together as: an image, a slide, a volume.
+        patients: (n,) what intervals resample.
+    """
+
+    groups: npt.NDArray[np.str_]
+    units: npt.NDArray[np.str_]
+    patients: npt.NDArray[np.str_]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int) -> MaskedSample: ...
+
+    def place(self, item: int) -> str:
+        """The file of an item, and where in it."""
+        ...
+
+
+def as_masked_sample(pixels: RGB, mask: Numbers) -> MaskedSample:
+    """The sample of RGB pixels (height, width, 3) and class numbers (height, width), which it does not share."""
+    image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    return {"image": image, "label": torch.from_numpy(mask.astype(np.uint8)[None].copy())}
+
+
+def deal_parts(
+    patients: npt.NDArray[np.str_],
+    given: npt.NDArray[np.str_],
+    shares: tuple[float, float],
+    seed: int,
+    strata: npt.NDArray[np.str_] | None = None,
+) -> npt.NDArray[np.str_]:
+    """The part (n,) of each item; every patient's items are in one part.
+
+    Parts that somebody gave are kept, and who has none is for training; what nobody has is dealt from that: a share of
+    all items for testing, then one for validation.
+
+    Args:
+        patients: (n,).
+        given: (n,) "training", "validation", "testing", or empty where nobody says.
+        shares: of validation and testing.
+        seed: shuffles the patients.
+        strata: (n,) dealt one by one, so that each part has its share of each; None for one.
+
+    Raises:
+        DatasetError: a patient in two parts, or too few patients; the message names them.
+        ConfigError: a share out of its range.
+
+    Example:
+        >>> deal_parts(np.array(["a", "a", "b", "c"]), np.array([""] * 4), (0.2, 0.2), seed=0).tolist()
+        ['validation', 'validation', 'training', 'testing']
+    """
+    for name, share in zip(("validation_share", "test_share"), shares, strict=True):
+        check_number(name, share, "(0, 1)")
+    names, counts = np.unique(np.unique(np.stack([patients, given]), axis=1)[0], return_counts=True)
+    for patient in names[counts > 1]:
+        named = " and ".join(part or "no part" for part in np.unique(given[patients == patient]).tolist())
+        raise DatasetError(f"patient '{patient}': in {named}; give all of a patient's items one part")
+    parts = np.where(given == "", "training", given).astype("<U10")
+    strata = np.zeros(len(patients), "<U1") if strata is None else strata
+    wanted = [
+        (part, share)
+        for part, share in (("testing", shares[1]), ("validation", shares[0]))
+        if not (given == part).any()
+    ]
+    for stratum in np.unique(strata):
+        for number, (part, share) in enumerate(wanted):
+            free = np.flatnonzero((parts == "training") & (strata == stratum))
+            names = _drawn(patients[free], share * float((strata == stratum).sum()), seed)
+            left_for_others = len(wanted) - number  # one for each part that is still to come, and one to train on
+            parts[free[np.isin(patients[free], names[: len(np.unique(patients[free])) - left_for_others])]] = part
+    for part in PARTS:
+        if not (parts == part).any():
+            count = len(np.unique(patients))
+            raise DatasetError(f"{part}: no items; {count} patients are too few for three parts, give some a part")
+    return parts
+
+
+def fraction_of(patients: npt.NDArray[np.str_], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which items (n,) are learnt from: whole patients, drawn by the seed until they hold their fraction of the items.
+
+    At least one patient; those of a smaller fraction are among those of a larger one.
+
+    Args:
+        patients: (n,) of the training items.
+        fraction: above 0, up to 1.
+        seed: draws the patients.
+
+    Raises:
+        ConfigError: the fraction is out of its range.
+    """
+    check_number("label_fraction", fraction, "(0, 1]", hint="1 takes all training masks")
+    return np.isin(patients, _drawn(patients, fraction * len(patients), seed))
+
+
+def _drawn(patients: npt.NDArray[np.str_], items: float, seed: int) -> npt.NDArray[np.str_]:
+    """Patients in the seed's order until they have that many of the items (n,)."""
+    names, sizes = np.unique(patients, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), items - 1e-9)) + 1
+    drawn: npt.NDArray[np.str_] = names[order[:enough]]
+    return drawn

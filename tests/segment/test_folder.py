@@ -1,0 +1,187 @@
+"""Folders of images and masks: what is read, and every kind of bad input told with its file before a training."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from medsd.errors import ConfigError, DatasetError
+from medsd.segment.folder import MaskedImages, check_masks, read_mask_table
+from medsd.segment.items import deal_parts, fraction_of
+from medsd.segment.masks import MaskCoding, read_mask
+
+TWO = MaskCoding(("background", "gland"))
+
+
+def write_pairs(
+    folder: Path, values: tuple[int, ...] = (0, 1), rows: int = 6, header: str = "file,mask,patient"
+) -> Path:
+    """Images whose red channel is their mask times 50, of two a patient."""
+    draws = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [header]
+    for number in range(rows):
+        mask = draws.choice(np.array(values, np.uint8), (34, 40))
+        Image.fromarray(np.stack([mask * 50 % 251, mask * 0, mask * 0], axis=2)).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / f"{number}m.png")
+        lines.append(f"{number}.png,{number}m.png,p{number // 2}" + ",".join([""] * (header.count(",") - 1)))
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def items(folder: Path, coding: MaskCoding = TWO, side_px: int = 32, **given: Any) -> MaskedImages:
+    return MaskedImages(read_mask_table(folder, **given), coding, side_px)
+
+
+@pytest.mark.parametrize(
+    ("values", "coding"),
+    [
+        ((0, 1), TWO),
+        ((0, 255), TWO),
+        ((0, 1, 2), MaskCoding(("background", "a", "b"))),
+        ((7, 0, 3), MaskCoding(("background", "a", "b"), values=(7, 0, 3))),
+        ((0, 1, 2, 200), MaskCoding(("background", "nucleus"), "instances")),
+    ],
+)
+def test_pairs_are_cropped_alike_and_values_become_classes(
+    tmp_path: Path, values: tuple[int, ...], coding: MaskCoding
+) -> None:
+    found = items(write_pairs(tmp_path, values), coding)
+    sample = found[3]
+    number_of = {value: (value != 0 if coding.kind == "instances" else place) for place, value in enumerate(values)}
+    for value, number in number_of.items():
+        assert (sample["label"][0][sample["image"][0] == value * 50 % 256 % 251] == number).all(), value
+    assert sample["image"].shape == (3, 32, 32) and len(np.unique(sample["label"])) == len(coding.classes)
+    counts = check_masks(found, "training")
+    assert counts.sum() == 6 * 32 * 32 and (counts > 0).all()
+    assert found.groups.tolist() == ["p0", "p0", "p1", "p1", "p2", "p2"] and len(set(found.units)) == 6
+
+
+def save(path: Path, mode: str, **how: Any) -> None:
+    mask = Image.fromarray(np.random.default_rng(1).integers(0, 2, (34, 40), dtype=np.uint8))
+    mask.convert(mode).save(path, **how)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: Image.new("L", (40, 30)).save(f / "2m.png"), r"2m\.png: 40 x 30 px, its image 40 x 34"),
+        (lambda f: Image.new("L", (40, 34), 2).save(f / "2m.png"), r"2m\.png: value 2 is no class \(0 background, 1 g"),
+        (lambda f: Image.new("L", (40, 34), 255).save(f / "2m.png"), None),
+        (lambda f: save(f / "2m.png", "P"), r"2m\.png: a mask with a palette"),
+        (lambda f: save(f / "2m.png", "RGB"), r"2m\.png: a mask in colour \(RGB\)"),
+        (lambda f: save(f / "2m.png", "L", format="JPEG"), r"2m\.png: a mask as JPEG, whose values blur"),
+        (lambda f: (f / "2m.png").write_bytes(b"no picture"), r"2m\.png: cannot be read as a mask"),
+        (lambda f: (f / "2.png").write_bytes((f / "2.png").read_bytes()[:60]), r"2\.png: cannot be read as an image"),
+        (lambda f: Image.new("RGB", (20, 34)).save(f / "2.png") or Image.new("L", (20, 34)).save(f / "2m.png"),
+         r"2\.png: 20 x 34 px is smaller than side_px=32; lower side_px"),
+    ],
+)  # fmt: skip
+def test_a_bad_mask_stops_before_the_training(tmp_path: Path, spoil: Any, words: str | None) -> None:
+    found = items(write_pairs(tmp_path))
+    spoil(tmp_path)
+    if words is None:
+        check_masks(found, "training")
+        return
+    with pytest.raises(DatasetError, match=words) as told:
+        check_masks(found, "training")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("gone.png,0m.png,p9", r"row 8: no file .*gone\.png in the folder \(column 'file'\)"),
+        ("extra.png,gone.png,p9", r"row 8: no file .*gone\.png in the folder \(column 'mask'\)"),
+        ("extra.png,../outside.png,p9", r"row 8: no file"),
+        ("0.png,extra.png,p9", r"row 8: 0\.png is also in row 2; keep one"),
+        ("extra.png,extra2.png,", r"row 8: patient is empty"),
+    ],
+)
+def test_a_bad_row_is_told_with_its_column(tmp_path: Path, row: str, words: str) -> None:
+    folder = write_pairs(tmp_path / "in")
+    for path in (tmp_path / "outside.png", folder / "extra.png", folder / "extra2.png"):
+        path.write_bytes(b"")
+    with open(folder / "index.csv", "a") as table:
+        table.write(row + "\n")
+    with pytest.raises(DatasetError, match=words):
+        read_mask_table(folder)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_pairs(tmp_path)
+    Image.new("RGB", (9, 9)).save(folder / "more.png")
+    Image.new("L", (40, 34)).save(folder / "2m.png")
+    with caplog.at_level(logging.INFO, "medsd.segment"):
+        check_masks(items(folder), "training")
+    text = caplog.text
+    assert "1 pictures in the folder are in no row" in text
+    assert "training: 1 of 6 masks are empty and are taken as background, the first: " in text and "2.png" in text
+    for number in range(6):
+        Image.new("L", (40, 34)).save(folder / f"{number}m.png")
+    with pytest.raises(DatasetError, match="training: all 6 masks are empty"):
+        check_masks(items(folder), "training")
+    with pytest.raises(DatasetError, match=r"nowhere: no such folder; set dataset_dir"):
+        read_mask_table(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match="no column 'slide'"):
+        read_mask_table(folder, "slide")
+
+
+def test_instances_of_sixteen_bits_and_wrong_codings(tmp_path: Path) -> None:
+    path = tmp_path / "m.png"
+    Image.fromarray(np.array([[0, 300], [65535, 0]], np.uint16)).save(path)
+    assert read_mask(path, MaskCoding(("b", "n"), "instances"), 2, 2).tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(DatasetError, match="value 300 is no class"):
+        read_mask(path, TWO, 2, 2)
+    for options, words in (
+        ({"kind": "instances", "classes": ("a", "b", "c")}, "mask_kind='instances'"),
+        ({"values": (0, 0)}, "mask_values"),
+        ({"values": (0, 1, 2)}, "mask_values"),
+        ({"kind": "instance"}, "did you mean 'instances'"),
+        ({"classes": ("a",)}, "name two or more"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            MaskCoding(**{"classes": ("a", "b"), **options})  # type: ignore[arg-type]
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=4, max_size=20), seed=st.integers(0, 5))
+def test_patients_are_whole_and_fractions_nest(sizes: list[int], seed: int) -> None:
+    patients = np.repeat([f"p{number}" for number in range(len(sizes))], sizes)
+    parts = deal_parts(patients, np.full(len(patients), ""), (0.2, 0.3), seed)
+    sides = {part: set(patients[parts == part]) for part in ("training", "validation", "testing")}
+    assert all(sides.values()) and sum(map(len, sides.values())) == len(sizes)
+    taken = [fraction_of(patients, fraction, seed) for fraction in (0.01, 0.1, 0.5, 1.0)]
+    for fewer, more in pairwise(taken):
+        assert (more | ~fewer).all()
+    assert taken[-1].all() and len(set(patients[taken[0]])) >= 1
+    for side, fraction in zip(taken, (0.01, 0.1, 0.5, 1.0), strict=True):
+        assert side.mean() >= fraction - 1e-9
+        assert set(patients[side]).isdisjoint(patients[~side])
+
+
+def test_given_parts_are_kept_and_a_patient_on_two_sides_is_refused(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path, header="file,mask,patient,part")
+    text = (folder / "index.csv").read_text().replace("p2,", "p2,test").replace("p1,", "p1,val")
+    (folder / "index.csv").write_text(text)
+    table = read_mask_table(folder)
+    parts = deal_parts(table.patient, table.part, (0.2, 0.2), 0)
+    assert parts.tolist() == ["training"] * 2 + ["validation"] * 2 + ["testing"] * 2
+    (folder / "index.csv").write_text(text.replace("5.png,5m.png,p2,test", "5.png,5m.png,p2,train"))
+    table = read_mask_table(folder)
+    with pytest.raises(DatasetError, match="patient 'p2': in testing and training; give all of a patient's items one"):
+        deal_parts(table.patient, table.part, (0.2, 0.2), 0)
+    (folder / "index.csv").write_text(text.replace("p2,test", "p2,tset"))
+    with pytest.raises(DatasetError, match="row 6: part 'tset' unknown"):
+        read_mask_table(folder)
+    with pytest.raises(DatasetError, match="2 patients are too few for three parts"):
+        deal_parts(np.array(["a", "b"]), np.array(["", ""]), (0.2, 0.2), 0)
+    with pytest.raises(ConfigError, match="label_fraction=0"):
+        fraction_of(np.array(["a"]), 0, 0)
