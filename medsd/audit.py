@@ -31,6 +31,7 @@ _MODULES = {"medsd.bundle", "medsd.explain.settings", "ignite.distributed", "tor
 _CALLS = {
     "ignite.distributed.finalize",
     "ignite.distributed.get_rank",
+    "monai.handlers.from_engine",
     "monai.utils.set_determinism",
     "torch.cuda.is_available",
     "torch.device",
@@ -56,12 +57,14 @@ _BUILTINS = {
 _ATTRIBUTES = {"metrics", "network", "parameters", "part", "requires_grad", "softmax", "state", "unlabelled"}
 _TARGETS = re.compile(
     r"torch\.optim\.[A-Z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*|torch\.utils\.data\.DataLoader|torch\.nn\.[A-Z]\w*"
-    r"|ignite\.handlers\.EarlyStopping|LrScheduleHandler|MLFlowHandler|ROCAUC|SimpleInferer|StatsHandler"
+    r"|ignite\.handlers\.EarlyStopping|AsDiscreted|Compose|DiceCELoss|LrScheduleHandler|MLFlowHandler|MeanDice|ROCAUC"
+    r"|SimpleInferer|StatsHandler"
     r"|SupervisedEvaluator|SupervisedTrainer|TensorBoardStatsHandler|ValidationHandler"
 )
 # Of medsd all classes, whose making leaves no trace, and these; others write files where they are told to.
 _FUNCTIONS = {
     "medsd.training.distributed.start_processes",
+    "medsd.training.network.on_device",
     "medsd.training.network.parameter_groups",
     "medsd.training.network.ready_to_train",
 }

@@ -3,6 +3,7 @@
 from medsd.bundle.config import check, check_config, mistake
 from medsd.bundle.pretraining import pretrain
 from medsd.bundle.probing import probe
+from medsd.bundle.segmentation import score_masks, segment, segmentation_summary
 from medsd.bundle.stages import check_slides, evaluate, explain, finetune, heatmap, prepare, report, summary
 from medsd.bundle.surrogates import surrogate
 
@@ -19,6 +20,9 @@ __all__ = [
     "pretrain",
     "probe",
     "report",
+    "score_masks",
+    "segment",
+    "segmentation_summary",
     "summary",
     "surrogate",
 ]

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
+from medsd.bundle.masks import MaskData
 from medsd.bundle.pretraining import ENCODER
 from medsd.checks import check_choice
 from medsd.classes import folded
@@ -274,12 +275,13 @@ def heatmap(
         map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 
-def check_slides(data: Data, output_dir: str) -> None:
+def check_slides(data: Data | MaskData, output_dir: str) -> None:
     """End with exit code 1 when slides failed, in any stage, or none had tissue; comes last, so the rest is done."""
     folder = Path(output_dir)
     reasons = failed_slides(folder / "prepared")
-    if (folder / HEATMAPS / "slides.csv").is_file():
-        mapped = {entry.name for entry in data.jobs()}  # other runs may have mapped other slides there
+    jobs = getattr(data, "jobs", None)  # a segmentation maps no slides
+    if jobs is not None and (folder / HEATMAPS / "slides.csv").is_file():
+        mapped = {entry.name for entry in jobs()}  # other runs may have mapped other slides there
         results = [result for result in read_results(folder / HEATMAPS) if result.slide in mapped]
         reasons |= {result.slide: result.reason for result in results if result.status == "failed"}
         if results and all(result.status == "empty" for result in results):

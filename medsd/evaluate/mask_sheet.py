@@ -22,6 +22,7 @@ _TOP_PX, _LINE_PX, _KEY_PX = 112, 18, 34
 _NARROWEST_PX = 900
 _MOST_CLASSES, _MOST_CELLS = 5, 6
 _TINT = 0.2
+_TINTS = "Tints: blue was drawn and not found, orange was found and not drawn, brown is both."
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def draw_mask_sheet(
     width = max(_NARROWEST_PX, 2 * _MARGIN_PX + abreast * cells * step - _GAP_PX)
     room = width - 2 * _MARGIN_PX
     more = [f"Not drawn for want of room: {', '.join(left_out)}."] if left_out else []
-    foot = wrapped(" ".join([*notes, *more]), 12, room)
+    foot = wrapped(" ".join([_TINTS, *notes, *more]), 12, room)
     bottom = _TOP_PX + -(-len(rows) // abreast) * (_CELL_PX + _CAPTION_PX)
     picture = Canvas(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
     picture.text(_MARGIN_PX, 30, title, 18, bold=True, width=room)

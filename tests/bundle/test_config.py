@@ -17,7 +17,8 @@ from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = str(ROOT / "bundles" / "camelyon.json")
-CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.json"))
+OF_SEGMENTATION = ("btcv", "ebhi_segmentation", "nuinsseg")
+CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.json") if path.stem not in OF_SEGMENTATION)
 
 
 def refusal(*overlays: str, stage: str = "run", **overrides: object) -> str:

@@ -1,0 +1,182 @@
+"""bundles/segmentation.json: from masks to scores and a sheet, on folders, slides and volumes; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsd.bundle import check_config
+from medsd.bundle.data import Phantoms
+from medsd.bundle.masks import LabelledVolumes, OutlinedSlides
+from medsd.cohort.index import TileGrid
+from medsd.errors import DatasetError
+from medsd.networks.classifier import create_encoder
+from medsd.networks.start import load_encoder, save_encoder
+from medsd.pretrain.volumes import SliceSettings
+from medsd.segment.weights import load_segmentation
+from medsd.tables import read_table
+
+ROOT = Path(__file__).parents[2]
+FILES = "bundles/segmentation.json,configs/ebhi_segmentation.json"
+SMALL: dict[str, Any] = {
+    "encoder": "test_resnet",
+    "pretrained": False,
+    "input_mean": [0.485, 0.456, 0.406],
+    "input_std": [0.229, 0.224, 0.225],
+    "frozen": [],
+    "side_px": 32,
+    "batch_size": 8,
+    "samples_per_epoch": 32,
+    "max_epochs": 2,
+}
+Run = Callable[..., Any]
+
+
+def write_masked(folder: Path, patients: int = 8) -> None:
+    """Two images a patient, dark where their mask is set; the last one's mask is empty."""
+    folder.mkdir(parents=True)
+    lines = ["file,mask,patient,label"]
+    for number in range(2 * patients):
+        draws = np.random.default_rng(number)
+        mask = np.kron(draws.integers(2, size=(2, 2)), np.ones((16, 16))).astype(np.uint8)
+        mask *= number < 2 * patients - 1
+        mask[:16, :16] = number < 2 * patients - 1
+        pixels = np.where(mask[..., None] > 0, 60, 200) + draws.integers(-20, 20, (32, 32, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(mask * 255).save(folder / f"{number}m.png")
+        lines.append(f"{number}.png,{number}m.png,p{number // 2},{'a' if number % 3 else 'b'}")
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def stage(run_bundle: Run) -> Run:
+    def run(folder: Path, *stages: str, **overrides: Any) -> Any:
+        places = {"dataset_dir": str(folder / "masks"), "output_dir": str(folder / "out")}
+        return run_bundle(FILES, *stages, **{**places, **SMALL, **overrides})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Path:
+    folder = tmp_path_factory.mktemp("segmentation")
+    write_masked(folder / "masks")
+    encoder, _ = create_encoder("test_resnet", pretrained=False)
+    save_encoder(folder / "encoder.safetensors", encoder, "test_resnet", "a test")
+    stage(folder, "run", protocol="linear", lr=0.05, encoder_weights=str(folder / "encoder.safetensors"))
+    return folder
+
+
+def test_the_linear_protocol_reads_masks_off_the_encoder_it_was_given(finished: Path) -> None:
+    network, card, digest = load_segmentation(finished / "out" / "segmentation.safetensors")
+    assert (card.decoder, card.protocol, card.side_px) == ("linear", "linear", 32)
+    assert card.start.startswith("encoder.safetensors, SHA-256 ")
+    given, _ = create_encoder("test_resnet", pretrained=False)
+    load_encoder(given, finished / "encoder.safetensors")
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, given.state_dict()[name]), name
+    scores = json.loads((finished / "out" / "scores.json").read_text())
+    assert scores["weights_sha256"] == digest and scores["length"] == "px"
+    (name, found), *others = scores["masks"].items()
+    assert name == "gland or lesion" and not others
+    assert found["dice"]["value"] > 0.6 and found["dice"]["low"] <= found["dice"]["value"] <= found["dice"]["high"]
+    rows = read_table(finished / "out" / "masks.csv")
+    assert len(rows) == scores["units"] and set(rows["patient"]) <= {f"p{n}" for n in range(8)}
+    history = read_table(finished / "out" / "training" / "history.csv")
+    assert list(history.columns) == ["epoch", "loss", "validation_dice"]
+    with Image.open(finished / "out" / "sheet.png") as sheet:
+        assert sheet.width >= 900
+
+
+def test_a_finished_training_is_kept_and_another_setting_refused(finished: Path, stage: Run) -> None:
+    same = {"protocol": "linear", "lr": 0.05, "encoder_weights": str(finished / "encoder.safetensors")}
+    path = finished / "out" / "segmentation.safetensors"
+    before = path.stat().st_mtime_ns
+    stage(finished, "segment", **same)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match=r"another .*protocol.*; choose another output_dir"):
+        stage(finished, "segment", **{**same, "protocol": "full", "decoder": "linear"})
+    with pytest.raises(SystemExit, match="trained on another split of the data"):
+        stage(finished, "evaluate", **same, label_fraction=0.3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"protocol": "liner"}, r"protocol='liner': use one of .*did you mean 'linear'"),
+        ({"decoder": "unet++"}, "decoder='unet\\+\\+'"),
+        ({"encoder": "resnet18x"}, "encoder 'resnet18x'"),
+        ({"encoder_weights": "nowhere.pt"}, "nowhere.pt: no such encoder weights"),
+        ({"dataset_dir": None}, "dataset_dir: not set"),
+        ({"labels": ["c"]}, r"index\.csv: no row has the label 'c'"),
+        ({"group_column": "slide"}, "no column 'slide'"),
+        ({"side_px": 64}, r"\.png: 32 x 32 px is smaller than side_px=64"),
+        ({"classes": ["background"]}, "name two or more"),
+        ({"mask_values": [0, 7]}, "value 255 is no class"),
+        ({"label_fraction": 0.0}, r"label_fraction=0\.0"),
+        ({"samples_per_epoch": 4}, "batch_size=8: .*samples_per_epoch=4"),
+        ({"crop_px": 48}, "crop_px=48: images are 32 x 32"),
+    ],
+)
+def test_a_wrong_choice_is_told_in_a_line(
+    finished: Path, stage: Run, tmp_path: Path, overrides: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SystemExit, match=words):
+        stage(finished, "segment", **{"output_dir": str(tmp_path), "decoder": "linear", **overrides})
+    assert not (tmp_path / "segmentation.safetensors").exists()
+
+
+def test_nothing_is_trained_on_half_a_data_set(finished: Path, stage: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished / "masks", tmp_path / "masks")
+    (tmp_path / "masks" / "5m.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"5m\.png: cannot be read as a mask"):
+        stage(tmp_path, "segment")
+    assert not (tmp_path / "out" / "training").exists()
+
+
+def test_phantom_slides_are_data(phantoms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid = TileGrid(64, 64, 1.0)
+    data = OutlinedSlides(str(phantoms), Phantoms("unused"), str(tmp_path), grid, label_fraction=0.5, seed=1)
+    with caplog.at_level("INFO", "medsd.bundle.masks"):
+        data.prepare()
+    parts = {part: data.part(part) for part in ("training", "validation", "testing")}
+    assert all((items.shares > 0).any() and (items.shares == 0).any() for items in parts.values())
+    names = [set(items.units.tolist()) for items in parts.values()]
+    assert not set.intersection(*names) and names[2] == {"test_001", "test_002"}
+    assert "label_fraction=0.5: " in caplog.text
+    tile = int(np.argmax(parts["testing"].shares))
+    share = float((parts["testing"][tile]["label"] > 0).float().mean())
+    assert share == pytest.approx(parts["testing"].shares[tile], abs=0.02)
+
+
+def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
+    for word in ("img", "label"):
+        (tmp_path / "ct" / word).mkdir(parents=True)
+        for case in range(1, 7):
+            array = np.zeros((16, 16, 3), np.int16)
+            array[4:9, 4:9, 1:] = 6 if word == "label" else 200 + case
+            np.save(tmp_path / "ct" / word / f"{word}{case:04d}.npy", array)
+    given = (str(tmp_path / "ct"), str(tmp_path / "work"), SliceSettings(every=1, side_px=32), ("background", "liver"))
+    data = LabelledVolumes(*given, values=(0, 6), test_cases=(2, 5), validation_share=0.2)
+    data.prepare()
+    assert [path.stem for path in data.part("testing").files] == ["0002", "0005"]
+    assert len(data.part("training").files) + len(data.part("validation").files) == 4
+    assert len(data.part("testing")) == 6 and len(data.part("training")) % 2 == 0
+    items = data.part("testing")
+    found, mask = data.judged(items, 1, items[1]["label"][0])
+    assert found.shape == mask.shape == (16, 16) and torch.equal(found, mask)
+    with pytest.raises(DatasetError, match="no case 9 of test_cases"):
+        LabelledVolumes(*given, values=(0, 6), test_cases=(9,)).part("testing")
+
+
+@pytest.mark.parametrize("name", ["ebhi_segmentation", "nuinsseg", "btcv"])
+def test_configurations_are_accepted(name: str) -> None:
+    check_config([str(ROOT / "bundles" / "segmentation.json"), str(ROOT / "configs" / f"{name}.json")])
