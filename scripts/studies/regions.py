@@ -16,11 +16,11 @@ from medsd.files import atomic_path
 from medsd.phantom.slides import PhantomSpec, draw_phantom
 
 REGION_PX = 128
-# Slides to explain, and slides for self-supervised pre-training; the default bundle's phantoms have seed 0.
-SLIDES, PRETRAINING_SLIDES = range(1000, 1008), range(2000, 2006)
+# Slides to explain; the default bundle's phantoms have seed 0.
+SLIDES = range(1000, 1008)
 # Raised whenever a part holds other pixels, so that kept results are never mixed.
 VERSION = 1
-_PLACES, _PRETRAINING_TILES, _TILE_PX = 8, 400, 64
+_PLACES = 8
 _SHARES = (0.1, 0.6)
 
 
@@ -60,12 +60,6 @@ def phantom_regions(cache: Path, slides: Sequence[int] = SLIDES) -> Images:
     )
 
 
-def phantom_tiles(cache: Path) -> Tensor:
-    """Tissue tiles (n, 3, 64, 64) uint8 of other phantom slides, without labels."""
-    tiles = [_tiles(cache, slide) for slide in PRETRAINING_SLIDES]
-    return torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).contiguous()
-
-
 def held_out_patches(folder: Path, count: int) -> Images:
     """Whole PatchCamelyon patches (96 px) of the test clusters of `configs/pcam.json`, as many of each class."""
     table = read_patch_table(folder, "stain_cluster")
@@ -80,9 +74,9 @@ def held_out_patches(folder: Path, count: int) -> Images:
     return Images(images, clusters, torch.from_numpy(dataset.labels.astype(np.int64)))
 
 
-def _phantom(seed: int, tumour: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+def _phantom(seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """A slide at 1 um per pixel, as the default bundle reads it: the mean of 2 x 2 level-0 pixels."""
-    phantom = draw_phantom(PhantomSpec(seed, tumour))
+    phantom = draw_phantom(PhantomSpec(seed, tumour=True))
     side = phantom.image.shape[0] // 2
     image = phantom.image.reshape(side, 2, side, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
     return image, phantom.mask[::2, ::2].astype(bool)
@@ -91,7 +85,7 @@ def _phantom(seed: int, tumour: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArra
 def _regions(cache: Path, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     path = cache / f"regions-{VERSION}-{seed}.npz"
     if not path.is_file():
-        image, mask = _phantom(seed, tumour=True)
+        image, mask = _phantom(seed)
         corners = _corners(image, mask, np.random.default_rng(seed))
         windows = [np.s_[y : y + REGION_PX, x : x + REGION_PX] for y, x in corners]
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
@@ -120,23 +114,3 @@ def _corners(
         if len(found) == _PLACES:
             break
     return found
-
-
-def _tiles(cache: Path, seed: int) -> npt.NDArray[np.uint8]:
-    path = cache / f"tiles-{VERSION}-{seed}.npz"
-    if not path.is_file():
-        image, _ = _phantom(seed, tumour=bool(seed % 2))
-        tissue = image.min(axis=2) <= 225
-        random = np.random.default_rng(seed)
-        last = image.shape[0] - _TILE_PX
-        corners = [
-            (y, x)
-            for y, x in random.integers(0, last, (50_000, 2))
-            if tissue[y : y + _TILE_PX, x : x + _TILE_PX].mean() > 0.7
-        ][:_PRETRAINING_TILES]
-        tiles = np.stack([image[y : y + _TILE_PX, x : x + _TILE_PX] for y, x in corners])
-        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, tiles=tiles)
-    with np.load(path, allow_pickle=False) as content:
-        tiles = content["tiles"]
-    return tiles

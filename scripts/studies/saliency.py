@@ -1,7 +1,7 @@
-"""Saliency methods judged: what smoothing does, label-free maps against each other, and randomised weights.
+"""Saliency methods judged: what smoothing does, and randomised weights.
 
 (a) `smoothing`: gradient, DeepLift and integrated gradients in hidden layers, with and without each smoothing. (b)
-`label_free`: where the maps of encoders point on phantom regions. (c) `cascade`: maps as weights are randomised.
+`cascade`: maps as weights are randomised.
 Networks: SqueezeNet with ImageNet weights on photographs; a classifier of PatchCamelyon on test patches; classifiers of
 phantom slides on regions with exact masks. The last two are finished runs of the bundles.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import skimage.metrics
 import torch
 import torch.nn.functional as F
-from studies import contrastive, natural, regions
+from studies import natural, regions
 from studies.regions import Images
 from studies.saliency_tables import draw, tables
 from torch import Tensor, nn
@@ -29,20 +29,18 @@ from torch import Tensor, nn
 from medsd.bundle.surrogates import SURROGATE, SURROGATE_SCORES
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import sha256_of
-from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.classifier import Classifier
 from medsd.networks.modes import evaluating
-from medsd.networks.start import load_encoder, save_encoder
 from medsd.networks.weights import load_classifier
 from medsd.saliency import smooth
 from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.integrated_gradients import IntegratedGradients
-from medsd.saliency.method import Method, Target
+from medsd.saliency.method import Method
 from medsd.saliency.metrics.agreement import rank_correlation
-from medsd.saliency.metrics.confidence import adcc
 from medsd.saliency.metrics.insertion_deletion import curve_area, deletion_curve, insertion_curve
 from medsd.saliency.metrics.perturb import unit_range, unit_strength
-from medsd.saliency.metrics.pointing import area_share, energy_pointing
+from medsd.saliency.metrics.pointing import energy_pointing
 from medsd.saliency.metrics.randomisation import randomised_cascade
 from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.metrics.smoothness import normalised_variation, nyquist_energy
@@ -50,9 +48,8 @@ from medsd.saliency.registry import make_method
 
 __all__ = ["PARTS", "add_arguments", "draw", "jobs_of", "key_of", "prepare", "recipe_of", "run_job", "tables"]
 
-PARTS = ("label_free", "cascade", "smoothing")
+PARTS = ("cascade", "smoothing")
 STEPS, IG_STEPS, BATCH = 12, 10, 8
-PRETRAINING_EPOCHS = 16
 SMOOTHED, RANDOMISED = 24, 8
 Hidden = Gradient | DeepLift | IntegratedGradients
 
@@ -105,7 +102,6 @@ class Job:
 
 NETWORKS = {
     "smoothing": ("squeezenet", "pcam-resnet18", "camelyon-resnet18", "pcam"),
-    "label_free": ("camelyon", "camelyon-resnet18", "contrastive", "random"),
     "cascade": ("squeezenet", "pcam", "camelyon"),
 }
 HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
@@ -114,20 +110,6 @@ HIDDEN: dict[str, Callable[[Subject, str], Hidden]] = {
     "integrated_gradients": lambda subject, layer: IntegratedGradients(
         subject.network, layer, subject.output, steps=IG_STEPS
     ),
-}
-LABEL_FREE: dict[str, tuple[str, dict[str, Any]]] = {
-    "EigenCAM, reference": ("eigencam_reference", {}),
-    "EigenCAM, sign fixed": ("eigencam", {}),
-    "TSM (= uncentred EigenCAM, absolute)": ("tsm", {}),
-    "TSM, ranks halved": ("tsm", {"ranks": "half"}),
-    "TSM, ranks (1, 1, 1)": ("tsm", {"ranks": (1, 1, 1)}),
-    "Multivec-EigenCAM, centred": ("multivec_eigencam", {}),
-    "MTSM a (= Multivec-EigenCAM, uncentred)": ("mtsm", {}),
-    "MTSM b": ("mtsm", {"weights": "b"}),
-    "MTSM c": ("mtsm", {"weights": "c"}),
-    "MTSM a, ranks halved": ("mtsm", {"ranks": "half"}),
-    "mean of channels": ("mean_map", {}),
-    "energy of channels": ("channel_energy", {}),
 }
 CASCADE = (
     "gradient",
@@ -171,36 +153,23 @@ def recipe_of(job: Job) -> dict[str, Any]:
         "ig_steps": IG_STEPS,
         "images": [SMOOTHED, RANDOMISED],
         "regions": regions.VERSION,
-        "epochs": PRETRAINING_EPOCHS,
         **{name: sha256_of(path) for name, path in files.items() if path.is_file()},
     }
 
 
 def run_of(job: Job) -> Path:
     """The finished run of a bundle whose classifier the job explains."""
-    return Path(job.runs) / ("camelyon" if job.name in ("contrastive", "random") else job.name)
+    return Path(job.runs) / (job.name)
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Draw the regions and pre-train an encoder without labels, once."""
+    """Draw the regions, once."""
     regions.phantom_regions(folder / "slides")
-    if "label_free" in arguments.part and not contrastive_encoder(folder).is_file():
-        torch.manual_seed(0)
-        encoder = TileClassifier("resnet10t").encoder
-        contrastive.pretrain(encoder, regions.phantom_tiles(folder / "slides"), epochs=PRETRAINING_EPOCHS, seed=0)
-        save_encoder(contrastive_encoder(folder), encoder, "resnet10t", "SimCLR on phantom tiles, no labels")
-
-
-def contrastive_encoder(folder: Path) -> Path:
-    """The file of the encoder that was pre-trained without labels."""
-    return folder / f"contrastive-{regions.VERSION}-{PRETRAINING_EPOCHS}.safetensors"
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """The part's numbers, one list of images each."""
     torch.set_num_threads(1)
-    if job.part == "label_free":
-        return job, label_free(job)
     subject = subject_of(job)
     return job, smoothing(subject) if job.part == "smoothing" else cascade(subject)
 
@@ -350,68 +319,6 @@ def constant_upstream(subject: Subject, boundary: Any) -> dict[str, float]:
             energies.append(float(nyquist_energy(gradient)[0]) * float(gradient.double().square().sum()))
         ratios[name] = energies[1] / energies[0]
     return ratios
-
-
-def label_free(job: Job) -> dict[str, Any]:
-    """Per layer and method: energy pointing of every region, of maps scaled to 0..1 and as they are, and ADCC."""
-    images = regions.phantom_regions(Path(job.folder) / "slides")
-    classifier, _, _ = load_classifier(run_of(job) / "model.safetensors")
-    x = classifier.normalise(images.images)
-    encoder: nn.Module = classifier.encoder
-    supervised = job.name.startswith("camelyon")
-    if not supervised:
-        torch.manual_seed(1)
-        encoder = TileClassifier("resnet10t").encoder.eval()
-    if job.name == "contrastive":
-        load_encoder(encoder, contrastive_encoder(Path(job.folder)))
-    assert images.masks is not None
-    found: dict[str, Any] = {"groups": images.groups.tolist(), "area_share": area_share(images.masks).tolist()}
-    for layer in ("layer3", "layer4"):
-        for name, build in LABEL_FREE.items():
-            method = Positive(build(encoder, layer))
-            maps = torch.cat([method(part) for part in x.split(BATCH)])
-            scores = adcc(encoder, method, x, score="similarity", maps=maps)
-            found[f"{layer}/{name}"] = {**pointed(maps, images.masks), "adcc": scores.adcc.tolist()}
-        if supervised:
-            for name in ("gradcam", "gradient_x_activation"):
-                of_class = Positive(make_method(name, classifier, f"encoder.{layer}", "evidence"))
-                maps = torch.cat([of_class(part, 1) for part in x.split(BATCH)])
-                found[f"{layer}/{name}, of tumour"] = pointed(maps, images.masks)
-    return found
-
-
-@dataclass(frozen=True)
-class Positive:
-    """The positive part of a method's maps, which is what papers and pytorch-grad-cam look at."""
-
-    method: Method
-
-    @property
-    def network(self) -> nn.Module:
-        """That is explained."""
-        return self.method.network
-
-    @property
-    def layer(self) -> str | None:
-        """Where it is explained."""
-        return self.method.layer
-
-    def __call__(self, x: Tensor, target: Target = None) -> Tensor:
-        """Maps (B, h, w), none negative."""
-        return self.method(x, target).clamp(min=0)
-
-
-def pointed(maps: Tensor, masks: Tensor) -> dict[str, list[float]]:
-    """Energy pointing of positive maps up-sampled bilinearly: scaled to 0..1 as the papers do, and as they are."""
-    ways = {"pointing": unit_range(maps), "pointing_raw": maps}
-    return {
-        name: energy_pointing(
-            F.interpolate(values[:, None].float(), masks.shape[1:], mode="bilinear", align_corners=False)[:, 0], masks
-        )
-        .nan_to_num(0.0)
-        .tolist()
-        for name, values in ways.items()
-    }
 
 
 def cascade(subject: Subject) -> dict[str, Any]:

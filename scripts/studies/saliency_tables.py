@@ -25,19 +25,12 @@ NETWORKS = {
     "pcam": "ResNet-18-D (the default), PatchCamelyon",
     "camelyon-resnet18": "ResNet-18, phantoms",
     "camelyon": "ResNet-10-T (the default), phantoms",
-    "contrastive": "self-supervised, phantoms",
-    "random": "random weights",
 }
 _SCORES = {
     "insertion": "insertion, from blur",
     "deletion": "deletion, to zero",
     "deletion_blur": "deletion, to blur",
     "pointing": "energy pointing %",
-}
-_LABEL_FREE = {
-    "pointing": "energy pointing %, maps scaled to 0..1 as the papers do",
-    "pointing_raw": "energy pointing %, positive part of maps as they are",
-    "adcc": "ADCC, without labels (cosine of embeddings)",
 }
 _RESAMPLES = 2000
 _LINES = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#8B5A2B", "#6A3D9A")
@@ -46,23 +39,17 @@ _LINES = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#00
 def tables(results: Results) -> str:
     """All tables in Markdown."""
     parts = [_smoothing(name, found) for (part, name), found in results.items() if part == "smoothing"]
-    label_free = {name: found for (part, name), found in results.items() if part == "label_free"}
     cascades = {name: found for (part, name), found in results.items() if part == "cascade"}
-    if label_free:
-        parts.append(_label_free(label_free))
     if cascades:
         parts.append(_cascade(cascades))
     return "\n\n".join(parts) + "\n"
 
 
 def draw(results: Results, folder: Path) -> None:
-    """`smoothing.png`: examples; `label_free.png`: where maps point; `cascade.png`: agreement as weights get random."""
+    """`smoothing.png`: examples; `cascade.png`: agreement as weights get random."""
     examples = {name: found["example"] for (part, name), found in results.items() if part == "smoothing"}
     if examples:
         _draw_examples(examples, folder / "smoothing.png")
-    label_free = {name: found for (part, name), found in results.items() if part == "label_free"}
-    if label_free:
-        _draw_label_free(label_free, folder / "label_free.png")
     cascades = {name: found for (part, name), found in results.items() if part == "cascade"}
     if cascades:
         _draw_cascades(cascades, folder / "cascade.png")
@@ -146,39 +133,6 @@ def _signed(differences: Floats, groups: npt.NDArray[np.int64]) -> str:
     return f"{found.value:+.{digits}f}, {found.low:+.{digits}f} to {found.high:+.{digits}f}"
 
 
-def _label_free(found: dict[str, dict[str, Any]]) -> str:
-    columns = list(
-        dict.fromkeys((name, key.split("/")[0]) for name, part in found.items() for key in part if "/" in key)
-    )
-    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
-    parts = []
-    for kind, words in _LABEL_FREE.items():
-        lines = [f"### Label-free maps on phantom regions: {words}", ""]
-        lines.append("| map | " + " | ".join(f"{NETWORKS[name]}, {layer}" for name, layer in columns) + " |")
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for method in methods:
-            cells = [_score(found[name], layer, method, kind) for name, layer in columns]
-            if set(cells) != {"-"}:
-                lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    chance = next(iter(found.values()))
-    share = interval(100 * np.asarray(chance["area_share"]), np.asarray(chance["groups"]), 1)
-    parts.append(f"Energy pointing of a constant map, which is the tumour's share of the area: {share} %.")
-    return "\n\n".join(parts)
-
-
-def _score(found: dict[str, Any], layer: str, method: str, kind: str) -> str:
-    """The mean with its interval, and how many times that of the reference it is."""
-    if kind not in found.get(f"{layer}/{method}", {}):
-        return "-"
-    scale, digits = (1, 3) if kind == "adcc" else (100, 1)
-    values = scale * np.asarray(found[f"{layer}/{method}"][kind])
-    reference = scale * np.asarray(found[f"{layer}/EigenCAM, reference"][kind])
-    groups = np.asarray(found["groups"])
-    times = "" if method == "EigenCAM, reference" else f"; {ratio(values, reference, groups)}"
-    return interval(values, groups, digits) + times
-
-
 def ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> str:
     """Ratio of the means, with an interval over groups, the same drawn for both."""
     pairs = np.stack([by_group(part, groups) for part in (values, reference)])
@@ -245,32 +199,6 @@ def _draw_examples(examples: dict[str, Any], path: Path) -> None:
                 axes.set_title(f"{example['words']}\n{way}, ±{limit:.1g}", fontsize=8)
         for axes in row:
             axes.set_axis_off()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-
-
-def _draw_label_free(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """A panel an encoder: energy pointing of each map with its interval, chance as a line."""
-    figure = Figure(figsize=(3.4 * len(found) + 1.6, 4.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    methods = list(dict.fromkeys(key.split("/")[1] for part in found.values() for key in part if "/" in key))
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for axes, (name, part) in zip(panels, found.items(), strict=True):
-        groups = np.asarray(part["groups"])
-        for offset, layer, colour in ((-0.15, "layer3", "#0072B2"), (0.15, "layer4", "#D55E00")):
-            for row, method in enumerate(methods):
-                if f"{layer}/{method}" in part:
-                    values = 100 * np.asarray(part[f"{layer}/{method}"]["pointing"])
-                    known = bootstrap_mean(by_group(values, groups), _RESAMPLES)
-                    axes.plot((known.low, known.high), (row + offset,) * 2, color=colour, lw=1.2)
-                    axes.plot(known.value, row + offset, "o", color=colour, ms=4, label=None if row else layer)
-        axes.axvline(100 * by_group(np.asarray(part["area_share"]), groups).mean(), color="#999999", lw=0.8)
-        axes.set(title=NETWORKS[name], xlabel="energy pointing % (line: chance)", xlim=(0, 100))
-        axes.title.set_fontsize(9)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(methods)), methods, fontsize="small")
-    panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize="small", loc="center right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 
