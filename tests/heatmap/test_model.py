@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import ConfigError, NetworkError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
+from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
-from medsd.heatmap.model import MapRequest
+from medsd.heatmap.model import MapRequest, load_map_model
 from medsd.heatmap.tiff import read_ome_tiff
+from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import save_encoder
+from medsd.networks.weights import load_classifier, save_classifier
 from medsd.phantom import PhantomSpec, write_phantom
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
@@ -105,3 +109,12 @@ def test_an_encoder_whose_features_see_the_whole_image_is_refused(slide, tmp_pat
     )
     with pytest.raises(NetworkError, match="no dense map"):
         map_slides([SlideEntry("slide", slide)], tmp_path / "se.safetensors", tmp_path, MapRequest(network_mpp=1.0))
+
+
+@pytest.mark.parametrize("way", ["auto", "tiled"])
+def test_weights_say_the_way(green_classifier, green_weights, tmp_path, way):
+    _, card, _ = load_classifier(green_weights)
+    card = replace(card, calibration=replace(card.calibration, way=way))
+    save_classifier(tmp_path / "w.safetensors", green_classifier, card)
+    model = load_map_model(tmp_path / "w.safetensors", MapRequest(), torch.device("cpu"))
+    assert isinstance(model.engine, TiledEngine if way == "tiled" else DenseEngine)
