@@ -47,23 +47,35 @@ def endless() -> None:
 )
 def test_every_outcome_is_seen(hostile: Any, monkeypatch: pytest.MonkeyPatch, reads: Any, outcome: str) -> None:
     monkeypatch.setattr(hostile["torture"], "_CPU_S", 1)
-    says = hostile["doors"].SAYS_ELSE
-    door = hostile["doors"].Door("a table", Path("a.csv"), lambda path: reads(), (), lambda path: says)
+    door = hostile["doors"].Door("a table", Path("a.csv"), lambda path: reads(), (), lambda *_: True)
     assert hostile["torture"].attempt(door, "truth").outcome == outcome
 
 
-@pytest.mark.parametrize(("others", "outcome"), [(40, "as stored"), (41 + 8, "wrong"), (None, "wrong")])
-def test_other_pixels_are_wrong_unless_others_show_them(hostile: Any, others: int | None, outcome: str) -> None:
-    truth = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), bool)
-    found = np.full((8, 8, 3), 40, np.uint8), truth[1]
-    shown = None if others is None else np.full((8, 8, 3), others, np.int16)
-    door = hostile["doors"].Door(
-        "a slide", Path("a.tif"), lambda path: found, (), lambda path: shown, lambda path: found
-    )
-    assert hostile["torture"].attempt(door, truth).outcome == outcome
-    lost = found[0], np.zeros((8, 8), bool)
-    door = hostile["doors"].Door("a slide", Path("a.tif"), lambda path: lost, (), lambda path: shown, lambda path: lost)
-    assert hostile["torture"].attempt(door, truth).outcome == "marked"
+@pytest.mark.parametrize(("others", "outcome"), [(40, "as stored"), (49, "wrong"), (None, "wrong")])
+def test_other_pixels_are_wrong_unless_others_show_them(
+    hostile: Any, monkeypatch: pytest.MonkeyPatch, others: int | None, outcome: str
+) -> None:
+    truth = np.zeros((80, 80, 3), np.uint8), np.ones((80, 80), bool)
+    found, lost = (truth[0].copy(), truth[1]), (truth[0].copy(), truth[1].copy())
+    found[0][40:, 40:] = lost[0][40:, 40:] = 40
+    lost[1][40:, 40:] = False
+    asked = []
+
+    def show(x: int, y: int, width: int, height: int) -> Any:
+        asked.append((x, y))
+        return None if others is None else np.where(truth[0], 0, others)[y : y + height, x : x + width]
+
+    doors = hostile["doors"]
+    monkeypatch.setattr(doors, "_another_reader", lambda path: show)
+    for pixels, wanted in ((found, outcome), (lost, "marked")):
+
+        def read(path: Path, pixels: Any = pixels) -> Any:
+            return pixels
+
+        door = doors.Door("a slide", Path("a.tif"), read, (), doors._shown_elsewhere, read)
+        assert hostile["torture"].attempt(door, truth).outcome == wanted
+    assert doors._shown_elsewhere(Path("a.tif"), found, truth) == (outcome == "as stored")
+    assert min(asked) == (32, 32)  # only where something changed
 
 
 def test_damage_is_the_same_each_time_and_is_damage(hostile: Any) -> None:

@@ -44,13 +44,13 @@ from medsd.tables import write_table
 
 _SIDE_PX, _MPP = 512, 0.5
 _MOST_PX = 3072
-_OVERVIEW_PX, _PLACE_PX = 256, 128
+_OVERVIEW_PX, _PLACE_PX = 256, 32
 _REAL = (
     *("CMU-1-Small-Region.svs", "test3-DAPI-2-(387).ndpi", "sm_image_numbers.dcm", "boxes.tiff"),
     *("derived/cmu1-region-pyramid-jpeg.tif", "derived/cmu1-region-pyramid.ome.tif"),
 )
 # Another decoder of the same bytes may round colours otherwise, and does what it likes beside a damaged place.
-_APART, _SHARE = 8, 1e-3
+_APART, _SHARE = 8, 0.01
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Door:
         path: an undamaged file, or folder of files of which one is damaged.
         read: what medsd makes of it, comparable with `==` or a slide's (pixels, seen).
         mutations: ways to damage it.
-        elsewhere: what others make of it in the same form; None where they cannot read it, or nobody else can.
+        elsewhere: whether others read the damaged file (path, what medsd made of it, what it made of the undamaged one)
+            as medsd does; an exception says no.
         product: how the commands read it where they do not call `read` in their own process.
     """
 
@@ -70,7 +71,7 @@ class Door:
     path: Path
     read: Callable[[Path], Any]
     mutations: tuple[Mutation, ...]
-    elsewhere: Callable[[Path], Any] = lambda path: None
+    elsewhere: Callable[[Path, Any, Any], bool] = lambda path, found, truth: False
     product: Callable[[Path], Any] | None = None
 
 
@@ -122,7 +123,9 @@ def _ngff(folder: Path, levels: tuple[npt.NDArray[np.uint8], ...]) -> Path:
 def _slide(name: str, path: Path) -> Door:
     kinds = (*BYTES, text) if path.is_dir() else BYTES
     tiff = path.suffix in (".tif", ".tiff", ".svs")
-    return Door(name, path, _read_here, (*kinds, tiff_entry, tiff_entry) if tiff else kinds, _elsewhere, _read_in_child)
+    return Door(
+        name, path, _read_here, (*kinds, tiff_entry, tiff_entry) if tiff else kinds, _shown_elsewhere, _read_in_child
+    )
 
 
 def _read_here(path: Path) -> Any:
@@ -143,32 +146,56 @@ def _picture(slide: Slide) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]
     return pixels, np.ones(pixels.shape[:2], np.bool_) if seen is None else seen
 
 
-def _elsewhere(path: Path) -> Any:
-    """As OpenSlide shows level 0, and where it cannot, the decoder of the format; None where neither shows anything.
+def _shown_elsewhere(path: Path, found: Any, truth: Any) -> bool:
+    """Whether OpenSlide, or where it does not open the file another decoder, shows the pixels that have changed.
 
-    Place by place, for one damaged tile keeps others from being shown: what nobody shows is no colour at all (-1).
+    Place by place and only where something changed, for one damaged tile keeps others from being shown.
     """
-    size, known = None, None
-    with suppress(OpenSlideError):
-        with OpenSlide(path) as slide:
-            size = tuple(min(side, _MOST_PX) for side in slide.dimensions)
-        known = np.full((size[1], size[0], 3), -1, np.int16)
-        for top in range(0, size[1], _PLACE_PX):
-            for left in range(0, size[0], _PLACE_PX):
-                width, height = min(_PLACE_PX, size[0] - left), min(_PLACE_PX, size[1] - top)
-                with suppress(OpenSlideError), OpenSlide(path) as slide:  # anew, for it refuses all after an error
-                    shown = Image.new("RGBA", (width, height), "white")
-                    shown.alpha_composite(slide.read_region((left, top), 0, (width, height)))
-                    known[top : top + height, left : left + width] = np.asarray(shown)[..., :3]
-    if known is not None:
-        return known
-    for read in (_by_format, lambda path: np.asarray(Image.open(path).convert("RGB"))):
-        try:
-            pixels = np.atleast_3d(read(path))
-        except Exception:  # noqa: BLE001 - whatever a decoder says of a damaged file, it does not show it
-            continue
-        return np.broadcast_to(pixels, (*pixels.shape[:2], 3))[:_MOST_PX, :_MOST_PX]
-    return None
+    pixels, seen = found
+    changed = seen.copy()
+    if pixels.shape == truth[0].shape:
+        changed &= (pixels != truth[0]).any(axis=2)
+    confirmed, show = 0, _another_reader(path)
+    for top in range(0, pixels.shape[0], _PLACE_PX):
+        for left in range(0, pixels.shape[1], _PLACE_PX):
+            place = np.s_[top : top + _PLACE_PX, left : left + _PLACE_PX]
+            if changed[place].any():
+                height, width = changed[place].shape
+                other = show(left, top, width, height)
+                if other is not None and other.shape == (height, width, 3):
+                    alike = np.abs(pixels[place].astype(np.int16) - other).max(axis=2) <= _APART
+                    confirmed += int((alike & changed[place]).sum())
+    return confirmed >= (1 - _SHARE) * changed.sum()
+
+
+def _another_reader(path: Path) -> Callable[[int, int, int, int], npt.NDArray[Any] | None]:
+    """What shows a rectangle (left, top, width, height) of level 0, or None where it cannot."""
+    try:
+        OpenSlide(path).close()
+    except OpenSlideError:
+        known = next((shown for read in (_by_format, _by_pillow) if (shown := _or_none(read, path)) is not None), None)
+        return lambda x, y, width, height: None if known is None else known[y : y + height, x : x + width]
+
+    def show(left: int, top: int, width: int, height: int) -> npt.NDArray[Any] | None:
+        with suppress(OpenSlideError), OpenSlide(path) as slide:  # anew, for it refuses all after an error
+            shown = Image.new("RGBA", (width, height), "white")
+            shown.alpha_composite(slide.read_region((left, top), 0, (width, height)))
+            return np.asarray(shown)[..., :3]
+        return None
+
+    return show
+
+
+def _or_none(read: Callable[[Path], npt.NDArray[Any]], path: Path) -> npt.NDArray[Any] | None:
+    try:
+        pixels = np.atleast_3d(read(path))
+    except Exception:  # noqa: BLE001 - whatever a decoder says of a damaged file, it does not show it
+        return None
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
+def _by_pillow(path: Path) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _by_format(path: Path) -> npt.NDArray[np.uint8]:
@@ -194,14 +221,6 @@ def _tile_by_tile(path: Path) -> npt.NDArray[np.int16]:
     return known
 
 
-def shows(pixels: npt.NDArray[np.uint8], seen: npt.NDArray[np.bool_], other: Any) -> bool:
-    """Whether another picture of the same slide has the seen pixels, but for rounding."""
-    if other is None or other.shape != pixels.shape:
-        return False
-    apart = np.abs(pixels.astype(np.int16) - other).max(axis=2) > _APART
-    return bool((apart & seen).mean() <= _SHARE)
-
-
 def _annotations(folder: Path) -> Iterator[Door]:
     corners = [(20.5, 30), (260, 40), (300, 200), (140, 320), (30, 220)]
     outlines = [
@@ -223,28 +242,27 @@ def _areas(path: Path) -> Any:
     return wkb.dumps(found.tumour), wkb.dumps(found.excluded)
 
 
-# Of text there is no second reading, but only whether it is text of its kind at all: `SAYS_ELSE` then.
-SAYS_ELSE = object()
+# Of text there is no second reading, but only whether it is text of its kind at all; else these raise.
 
 
-def _xml(path: Path) -> Any:
+def _xml(path: Path, _found: Any, _truth: Any) -> bool:
     ElementTree.fromstring(path.read_bytes())  # noqa: S314 - the pure parser is the judge here
-    return SAYS_ELSE
+    return True
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, _found: Any, _truth: Any) -> bool:
     json.loads(path.read_text("utf-8-sig"))
-    return SAYS_ELSE
+    return True
 
 
-def _csv(path: Path) -> Any:
+def _csv(path: Path, _found: Any, _truth: Any) -> bool:
     with open(path, encoding="utf-8-sig", newline="") as table:
         list(csv.reader(table, strict=True))
-    return SAYS_ELSE
+    return True
 
 
-def _mask(path: Path) -> Any:
-    return None if np.asarray(tifffile.imread(path, key=0)).max() > 1 else SAYS_ELSE
+def _mask(path: Path, _found: Any, _truth: Any) -> bool:
+    return bool(np.asarray(tifffile.imread(path, key=0)).max() <= 1)
 
 
 def _tables(folder: Path) -> Iterator[Door]:
@@ -300,7 +318,7 @@ def _others(folder: Path) -> Iterator[Door]:
     yield Door("stain target", folder / "stain.json", _stain, (*BYTES, *[text] * 6), _json)
     bundle = Path(__file__).parents[2] / "bundles" / "camelyon.json"
     (folder / "bundle.json").write_bytes(bundle.read_bytes())
-    yield Door("configuration, audited", folder / "bundle.json", _audit, (*BYTES, *[text] * 6), lambda path: SAYS_ELSE)
+    yield Door("configuration, audited", folder / "bundle.json", _audit, (*BYTES, *[text] * 6), lambda *_: True)
 
 
 def _weights(path: Path) -> Any:
