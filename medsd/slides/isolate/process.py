@@ -93,7 +93,10 @@ class ChildProcess:
                 self._fill(seen.view(np.uint8).reshape(-1).data, deadline)
             answered = True
         except TimeoutError as error:
-            raise ChildError(f"gave no answer within {limit_s:.3g} s; copy the file again, to a fast disk") from error
+            raise ChildError(
+                f"gave no answer within {limit_s:.3g} s (a busy machine or disk, or a damaged file); try again, or "
+                "copy it again to a fast disk"
+            ) from error
         except (EOFError, BrokenPipeError) as error:
             raise ChildError(f"{self._cause_of_death()}; the file is damaged: copy it again from its source") from error
         except ValueError as error:

@@ -30,15 +30,16 @@ class Limits:
     """What reading one slide may take (our choice).
 
     Attributes:
-        open_s: seconds for starting the child and opening the slide.
+        open_s: seconds for starting the child and opening the slide; Python itself may come from a slow disk, and other
+            programs may leave it little of the processor.
         read_s: seconds for a read, more where it has many pixels.
         px_per_s: pixels of the pyramid's level that a read may take a second for; the slowest formats on a local disk
             give several times as many.
         memory_gib: memory of the child in GiB (not enforced on macOS).
     """
 
-    open_s: float = 10.0
-    read_s: float = 10.0
+    open_s: float = 60.0
+    read_s: float = 20.0
     px_per_s: float = 1e6
     memory_gib: float = 2.0
 

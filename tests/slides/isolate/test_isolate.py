@@ -182,7 +182,7 @@ def test_errors_of_opening_are_those_of_the_slide_itself(tmp_path: Path, coding)
     [
         ("segv", "died of SIGSEGV; the file is damaged"),
         ("bug", "ended with status 1 (ReferenceError: nobody foresaw this); the file is damaged"),
-        ("hang", "no answer within 1 s; copy"),
+        ("hang", "no answer within 1 s"),
         ("memory", "more than 1 GiB of memory needed for reading 64 x 64 px; convert"),
         ("raise", "reading 64 x 64 px failed (ValueError: odd bytes); copy"),
     ],
@@ -274,7 +274,7 @@ def test_importing_a_slow_library_is_not_the_slides_fault(fake: FakeFiles, monke
     with IsolatedSlide(fake("import")) as slide:
         assert np.array_equal(slide.read(*GOOD), expected(*GOOD))
     monkeypatch.setattr(isolate_process, "IMPORT_S", -100.0)  # more time is less time
-    with pytest.raises(SlideError, match="no answer within 10 s"):
+    with pytest.raises(SlideError, match="no answer within"):
         IsolatedSlide(fake("import"))
     IsolatedSlide(fake("fine")).close()
 
