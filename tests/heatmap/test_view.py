@@ -20,6 +20,7 @@ from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.view import HOST, ViewServer
 from medsd.heatmap.zoom import read_tile
+from medsd.record import read_record, rewrite_record
 from medsd.slides.slide import open_slide
 from tests.heatmap.test_report import unpack
 
@@ -127,11 +128,12 @@ def test_names_that_point_here_from_elsewhere_are_refused(server: ViewServer) ->
 def test_a_slide_that_is_not_the_one_mapped_gives_no_tiles(tmp_path: Path, mapped: Path) -> None:
     shutil.copytree(mapped.parent, tmp_path / "maps")
     record = tmp_path / "maps" / "fiducials" / "record.json"
-    content = json.loads(record.read_text())
+    content = read_record(record)
+    assert content is not None
     slide = tmp_path / "fiducials.tif"
     shutil.copy(content["result"]["path"], slide)
     content["result"]["path"] = str(slide)
-    record.write_text(json.dumps(content))
+    rewrite_record(record, content)
     os.utime(slide, (0, 0))
     with ViewServer(tmp_path / "maps" / "fiducials") as server, pytest.raises(Exception, match="not the file"):
         server.slide("fiducials")
