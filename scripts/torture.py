@@ -11,6 +11,7 @@ outcomes: the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Counts and the first line of each refusal and bad outcome.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # in the background, too, where a shell has the first one ignored
+        signal.signal(stop, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         doors = make_doors(Path(folder), arguments.data)
         counts, slowest, bad = run(doors, arguments)
