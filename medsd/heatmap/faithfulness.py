@@ -42,7 +42,7 @@ _ONE_IN = 16
 _SEED = 0
 _OF_CLASS = 8
 # Smoothing moves sums across borders, so a few may differ (our choice).
-_LEAST_AGREEING = 0.8
+_LEAST_SURE, _LEAST_AGREEING = 8, 0.8
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Faithfulness:
     @property
     def warning(self) -> str:
         """What a reader has to be warned of; empty where the map does better than random places."""
-        if self.gained.value > 0 and self.agreeing >= _LEAST_AGREEING * self.sure:
+        if self.gained.value > 0 and (self.sure < _LEAST_SURE or self.agreeing >= _LEAST_AGREEING * self.sure):
             return ""
         if self.gained.value > 0:
             return (
