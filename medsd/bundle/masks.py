@@ -22,8 +22,8 @@ from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.cohort.manifest import read_manifest
-from medsd.cohort.tiling import Tiling, find_tiles, tile_slides
-from medsd.errors import ConfigError, DatasetError, NoTissueError
+from medsd.cohort.tiling import Tiling, prepared_tiles, tile_slides
+from medsd.errors import ConfigError, DatasetError
 from medsd.pretrain.volumes import SliceSettings
 from medsd.progress import progress_bar
 from medsd.segment.folder import MaskedImages, MaskTable, check_masks, read_mask_table
@@ -330,12 +330,7 @@ class OutlinedSlides:
 
     @cached_property
     def _index(self) -> TileIndex:
-        index = find_tiles(self._slides, self.work_dir, Tiling(self.grid))
-        if index is None:
-            raise DatasetError(f"{self.work_dir}: these slides are not prepared; run the stage 'prepare' first")
-        if not len(index):
-            raise NoTissueError(f"{self.work_dir}: no tissue in any slide; look at the thumbnails there")
-        return index
+        return prepared_tiles(self._slides, self.work_dir, Tiling(self.grid), str(self.dataset_dir or self.work_dir))
 
     @cached_property
     def _of_tile(self) -> npt.NDArray[np.str_]:

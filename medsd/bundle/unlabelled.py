@@ -16,8 +16,8 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.cohort.manifest import find_cohort
 from medsd.cohort.patches import PatchDataset, PatchTable
-from medsd.cohort.tiling import Tiling, find_tiles, tile_slides
-from medsd.errors import ConfigError, DatasetError, NoTissueError
+from medsd.cohort.tiling import Tiling, prepared_tiles, tile_slides
+from medsd.errors import ConfigError, DatasetError
 from medsd.pretrain.images import UnlabelledImages, hold_out, read_images
 from medsd.pretrain.volumes import SUFFIXES, SliceDataset, SliceSettings, prepare_volumes
 from medsd.progress import progress_bar
@@ -70,14 +70,7 @@ class UnlabelledSlides:
 
     @cached_property
     def _index(self) -> TileIndex:
-        index = find_tiles(self._slides, self.work_dir, Tiling(self.grid))
-        if index is None:
-            raise DatasetError(f"{self.work_dir}: these slides are not prepared; run the stage 'prepare' first")
-        if not len(index):
-            raise NoTissueError(
-                f"{self.dataset_dir}: no tissue in any slide; look at the thumbnails in {self.work_dir}"
-            )
-        return index
+        return prepared_tiles(self._slides, self.work_dir, Tiling(self.grid), str(self.dataset_dir))
 
 
 @dataclass(frozen=True)

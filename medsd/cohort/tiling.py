@@ -22,7 +22,7 @@ from medsd.cohort.kept import Kept, SlideRow, gather
 from medsd.cohort.outlines import Outlines, read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
-from medsd.errors import DatasetError
+from medsd.errors import DatasetError, NoTissueError
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record
 from medsd.slides.reading import read_tiles
@@ -211,6 +211,21 @@ def find_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling
     if max(path.stat().st_mtime_ns for path in records) > (folder / INDEX).stat().st_mtime_ns:
         return None
     return TileIndex.load(folder / INDEX).named([entry.name for entry in entries])
+
+
+def prepared_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Tiling, place: str) -> TileIndex:
+    """`find_tiles` of slides that are to be prepared; `place` is where they come from.
+
+    Raises:
+        DatasetError: they are not prepared.
+        NoTissueError: none of them has tissue.
+    """
+    index = find_tiles(entries, folder, tiling)
+    if index is None:
+        raise DatasetError(f"{folder}: these slides are not prepared; run the stage 'prepare' first")
+    if not len(index):
+        raise NoTissueError(f"{place}: no tissue in any slide; look at the thumbnails in {folder}")
+    return index
 
 
 @dataclass(frozen=True)
