@@ -185,7 +185,8 @@ def score_masks(
         f"The {len(worst)} worst of {len(items)} test {data.item}s",
         [
             f"{card.encoder} with {card.decoder}, {card.protocol} protocol, trained on {card.trained_on}.",
-            f"These are the worst, not the usual: mean Dice of {first.units} {data.unit}s {first.dice.value:.2f}.",
+            f"These are the worst, not the usual: mean Dice of {first.units} {data.unit}{'s' * (first.units != 1)} "
+            f"{first.dice.value:.2f}.",
             "The mask that was given may be wrong, too. Research use only.",
         ],
     )
