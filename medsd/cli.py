@@ -134,10 +134,13 @@ def audit(
 def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppOption = None) -> None:
     """Show a slide's size, scale (and where that comes from), levels and reader; or what a map (.ome.tif) holds."""
     from medsd.heatmap.tiff import is_value_map, read_ome_tiff
+    from medsd.segment.label_tiff import is_label_map, label_map_words
     from medsd.slides.slide import open_slide
 
     if is_value_map(slide):
         return print(read_ome_tiff(slide).in_words())
+    if is_label_map(slide):
+        return print(label_map_words(slide))
     with open_slide(slide, mpp) as opened:
         width, height = opened.dimensions
         print(f"file        {opened.path}")
@@ -246,7 +249,7 @@ def _end(rows: Sequence[SlideRow], words: str, empty_is_failure: bool = False) -
 
 @app.command("gather")
 def gather_folder(
-    out: Annotated[Path, typer.Argument(help="Folder that tiles or heatmap wrote to, in shares.")],
+    out: Annotated[Path, typer.Argument(help="Folder that tiles, heatmap or segment wrote to, in shares.")],
 ) -> None:
     """Make the tables and index of all slides in a folder, however many processes wrote them."""
     rows: Sequence[SlideRow]
@@ -256,8 +259,9 @@ def gather_folder(
         rows = gather_tiles(out)
     else:
         from medsd.heatmap.cohort import gather_maps
+        from medsd.segment.slides import gather_segmented, is_segmented
 
-        rows = gather_maps(out)
+        rows = gather_segmented(out) if is_segmented(out) else gather_maps(out)
     _end(rows, f"see {out / 'slides.csv'}")
 
 
@@ -272,7 +276,7 @@ def submit(
         str | None, typer.Option(help="Settings by commas, such as partition=gpu,gpus_per_node=1,timeout_min=240.")
     ] = None,
 ) -> None:
-    """Run 'tiles ...' or 'heatmap ...', given behind the options, as jobs of a cluster; then gather.
+    """Run 'tiles ...', 'heatmap ...' or 'segment ...', given behind the options, as jobs of a cluster; then gather.
 
     On Slurm: an array, and a job behind it that gathers. Preempted jobs are queued again and go on.
     """
@@ -399,8 +403,62 @@ def heatmap(
 
 
 @app.command()
+def segment(
+    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
+    weights: Annotated[Path, typer.Option(help="A segmentation network (segmentation.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
+    mpp: MppOption = None,
+    network_mpp: Annotated[
+        float | None,
+        typer.Option(help="Micrometres per pixel that the network takes, where its weights say none."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Of neighbouring tiles, a share of their side, 0 to 0.5: less is quicker.")
+    ] = 0.5,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Leave probabilities.ome.tif too, a channel a class.")
+    ] = False,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Leave a DICOM Segmentation too; needs pip install 'medsd[dicom]'.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
+    ] = None,
+    device: DeviceOption = None,
+    shard: ShardOption = None,
+) -> None:
+    """Segment slides: class of each pixel, contours, areas, overlay, report. Exit code 1 when one failed."""
+    from dataclasses import replace
+
+    from medsd.cohort.manifest import find_slides_at
+    from medsd.cohort.owner import shard_of
+    from medsd.cohort.runner import Sharing
+    from medsd.progress import progress_bar
+    from medsd.segment.slides import SegmentRequest, segment_slides
+
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
+    if shard is not None and not (entries := shard_of(entries, shard)):
+        return print(f"no slide in {shard}")
+    request = SegmentRequest(network_mpp, overlap, probabilities, dicom, workers=workers)
+    sharing, place = Sharing(rename=True, gather=shard is None), _computing_on(device)
+    results = segment_slides(entries, weights, out, request, place, progress_bar("segment"), sharing)
+    for words in dict.fromkeys(result.model for result in results if result.model):
+        print(words)
+    for result in results:
+        if result.misfit:
+            typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
+        if result.status != "ok":
+            print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
+        elif len(results) <= _LISTED:
+            areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
+            print(f"{result.slide}: {areas}; {result.regions} outlines")
+    _end(results, _see(str(out / "index.html"), out, shard), empty_is_failure=True)
+
+
+@app.command()
 def view(
-    out: Annotated[Path, typer.Argument(help="Folder that 'medsd heatmap' wrote, or that of one slide in it.")],
+    out: Annotated[Path, typer.Argument(help="Folder of 'medsd heatmap' or 'medsd segment', or of one slide in it.")],
     port: Annotated[int, typer.Option(help="Port to listen at; any that is free when not given.")] = 0,
 ) -> None:
     """Show reports with all of their slides in a browser on this machine, until Ctrl-C."""

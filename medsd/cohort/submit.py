@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from submitit import AutoExecutor, Executor, Job
 
 CLUSTERS = ("slurm", "local")
-VERBS = ("tiles", "heatmap")
+VERBS = ("tiles", "heatmap", "segment")
 LOGS = ".jobs"
 """Folder in the outputs' with what jobs were asked and what they said."""
 

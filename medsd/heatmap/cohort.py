@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
+from medsd.heatmap.store import own_store
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
@@ -256,11 +256,7 @@ class _MapWork(_Maps, Work[SlideResult]):
     def _store(self, entry: SlideEntry, folder: Path) -> Path:
         """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
         made_from = json.dumps([slide_identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
-        store = folder / _STORE / sha256(made_from.encode()).hexdigest()[:16]
-        for other in (folder / _STORE).glob("*"):
-            if other != store:
-                shutil.rmtree(other, ignore_errors=True)
-        return store
+        return own_store(folder / _STORE, made_from)
 
 
 def read_results(output: str | Path) -> list[SlideResult]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -98,8 +98,34 @@ def write_dicom(folder: str | Path, slide: Slide, mapped: MappedSlide, made: Ori
         files.append(REGIONS)
         grid = mapped.explanations[0].value_map
         with atomic_path(Path(folder) / REGIONS) as temporary:
-            writer.segmentation(mapped.findings, grid).save_as(temporary)
+            writer.regions(mapped.findings, grid).save_as(temporary)
     return files
+
+
+def write_class_dicom(
+    path: str | Path, slide: Slide, numbers: npt.NDArray[np.uint8], names: Sequence[str], level0_px: float, made: Origin
+) -> None:
+    """Write a binary Segmentation with a segment a class, atomically; see `write_dicom`.
+
+    Args:
+        path: the file.
+        slide: the slide.
+        numbers: (height, width), 0 for none and then the place in `names`; held in memory.
+        names: of the classes.
+        level0_px: side of a pixel.
+        made: what made them.
+
+    Raises:
+        ConfigError: highdicom is not installed.
+        SlideError: see `write_dicom`.
+        OutputError: the file cannot be written.
+    """
+    check_dicom()
+    writer = _Writer(_source(slide, made.slide_sha256), made)
+    words = f"Segmented by {made.name}: {', '.join(names)}."
+    with atomic_path(path) as temporary:
+        found = writer.segmentation(numbers, names, level0_px, {"weights": made.weights_sha256}, words)
+        found.save_as(temporary)
 
 
 def region_mask(regions: Sequence[Region], grid: ValueMap) -> npt.NDArray[np.bool_]:
@@ -151,38 +177,53 @@ class _Writer:
         )
         return self._finished(found, f"{about}: {value_map.method}. {value_map.meaning} {RESEARCH_USE_ONLY}")
 
-    def segmentation(self, findings: Findings, grid: ValueMap) -> Any:
-        from highdicom import AlgorithmIdentificationSequence
-        from highdicom.seg import Segmentation, SegmentDescription
-        from pydicom.sr.codedict import codes
-
+    def regions(self, findings: Findings, grid: ValueMap) -> Any:
         target, mask = printable(findings.probability.target), region_mask(findings.regions, grid)
         parameters = {"threshold": f"{findings.threshold:.9g}", "weights": self.made.weights_sha256}
+        words = f"Regions: {target} probability above {findings.threshold:.3g} ({findings.threshold_source})."
+        return self.segmentation(mask, [target], grid.level0_px, parameters, words)
+
+    def segmentation(
+        self,
+        numbers: npt.NDArray[Any],
+        names: Sequence[str],
+        level0_px: float,
+        parameters: Mapping[str, str],
+        words: str,
+    ) -> Any:
+        """Of numbers (height, width), 0 for none and then the place in `names`."""
+        from highdicom.seg import Segmentation
+
+        found = Segmentation(
+            pixel_array=numbers.astype(np.uint8),
+            segmentation_type="BINARY",
+            segment_descriptions=[self._segment(number, name, parameters) for number, name in enumerate(names, 1)],
+            omit_empty_frames=bool(numbers.any()),
+            content_label="REGIONS",
+            **self._common("regions", _REGIONS_SERIES, 1, numbers, f"{' '.join(names)} {dict(parameters)}"),
+            **self._place(level0_px),
+        )
+        return self._finished(found, f"{printable(words)} {RESEARCH_USE_ONLY}")
+
+    def _segment(self, number: int, name: str, parameters: Mapping[str, str]) -> Any:
+        from highdicom import AlgorithmIdentificationSequence
+        from highdicom.seg import SegmentDescription
+        from pydicom.sr.codedict import codes
+
         abnormal = codes.SCT.MorphologicallyAbnormalStructure
-        segment = SegmentDescription(
-            segment_number=1,
-            segment_label=_fit(f"{target} (model)", 64),
+        return SegmentDescription(
+            segment_number=number,
+            segment_label=_fit(f"{printable(name)} (model)", 64),
             segmented_property_category=abnormal,
-            segmented_property_type=codes.SCT.Neoplasm if target.casefold() in ("tumour", "tumor") else abnormal,
+            segmented_property_type=codes.SCT.Neoplasm if name.casefold() in ("tumour", "tumor") else abnormal,
             algorithm_type="AUTOMATIC",
             algorithm_identification=AlgorithmIdentificationSequence(
                 name=_fit(printable(self.made.name), 64),
                 family=codes.DCM.ArtificialIntelligence,
                 version=medsd.__version__,
-                parameters=parameters,
+                parameters=dict(parameters),
             ),
         )
-        found = Segmentation(
-            pixel_array=mask.astype(np.uint8),
-            segmentation_type="BINARY",
-            segment_descriptions=[segment],
-            omit_empty_frames=bool(mask.any()),
-            content_label="REGIONS",
-            **self._common("regions", _REGIONS_SERIES, 1, mask, f"{target} {parameters}"),
-            **self._place(grid.level0_px),
-        )
-        words = f"Regions: {target} probability above {findings.threshold:.3g} ({findings.threshold_source})."
-        return self._finished(found, f"{printable(words)} {RESEARCH_USE_ONLY}")
 
     def _common(self, series: str, series_number: int, number: int, values: npt.NDArray[Any], words: str) -> Any:
         source, weights = self.source.SOPInstanceUID, self.made.weights_sha256

@@ -165,15 +165,20 @@ def prevalence_words(card: ModelCard, target: int, calibration: Calibration | No
 
 def misfits(slide: Slide, model: MapModel, faithful: Faithfulness | None = None) -> list[str]:
     """Where a slide is not what the network was trained for, as far as its scale and its answers tell."""
-    found = []
-    if slide.mpp > _COARSER * model.engine.mpp:
-        found.append(
-            f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {model.engine.mpp:g}. It was "
-            "enlarged, and detail that the network looks for is missing."
-        )
+    found = scale_misfits(slide, model.engine.mpp)
     if faithful is not None and faithful.warning:
         found.append(faithful.warning)
     return found
+
+
+def scale_misfits(slide: Slide, mpp: float) -> list[str]:
+    """Where a slide is coarser than what a network takes, at `mpp`; none where it is not."""
+    if slide.mpp <= _COARSER * mpp:
+        return []
+    return [
+        f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {mpp:g}. It was enlarged, and "
+        "detail that the network looks for is missing."
+    ]
 
 
 def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, str]:

@@ -201,7 +201,8 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY)
     for box, shown in zip(boxes, (None, *slide.maps), strict=True):
         pixels, heading = plain.copy(), "Slide"
         if shown is not None:
-            heading = f"{shown.title} ({shown.value_map.target})"
+            target = shown.value_map.target
+            heading = shown.title if target in shown.title else f"{shown.title} ({target})"
             pixels = with_map(pixels, shown, level0_px, opacity)
             _draw_bar(picture, box, shown.scale, opacity)
         outline(pixels, shapes)

@@ -99,11 +99,30 @@ def find_regions(
 
 
 def _polygons(probability: ValueMap, threshold: float, slide_dimensions: tuple[int, int]) -> list[shapely.Polygon]:
-    field = _closed_field(probability.values, threshold)
-    # Row, column of the padded field to x, y of the slide: -1 for the padding, + 0.5 for the pixel's centre.
+    field, frame = _closed_field(probability.values, threshold), shapely.box(0, 0, *slide_dimensions)
+    parts = polygons_above(field, threshold, probability.level0_px, (-1, -1), frame)
+    return [shapely.orient_polygons(shapely.normalize(part)) for part in parts]
+
+
+def polygons_above(
+    field: npt.NDArray[np.float64],
+    threshold: float,
+    level0_px: float,
+    first: tuple[int, int],
+    frame: shapely.Polygon,
+) -> list[shapely.Polygon]:
+    """Where a field (h, w) without NaN exceeds a threshold: valid polygons with whole corners, level-0 pixels.
+
+    Args:
+        field: below the threshold at its border, or beyond the frame there.
+        threshold: of its values.
+        level0_px: side of a pixel.
+        first: column and row of the field's first pixel, counted from the slide's corner.
+        frame: nothing reaches beyond.
+    """
+    # Row, column of the field to x, y of the slide: + 0.5 for the pixel's centre.
     contours = measure.find_contours(field, threshold)  # type: ignore[no-untyped-call]
-    rings = [(ring[:, ::-1] - 0.5) * probability.level0_px for ring in contours]
-    frame = shapely.box(0, 0, *slide_dimensions)
+    rings = [(ring[:, ::-1] + (first[0] + 0.5, first[1] + 0.5)) * level0_px for ring in contours]
     parts: list[shapely.Polygon] = []
     for polygon in _assemble([ring for ring in rings if len(ring) > 3]):
         # Snap rounding clips and rounds in one step, and what comes out is valid.
@@ -111,7 +130,7 @@ def _polygons(probability: ValueMap, threshold: float, slide_dimensions: tuple[i
         valid = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
         clipped = shapely.intersection(valid, frame, grid_size=1.0)
         parts += [part for part in shapely.get_parts(clipped) if part.geom_type == "Polygon" and not part.is_empty]
-    return [shapely.orient_polygons(shapely.normalize(part)) for part in parts]
+    return parts
 
 
 def _assemble(rings: list[npt.NDArray[np.float64]]) -> list[shapely.Polygon]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,16 +35,27 @@ _LAST_CODE = 65535
 
 
 @dataclass(frozen=True)
-class SlideResult(SlideRow):
-    """What became of a slide: a row of `slides.csv`.
+class ReportedSlide(SlideRow):
+    """What became of a slide that has a report: a row of `slides.csv` and of `index.html`.
+
+    Attributes:
+        model: what the network was trained on, for which tissue and at which scale, in words.
+        misfit: where the slide is not what that asks for, in words; empty where it is.
+    """
+
+    model: str = field(default="", kw_only=True)
+    misfit: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True)
+class SlideResult(ReportedSlide):
+    """What became of a slide that was mapped.
 
     Attributes:
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         verdict: what the score means, by what its cut-off did on validation slides; empty without a score.
         regions: number of regions at the threshold.
         region_area_mm2: their area.
-        model: what the network was trained on, for which tissue and at which scale, in words.
-        misfit: where the slide is not what that asks for, in words; empty where it is.
         drop_brightest, drop_random, drop_lowest: mean fall of the log-odds when a tenth of a tile is hidden, see
             `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
         target: name of the class that score, verdict and regions speak of; empty without classes.
@@ -53,8 +64,6 @@ class SlideResult(SlideRow):
     score: float | None = None
     regions: int = 0
     region_area_mm2: float = 0.0
-    model: str = ""
-    misfit: str = ""
     verdict: str = ""
     drop_brightest: float | None = None
     drop_random: float | None = None
@@ -131,8 +140,19 @@ def write_report(path: str | Path, slide: MappedSlide, tiles: ZoomTiles | None =
     )
 
 
-def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> None:
+def write_index(
+    path: str | Path,
+    rows: Sequence[ReportedSlide],
+    title: str,
+    areas_mm2: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
     """Write `index.html`, atomically: the cohort's slides, those that failed with the reason, links to the reports.
+
+    Args:
+        path: the file.
+        rows: a slide each; `SlideResult`s, unless areas stand for scores.
+        title: of the page.
+        areas_mm2: of slides that were segmented, by name: the area of each class.
 
     Raises:
         OutputError: the file cannot be written.
@@ -144,7 +164,9 @@ def write_index(path: str | Path, rows: Sequence[SlideResult], title: str) -> No
         others=[row for row in rows if row.status != "ok"],
         counts=count_by_status(rows),
         models=list(dict.fromkeys(row.model for row in rows if row.model)),
-        targets=len({row.target for row in rows if row.target}),
+        targets=len({row.target for row in rows if isinstance(row, SlideResult) and row.target}),
+        areas=areas_mm2,
+        classes=list(dict.fromkeys(name for found in (areas_mm2 or {}).values() for name in found)),
         title=title,
     )
 

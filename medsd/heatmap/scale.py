@@ -127,6 +127,17 @@ def probability_scale() -> ColourScale:
     return ColourScale(0.0, 1.0, TUMOUR, AGAINST, "Probability", "", "orange: probable; uncoloured: improbable")
 
 
+def class_ink(number: int) -> Ink:
+    """The colour of a class by its number from 1; after six they come again."""
+    inks = (TUMOUR, AGAINST, OPEN, OTHER_FEATURES, FEATURES, (150, 30, 80))
+    return inks[(number - 1) % len(inks)]
+
+
+def share_scale(number: int) -> ColourScale:
+    """Of the share of a segmented class in map pixels, from 0, uncoloured, to 1."""
+    return ColourScale(0.0, 1.0, class_ink(number), AGAINST, "Share of the area", "", "coloured: of the class")
+
+
 def explanation_scale(method: str, limit: float, unit: str) -> ColourScale:
     """The scale of a method's map.
 

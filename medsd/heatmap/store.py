@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,15 @@ from zarr.storage import ZipStore
 from medsd.files import atomic_path, remove_leftovers
 
 Arrays = dict[str, np.ndarray]
+
+
+def own_store(folder: Path, made_from: str) -> Path:
+    """The folder in `folder` for what follows from `made_from`, all that determines it; those for others go."""
+    store = folder / sha256(made_from.encode()).hexdigest()[:16]
+    for other in folder.glob("*"):
+        if other != store:
+            shutil.rmtree(other, ignore_errors=True)
+    return store
 
 
 class BlockStore:

@@ -38,7 +38,7 @@ _POLICY = (
 
 
 class ViewServer(ThreadingHTTPServer):
-    """Serves, to read alone, what `map_slides` left in a folder, and tiles of the slides it was made of.
+    """Serves, to read alone, what `map_slides` or `segment_slides` left in a folder, and tiles of its slides.
 
     Addresses choose among the slides found at the start and among files named here: none is taken for a path. Only
     this machine is answered, and only pages of its own.
@@ -62,7 +62,7 @@ class ViewServer(ThreadingHTTPServer):
         )
         self.slides = {one.resolve().name: one for one in folders if (one / "report.html").is_file()}
         if not self.slides:
-            raise DatasetError(f"{root}: no slide with a report; name the folder that 'medsd heatmap' wrote")
+            raise DatasetError(f"{root}: no slide with a report; name one that medsd heatmap or segment wrote")
         self.index = root / _INDEX
         self.slide = lru_cache(maxsize=8)(self._open)
         try:
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_map(self, name: str, key: str) -> None:
         record = self.server.record(name)
-        first, *others = record["recipe"]["methods"]
+        first, *others = record["recipe"].get("methods", [""])  # none of slides that were segmented
         files = {first: "saliency.ome.tif", "probability": "probability.ome.tif"}
         files |= {method: f"{method}.ome.tif" for method in others}
         if files.get(key) not in record["outputs"]:

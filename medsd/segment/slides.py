@@ -1,0 +1,316 @@
+"""Slides and a segmentation network become folders of class maps, contours, areas, overlay, report and record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medsd.checks import check_number
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.kept import Kept, gather
+from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
+from medsd.errors import ConfigError, DatasetError, SlideError
+from medsd.files import atomic_path
+from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
+from medsd.heatmap.findings import scale_misfits
+from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
+from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
+from medsd.heatmap.scale import share_scale
+from medsd.heatmap.store import own_store
+from medsd.heatmap.value_map import ValueMap
+from medsd.heatmap.zoom import cut_tiles
+from medsd.networks.modes import usable_device
+from medsd.progress import Progress, no_progress
+from medsd.record import read_record
+from medsd.segment.contours import class_regions, class_shares, write_class_regions
+from medsd.segment.label_tiff import write_labels, write_probabilities
+from medsd.segment.stitch import SlideLabels, SlideSegmenter
+from medsd.segment.weights import SegmentationCard, load_segmentation
+from medsd.slides.mpp import check_mpp
+from medsd.slides.parts import slide_identity, slide_sha256
+from medsd.slides.slide import Slide, thumbnail
+from medsd.slides.tissue import find_tissue
+
+LABELS, PROBABILITIES, CONTOURS = "labels.ome.tif", "probabilities.ome.tif", "regions.geojson"
+_OVERLAY, _REPORT, _THUMBNAIL, _STORE = "overlay.png", "report.html", "thumbnail.png", "blocks"
+_RECORD = "record.json"
+_THUMBNAIL_PX = 1600
+# highdicom takes an array whole.
+_MOST_DICOM_PX = 2**26
+
+
+@dataclass(frozen=True)
+class SegmentRequest:
+    """What is asked of a segmentation beside what the weights say.
+
+    Attributes:
+        mpp: micrometres per pixel that the network takes, where its weights do not say it.
+        overlap: of neighbouring tiles, see `SlideSegmenter`.
+        probabilities: leave `probabilities.ome.tif`, too.
+        dicom: leave `regions.dcm`, too.
+        max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
+        workers: see `SlideSegmenter`.
+
+    Raises:
+        ConfigError: a value out of its range, or DICOM without highdicom.
+    """
+
+    mpp: float | None = None
+    overlap: float = 0.5
+    probabilities: bool = False
+    dicom: bool = False
+    max_unseen: float = 0.05
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mpp is not None:
+            check_mpp("network_mpp", self.mpp)
+        check_number("max_unseen", self.max_unseen, "[0, 1]")
+        if self.dicom:
+            check_dicom()
+
+
+@dataclass(frozen=True)
+class SegmentedSlide(ReportedSlide):
+    """What became of a slide that was segmented.
+
+    Attributes:
+        areas_mm2: of each class, the background's (tissue of no other class) first; empty unless ok.
+        regions: number of outlines.
+    """
+
+    areas_mm2: Mapping[str, float] = field(default_factory=dict)
+    regions: int = 0
+
+
+def segment_slides(
+    slides: Sequence[SlideEntry],
+    weights: str | Path,
+    output: str | Path,
+    request: SegmentRequest | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress = no_progress,
+    sharing: Sharing = ALONE,
+    isolate: bool = True,
+) -> list[SegmentedSlide]:
+    """Segment every slide; leave a folder a slide, `slides.csv` with areas and `index.html` in `output`.
+
+    What is complete and matches is skipped, what fails costs itself alone, see `run_cohort`; a slide that is stopped
+    half way goes on where it was.
+
+    Args:
+        slides: the slides, whose outputs are kept by their names.
+        weights: what `bundles/segmentation.json` leaves, `segmentation.safetensors`.
+        output: the folder to write to.
+        request: what the weights do not say; None for what is usual.
+        device: where the network runs; None for the first GPU, or the CPU where there is none.
+        progress: shows the slides, and the tiles of each, as they are done.
+        sharing: with other runs in the folder.
+        isolate: read each slide in a child process, so that a decoder that dies or hangs costs that slide alone.
+
+    Raises:
+        DatasetError: no slides, two of one name, or outputs of another slide, or of another kind, in `output`.
+        WeightsError: weights that cannot be used, such as a classifier's.
+        OutputError: `output` cannot be written to.
+        ConfigError: the device does not exist here, or the network's scale is not known, or known and given.
+    """
+    request, output = request or SegmentRequest(), Path(output)
+    network, card, digest = load_segmentation(weights, usable_device(device))
+    if card.mpp is None and request.mpp is None:
+        raise ConfigError(
+            f"network_mpp: {weights} was trained on images and does not say its scale; give its um per px"
+        )
+    if card.mpp is not None and request.mpp is not None:
+        raise ConfigError(f"network_mpp={request.mpp:g}: {weights} says it itself ({card.mpp:g}); leave it out")
+    other = next((path for path in output.glob(f"*/{_RECORD}") if not _is_ours(path)), None)
+    if other is not None:
+        raise DatasetError(f"{other}: is of maps, whose files would be replaced; choose another output folder")
+    mpp = card.mpp or request.mpp
+    assert mpp is not None
+    rest = request.overlap, request.probabilities
+    segmenter = SlideSegmenter(network, card.side_px, mpp, *rest, workers=request.workers)
+    return run_cohort(_SegmentWork(output, segmenter, card, digest, request), slides, 1, isolate, progress, sharing)
+
+
+def gather_segmented(output: str | Path) -> list[SegmentedSlide]:
+    """Leave `slides.csv` and `index.html` of all slides that were segmented in `output`, by however many processes.
+
+    Raises:
+        DatasetError: no slide was.
+        OutputError: `output` cannot be written to.
+    """
+    return gather(_Segmented(Path(output)))
+
+
+def is_segmented(output: str | Path) -> bool:
+    """Whether `segment_slides` wrote to a folder."""
+    return any(_is_ours(path) for path in Path(output).glob(f"*/{_RECORD}"))
+
+
+def _is_ours(path: Path) -> bool:
+    record = read_record(path)
+    return record is not None and "areas_mm2" in record["result"]
+
+
+@dataclass(frozen=True)
+class _Segmented(Kept[SegmentedSlide]):
+    """Segmented slides; see `Kept`."""
+
+    folder: Path
+    row_type = SegmentedSlide
+    columns = ("slide", "status", "model", "misfit", "reason", "regions")
+    record = f"{{}}/{_RECORD}"
+
+    def cells(self, row: SegmentedSlide) -> Mapping[str, Any]:
+        return asdict(row) | {f"{name}_mm2": area for name, area in row.areas_mm2.items()}
+
+    def header(self, rows: Sequence[SegmentedSlide]) -> Sequence[str]:
+        names = dict.fromkeys(name for row in rows for name in row.areas_mm2)
+        return (*self.columns, *(f"{name}_mm2" for name in names), "seconds")
+
+    def publish(self, rows: Sequence[SegmentedSlide], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
+        areas = {row.slide: row.areas_mm2 for row in rows}
+        write_index(self.folder / "index.html", rows, "Segmented slides", areas)
+
+
+@dataclass(frozen=True)
+class _SegmentWork(_Segmented, Work[SegmentedSlide]):
+    """A slide becomes the folder `<name>`; see `Work`."""
+
+    segmenter: SlideSegmenter
+    card: SegmentationCard
+    digest: str
+    request: SegmentRequest
+    outputs = (_THUMBNAIL, LABELS, PROBABILITIES, CONTOURS, REGIONS, _OVERLAY, _REPORT)
+
+    @property
+    def model(self) -> str:
+        """What the network is, in words: what every output says first."""
+        classes = ", ".join(self.card.classes)
+        return (
+            f"Segmentation network ({classes}) trained on {self.card.trained_on}, at {self.segmenter.mpp:g} µm per px."
+        )
+
+    def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
+        asked = asdict(self.request)
+        del asked["workers"]
+        return {"weights_sha256": self.digest, "network_mpp": self.segmenter.mpp, "asked": asked}
+
+    def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[SegmentedSlide]:
+        started, folder = time.perf_counter(), self.folder / entry.name
+
+        def of_slide(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
+            return progress(items, total, f"{entry.name}, {unit}")
+
+        picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
+        tissue, store = find_tissue(slide), self._store(entry, folder)
+        labels = self.segmenter.segment(slide, tissue, store, of_slide)
+        seconds = round(time.perf_counter() - started, 2)
+        unseen = max(tissue.unseen, labels.unseen)
+        if unseen > self.request.max_unseen:
+            raise SlideError(
+                f"{entry.path}: {unseen:.1%} of it cannot be decoded, more than {self.request.max_unseen:.0%}; copy it "
+                f"again from its source"
+            )
+        misfits, identity = scale_misfits(slide, self.segmenter.mpp), slide_sha256(entry.path)
+        if any(labels.pixels):
+            reason = f"{labels.unseen:.1%} of the tissue could not be decoded" if labels.unseen else ""
+            row, files = self.row(entry, "ok", reason), [LABELS, CONTOURS, _OVERLAY, _REPORT]
+            regions = class_regions(labels, slide.mpp, slide.dimensions)
+            areas = {name: round(area, 6) for name, area in labels.areas_mm2.items()}
+            row = replace(row, regions=len(regions), areas_mm2=areas)
+            write_labels(folder / LABELS, labels)
+            write_class_regions(folder / CONTOURS, regions, labels.classes, slide.path.stem, slide.bounds[:2])
+            if self.request.probabilities:
+                write_probabilities(folder / PROBABILITIES, labels)
+                files.append(PROBABILITIES)
+            if self.request.dicom:
+                self._write_dicom(folder / REGIONS, slide, labels, identity)
+                files.append(REGIONS)
+            shown = self._shown(slide, labels, picture, level0_px, misfits)
+            draw_overlay(folder / _OVERLAY, shown)
+            write_report(folder / _REPORT, shown, cut_tiles(slide, shown))
+        else:
+            with atomic_path(folder / _THUMBNAIL) as temporary:
+                Image.fromarray(picture).save(temporary)
+            row, files = self.row(entry, "empty", f"no tissue found; see {_THUMBNAIL}"), [_THUMBNAIL]
+        content = {
+            "model": self.model,
+            "classes": self.card.classes,
+            "misfits": misfits,
+            "slide": {"name": entry.path.name, "sha256": identity},
+            "scale": {
+                "mpp": slide.mpp,
+                "mpp_source": slide.mpp_source,
+                "dimensions": slide.dimensions,
+                "bounds": slide.bounds,
+                "reader": slide.reader,
+            },
+            "method": labels.method,
+            "tiles": labels.tiles,
+            "unseen_share": round(unseen, 6),
+            "segment_seconds": seconds,
+            "intended_use": "research use only",
+        }
+        shutil.rmtree(folder / _STORE, ignore_errors=True)
+        return Made(replace(row, model=self.model, misfit=" ".join(misfits)), files, content)
+
+    def _store(self, entry: SlideEntry, folder: Path) -> Path:
+        """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
+        made_from = json.dumps([slide_identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
+        return own_store(folder / _STORE, made_from)
+
+    def _write_dicom(self, path: Path, slide: Slide, labels: SlideLabels, identity: str) -> None:
+        height, width = labels.numbers.shape
+        step = 1
+        while (height // step) * (width // step) > _MOST_DICOM_PX:
+            step *= 2
+        numbers = np.asarray(labels.numbers[step // 2 :: step, step // 2 :: step])
+        origin = Origin(f"{self.card.encoder} {self.card.decoder}", self.digest, identity)
+        others = np.maximum(numbers, 1) - 1
+        write_class_dicom(path, slide, others, labels.classes[1:], labels.level0_px * step, origin)
+
+    def _shown(
+        self, slide: Slide, labels: SlideLabels, picture: Any, level0_px: float, misfits: Sequence[str]
+    ) -> MappedSlide:
+        """What overlay and report show: the share of each class in map pixels, as fine as a page takes them."""
+        cell = 1
+        while max(labels.numbers.shape) > cell * MAX_MAP_SIDE_PX:
+            cell *= 2
+        shown = []
+        for number, name in enumerate(labels.classes[1:], start=1):
+            values = class_shares(labels, number, cell)
+            meaning = f"The share of a map pixel that the network takes for {name}, from 0 to 1."
+            grid = labels.level0_px * cell, labels.mpp * cell
+            value_map = ValueMap(values, *grid, "share", name, labels.method, "", meaning)
+            title = f"{name}, {labels.areas_mm2[name]:.2f} mm²"
+            shown.append(ShownMap(f"class{number}", title, value_map, share_scale(number), ""))
+        caveats = [f"On other material than the network's own ({self.card.trained_on}) its outlines mean little."]
+        if labels.unseen:
+            caveats.append(f"The slide file is damaged: {labels.unseen:.1%} of the tissue could not be decoded.")
+        areas = {f"Area of {name}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
+        network = f"{self.card.encoder} with {self.card.decoder}, {labels.method}"
+        return MappedSlide(
+            name=slide.path.stem,
+            model=self.model,
+            misfits=misfits,
+            dimensions=slide.dimensions,
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source,
+            thumbnail=picture,
+            thumbnail_level0_px=level0_px,
+            damaged=labels.unseen > 0,
+            explanations=shown,
+            findings=None,
+            provenance=areas | {"Network": network, "Weights SHA-256": self.digest},
+            caveats=caveats,
+        )
