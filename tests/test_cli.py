@@ -145,6 +145,8 @@ def test_doctor_sees_two_opencvs(monkeypatch):
         (["phantom", "{tmp}/p", "--difficulty", "3"], ["difficulty"]),
         (["heatmap", "{slide}", "--weights", "none.safetensors", "--out", "{tmp}/o"], ["none.safetensors"]),
         (["heatmap", "{slide}", "--weights", "{slide}", "--out", "{tmp}/o"], ["safetensors"]),
+        (["segment", "{slide}", "--weights", "none.safetensors", "--out", "{tmp}/o"], ["none.safetensors"]),
+        (["segment", "{slide}", "--weights", "x", "--out", "{tmp}/o", "--overlap", "0.7"], ["overlap=0.7"]),
         (["view", "{tmp}"], ["no slide with a report"]),
     ],
 )

@@ -33,7 +33,7 @@ from medsd.progress import Progress, no_progress
 from medsd.record import read_record
 from medsd.segment.contours import class_regions, class_shares, write_class_regions
 from medsd.segment.label_tiff import write_labels, write_probabilities
-from medsd.segment.stitch import SlideLabels, SlideSegmenter
+from medsd.segment.stitch import OVERLAP_HINT, SlideLabels, SlideSegmenter
 from medsd.segment.weights import SegmentationCard, load_segmentation
 from medsd.slides.mpp import check_mpp
 from medsd.slides.parts import slide_identity, slide_sha256
@@ -75,6 +75,7 @@ class SegmentRequest:
         if self.mpp is not None:
             check_mpp("network_mpp", self.mpp)
         check_number("max_unseen", self.max_unseen, "[0, 1]")
+        check_number("overlap", self.overlap, "[0, 0.5]", hint=OVERLAP_HINT)
         if self.dicom:
             check_dicom()
 

@@ -35,6 +35,7 @@ from medsd.slides.tissue import TissueMask
 logger = logging.getLogger(__name__)
 
 CHUNK_PX = 512
+OVERLAP_HINT = "a share of a tile's side"
 _BLOCK_PX = 2048
 Places = npt.NDArray[np.int64]
 
@@ -117,7 +118,7 @@ class SlideSegmenter:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("overlap", self.overlap, "[0, 0.5]", hint="a share of a tile's side")
+        check_number("overlap", self.overlap, "[0, 0.5]", hint=OVERLAP_HINT)
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.workers is not None:
             check_number("workers", self.workers, "[1, inf)", whole=True)
