@@ -39,6 +39,7 @@ from medsd.evaluate.temperature import fit_scaling, fit_temperature, score_calib
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
 from medsd.files import atomic_path, make_folder, sha256_of, write_json
+from medsd.heatmap.appearance import appearance_card
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.faithfulness import randomised_card
@@ -167,6 +168,7 @@ def _card(
         options=network.options,
         others=others,
         randomised=randomised_card(network, calibration, validation, validation.labels),
+        appearance=appearance_card(validation, len(validation.labels)),
         **_input_of(network),
     )
 

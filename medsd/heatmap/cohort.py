@@ -20,8 +20,7 @@ from medsd.errors import DatasetError, SlideError
 from medsd.files import atomic_path
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
-from medsd.heatmap.faithfulness import judge_map
-from medsd.heatmap.findings import mapped_slide, misfits, model_words
+from medsd.heatmap.findings import check_slide, mapped_slide, misfits, model_words
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
@@ -185,13 +184,11 @@ class _MapWork(_Maps, Work[SlideResult]):
                 f"again from its source"
             )
         probability = [] if self.model.card is None else [maps.probability]
-        faithful = None
-        if probability and self.request.faithful_tiles:
-            faithful = judge_map(self.model.engine, shown, maps.saliency, self.request.faithful_tiles)
-        words, apart = model_words(self.model), misfits(slide, self.model, faithful)
+        checks = check_slide(self.model, shown, maps.saliency, self.request.faithful_tiles)
+        words, apart, faithful = model_words(self.model), misfits(slide, self.model, checks), checks.faithful
         slide_hash = slide_sha256(entry.path)
         if maps.probability.seen.any():
-            mapped = mapped_slide(slide, maps, self.model, picture, level0_px, faithful)
+            mapped = mapped_slide(slide, maps, self.model, picture, level0_px, checks)
             reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
             row, files = self.row(entry, "ok", reason), [_SALIENCY, _OVERLAY, _REPORT]
             write_ome_tiff(folder / _SALIENCY, maps.saliency)
@@ -228,6 +225,7 @@ class _MapWork(_Maps, Work[SlideResult]):
             },
             "methods": [shown.method for shown in (*probability, *maps.explanations.values())],
             "faithfulness": None if faithful is None else asdict(faithful),
+            "appearance": None if checks.appearance is None else asdict(checks.appearance),
             "seam": maps.seam,
             "moved_share": maps.moved,
             "missed_share": maps.missed,

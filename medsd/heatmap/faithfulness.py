@@ -22,7 +22,7 @@ from medsd.cohort.dataset import Sample
 from medsd.errors import NetworkError
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import Engine
-from medsd.heatmap.value_map import ValueMap
+from medsd.heatmap.sample import LEAST_TILES, TileSample
 from medsd.intervals import Interval, bootstrap_mean
 from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import Classifier
@@ -32,13 +32,8 @@ from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.perturb import at_pixels, baseline_image, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.randomisation import randomised_cascade
 from medsd.saliency.registry import make_method, method_card
-from medsd.slides.readers.base import Bools
-from medsd.slides.slide import Slide
 
 SHARE = 0.1
-MOST_TILES, LEAST_TILES = 64, 16
-# One tile in so many costs about a twentieth of the map's time: hiding takes four passes forward.
-_ONE_IN = 16
 _SEED = 0
 _OF_CLASS = 8
 # Smoothing moves sums across borders, so a few may differ (our choice).
@@ -115,40 +110,27 @@ class Faithfulness:
         return f"{word} the {self.output} by {abs(drop.value):.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
 
 
-def judge_map(engine: Engine, slide: Slide, saliency: ValueMap, most: int = MOST_TILES) -> Faithfulness | None:
+def judge_map(engine: Engine, sample: TileSample) -> Faithfulness | None:
     """How far the answer of the network follows a slide's map.
 
     Args:
         engine: that made the map.
-        slide: as the network saw it.
-        saliency: the map.
-        most: tiles at most; one in 16 of the slide's, but no fewer than 16.
+        sample: of the slide.
 
     Returns:
-        None where fewer than 16 tiles are tissue throughout.
+        None where it has fewer than 16 tiles.
     """
-    side = engine.tile_px // engine.strides[1]
-    corners = _whole_tiles(saliency.seen, side)
-    random = np.random.default_rng(_SEED)
-    wanted = min(most, max(LEAST_TILES, len(corners) // _ONE_IN), len(corners))
-    images, maps = [], []
-    for row, column in corners[np.sort(random.choice(len(corners), wanted, replace=False))]:
-        place = column * saliency.level0_px, row * saliency.level0_px
-        pixels, seen = slide.read_seen(*place, engine.tile_px, engine.tile_px, engine.mpp)
-        if seen is None:
-            images.append(torch.from_numpy(pixels).permute(2, 0, 1))
-            maps.append(torch.from_numpy(saliency.values[row : row + side, column : column + side]))
-    if len(images) < LEAST_TILES:
+    if len(sample.images) < LEAST_TILES:
         return None
-    clean, drops = _drops(engine, torch.stack(images), torch.stack(maps))
+    clean, drops = _drops(engine, sample.images, sample.maps)
     means = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
     drop = means["brightest"], means["random"], means["lowest"], means["gained"]
-    word = evidence_word(len(engine.classifier.classes))
+    word, tiles = evidence_word(len(engine.classifier.classes)), len(sample.images)
     if engine.settings.methods[0] != ADDITIVE:
-        return Faithfulness("saliency", len(images), *drop, output=word)
-    sure, sums = np.abs(clean) > 1, torch.stack(maps).double().sum(dim=(1, 2)).numpy()
+        return Faithfulness("saliency", tiles, *drop, output=word)
+    sure, sums = np.abs(clean) > 1, sample.maps.double().sum(dim=(1, 2)).numpy()
     counts = int(sure.sum()), int((sums * clean > 0)[sure].sum())
-    return Faithfulness("evidence", len(images), *drop, word, *counts)
+    return Faithfulness("evidence", tiles, *drop, word, *counts)
 
 
 def _drops(
@@ -171,13 +153,6 @@ def _drops(
         drops[name] = (clean - log_odds[:, -1]).numpy()
     assert clean is not None
     return clean.numpy(), drops | {"gained": drops["brightest"] - drops["random"]}
-
-
-def _whole_tiles(seen: Bools, side: int) -> npt.NDArray[np.int64]:
-    """Rows and columns (n, 2) of the first map pixel of each tile, laid side by side, that is seen throughout."""
-    rows, columns = (length // side for length in seen.shape)
-    blocks = seen[: rows * side, : columns * side].reshape(rows, side, columns, side)
-    return np.argwhere(blocks.all(axis=(1, 3))) * side
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from medsd.heatmap.faithfulness import Faithfulness, Randomised
+from medsd.heatmap.appearance import AppearanceCheck
+from medsd.heatmap.faithfulness import Faithfulness, Randomised, judge_map
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
 from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
 from medsd.heatmap.regions import Region, find_regions
+from medsd.heatmap.sample import LEAST_TILES, sample_tiles
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.calibrated import Calibration, SlideCutOff
 from medsd.networks.weights import ModelCard
@@ -27,13 +30,49 @@ _REGION_PICTURE_PX = 192
 _COARSER = 1.1
 
 
+@dataclass(frozen=True)
+class Checks:
+    """What was measured on tiles drawn from a slide; None each where it was not.
+
+    Attributes:
+        faithful: how far the answer follows the map.
+        appearance: whether the tiles look like those of validation.
+    """
+
+    faithful: Faithfulness | None = None
+    appearance: AppearanceCheck | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader has to be warned of."""
+        return [found.warning for found in (self.appearance, self.faithful) if found is not None and found.warning]
+
+
+_UNCHECKED = Checks()
+
+
+def check_slide(model: MapModel, slide: Slide, saliency: ValueMap, faithful_tiles: int) -> Checks:
+    """Draw tiles of a slide, as the network sees it, and judge map and looks by them.
+
+    Args:
+        model: a classifier; of an encoder alone nothing is measured.
+        slide, saliency: what was mapped, and its map.
+        faithful_tiles: see `MapRequest`.
+    """
+    if model.card is None:
+        return Checks()
+    sample = sample_tiles(model.engine, slide, saliency, faithful_tiles or LEAST_TILES)
+    faithful = judge_map(model.engine, sample) if faithful_tiles else None
+    return Checks(faithful, None if model.appearance is None else model.appearance.compare(sample.images))
+
+
 def mapped_slide(
     slide: Slide,
     maps: SlideMaps,
     model: MapModel,
     picture: RGB,
     level0_px: float,
-    faithful: Faithfulness | None = None,
+    checks: Checks = _UNCHECKED,
 ) -> MappedSlide:
     """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
     if maps.lost is not None:
@@ -45,7 +84,7 @@ def mapped_slide(
     return MappedSlide(
         name=slide.path.stem,
         model=model_words(model),
-        misfits=misfits(slide, model, faithful),
+        misfits=misfits(slide, model, checks),
         dimensions=slide.dimensions,
         mpp=slide.mpp,
         mpp_source=slide.mpp_source,
@@ -55,7 +94,7 @@ def mapped_slide(
         explanations=[_shown(name, shown, calibration) for name, shown in maps.explanations.items()],
         findings=None if card is None or calibration is None else _findings(slide, maps, card, calibration),
         provenance=_provenance(slide, maps, model),
-        caveats=list(_caveats(slide, maps, model, faithful)),
+        caveats=list(_caveats(slide, maps, model, checks)),
     )
 
 
@@ -128,7 +167,7 @@ def _shown(name: str, shown: ValueMap, calibration: Calibration | None) -> Shown
     return shown_explanation(name, shown, known, limits)
 
 
-def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, faithful: Faithfulness | None) -> Iterator[str]:
+def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, checks: Checks) -> Iterator[str]:
     if maps.unseen:
         yield (
             f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded and was "
@@ -139,8 +178,15 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, faithful: Faithfuln
     else:
         yield f"On other material than the classifier's own ({model.card.trained_on}) its scores mean little."
         yield (
-            "Whether the answer follows the map was not measured on this slide." if faithful is None else faithful.words
+            "Whether the answer follows the map was not measured on this slide."
+            if checks.faithful is None
+            else checks.faithful.words
         )
+        # What is out of range stands above, in red.
+        if checks.appearance is None:
+            yield "Whether this slide looks like those of validation was not measured."
+        elif not checks.appearance.warning:
+            yield checks.appearance.words
 
 
 def model_words(model: MapModel) -> str:
@@ -163,12 +209,9 @@ def prevalence_words(card: ModelCard, target: int, calibration: Calibration | No
     return f"Probabilities assume that {share:.2g} % of the tissue is {name}, as in the {calibration.source}."
 
 
-def misfits(slide: Slide, model: MapModel, faithful: Faithfulness | None = None) -> list[str]:
-    """Where a slide is not what the network was trained for, as far as its scale and its answers tell."""
-    found = scale_misfits(slide, model.engine.mpp)
-    if faithful is not None and faithful.warning:
-        found.append(faithful.warning)
-    return found
+def misfits(slide: Slide, model: MapModel, checks: Checks = _UNCHECKED) -> list[str]:
+    """Where a slide is not what the network was trained for, as far as its scale, looks and answers tell."""
+    return scale_misfits(slide, model.engine.mpp) + checks.warnings
 
 
 def scale_misfits(slide: Slide, mpp: float) -> list[str]:

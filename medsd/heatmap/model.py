@@ -10,10 +10,11 @@ import torch
 
 from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError, WeightsError
+from medsd.heatmap.appearance import Appearance
 from medsd.heatmap.dicom import check_dicom
 from medsd.heatmap.engine import Engine, make_engine
-from medsd.heatmap.faithfulness import MOST_TILES
 from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.sample import MOST_TILES
 from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import measure_geometry
@@ -78,6 +79,7 @@ class MapModel:
         sha256: of the weights and what their file says.
         card: of a classifier, calibrated; None of an encoder alone, whose probability says nothing.
         calibration: of the class that is mapped; None of an encoder alone.
+        appearance: of the tiles that the classifier was validated on; None where its card does not say.
     """
 
     engine: Engine
@@ -85,6 +87,7 @@ class MapModel:
     sha256: str
     card: ModelCard | None
     calibration: Calibration | None = None
+    appearance: Appearance | None = None
 
 
 def load_map_model(weights: str | Path, request: MapRequest, device: torch.device) -> MapModel:
@@ -109,6 +112,7 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
     names = tuple(request.methods or calibration.limits)
     try:
         reference = None if calibration.reference is None else NeutralReference(**calibration.reference)
+        appearance = None if card.appearance is None else Appearance(**card.appearance)
     except TypeError as error:
         raise unreadable_card(Path(weights), error) from error
     if not names:
@@ -127,7 +131,7 @@ def load_map_model(weights: str | Path, request: MapRequest, device: torch.devic
         reference=reference,
         offset=calibration.offset,
     )
-    return MapModel(engine, card.encoder, digest, card, calibration)
+    return MapModel(engine, card.encoder, digest, card, calibration, appearance)
 
 
 def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:

@@ -52,6 +52,8 @@ class ModelCard:
         options: the network's `options`.
         randomised: fields of `medsd.heatmap.faithfulness.Randomised`: how far its map depends on what was learnt; None
             where that was not measured.
+        appearance: fields of `medsd.heatmap.appearance.Appearance`: stain and sharpness of its validation tiles; None
+            in cards that do not say.
         input_mean, input_std: what its images are normalised by, see `Normalise`; ImageNet's in cards that do not say.
     """
 
@@ -71,6 +73,7 @@ class ModelCard:
     input_mean: tuple[float, ...] = IMAGENET_MEAN
     input_std: tuple[float, ...] = IMAGENET_STD
     randomised: dict[str, Any] | None = None
+    appearance: dict[str, Any] | None = None
     others: dict[str, Calibration] = field(default_factory=dict)
 
     def asked(self, target: str | None) -> tuple[int, Calibration | None]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medsd.heatmap.faithfulness import _above, judge_map, randomised_card, randomised_check
+from medsd.heatmap.faithfulness import Faithfulness, _above, judge_map, randomised_card, randomised_check
 from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.sample import MOST_TILES, sample_tiles
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.weights import Calibration
@@ -21,6 +22,10 @@ from medsd.saliency.metrics.perturb import baseline_image
 from medsd.tables import read_table
 
 TILE, STRIDE = 40, 4  # a tenth of a tile is 10 of its 100 map pixels
+
+
+def judge(engine: Any, slide: Any, saliency: ValueMap, most: int = MOST_TILES) -> Faithfulness | None:
+    return judge_map(engine, sample_tiles(engine, slide, saliency, most))
 
 
 class Linear(nn.Module):
@@ -68,9 +73,9 @@ def known(engine: Any, array_slide: Any) -> tuple[Any, ValueMap, np.ndarray]:
 
 def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
     slide, value_map, tiles = known
-    found = judge_map(engine, slide, value_map)
+    found = judge(engine, slide, value_map)
     assert found is not None and found.tiles == 16  # of 20
-    every = judge_map(SimpleNamespace(**vars(engine)), slide, value_map, most=3)
+    every = judge(SimpleNamespace(**vars(engine)), slide, value_map, most=3)
     assert every is None  # fewer than are worth an interval
     ranked = np.sort(tiles.reshape(20, -1), axis=1)
     highest, lowest = ranked[:, -10:].sum(axis=1), ranked[:, :10].sum(axis=1)
@@ -81,15 +86,15 @@ def test_drops_are_what_the_hidden_places_are_worth(engine: Any, known: tuple[An
     # The map is worth against blur: its sums are not the log-odds.
     assert replace(found, sure=0, agreeing=0).warning == ""
     assert "the 10 % brightest of the evidence map lowers the log-odds by" in found.words
-    assert judge_map(engine, slide, value_map) == found
+    assert judge(engine, slide, value_map) == found
 
 
 def test_all_tiles_of_a_slide_by_hand(
     engine: Any, known: tuple[Any, ValueMap, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slide, value_map, tiles = known
-    monkeypatch.setattr("medsd.heatmap.faithfulness._ONE_IN", 1)
-    found = judge_map(engine, slide, value_map)
+    monkeypatch.setattr("medsd.heatmap.sample._ONE_IN", 1)
+    found = judge(engine, slide, value_map)
     assert found is not None and found.tiles == 20
     ranked = np.sort(tiles.reshape(20, -1), axis=1)
     assert found.brightest.value == pytest.approx(ranked[:, -10:].sum(axis=1).mean(), abs=1e-2)
@@ -102,7 +107,7 @@ def test_all_tiles_of_a_slide_by_hand(
 def test_a_map_that_says_the_opposite_is_told(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
     slide, value_map, _ = known
     opposite = ValueMap(-value_map.values, STRIDE, STRIDE, "saliency", "tumour", "wrong", "")
-    found = judge_map(engine, slide, opposite)
+    found = judge(engine, slide, opposite)
     assert found is not None and found.gained.high < 0
     assert "Do not believe the evidence map" in found.warning
     assert "the 10 % brightest of the evidence map raises the log-odds by" in found.words
@@ -120,7 +125,7 @@ def test_sums_that_contradict_the_tiles_are_told(
             pixels = torch.from_numpy(slide.read(column * TILE, row * TILE, TILE, TILE)).permute(2, 0, 1)[None]
             log_odds = float(engine.evidence(engine.classifier(engine.classifier.normalise(pixels)))[0])
             values[place] += (sign * log_odds - values[place].sum()) / side**2  # the order stays
-    found = judge_map(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", ""))
+    found = judge(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", ""))
     assert found is not None and found.sure > 8 and found.gained.low > 0
     assert found.agreeing == (found.sure if sign > 0 else 0)
     assert f"In {found.agreeing} of {found.sure} of them" in found.words
@@ -132,7 +137,7 @@ def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, Val
     slide, value_map, _ = known
     values = value_map.values.copy()
     values[10:] = np.nan  # 5 tiles are left
-    assert judge_map(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", "")) is None
+    assert judge(engine, slide, ValueMap(values, STRIDE, STRIDE, "saliency", "tumour", "exact", "")) is None
 
 
 def test_a_map_of_what_lies_below_does_not_depend_on_what_lies_above() -> None:
