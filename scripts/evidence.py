@@ -7,6 +7,7 @@ python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
 python scripts/evidence.py label_free DATA
 python scripts/evidence.py maps DATA --run runs/pcam
 python scripts/evidence.py ways DATA --run runs/pcam
+python scripts/evidence.py appearance DATA
 python scripts/evidence.py pretrain DATA --device cuda --processes 12
 """
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES = ("objectives", "finetune", "saliency", "label_free", "maps", "ways", "pretrain")
+STUDIES = ("objectives", "finetune", "saliency", "label_free", "maps", "ways", "appearance", "pretrain")
 
 
 class Job(Protocol):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,13 +18,13 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from scipy.special import logsumexp
 from torch.utils.data import DataLoader
 
+from medsd.bundle.card import card_of, input_of
 from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.masks import MaskData
 from medsd.bundle.pretraining import ENCODER
 from medsd.checks import check_choice
 from medsd.classes import folded
-from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
@@ -35,20 +33,19 @@ from medsd.evaluate.plots import draw_froc, draw_summary
 from medsd.evaluate.probes import score_probe
 from medsd.evaluate.runs import read_run_json
 from medsd.evaluate.summary import as_json, score_slides, score_tiles
-from medsd.evaluate.temperature import fit_scaling, fit_temperature, score_calibration, softmax
+from medsd.evaluate.temperature import score_calibration, softmax
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
 from medsd.files import atomic_path, make_folder, sha256_of, write_json
-from medsd.heatmap.appearance import appearance_card
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
-from medsd.heatmap.faithfulness import randomised_card
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
-from medsd.networks.calibrated import Calibration, calibrated, class_offset
+from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import Classifier
 from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
+from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.training.checkpoint import Checkpoint
@@ -88,6 +85,7 @@ def finetune(
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
+    tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     weights, regressed = network.encoder_weights, head_start == "regression"
     settings = settings_of(
         trainer,
@@ -95,7 +93,7 @@ def finetune(
             "encoder": network.encoder_name,
             "architecture": network.architecture,
             "options": network.options,
-            **_input_of(network),
+            **input_of(network),
         },
         # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
         start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
@@ -117,72 +115,21 @@ def finetune(
     if written is not None and sha256_of(path) == written["sha256"]:
         return
     network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
-    save_classifier(path, network, _card(network, data, trainer, evaluator, map_settings, settings))
+    save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
     write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 
 
-def _card(
-    network: Classifier,
-    data: Data,
-    trainer: SupervisedTrainer,
-    evaluator: SupervisedEvaluator,
-    map_settings: MapSettings,
-    settings: dict[str, Any],
-) -> ModelCard:
-    """What goes with the weights, with what validation data fix."""
-    logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
-    sampler = cast(DataLoader[Any], trainer.data_loader).sampler
-    drawn, tissue = cast(SlideGroupedSampler, sampler).class_shares, data.tissue_shares()
-    if tissue:
-        temperature, bias = fit_scaling(logits, labels, drawn)
-    else:
-        logger.warning("probabilities stay those of the training's class shares: validation tissue lacks a class")
-        temperature, bias = fit_temperature(logits, labels), ()
-    offset = class_offset(drawn, tissue, bias)
-
-    def fixed(target: int) -> Calibration:
-        engine = make_engine(network, data.tile_px, data.mpp, target, map_settings, temperature, offset=offset)
-        return replace(data.calibrate(engine), drawn_shares=drawn, tissue_shares=tissue, bias=bias)
-
-    calibration, others = fixed(1), dict[str, Calibration]()
-    for number, name in enumerate(network.classes[2:], start=2):
-        try:
-            others[name] = fixed(number)
-        except DatasetError as reason:
-            logger.warning("class '%s' cannot be mapped with these weights: %s", name, reason)
-    validation = data.part("validation")
-    return ModelCard(
-        encoder=network.encoder_name,
-        classes=network.classes,
-        tile_px=data.tile_px,
-        mpp=data.mpp,
-        trained_on=data.description,
-        tissue=data.tissue,
-        start=_start_of(network),
-        calibration=calibration,
-        data_sha256=settings["data"]["split"],
-        settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        # Through JSON, as the card goes: tuples are lists there.
-        stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
-        architecture=network.architecture,
-        options=network.options,
-        others=others,
-        randomised=randomised_card(network, calibration, validation, validation.labels),
-        appearance=appearance_card(validation, len(validation.labels)),
-        **_input_of(network),
-    )
-
-
-def _input_of(network: Classifier) -> dict[str, Any]:
-    return {"input_mean": network.normalise.input_mean, "input_std": network.normalise.input_std}
-
-
-def _start_of(network: Classifier) -> str:
-    """What the encoder started from, in words."""
-    if network.encoder_weights is None:
-        return "ImageNet weights (timm)" if network.pretrained else "random weights"
-    path = Path(network.encoder_weights)
-    return f"{path.name}, SHA-256 {weights_sha256(path)}"
+def tell_of_warm_epochs(objective: object, max_epochs: int) -> None:
+    """Warn where a training would be plain cross-entropy though its objective asks for more."""
+    if not isinstance(objective, SaliencyDecor) or objective.warm_epochs < max_epochs:
+        return
+    if objective.consistency or objective.decorrelation:
+        logger.warning(
+            "warm_epochs=%d of max_epochs=%d: all of the training is plain cross-entropy, its other terms never come "
+            "in; lower warm_epochs, or set consistency and decorrelation to 0",
+            objective.warm_epochs,
+            max_epochs,
+        )
 
 
 def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, ModelCard, str]:

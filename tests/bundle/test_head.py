@@ -11,10 +11,12 @@ import torch
 from scipy.special import logsumexp
 
 from medsd.bundle.head import start_head
+from medsd.bundle.stages import tell_of_warm_epochs
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.whitening import WhitenedHead
+from medsd.objectives.saliency_decor import SaliencyDecor
 
 
 class Items(torch.utils.data.Dataset[Any]):
@@ -59,3 +61,19 @@ def test_a_class_of_one_group_is_told() -> None:
     items.groups = items.labels
     with pytest.raises(DatasetError, match=r"head_start='regression': .*one training group only.*set it to random"):
         start_head(TileClassifier("test_resnet"), items)
+
+
+@pytest.mark.parametrize(
+    ("objective", "epochs", "told"),
+    [
+        (SaliencyDecor(warm_epochs=1), 2, False),
+        (SaliencyDecor(warm_epochs=2), 2, True),
+        (SaliencyDecor(consistency=0, decorrelation=0, warm_epochs=2), 2, False),  # what was asked for
+        (torch.nn.CrossEntropyLoss(), 1, False),
+    ],
+)
+def test_an_objective_that_never_comes_in_is_told(
+    objective: object, epochs: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_of_warm_epochs(objective, epochs)
+    assert ("warm_epochs=2 of max_epochs=2" in caplog.text) == told
