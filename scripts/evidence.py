@@ -14,8 +14,11 @@ python scripts/evidence.py pretrain DATA --device cuda --processes 12
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import multiprocessing
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -64,10 +67,31 @@ def main() -> None:
         results = {study.key_of(job): read(job, folder)["scores"] for job in jobs if is_done(study, job, folder)}
         text = study.tables(results)
         write_text(folder / "tables.md", text)
+        for name, table in csv_tables(text).items():
+            write_text(make_folder(folder / "tables") / f"{name}.csv", table)
         study.draw(results, folder)
     except MedsdError as error:
         sys.exit(f"evidence: {error}")
     print(text)
+
+
+def csv_tables(text: str) -> dict[str, str]:
+    """Every Markdown table of a text as CSV, by number and the heading above it."""
+    tables: list[tuple[str, list[list[str]]]] = []
+    heading, inside = "", False
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:60]
+        if line.startswith("|") and not inside:
+            tables.append(("-".join(filter(None, (str(len(tables) + 1), heading))), []))
+        inside = line.startswith("|")
+        if inside and not line.startswith("|---"):
+            tables[-1][1].append([cell.strip().replace("*", "") for cell in line.strip().strip("|").split(" |")])
+    found = {}
+    for name, rows in tables:
+        csv.writer(file := io.StringIO(), lineterminator="\n").writerows(rows)
+        found[name] = file.getvalue()
+    return found
 
 
 def path_of(job: Job, folder: Path) -> Path:
