@@ -302,7 +302,7 @@ def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     if (found := slide.findings) is not None:
         above = f"{found.probability.target} probability above {found.threshold:.2f} ({found.threshold_source})"
         where = "light on their inner side, numbered by size as in report and GeoJSON where there is room"
-        parts.insert(0, f"{len(found.regions)} outlines: {above}, {where}.")
+        parts.insert(0, f"Outlines ({len(found.regions)}): {above}, {where}.")
     parts.append(f"Slide: {slide.mpp:.4g} µm per pixel ({slide.mpp_source}).")
     warning = (
         f"{RESEARCH_USE_ONLY} Maps lie over the slide in light grey, their strongest colours at {opacity:.0%}; bars "

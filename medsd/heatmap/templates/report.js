@@ -43,7 +43,7 @@ function update() {
     byId("mask").checked = state.mask;
     byId("moved").hidden = own;
     if (state.mask) words += `, hidden where the probability is below ${at}`;
-    if (state.outline) words += own ? `; ${data.regions.length} regions outlined` : `; dashed: probability ${at}, not the validated threshold`;
+    if (state.outline) words += own ? `; regions outlined: ${data.regions.length}` : `; dashed: probability ${at}, not the validated threshold`;
   }
   byId("shown").textContent = `${words}.`;
   redraw();
