@@ -71,6 +71,8 @@ VARIANTS = {
     "med-moco": MedMoCoSettings(),
     "corr": MedMoCoSettings(local=0.0, decorrelation="corr"),
     "local-corr": MedMoCoSettings(decorrelation="corr"),
+    "local-corr-4": MedMoCoSettings(decorrelation="corr", penalty=4.0),
+    "local-corr-16": MedMoCoSettings(decorrelation="corr", penalty=16.0),
 }
 # Fine-tuning: the share of labels, and epochs of as many steps.
 FRACTIONS = {"finetune_10": (0.1, 20), "finetune_100": (1.0, 4)}
@@ -240,6 +242,11 @@ def _measured(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
         for kind, whiten in (("", False), ("_white", True)):
             scores = probe(train_on, test.features, whiten=whiten)
             measures[name + kind] = score_probe(test.labels, scores, test.groups).auc.value
+    if sides.validation is not None:
+        held = sides.validation.labelled(features_of(encoder, sides.validation.pixels.split(64)))
+        measures["validation_rank"] = spectrum(held.features).effective_rank
+        scores = linear_probe(train_on, held.features)
+        measures["validation_probe"] = score_probe(held.labels, scores, held.groups).auc.value
     return measures
 
 

@@ -46,13 +46,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Sides:
-    """`unlabelled` is pre-trained on; probes and decoders are fitted on `training` and scored on `testing`."""
+    """`unlabelled` is pre-trained on; probes and decoders are fitted on `training` and scored on `testing`.
+
+    `validation` chooses between variants, where there is one.
+    """
 
     unlabelled: torch.Tensor
     training: Images
     testing: Images
     masked_training: Images
     masked_testing: Images
+    validation: Images | None = None
 
 
 def sides_of(data: str, source: Path, kept: Path, seed: int) -> Sides:
@@ -63,13 +67,14 @@ def sides_of(data: str, source: Path, kept: Path, seed: int) -> Sides:
 def _pcam(source: Path, kept: Path, seed: int) -> Sides:
     """Patches by stain cluster, with the patches of no cluster to pre-train on; nuclei of NuInsSeg by organ."""
     table = read_patch_table(source / "pcam_patches", "stain_cluster")
-    training, _, testing = split_groups(table, (0.15, 0.25), seed)
+    training, validation, testing = split_groups(table, (0.15, 0.25), seed)
     patches = Images(_patches(table, kept / "pcam.npy"), table.label.astype(np.int64), table.group)
     more = read_images([source / "pcam_more", source / "pcam_unlabelled"])
     unlabelled = torch.cat([patches.of(training).pixels, _patches(more, kept / "pcam_more.npy")])
     nuclei = _nuclei(source / "nuinsseg", kept)
     test = _dealt(nuclei.groups, 0.4, seed)
-    return Sides(unlabelled, patches.of(training), patches.of(testing), nuclei.of(~test), nuclei.of(test))
+    masked = nuclei.of(~test), nuclei.of(test)
+    return Sides(unlabelled, patches.of(training), patches.of(testing), *masked, patches.of(validation))
 
 
 def _ebhi(source: Path, kept: Path, seed: int) -> Sides:

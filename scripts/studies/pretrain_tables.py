@@ -25,6 +25,8 @@ WORDS = {
     "med-moco": "Med-MoCo, both",
     "corr": "+ penalty on correlation",
     "local-corr": "+ local + penalty",
+    "local-corr-4": "+ local + penalty of 4",
+    "local-corr-16": "+ local + penalty of 16",
 }
 _BASE = "moco"
 _PARTS = {
@@ -58,6 +60,8 @@ COLUMNS = (
     Column("oracle", "oracle Dice", 3, compared=False),
     Column("finetune_10", "fine-tuned AUC, 10 %", 3),
     Column("finetune_100", "fine-tuned AUC, 100 %", 3),
+    Column("validation_rank", "effective rank, validation", 1, compared=False),
+    Column("validation_probe", "probe AUC, validation", 3, compared=False),
 )
 
 
