@@ -105,7 +105,9 @@ def gather(kept: Kept[Row], current: Current[Row] | None = None) -> list[Row]:
     with claimed(kept.folder / _CLAIM, wait=True):
         rows, recipes = _write_rows(kept, current or Current())
         if not rows:
-            raise DatasetError(f"{kept.folder}: no records of slides; name a folder that medsd tiles, heatmap or segment wrote")
+            raise DatasetError(
+                f"{kept.folder}: no records of slides; name a folder that medsd tiles, heatmap or segment wrote"
+            )
         kept.publish(rows, recipes)
     return rows
 

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import TABLE, Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
-from medsd.errors import DatasetError, SlideError
-from medsd.files import atomic_path
+from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
-from medsd.heatmap.findings import check_slide, mapped_slide, misfits, model_words
+from medsd.heatmap.findings import Checks, check_slide, mapped_slide, misfits, model_words
+from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder
+from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
-from medsd.heatmap.store import own_store
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
 from medsd.record import read_record
 from medsd.saliency.registry import METHODS
-from medsd.slides.parts import slide_identity, slide_sha256
-from medsd.slides.slide import Slide, thumbnail
+from medsd.slides.slide import Slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 from medsd.tables import read_table
 
-RECORD = "record.json"
 _FINDINGS = ["probability.ome.tif", "regions.geojson"]
-_SALIENCY, _OVERLAY, _REPORT = "saliency.ome.tif", "overlay.png", "report.html"
+_SALIENCY = "saliency.ome.tif"
 _OVERLAY_TIFF, _TILES = "overlay.tif", "tiles.geojson"
 _DROPS = ("drop_brightest", "drop_random", "drop_lowest")
-_STORE = "blocks"
-_THUMBNAIL_PX = 1600
-_THUMBNAIL = "thumbnail.png"
 _DEFAULT = MapRequest()
 
 
@@ -138,7 +130,7 @@ class _MapWork(_Maps, Work[SlideResult]):
     normaliser: StainNormaliser | None
     request: MapRequest
     outputs = (
-        *(_THUMBNAIL, _SALIENCY, _OVERLAY, _OVERLAY_TIFF, _TILES, _REPORT, *_FINDINGS, *map(_file_of, METHODS)),
+        *(THUMBNAIL, _SALIENCY, OVERLAY, _OVERLAY_TIFF, _TILES, REPORT, *_FINDINGS, *map(_file_of, METHODS)),
         *(REGIONS, *map(file_of_map, ("saliency", "probability", *METHODS))),
     )
 
@@ -164,67 +156,28 @@ class _MapWork(_Maps, Work[SlideResult]):
         return recipe | {"calibration": asdict(calibration)}
 
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[SlideResult]:
-        started = time.perf_counter()
-        folder = self.folder / entry.name
-
-        def of_slide(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
-            return progress(items, total, f"{entry.name}, {unit}")
-
-        picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
+        started, folder = time.perf_counter(), SlideFolder(self.folder / entry.name, slide, entry)
         tissue = find_tissue(slide)
         normaliser = self.normaliser if tissue.mask.any() else None
         shown = slide if normaliser is None else normaliser.slide(slide, tissue)
-        store = self._store(entry, folder)
-        maps = self.model.engine.map(shown, tissue, of_slide, store)
+        maps = self.model.engine.map(shown, tissue, folder.progress(progress), folder.store(self.recipe(entry)))
         map_seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, maps.unseen)
-        if unseen > self.request.max_unseen:
-            raise SlideError(
-                f"{entry.path}: {unseen:.1%} of it cannot be decoded, more than {self.request.max_unseen:.0%}; copy it "
-                f"again from its source"
-            )
-        probability = [] if self.model.card is None else [maps.probability]
+        folder.check_seen(unseen, self.request.max_unseen)
         checks = check_slide(self.model, shown, maps.saliency, self.request.faithful_tiles)
-        words, apart, faithful = model_words(self.model), misfits(slide, self.model, checks), checks.faithful
-        slide_hash = slide_sha256(entry.path)
+        words, apart = model_words(self.model), misfits(slide, self.model, checks)
         if maps.probability.seen.any():
-            mapped = mapped_slide(slide, maps, self.model, picture, level0_px, checks)
-            reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
-            row, files = self.row(entry, "ok", reason), [_SALIENCY, _OVERLAY, _REPORT]
-            write_ome_tiff(folder / _SALIENCY, maps.saliency)
-            for name, other in list(maps.explanations.items())[1:]:
-                write_ome_tiff(folder / _file_of(name), other)
-                files.append(_file_of(name))
-            if (found := mapped.findings) is not None:
-                files += _FINDINGS
-                _write_findings(folder, found, slide, maps.saliency.quantity)
-                area_mm2 = found.region_area_mm2
-                row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
-                row = replace(row, verdict=found.verdict[0], target=self.target)
-            if faithful is not None:
-                bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
-                row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)
-            draw_overlay(folder / _OVERLAY, mapped)
-            files += self._write_also(folder, slide, mapped, slide_hash)
-            write_report(folder / _REPORT, mapped, cut_tiles(slide, mapped))
+            row, files = self._write(folder, maps, checks)
         else:
-            with atomic_path(folder / _THUMBNAIL) as temporary:
-                Image.fromarray(picture).save(temporary)
-            row, files = self.row(entry, "empty", f"no tissue found; see {_THUMBNAIL}"), [_THUMBNAIL]
-        content = {
+            folder.write_thumbnail()
+            row, files = self.row(entry, "empty", f"no tissue found; see {THUMBNAIL}"), [THUMBNAIL]
+        probability = [] if self.model.card is None else [maps.probability]
+        content = folder.about() | {
             "model": words,
             "target": self.target,
             "misfits": apart,
-            "slide": {"name": entry.path.name, "sha256": slide_hash},
-            "scale": {
-                "mpp": slide.mpp,
-                "mpp_source": slide.mpp_source,
-                "dimensions": slide.dimensions,
-                "bounds": slide.bounds,
-                "reader": slide.reader,
-            },
             "methods": [shown.method for shown in (*probability, *maps.explanations.values())],
-            "faithfulness": None if faithful is None else asdict(faithful),
+            "faithfulness": None if checks.faithful is None else asdict(checks.faithful),
             "appearance": None if checks.appearance is None else asdict(checks.appearance),
             "seam": maps.seam,
             "moved_share": maps.moved,
@@ -233,28 +186,47 @@ class _MapWork(_Maps, Work[SlideResult]):
             "unseen_share": round(unseen, 6),
             "map_seconds": map_seconds,
             "stain": None if normaliser is None else asdict(normaliser.fit(slide, tissue)),
-            "intended_use": "research use only",
         }
-        shutil.rmtree(folder / _STORE, ignore_errors=True)
+        folder.clear_store()
         return Made(replace(row, model=words, misfit=" ".join(apart)), files, content)
 
-    def _write_also(self, folder: Path, slide: Slide, mapped: MappedSlide, slide_hash: str) -> list[str]:
+    def _write(self, folder: SlideFolder, maps: SlideMaps, checks: Checks) -> tuple[SlideResult, list[str]]:
+        """The outputs of a slide with tissue; its row and its files."""
+        path, slide = folder.path, folder.slide
+        mapped = mapped_slide(slide, maps, self.model, *folder.picture, checks)
+        reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
+        row, files = self.row(folder.entry, "ok", reason), [_SALIENCY, OVERLAY, REPORT]
+        write_ome_tiff(path / _SALIENCY, maps.saliency)
+        for name, other in list(maps.explanations.items())[1:]:
+            write_ome_tiff(path / _file_of(name), other)
+            files.append(_file_of(name))
+        if (found := mapped.findings) is not None:
+            files += _FINDINGS
+            _write_findings(path, found, slide, maps.saliency.quantity)
+            area_mm2 = found.region_area_mm2
+            row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
+            row = replace(row, verdict=found.verdict[0], target=self.target)
+        if (faithful := checks.faithful) is not None:
+            bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
+            row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)
+        draw_overlay(path / OVERLAY, mapped)
+        files += self._write_also(folder, mapped)
+        write_report(path / REPORT, mapped, cut_tiles(slide, mapped))
+        return row, files
+
+    def _write_also(self, folder: SlideFolder, mapped: MappedSlide) -> list[str]:
         """What was asked for beside the usual outputs; its files."""
-        wanted, engine, files = self.request.also, self.model.engine, []
+        wanted, engine, slide, files = self.request.also, self.model.engine, folder.slide, []
         if _OVERLAY_TIFF in wanted:
-            write_overlay_tiff(folder / _OVERLAY_TIFF, slide, mapped)
+            write_overlay_tiff(folder.path / _OVERLAY_TIFF, slide, mapped)
             files.append(_OVERLAY_TIFF)
         if _TILES in wanted:
-            write_tiles(folder / _TILES, mapped, engine.tile_px * engine.mpp / slide.mpp, slide.bounds[:2])
+            write_tiles(folder.path / _TILES, mapped, engine.tile_px * engine.mpp / slide.mpp, slide.bounds[:2])
             files.append(_TILES)
         if "dicom" in wanted:
-            files += write_dicom(folder, slide, mapped, Origin(self.model.name, self.model.sha256, slide_hash))
+            origin = Origin(self.model.name, self.model.sha256, folder.sha256)
+            files += write_dicom(folder.path, slide, mapped, origin)
         return files
-
-    def _store(self, entry: SlideEntry, folder: Path) -> Path:
-        """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
-        made_from = json.dumps([slide_identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
-        return own_store(folder / _STORE, made_from)
 
 
 def read_results(output: str | Path) -> list[SlideResult]:

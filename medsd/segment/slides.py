@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
-from medsd.errors import ConfigError, DatasetError, SlideError
-from medsd.files import atomic_path
+from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits
+from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
 from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
 from medsd.heatmap.scale import share_scale
-from medsd.heatmap.store import own_store
 from medsd.heatmap.value_map import ValueMap
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
@@ -36,14 +32,10 @@ from medsd.segment.label_tiff import write_labels, write_probabilities
 from medsd.segment.stitch import OVERLAP_HINT, SlideLabels, SlideSegmenter
 from medsd.segment.weights import SegmentationCard, load_segmentation
 from medsd.slides.mpp import check_mpp
-from medsd.slides.parts import slide_identity, slide_sha256
-from medsd.slides.slide import Slide, thumbnail
+from medsd.slides.slide import Slide
 from medsd.slides.tissue import find_tissue
 
 LABELS, PROBABILITIES, CONTOURS = "labels.ome.tif", "probabilities.ome.tif", "regions.geojson"
-_OVERLAY, _REPORT, _THUMBNAIL, _STORE = "overlay.png", "report.html", "thumbnail.png", "blocks"
-_RECORD = "record.json"
-_THUMBNAIL_PX = 1600
 # highdicom takes an array whole.
 _MOST_DICOM_PX = 2**26
 
@@ -132,7 +124,7 @@ def segment_slides(
         )
     if card.mpp is not None and request.mpp is not None:
         raise ConfigError(f"network_mpp={request.mpp:g}: {weights} says it itself ({card.mpp:g}); leave it out")
-    other = next((path for path in output.glob(f"*/{_RECORD}") if not _is_ours(path)), None)
+    other = next((path for path in output.glob(f"*/{RECORD}") if not _is_ours(path)), None)
     if other is not None:
         raise DatasetError(f"{other}: is of maps, whose files would be replaced; choose another output folder")
     mpp = card.mpp or request.mpp
@@ -154,7 +146,7 @@ def gather_segmented(output: str | Path) -> list[SegmentedSlide]:
 
 def is_segmented(output: str | Path) -> bool:
     """Whether `segment_slides` wrote to a folder."""
-    return any(_is_ours(path) for path in Path(output).glob(f"*/{_RECORD}"))
+    return any(_is_ours(path) for path in Path(output).glob(f"*/{RECORD}"))
 
 
 def _is_ours(path: Path) -> bool:
@@ -169,7 +161,7 @@ class _Segmented(Kept[SegmentedSlide]):
     folder: Path
     row_type = SegmentedSlide
     columns = ("slide", "status", "model", "misfit", "reason", "regions")
-    record = f"{{}}/{_RECORD}"
+    record = f"{{}}/{RECORD}"
 
     def cells(self, row: SegmentedSlide) -> Mapping[str, Any]:
         return asdict(row) | {f"{name}_mm2": area for name, area in row.areas_mm2.items()}
@@ -191,7 +183,7 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
     card: SegmentationCard
     digest: str
     request: SegmentRequest
-    outputs = (_THUMBNAIL, LABELS, PROBABILITIES, CONTOURS, REGIONS, _OVERLAY, _REPORT)
+    outputs = (THUMBNAIL, LABELS, PROBABILITIES, CONTOURS, REGIONS, OVERLAY, REPORT)
 
     @property
     def model(self) -> str:
@@ -207,68 +199,51 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
         return {"weights_sha256": self.digest, "network_mpp": self.segmenter.mpp, "asked": asked}
 
     def make(self, slide: Slide, entry: SlideEntry, progress: Progress) -> Made[SegmentedSlide]:
-        started, folder = time.perf_counter(), self.folder / entry.name
-
-        def of_slide(items: Iterable[Any], total: int, unit: str) -> Iterator[Any]:
-            return progress(items, total, f"{entry.name}, {unit}")
-
-        picture, level0_px = thumbnail(slide, _THUMBNAIL_PX)
-        tissue, store = find_tissue(slide), self._store(entry, folder)
-        labels = self.segmenter.segment(slide, tissue, store, of_slide)
+        started, folder = time.perf_counter(), SlideFolder(self.folder / entry.name, slide, entry)
+        tissue, store = find_tissue(slide), folder.store(self.recipe(entry))
+        labels = self.segmenter.segment(slide, tissue, store, folder.progress(progress))
         seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, labels.unseen)
-        if unseen > self.request.max_unseen:
-            raise SlideError(
-                f"{entry.path}: {unseen:.1%} of it cannot be decoded, more than {self.request.max_unseen:.0%}; copy it "
-                f"again from its source"
-            )
-        misfits, identity = scale_misfits(slide, self.segmenter.mpp), slide_sha256(entry.path)
+        folder.check_seen(unseen, self.request.max_unseen)
+        misfits = scale_misfits(slide, self.segmenter.mpp)
         if any(labels.pixels):
-            reason = f"{labels.unseen:.1%} of the tissue could not be decoded" if labels.unseen else ""
-            row, files = self.row(entry, "ok", reason), [LABELS, CONTOURS, _OVERLAY, _REPORT]
-            regions = class_regions(labels, slide.mpp, slide.dimensions)
-            areas = {name: round(area, 6) for name, area in labels.areas_mm2.items()}
-            row = replace(row, regions=len(regions), areas_mm2=areas)
-            write_labels(folder / LABELS, labels)
-            write_class_regions(folder / CONTOURS, regions, labels.classes, slide.path.stem, slide.bounds[:2])
-            if self.request.probabilities:
-                write_probabilities(folder / PROBABILITIES, labels)
-                files.append(PROBABILITIES)
-            if self.request.dicom:
-                self._write_dicom(folder / REGIONS, slide, labels, identity)
-                files.append(REGIONS)
-            shown = self._shown(slide, labels, picture, level0_px, misfits)
-            draw_overlay(folder / _OVERLAY, shown)
-            write_report(folder / _REPORT, shown, cut_tiles(slide, shown))
+            row, files = self._write(folder, labels, misfits)
         else:
-            with atomic_path(folder / _THUMBNAIL) as temporary:
-                Image.fromarray(picture).save(temporary)
-            row, files = self.row(entry, "empty", f"no tissue found; see {_THUMBNAIL}"), [_THUMBNAIL]
-        content = {
+            folder.write_thumbnail()
+            row, files = self.row(entry, "empty", f"no tissue found; see {THUMBNAIL}"), [THUMBNAIL]
+        content = folder.about() | {
             "model": self.model,
             "classes": self.card.classes,
             "misfits": misfits,
-            "slide": {"name": entry.path.name, "sha256": identity},
-            "scale": {
-                "mpp": slide.mpp,
-                "mpp_source": slide.mpp_source,
-                "dimensions": slide.dimensions,
-                "bounds": slide.bounds,
-                "reader": slide.reader,
-            },
             "method": labels.method,
             "tiles": labels.tiles,
             "unseen_share": round(unseen, 6),
             "segment_seconds": seconds,
-            "intended_use": "research use only",
         }
-        shutil.rmtree(folder / _STORE, ignore_errors=True)
+        folder.clear_store()
         return Made(replace(row, model=self.model, misfit=" ".join(misfits)), files, content)
 
-    def _store(self, entry: SlideEntry, folder: Path) -> Path:
-        """Where the slide's blocks are kept until it is done: those of another file or recipe go."""
-        made_from = json.dumps([slide_identity(entry.path), entry.mpp, self.recipe(entry)], sort_keys=True)
-        return own_store(folder / _STORE, made_from)
+    def _write(
+        self, folder: SlideFolder, labels: SlideLabels, misfits: Sequence[str]
+    ) -> tuple[SegmentedSlide, list[str]]:
+        """The outputs of a slide with tissue; its row and its files."""
+        path, slide = folder.path, folder.slide
+        reason = f"{labels.unseen:.1%} of the tissue could not be decoded" if labels.unseen else ""
+        row, files = self.row(folder.entry, "ok", reason), [LABELS, CONTOURS, OVERLAY, REPORT]
+        regions = class_regions(labels, slide.mpp, slide.dimensions)
+        areas = {name: round(area, 6) for name, area in labels.areas_mm2.items()}
+        write_labels(path / LABELS, labels)
+        write_class_regions(path / CONTOURS, regions, labels.classes, slide.path.stem, slide.bounds[:2])
+        if self.request.probabilities:
+            write_probabilities(path / PROBABILITIES, labels)
+            files.append(PROBABILITIES)
+        if self.request.dicom:
+            self._write_dicom(path / REGIONS, slide, labels, folder.sha256)
+            files.append(REGIONS)
+        shown = self._shown(slide, labels, *folder.picture, misfits)
+        draw_overlay(path / OVERLAY, shown)
+        write_report(path / REPORT, shown, cut_tiles(slide, shown))
+        return replace(row, regions=len(regions), areas_mm2=areas), files
 
     def _write_dicom(self, path: Path, slide: Slide, labels: SlideLabels, identity: str) -> None:
         height, width = labels.numbers.shape
