@@ -2,7 +2,7 @@
 
 (a) `pcam`: PatchCamelyon patches, folds of whole stain clusters; further patches without a cluster are trained on where
 `may_train` lets them. (b) `ebhi`: colorectal biopsies, normal against adenocarcinoma, folds of whole patients. Three
-folds; a repeat seeds the training and deals nothing anew. A quarter of the training side, whole groups, fits
+folds, dealt anew in each repeat, which seeds the training, too. A quarter of the training side, whole groups, fits
 temperature and neutral reference alone. The recipe is that of `configs/lite0.json`, shorter: the head starts from a
 regression, BatchNorm is frozen.
 """
@@ -24,7 +24,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
-from sklearn.model_selection import StratifiedGroupKFold
 
 from medsd.cohort.apart import may_train
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
@@ -51,7 +50,7 @@ PARTS = ("pcam", "ebhi")
 FOLDS = 3
 EXPLAINED = ExplanationSettings(items=256, draws=1, steps=8, batch_size=96)
 # Raised whenever a part holds other pixels or a measure changes, so that kept results are never mixed.
-VERSION = 2
+VERSION = 3
 _GRADES = ("normal", "adenocarcinoma")
 _OTHER_GRADES = ("polyp", "low_grade_in", "high_grade_in", "serrated_adenoma")
 _MASKED_PX = 288  # the middle of a field of 512 px, whole tiles of it
@@ -250,8 +249,22 @@ def split(items: Items, job: Job) -> tuple[Items, Items, Items]:
 
 
 def _folds(items: Items, count: int, seed: int) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    return list(splitter.split(items.labels, items.labels, items.groups))
+    """Rows of either side of each fold: whole groups in an order of the seed, each to the fold that lacks it most.
+
+    scikit-learn's `StratifiedGroupKFold` deals the same folds whatever its seed, unless groups tie.
+    """
+    groups, which = np.unique(items.groups, return_inverse=True)
+    shares = np.zeros((len(groups), 2))
+    for label in (0, 1):
+        shares[:, label] = np.bincount(which[items.labels == label], minlength=len(groups))
+    shares /= shares.sum(axis=0)
+    held, fold_of = np.zeros((count, 2)), np.zeros(len(groups), int)
+    for group in np.random.default_rng((seed, count)).permutation(len(groups)):
+        fold_of[group] = np.square(held + shares[group]).sum(axis=1).argmin()
+        # What lies in the fold counts once it is there.
+        held[fold_of[group]] += shares[group]
+    rows = fold_of[which]
+    return [(np.flatnonzero(rows != fold), np.flatnonzero(rows == fold)) for fold in range(count)]
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
@@ -417,14 +430,14 @@ Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
 
 
 def tables(results: Results) -> str:
-    """Means over trainings; differences from CE of each fold, its repeats' mean, and 95 % t intervals over folds."""
+    """Means over trainings; paired differences from CE with 95 % intervals, see `_half_width`."""
     lines: list[str] = []
     for part, encoder in dict.fromkeys(key[:2] for key in results):
         of = {key[2:]: scores for key, scores in results.items() if key[:2] == (part, encoder)}
         lines += [
             f"### {part}, {encoder}",
             "",
-            "| method | trainings (folds) | " + " | ".join(c[0] for c in COLUMNS.values()) + " |",
+            "| method | trainings | " + " | ".join(c[0] for c in COLUMNS.values()) + " |",
         ]
         lines.append("|---" * (len(COLUMNS) + 2) + "|")
         done = [method for method in WORDS if any(key[0] == method for key in of)]
@@ -436,26 +449,19 @@ def tables(results: Results) -> str:
             folds = [key[1:] for key in of if key[0] == method and ("ce", *key[1:]) in of]
             if method == "ce" or not folds:
                 continue
-            cells = [_cell(_by_fold(of, method, folds, column), column, paired=True) for column in COLUMNS]
-            lines.append(
-                f"| *{WORDS[method]} less CE* | {len({fold for _, fold in folds})} | " + " | ".join(cells) + " |"
-            )
+            cells = [_cell(_differences(of, method, folds, column), column, paired=True) for column in COLUMNS]
+            lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
         missing = [WORDS[method] for method in WORDS if method not in done]
         lines += ["", f"Not run: {', '.join(missing) or 'nothing'}.", ""]
     return "\n".join(lines)
 
 
-def _by_fold(
+def _differences(
     of: dict[tuple[str, int, int], dict[str, Any]], method: str, trained: list[tuple[int, int]], column: str
 ) -> list[float | None]:
-    """A fold's difference from CE, the mean over its repeats."""
-    found: dict[int, list[float]] = {}
-    for repeat, fold in trained:
-        pair = (of[(name, repeat, fold)].get(column) for name in (method, "ce"))
-        ours, theirs = (math.nan if value is None else float(value) for value in pair)
-        if math.isfinite(ours - theirs):
-            found.setdefault(fold, []).append(ours - theirs)
-    return [float(np.mean(values)) for values in found.values()]
+    """Each training's difference from CE on the same fold."""
+    pairs = [[of[(name, *key)].get(column) for name in (method, "ce")] for key in trained]
+    return [None if None in pair else float(pair[0]) - float(pair[1]) for pair in pairs]
 
 
 def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
@@ -467,11 +473,21 @@ def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
     mean = f"{known.mean():{'+' if paired else ''}.{digits}f}"
     if len(known) < 2:
         return mean
-    error = known.std(ddof=1) / np.sqrt(len(known))
     if not paired:
-        return f"{mean} ± {error:.{digits}f}"
-    half = stats.t.ppf(0.975, len(known) - 1) * error
+        return f"{mean} ± {known.std(ddof=1) / np.sqrt(len(known)):.{digits}f}"
+    half = _half_width(known)
     return f"{mean} ({known.mean() - half:+.{digits}f} to {known.mean() + half:+.{digits}f})"
+
+
+def _half_width(differences: npt.NDArray[np.float64]) -> float:
+    """Half of the 95 % interval of a mean over folds of several repeats, whose training sides overlap.
+
+    The corrected resampled t-test of Nadeau and Bengio (2003): the variance of the mean is that of the differences
+    times 1 / n + (items tested on) / (items trained on).
+    """
+    count = len(differences)
+    error = np.sqrt((1 / count + 1 / (FOLDS - 1)) * differences.var(ddof=1))
+    return float(stats.t.ppf(0.975, count - 1) * error)
 
 
 def draw(results: Results, folder: Path) -> None:
