@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class _MapWork(_Maps, Work[SlideResult]):
             row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)
         draw_overlay(path / OVERLAY, mapped)
         files += self._write_also(folder, mapped)
-        write_report(path / REPORT, mapped, cut_tiles(slide, mapped))
+        write_report(path / REPORT, mapped, partial(cut_tiles, slide, mapped))
         return row, files
 
     def _write_also(self, folder: SlideFolder, mapped: MappedSlide) -> list[str]:

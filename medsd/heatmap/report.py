@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,19 @@ from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY
 from medsd.heatmap.tiff import shrink
 from medsd.heatmap.value_map import ValueMap
-from medsd.heatmap.zoom import TILE_PX, ZoomTiles, as_jpeg, zoom_steps
+from medsd.heatmap.zoom import BUDGET_BYTES, TILE_PX, ZoomTiles, as_jpeg, zoom_steps
 
+PAGE_BYTES = 15_000_000
+"""What a report takes at most, so that it can be sent by mail and opened on a telephone."""
 MAX_MAP_SIDE_PX = 1536
 MAX_THUMBNAIL_SIDE_PX = 2048
 LISTED_REGIONS = 20
 _REGION_PICTURE_PX = 160
 _JPEG_QUALITY = 88
 _LAST_CODE = 65535
+# Of the page: all maps at most, what is cut by the slide's tiles whatever else there is, and styles, scripts, words.
+_MAPS_BYTES, _REST_BYTES = 8_000_000, 300_000
+_LEAST_MAP_SIDE_PX = 128
 
 
 @dataclass(frozen=True)
@@ -91,22 +97,23 @@ def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
     return {"low": low, "step": step, "data": base64.b64encode(packed).decode("ascii")}
 
 
-def write_report(path: str | Path, slide: MappedSlide, tiles: ZoomTiles | None = None) -> None:
+def write_report(path: str | Path, slide: MappedSlide, cut: Callable[[int], ZoomTiles] | None = None) -> None:
     """Write `report.html`, atomically: one file, no network, nothing beside it.
 
-    A menu chooses the map that is shown, its colour bar and what its values mean. Maps with a side above 1,536 px are
-    halved (means of what is seen) until they fit; the page names the resolution it shows. Values under the cursor
-    are exact to the stated step. Behind `medsd view`, with `?tiles` in its address, it asks for the slide's tiles.
+    A menu chooses the map that is shown, its colour bar and what its values mean. Maps with a side above 1,536 px, or
+    that take more than 8 MB together, are halved (means of what is seen) until they fit; the page names the resolution
+    it shows. Tiles get what is left of 15 MB. Values under the cursor are exact to the stated step. Behind `medsd
+    view`, with `?tiles` in its address, it asks for the slide's tiles.
 
     Args:
         path: the file.
         slide: what is shown.
-        tiles: of the slide, for zooming; None for the thumbnail alone.
+        cut: makes the slide's tiles for zooming within a number of bytes; None for the thumbnail alone.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    layers = {shown.key: _layer(shown) for shown in slide.maps}
+    layers = _layers(slide.maps)
     found = slide.findings
     picture, picture_width, picture_height = _jpeg(slide.thumbnail, MAX_THUMBNAIL_SIDE_PX)
     height, width = slide.thumbnail.shape[:2]
@@ -116,13 +123,18 @@ def write_report(path: str | Path, slide: MappedSlide, tiles: ZoomTiles | None =
         "height": slide.dimensions[1],
         "mpp": slide.mpp,
         "overview": {"width": width * side, "height": height * side, "step": width * side / picture_width},
-        "tiles": _tiles(tiles or ZoomTiles(zoom_steps(slide.dimensions), {})),
         "opacity": OPACITY,
         "threshold": None if found is None else found.threshold,
         "layers": layers,
         "first": slide.maps[0].key,
         "regions": [] if found is None else [_region(region) for region in found.regions],
     }
+    pictures = [] if found is None else [_jpeg(one, _REGION_PICTURE_PX)[0] for one in found.region_pictures]
+    # Characters are bytes here, and three bytes of a tile take four.
+    left = PAGE_BYTES - _REST_BYTES - len(json.dumps(data)) - sum(map(len, (picture, *pictures)))
+    none = ZoomTiles(zoom_steps(slide.dimensions), {})
+    tiles = none if cut is None else cut(min(BUDGET_BYTES, max(0, left * 3 // 4)))
+    data["tiles"] = _tiles(tiles)
     _write_page(
         path,
         "report.html.j2",
@@ -135,8 +147,8 @@ def write_report(path: str | Path, slide: MappedSlide, tiles: ZoomTiles | None =
         maps=[_legend(shown, layers[shown.key]) for shown in slide.maps],
         explained=slide.explanations[0],
         listed=LISTED_REGIONS,
-        region_pictures=[] if found is None else [_jpeg(one, _REGION_PICTURE_PX)[0] for one in found.region_pictures],
-        tiles_in_words=tiles.words if tiles else "",
+        region_pictures=pictures,
+        tiles_in_words=tiles.words,
     )
 
 
@@ -183,8 +195,18 @@ def packed_map(value_map: ValueMap) -> dict[str, Any]:
     return {**grid, **pack_values(value_map.values)}
 
 
-def _layer(shown: ShownMap) -> dict[str, Any]:
-    value_map, scale = shrink(shown.value_map, MAX_MAP_SIDE_PX), shown.scale
+def _layers(maps: Sequence[ShownMap]) -> dict[str, dict[str, Any]]:
+    """Of all maps by key, as fine as the page has room for."""
+    side = MAX_MAP_SIDE_PX
+    layers = {shown.key: _layer(shown, side) for shown in maps}
+    while sum(len(layer["data"]) for layer in layers.values()) > _MAPS_BYTES and side > _LEAST_MAP_SIDE_PX:
+        side //= 2
+        layers = {shown.key: _layer(shown, side) for shown in maps}
+    return layers
+
+
+def _layer(shown: ShownMap, side_px: int) -> dict[str, Any]:
+    value_map, scale = shrink(shown.value_map, side_px), shown.scale
     return {
         **packed_map(value_map),
         "halved": value_map is not shown.value_map,

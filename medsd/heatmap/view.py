@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,14 +21,16 @@ from medsd.heatmap.report import packed_map, quoted
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.zoom import TILE_PX, as_jpeg, read_tile, zoom_steps
 from medsd.record import read_record
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.parts import slide_identity
 from medsd.slides.readers.damage import UNFORESEEN
-from medsd.slides.slide import Slide, open_slide
+from medsd.slides.slide import Slide
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 _INDEX = "index.html"
+_MOST_OPEN = 8  # slides
 _FILES = {"report.html": "text/html; charset=utf-8", "overlay.png": "image/png"}
 _TILE = re.compile(r"tiles/(\d{1,2})/(\d{1,7})_(\d{1,7})\.jpg")
 _MAP = re.compile(r"maps/([\w.]+)\.json")
@@ -64,7 +67,8 @@ class ViewServer(ThreadingHTTPServer):
         if not self.slides:
             raise DatasetError(f"{root}: no slide with a report; name one that medsd heatmap or segment wrote")
         self.index = root / _INDEX
-        self.slide = lru_cache(maxsize=8)(self._open)
+        self._opened: OrderedDict[str, IsolatedSlide] = OrderedDict()
+        self._opening = threading.Lock()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -86,12 +90,33 @@ class ViewServer(ThreadingHTTPServer):
             raise DatasetError(f"{self.slides[name]}: outputs are not whole; map the slide again")
         return record
 
-    def _open(self, name: str) -> Slide:
+    def slide(self, name: str) -> Slide:
+        """The slide of that name, in a process of its own: a decoder that dies or hangs costs some tiles.
+
+        Raises:
+            SlideError: it is not the file that was mapped, or cannot be opened.
+        """
+        with self._opening:
+            if name not in self._opened:
+                self._opened[name] = self._open(name)
+            self._opened.move_to_end(name)
+            while len(self._opened) > _MOST_OPEN:
+                self._opened.popitem(last=False)[1].close()
+            return self._opened[name]
+
+    def server_close(self) -> None:
+        """Stop listening, and end the slides' processes."""
+        super().server_close()
+        with self._opening:
+            while self._opened:
+                self._opened.popitem()[1].close()
+
+    def _open(self, name: str) -> IsolatedSlide:
         record = self.record(name)
         path = Path(record["result"]["path"])
         if not path.exists() or json.loads(json.dumps(slide_identity(path))) != record["recipe"]["slide"]:
             raise SlideError(f"{path}: is not the file that was mapped; only what the report holds can be shown")
-        return open_slide(path, record["recipe"]["mpp"])
+        return IsolatedSlide(path, record["recipe"]["mpp"])
 
 
 class _Handler(BaseHTTPRequestHandler):

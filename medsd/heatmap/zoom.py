@@ -15,7 +15,7 @@ from medsd.slides.slide import Slide, hatched
 
 TILE_PX = 256
 BUDGET_BYTES = 7_500_000
-"""Of the tiles within a report; in base64, with maps and overview, the page stays below 15 MB (our choice)."""
+"""Of the tiles within a report, at most (our choice); what maps leave of the page may be less."""
 _AROUND_PX = 512
 _REGIONS = 20
 # Of the viewer's side, a region and its margin fill it: what it needs is about this wide.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
             files.append(REGIONS)
         shown = self._shown(slide, labels, *folder.picture, misfits)
         draw_overlay(path / OVERLAY, shown)
-        write_report(path / REPORT, shown, cut_tiles(slide, shown))
+        write_report(path / REPORT, shown, partial(cut_tiles, slide, shown))
         return replace(row, regions=len(regions), areas_mm2=areas), files
 
     def _write_dicom(self, path: Path, slide: Slide, labels: SlideLabels, identity: str) -> None:

@@ -21,9 +21,17 @@ from PIL import Image
 
 from medsd.heatmap.overlay import Findings, MappedSlide, shown_explanation
 from medsd.heatmap.regions import find_regions
-from medsd.heatmap.report import LISTED_REGIONS, SlideResult, pack_values, write_index, write_report
+from medsd.heatmap.report import (
+    LISTED_REGIONS,
+    MAX_MAP_SIDE_PX,
+    PAGE_BYTES,
+    SlideResult,
+    pack_values,
+    write_index,
+    write_report,
+)
 from medsd.heatmap.value_map import ValueMap
-from medsd.heatmap.zoom import ZoomTiles
+from medsd.heatmap.zoom import BUDGET_BYTES, ZoomTiles
 
 NASTY = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</title>"
 
@@ -285,12 +293,34 @@ def test_every_region_is_listed_those_beyond_the_first_behind_a_fold(tmp_path: P
 
 def test_tiles_for_zooming_are_in_the_page(tmp_path: Path) -> None:
     tiles = ZoomTiles([1, 2], {(0, 3, 4): b"fine", (1, 0, 0): b"coarse"}, "Regions at 0.25.")
-    write_report(tmp_path / "report.html", content(), tiles)
+    write_report(tmp_path / "report.html", content(), lambda _: tiles)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = data_of(text)["tiles"]
     assert shown["steps"] == [1, 2] and "Regions at 0.25." in Page(text).words
     kept = [{place: base64.b64decode(data) for place, data in level.items()} for level in shown["kept"]]
     assert kept == [{"3_4": b"fine"}, {"0_0": b"coarse"}]
+
+
+def test_a_page_stays_within_its_size_whatever_is_asked_for(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).random((4, MAX_MAP_SIDE_PX, MAX_MAP_SIDE_PX), np.float32)
+    explanations = [
+        shown_explanation("tsm", replace(FEATURES, values=values), 1.0, "")._replace(key=f"noise{number}")
+        for number, values in enumerate(noise)
+    ]
+    budgets: list[int] = []
+
+    def cut(budget: int) -> ZoomTiles:
+        budgets.append(budget)
+        return ZoomTiles([1, 2], {(0, 0, 0): bytes(budget)}, "")
+
+    path = tmp_path / "report.html"
+    for shown in (explanations, explanations[:1]):
+        write_report(path, replace(content(), explanations=shown), cut)
+        assert path.stat().st_size <= PAGE_BYTES
+        layers = data_of(path.read_text(encoding="utf-8"))["layers"]
+        # Noise packs badly: only one map of it has room as it is.
+        assert {layers[one.key]["rows"] for one in shown} == {MAX_MAP_SIDE_PX if len(shown) == 1 else 768}
+    assert 0 < budgets[0] <= BUDGET_BYTES and 0 < budgets[1] <= BUDGET_BYTES
 
 
 def test_index_lists_slides_and_failures(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsd.errors import ConfigError, DatasetError, OutputError
+from medsd.errors import ConfigError, DatasetError, OutputError, SlideError
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.view import HOST, ViewServer
 from medsd.heatmap.zoom import read_tile
 from medsd.record import read_record, rewrite_record
+from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import open_slide
 from tests.heatmap.test_report import unpack
 
@@ -137,6 +138,16 @@ def test_a_slide_that_is_not_the_one_mapped_gives_no_tiles(tmp_path: Path, mappe
     os.utime(slide, (0, 0))
     with ViewServer(tmp_path / "maps" / "fiducials") as server, pytest.raises(Exception, match="not the file"):
         server.slide("fiducials")
+
+
+def test_slides_are_read_in_processes_that_end_with_the_server(mapped: Path) -> None:
+    server = ViewServer(mapped.parent)
+    slide = server.slide("fiducials")
+    assert isinstance(slide, IsolatedSlide) and server.slide("fiducials") is slide
+    assert slide.read(0, 0, 8, 8).shape == (8, 8, 3)
+    server.server_close()
+    with pytest.raises(SlideError, match="was closed"):
+        slide.read(0, 0, 8, 8)
 
 
 def test_mistakes_are_named(tmp_path: Path, server: ViewServer, mapped: Path) -> None:
