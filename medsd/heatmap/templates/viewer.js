@@ -184,7 +184,9 @@ function drawNumbers(ratio) {
   context.font = "bold 12px system-ui, sans-serif";
   data.regions.forEach(({ top }, index) => {
     const width = context.measureText(index + 1).width + 6;
-    const left = (top[0] - view.x) * view.scale + 3, above = (top[1] - view.y) * view.scale - 17;
+    const left = (top[0] - view.x) * view.scale + 3, y = (top[1] - view.y) * view.scale;
+    // Of a region at the picture's upper edge it stands inside.
+    const above = y < 0 ? y - 17 : Math.max(1, y - 17);
     // Large regions have their numbers first; the others show theirs when there is room.
     if (taken.some((other) => left < other[0] + other[2] && other[0] < left + width && Math.abs(above - other[1]) < 16)) return;
     taken.push([left, above, width]);
