@@ -36,11 +36,19 @@ logger = logging.getLogger(__name__)
 
 
 class MaskData(Protocol):
-    """What the stages of a segmentation ask of a data set; `item` and `unit` are words for these."""
+    """What the stages of a segmentation ask of a data set."""
 
     classes: Sequence[str]
-    item: ClassVar[str]
-    unit: ClassVar[str]
+
+    @property
+    def item(self) -> str:
+        """A word for an image."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """A word for what images are scored together as."""
+        ...
 
     @property
     def mpp(self) -> float | None:

@@ -32,7 +32,7 @@ from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.segment.items import MaskedItems, MaskedSample
 from medsd.segment.network import SegmentationNetwork, standardise_channels
-from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation
+from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_from
 from medsd.tables import write_table
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.training import run_training, settings_of
@@ -51,6 +51,7 @@ def segment(
     checkpoint: Checkpoint,
     protocol: Protocol = "full",
     early_stop: EarlyStopping | None = None,
+    start_weights: str | None = None,
 ) -> None:
     """Stage segment: train (or go on), then write the network of the best epoch beside the checkpoint's folder.
 
@@ -61,9 +62,12 @@ def segment(
         checkpoint: of the network, the optimiser, the schedule and the step.
         protocol: "linear" where the encoder stays as it is, "full" where all learns.
         early_stop: see `run_training`.
+        start_weights: a `segmentation.safetensors` of the same network, decoder and all, that the training starts from;
+            None starts from the network as it was made.
 
     Raises:
         ConfigError: an unknown protocol.
+        WeightsError: start weights of another network.
     """
     check_choice("protocol", protocol, get_args(Protocol))
     network = cast(SegmentationNetwork, trainer.network)
@@ -79,13 +83,20 @@ def segment(
     settings = settings_of(
         trainer,
         network=made,
-        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)},
+        start={
+            "pretrained": network.pretrained,
+            "encoder_weights": weights and weights_sha256(weights),
+            **({"start_weights": sha256_of(start_weights)} if start_weights else {}),
+        },
         protocol=protocol,
         data={"side_px": data.side_px, "split": data.fingerprint()},
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
-    begin = partial(standardise_channels, network, _some(data.part("training")))
+    if start_weights is None:
+        begin = partial(standardise_channels, network, _some(data.part("training")))
+    else:
+        begin = partial(start_from, network, start_weights)
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, stage="segment", begin=begin)
     if idist.get_rank() > 0:
         return
@@ -97,7 +108,7 @@ def segment(
     card = SegmentationCard(
         *(network.encoder_name, network.decoder_name, network.classes, data.side_px, data.description),
         mpp=data.mpp,
-        start=_start_of(network),
+        start=_start_of(network, start_weights),
         protocol=protocol,
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -116,8 +127,10 @@ def _some(items: MaskedItems) -> Iterator[Tensor]:
         yield batch["image"]
 
 
-def _start_of(network: SegmentationNetwork) -> str:
+def _start_of(network: SegmentationNetwork, start_weights: str | None) -> str:
     """What the encoder started from, in words."""
+    if start_weights is not None:
+        return f"the whole network from {Path(start_weights).name}, SHA-256 {sha256_of(start_weights)}"
     if network.encoder_weights is None:
         return "ImageNet weights (timm)" if network.pretrained else "random weights"
     return f"{Path(network.encoder_weights).name}, SHA-256 {weights_sha256(network.encoder_weights)}"

@@ -221,7 +221,7 @@ class _Plane:
         self.probabilities = None
         if segmenter.probabilities:
             self.probabilities = _array(store / "probabilities.zarr", (len(segmenter.network.classes), *grid.shape))
-        self._starts = [_starts(length, segmenter.tile_px, segmenter.step_px) for length in grid.shape]
+        self._starts = [tile_starts(length, segmenter.tile_px, segmenter.step_px) for length in grid.shape]
         self._weights = [
             _weights(length, starts, segmenter._window) for length, starts in zip(grid.shape, self._starts, strict=True)
         ]
@@ -324,7 +324,7 @@ def _array(path: Path, shape: Sequence[int]) -> Any:
     return zarr.create_array(path, shape=tuple(shape), chunks=chunks, dtype=np.uint8, fill_value=0)
 
 
-def _starts(length: int, tile_px: int, step_px: int) -> Places:
+def tile_starts(length: int, tile_px: int, step_px: int) -> Places:
     """Where tiles start along an axis, the last one so that it ends with the slide."""
     return np.append(np.arange(0, max(0, length - tile_px), step_px), max(0, length - tile_px)).astype(np.int64)
 

@@ -63,6 +63,21 @@ def save_segmentation(path: str | Path, network: SegmentationNetwork, card: Segm
     return save_tensors(path, network.state_dict(), SEGMENTATION_FORMAT, asdict(card))
 
 
+def start_from(network: SegmentationNetwork, path: str | Path) -> None:
+    """Give a network the weights of a file, decoder and all.
+
+    Raises:
+        WeightsError: see `load_segmentation`; or weights of another encoder, decoder, classes or input.
+    """
+    other, card, _ = load_segmentation(path)
+    normalise = network.normalise
+    made = network.encoder_name, network.decoder_name, network.classes, normalise.input_mean, normalise.input_std
+    given = card.encoder, card.decoder, card.classes, card.input_mean, card.input_std
+    if given != made:
+        raise WeightsError(f"{path}: weights of {given}, the network is {made}; choose the same for both")
+    network.load_state_dict(other.state_dict())
+
+
 def load_segmentation(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[SegmentationNetwork, SegmentationCard, str]:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from PIL import Image
 
 from medsd.bundle import check_config, mistake
 from medsd.networks.calibrated import Calibration
@@ -68,3 +71,38 @@ def write_weights() -> Callable[..., str]:
         return save_classifier(path, classifier, card)
 
     return write
+
+
+SMALL_SEGMENTATION: dict[str, Any] = {
+    "encoder": "test_resnet",
+    "pretrained": False,
+    "input_mean": [0.485, 0.456, 0.406],
+    "input_std": [0.229, 0.224, 0.225],
+    "frozen": [],
+    "side_px": 32,
+    "batch_size": 8,
+    "samples_per_epoch": 32,
+    "max_epochs": 2,
+}
+
+
+def write_masked(folder: Path, patients: int = 8) -> None:
+    """Two images a patient, dark where their mask is set; the last one's mask is empty."""
+    folder.mkdir(parents=True)
+    lines = ["file,mask,patient,label"]
+    for number in range(2 * patients):
+        draws = np.random.default_rng(number)
+        mask = np.kron(draws.integers(2, size=(2, 2)), np.ones((16, 16))).astype(np.uint8)
+        mask *= number < 2 * patients - 1
+        mask[:16, :16] = number < 2 * patients - 1
+        pixels = np.where(mask[..., None] > 0, 60, 200) + draws.integers(-20, 20, (32, 32, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(mask * 255).save(folder / f"{number}m.png")
+        lines.append(f"{number}.png,{number}m.png,p{number // 2},{'a' if number % 3 else 'b'}")
+    (folder / "index.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def small_masks() -> SimpleNamespace:
+    """`write(folder)`: images with masks; `settings`: with which they train in a moment."""
+    return SimpleNamespace(write=write_masked, settings=SMALL_SEGMENTATION)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,49 +27,22 @@ from medsd.tables import read_table
 
 ROOT = Path(__file__).parents[2]
 FILES = "bundles/segmentation.json,configs/ebhi_segmentation.json"
-SMALL: dict[str, Any] = {
-    "encoder": "test_resnet",
-    "pretrained": False,
-    "input_mean": [0.485, 0.456, 0.406],
-    "input_std": [0.229, 0.224, 0.225],
-    "frozen": [],
-    "side_px": 32,
-    "batch_size": 8,
-    "samples_per_epoch": 32,
-    "max_epochs": 2,
-}
 Run = Callable[..., Any]
 
 
-def write_masked(folder: Path, patients: int = 8) -> None:
-    """Two images a patient, dark where their mask is set; the last one's mask is empty."""
-    folder.mkdir(parents=True)
-    lines = ["file,mask,patient,label"]
-    for number in range(2 * patients):
-        draws = np.random.default_rng(number)
-        mask = np.kron(draws.integers(2, size=(2, 2)), np.ones((16, 16))).astype(np.uint8)
-        mask *= number < 2 * patients - 1
-        mask[:16, :16] = number < 2 * patients - 1
-        pixels = np.where(mask[..., None] > 0, 60, 200) + draws.integers(-20, 20, (32, 32, 3))
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-        Image.fromarray(mask * 255).save(folder / f"{number}m.png")
-        lines.append(f"{number}.png,{number}m.png,p{number // 2},{'a' if number % 3 else 'b'}")
-    (folder / "index.csv").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(scope="module")
-def stage(run_bundle: Run) -> Run:
+def stage(run_bundle: Run, small_masks: SimpleNamespace) -> Run:
     def run(folder: Path, *stages: str, **overrides: Any) -> Any:
         places = {"dataset_dir": str(folder / "masks"), "output_dir": str(folder / "out")}
-        return run_bundle(FILES, *stages, **{**places, **SMALL, **overrides})
+        return run_bundle(FILES, *stages, **{**places, **small_masks.settings, **overrides})
 
     return run
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run, small_masks: SimpleNamespace) -> Path:
     folder = tmp_path_factory.mktemp("segmentation")
-    write_masked(folder / "masks")
+    small_masks.write(folder / "masks")
     encoder, _ = create_encoder("test_resnet", pretrained=False)
     save_encoder(folder / "encoder.safetensors", encoder, "test_resnet", "a test")
     stage(folder, "run", protocol="linear", lr=0.05, encoder_weights=str(folder / "encoder.safetensors"))
