@@ -22,13 +22,13 @@ from torch.utils.data import Dataset
 from medsd.cohort.dataset import Sample
 from medsd.slides.stain.augment import RUIFROK
 
-STATISTICS = ("haematoxylin", "eosin", "other colour", "contrast", "sharpness")
-"""Mean amounts of both stains and of what neither explains, where there is stain; deviation of the optical density;
-and how much of what differs between neighbouring pixels is finer than an edge."""
+STATISTICS = ("haematoxylin", "eosin", "yellow", "contrast", "sharpness")
+"""Mean amounts of both stains and, across them, of yellow (below 0: blue), where there is stain; deviation of the
+optical density; and how much of what differs between neighbouring pixels is finer than an edge."""
 _WORDS = {
     "haematoxylin": ("less haematoxylin", "more haematoxylin"),
     "eosin": ("less eosin", "more eosin"),
-    "other colour": ("less colour that is of neither stain", "more colour that is of neither stain"),
+    "yellow": ("a bluer stain", "a yellower stain"),
     "contrast": ("less contrast", "more contrast"),
     "sharpness": ("less sharpness", "more sharpness"),
 }
@@ -148,17 +148,18 @@ def statistics(images: Tensor) -> Floats:
     stained = grey > _STAINED
     kept = stained.double().mean(dim=(1, 2)) >= _LEAST_STAINED
     density, grey, stained = density[kept], grey[kept], stained[kept].double()
-    stains = torch.tensor(RUIFROK, dtype=torch.float64)
-    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.pinv(stains))
-    rest = (density - torch.einsum("bshw,sc->bchw", amounts, stains)).norm(dim=1)
+    haematoxylin, eosin = torch.tensor(RUIFROK, dtype=torch.float64)
+    across = torch.linalg.cross(haematoxylin, eosin)
+    stains = torch.stack([haematoxylin, eosin, across / across.norm()])
+    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
     pixels = stained.sum(dim=(1, 2))
 
     def mean(values: Tensor) -> Tensor:
         return (values * stained).sum(dim=(1, 2)) / pixels
 
     deviation = (mean(grey**2) - mean(grey) ** 2).clamp(min=0).sqrt()
-    columns = mean(amounts[:, 0]), mean(amounts[:, 1]), mean(rest), deviation, _sharpness(grey)
-    return torch.stack(columns, dim=1).numpy()
+    columns = [mean(amounts[:, number]) for number in range(3)]
+    return torch.stack([*columns, deviation, _sharpness(grey)], dim=1).numpy()
 
 
 def _sharpness(grey: Tensor) -> Tensor:

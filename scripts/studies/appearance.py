@@ -33,7 +33,7 @@ from medsd.slides.slide import open_slide
 from medsd.slides.stain.augment import RUIFROK, restain
 
 PARTS = ("pcam", "others")
-VERSION = 1
+VERSION = 2
 _SHARES, _DEALS = (0.15, 0.25), 6  # as configs/pcam.json
 _SIDE_PX, _MPP = 96, 0.97
 _LEAST = 8  # patches of a cluster
