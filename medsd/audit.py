@@ -54,15 +54,17 @@ _BUILTINS = {
     "sum",
 }
 # Of values, which may be anything: no attribute that leads to a module or to a frame.
-_ATTRIBUTES = {"metrics", "network", "parameters", "part", "requires_grad", "softmax", "state", "unlabelled"}
+_ATTRIBUTES = {"metrics", "network", "parameters", "part", "requires_grad", "run", "softmax", "state", "tiles"}
+_ATTRIBUTES |= {"unlabelled"}
 _TARGETS = re.compile(
     r"torch\.optim\.[A-Z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*|torch\.utils\.data\.DataLoader|torch\.nn\.[A-Z]\w*"
-    r"|ignite\.handlers\.EarlyStopping|AsDiscreted|Compose|DiceCELoss|LrScheduleHandler|MLFlowHandler|MeanDice|ROCAUC"
-    r"|SimpleInferer|StatsHandler"
-    r"|SupervisedEvaluator|SupervisedTrainer|TensorBoardStatsHandler|ValidationHandler"
+    r"|ignite\.handlers\.EarlyStopping|AsDiscreted|ClassificationSaver|Compose|DiceCELoss"
+    r"|LrScheduleHandler|MLFlowHandler|MeanDice|ROCAUC|SimpleInferer|StatsHandler|SupervisedEvaluator"
+    r"|SupervisedTrainer|TensorBoardStatsHandler|ValidationHandler"
 )
 # Of medsd all classes, whose making leaves no trace, and these; others write files where they are told to.
 _FUNCTIONS = {
+    "medsd.bundle.inference.filled",
     "medsd.training.distributed.start_processes",
     "medsd.training.network.on_device",
     "medsd.training.network.parameter_groups",

@@ -533,6 +533,26 @@ def explain(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Output folder of a bundle's run, or weights (.safetensors).")],
+    out: Annotated[Path, typer.Argument(help="What to write: .zip (a bundle of MONAI's zoo), .onnx or .ts.")],
+    wsinfer: Annotated[
+        bool, typer.Option("--wsinfer", help="Write a folder OUT for WSInfer and its QuPath extension.")
+    ] = False,
+    license_file: Annotated[
+        Path | None, typer.Option("--license", help="Licence of the weights, a text file, for a bundle.")
+    ] = None,
+) -> None:
+    """Write what was trained so that others can run it: a MONAI bundle, ONNX, TorchScript, or for WSInfer and QuPath.
+
+    ONNX and TorchScript take images as they are read (uint8) and give calibrated probabilities.
+    """
+    from medsd.export.export import export_run
+
+    print(export_run(run, out, wsinfer, license_file))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of bundle runs on the same test set.")],
     out: Annotated[Path, typer.Option(help="Folder to write: compare.md, compare.csv, compare.png.")],

@@ -12,6 +12,13 @@ from medsd.files import make_folder
 FOLDERS = ("bundles", "configs")
 
 
+def shipped_folder() -> Path:
+    """The folder that holds them."""
+    package = Path(medsd.__file__).parent
+    # Of an editable installation they lie beside the package.
+    return package / "shipped" if (package / "shipped").is_dir() else package.parent
+
+
 def copy_bundles(out: str | Path) -> list[Path]:
     """Copy `bundles/` and `configs/` into a folder, to be run and changed there.
 
@@ -21,10 +28,7 @@ def copy_bundles(out: str | Path) -> list[Path]:
     Raises:
         OutputError: the folder holds one of these already, which is left as it is, or cannot be written to.
     """
-    package = Path(medsd.__file__).parent
-    # Of an editable installation they lie beside the package.
-    source = package / "shipped" if (package / "shipped").is_dir() else package.parent
-    out = make_folder(out)
+    source, out = shipped_folder(), make_folder(out)
     for name in FOLDERS:
         if (out / name).exists():
             raise OutputError(f"{out / name}: is there already and is left as it is; choose another folder")

@@ -17,6 +17,7 @@ import pytest
 import medsd
 from medsd import cli, doctor
 from medsd.cohort.entry import SlideEntry
+from medsd.export import export
 from medsd.heatmap import cohort
 from medsd.heatmap.model import MapRequest
 from medsd.record import write_record
@@ -187,6 +188,14 @@ def test_heatmap_takes_the_scale_of_a_manifest(monkeypatch, capsys, slide, tmp_p
     assert run(monkeypatch, capsys, "heatmap", *places, *options, "--shard", "3/3")[1].endswith("no slide in 3/3\n")
     code, _, err = run(monkeypatch, capsys, "heatmap", *places, *options, "--mpp", 250)
     assert code == 1 and "b.svs: mpp=250.0: must be a number from 0.05 to 20" in err
+
+
+def test_export_hands_on_what_is_asked_for(monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(export, "export_run", lambda *given: asked.append(given) or "made")
+    assert run(monkeypatch, capsys, "export", "run", "a.zip", "--license", "b.txt") == (0, "made\n", "")
+    assert run(monkeypatch, capsys, "export", "run", "a", "--wsinfer")[0] == 0
+    assert asked == [(Path("run"), Path("a.zip"), False, Path("b.txt")), (Path("run"), Path("a"), True, None)]
 
 
 def test_gather_makes_the_tables_of_what_others_left(monkeypatch, capsys, tmp_path):

@@ -33,9 +33,31 @@ def check() -> None:
     a mistake in a chain of MONAI's exceptions with `mistake`.
     """
     sys.excepthook = _tell
+    given = _command_line()
+    if given is not None:
+        check_config(given.pop("config_file"), given.pop("run_id", "run"), **given)
+
+
+def command_config() -> dict[str, Any] | None:
+    """The configuration of the command line: its files merged, with what was set; None where there is none.
+
+    References and expressions are as they were written.
+    """
+    given = _command_line()
+    if given is None:
+        return None
+    given.pop("run_id", None)
+    parser = ConfigParser()
+    parser.read_config(given.pop("config_file"))
+    parser.update(given)
+    return {name: value for name, value in deepcopy(parser.get()).items() if name != "_meta_"}
+
+
+def _command_line() -> dict[str, Any] | None:
+    """What `python -m monai.bundle run` was given: config_file, run_id, and overrides by key."""
     command = sys.argv[1:]
     if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or command[:1] != ["run"]:
-        return
+        return None
     given: dict[str, Any] = {}
 
     def run(*words: Any, **named: Any) -> None:
@@ -46,7 +68,7 @@ def check() -> None:
     given = monai.bundle.update_kwargs(given.pop("args_file", None), **given, **overrides)
     for name in inspect.signature(monai.bundle.run).parameters.keys() - {"config_file", "run_id", "override"}:
         given.pop(name, None)
-    check_config(given.pop("config_file"), given.pop("run_id", "run"), **given)
+    return given
 
 
 def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -> None:

@@ -19,8 +19,10 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader
 
 from medsd.bundle.card import card_of, input_of
+from medsd.bundle.config import command_config
 from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
+from medsd.bundle.inference import FoundSlides
 from medsd.bundle.masks import MaskData
 from medsd.bundle.pretraining import ENCODER
 from medsd.checks import check_choice
@@ -36,6 +38,7 @@ from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import score_calibration, softmax
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
+from medsd.export.source import CONFIG
 from medsd.files import atomic_path, make_folder, sha256_of, write_json
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.engine import make_engine
@@ -109,6 +112,8 @@ def finetune(
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
     if idist.get_rank() > 0:
         return
+    if (config := command_config()) is not None:
+        write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
     recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
     written = read_record(record, recipe)
@@ -201,19 +206,21 @@ def evaluate(
 
 
 def heatmap(
-    data: Data,
+    data: Data | FoundSlides,
     output_dir: str,
     device: torch.device,
     block_px: int | None = None,
     also: Sequence[str] = (),
     faithful_tiles: int = 64,
     workers: int = 0,
+    weights: str | None = None,
 ) -> None:
     """Stage heatmap: a folder a test slide, `slides.csv`, `index.html`; a failed slide is a row, see `check_slides`.
 
     Args:
         block_px, also, faithful_tiles: see `MapRequest`.
         workers: processes that read a slide; 0 for one.
+        weights: a calibrated classifier's; None for those in `output_dir`.
     """
     jobs = data.jobs()
     if jobs:
@@ -221,10 +228,10 @@ def heatmap(
         request = MapRequest(
             block_px=block_px, also=also, faithful_tiles=faithful_tiles, target=data.target, workers=workers or None
         )
-        map_slides(jobs, Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
+        map_slides(jobs, weights or Path(output_dir) / WEIGHTS, folder, request, device, progress_bar("heatmap"))
 
 
-def check_slides(data: Data | MaskData, output_dir: str) -> None:
+def check_slides(data: Data | MaskData | FoundSlides, output_dir: str) -> None:
     """End with exit code 1 when slides failed, in any stage, or none had tissue; comes last, so the rest is done."""
     folder = Path(output_dir)
     reasons = failed_slides(folder / "prepared")

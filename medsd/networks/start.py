@@ -147,7 +147,7 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     if path.suffix == ".safetensors":
         state = _read_safetensors(path, encoder, normalise)
     elif path.suffix in (".pt", ".pth"):
-        state = _read_pickled(path)
+        state = read_pickled(path)
     else:
         raise WeightsError(f"{path}: encoder weights of unknown kind; use .safetensors, .pt or .pth")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -200,7 +200,12 @@ def _read_safetensors(path: Path, encoder: nn.Module, normalise: Normalise | Non
     return file.state
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict in a .pt or .pth, at top level or under "state_dict"; code in it is refused, not run.
+
+    Raises:
+        WeightsError: damaged, or more than tensors.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:

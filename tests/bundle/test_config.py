@@ -13,6 +13,7 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medsd.bundle import check, check_config, mistake
+from medsd.bundle.config import command_config
 from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,17 @@ def test_the_command_line_is_read_as_monai_reads_it(tmp_path, monkeypatch, words
     monkeypatch.setattr(sys, "argv", [str(Path(monai.bundle.__file__).with_name("__main__.py")), *RUN, *words])
     with pytest.raises(ConfigError, match=re.escape(told)):
         check()
+
+
+def test_the_command_lines_configuration_is_whole_and_unresolved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--max_epochs", "3", "--map_settings::smooth_um", "8.0", "--classes", "['a','b']"]
+    monkeypatch.setattr(sys, "argv", [str(Path(monai.bundle.__file__).with_name("__main__.py")), *RUN, *words])
+    config, before = command_config(), json.loads(Path(BUNDLE).read_text())
+    changed = {"max_epochs": 3, "classes": ["a", "b"], "map_settings": {**before["map_settings"], "smooth_um": 8.0}}
+    assert config == {**before, **changed}
+    monkeypatch.setattr(sys, "argv", ["python", "run"])
+    assert command_config() is None
 
 
 def test_a_mistake_that_the_library_finds_is_the_last_line_too(tmp_path):

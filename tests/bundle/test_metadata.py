@@ -15,45 +15,7 @@ from medsd.networks.classifier import TileClassifier
 ROOT = Path(__file__).parents[2]
 METADATA = json.loads((ROOT / "bundles" / "metadata.json").read_text())
 
-# Required keys of MONAI's meta_schema_20240725, written anew from its published description.
-TENSOR = {
-    "type": "object",
-    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
-    "properties": {
-        "num_channels": {"type": "integer"},
-        "spatial_shape": {"type": "array"},
-        "value_range": {"type": "array"},
-        "is_patch_data": {"type": "boolean"},
-        "channel_def": {"type": "object"},
-    },
-}
-SCHEMA = {
-    "type": "object",
-    "required": [
-        "schema",
-        "version",
-        "monai_version",
-        "pytorch_version",
-        "numpy_version",
-        "required_packages_version",
-        "task",
-        "description",
-        "authors",
-        "copyright",
-        "network_data_format",
-    ],
-    "properties": {
-        "required_packages_version": {"type": "object"},
-        "network_data_format": {
-            "type": "object",
-            "required": ["inputs", "outputs"],
-            "properties": {
-                side: {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
-                for side in ("inputs", "outputs")
-            },
-        },
-    },
-}
+SCHEMA = json.loads(Path(__file__).with_name("meta_schema.json").read_text())
 
 
 def test_metadata_fits_the_schema():
