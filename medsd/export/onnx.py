@@ -85,9 +85,9 @@ def _export(path: Path, network: Portable, sizes: Sizes) -> None:
             reason = f"{type(error).__name__} {error}".partition("\n")[0][:200]
             raise _Unexported(f"ONNX: torch cannot export this network ({reason})") from error
     assert program is not None
-    for graph in (program.model.graph, *program.model.functions.values()):
-        for node in graph.all_nodes():
-            node.metadata_props.clear()  # where the sources lie on this machine
+    inside = [node for function in program.model.functions.values() for node in function]
+    for node in (*program.model.graph.all_nodes(), *inside):
+        node.metadata_props.clear()  # where the sources lie on this machine
     program.model.metadata_props[DESCRIPTION] = json.dumps(network.described(sizes))
     program.model.producer_name = "medsd"
     program.save(path)
