@@ -1,0 +1,228 @@
+"""Verbs that run a network on slides or images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from medsd.cli.app import DeviceOption, MppOption, ShardOption, app, computing_on, end, see
+
+_LISTED = 20
+
+
+@app.command()
+def heatmap(
+    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
+    weights: Annotated[Path, typer.Option(help="A calibrated classifier, or an encoder alone (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
+    mpp: MppOption = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Saliency methods, the option once for each; the weights' own when not given."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Name of the class to map; the second of the weights' classes when not given.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer of an encoder alone, such as layer3; its last stage when not given.")
+    ] = None,
+    network_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
+    ] = None,
+    block_px: Annotated[
+        int | None,
+        typer.Option(help="Side of what is computed at once, in pixels; as large as memory allows when not given."),
+    ] = None,
+    overlay_tif: Annotated[
+        bool, typer.Option("--overlay-tif", help="Leave overlay.tif too, a pyramid that viewers of slides open.")
+    ] = False,
+    tiles_geojson: Annotated[
+        bool, typer.Option("--tiles-geojson", help="Leave tiles.geojson too, QuPath detections with the maps' values.")
+    ] = False,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Leave the maps and regions as DICOM too; needs pip install 'medsd[dicom]'.")
+    ] = False,
+    faithful_tiles: Annotated[
+        int, typer.Option(help="Tiles at most on which is measured how far the answer follows the map; 0: not.")
+    ] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
+    ] = None,
+    device: DeviceOption = None,
+    shard: ShardOption = None,
+) -> None:
+    """Map slides: saliency, probability, contours, overlay, report. Exit code 1 when one failed or none has tissue.
+
+    Of an encoder alone: label-free maps, overlay, report.
+    """
+    from dataclasses import replace
+
+    from medsd.cohort.manifest import find_slides_at
+    from medsd.cohort.owner import shard_of
+    from medsd.cohort.runner import Sharing
+    from medsd.heatmap.cohort import map_slides
+    from medsd.heatmap.model import ALSO, MapRequest
+    from medsd.progress import progress_bar
+
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
+    if shard is not None and not (entries := shard_of(entries, shard)):
+        return print(f"no slide in {shard}")
+    sharing = Sharing(rename=True, gather=shard is None)
+    also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
+    request = MapRequest(
+        methods or (),
+        layer,
+        network_mpp,
+        block_px,
+        also=also,
+        faithful_tiles=faithful_tiles,
+        target=target,
+        workers=workers,
+    )
+    place, progress = computing_on(device), progress_bar("heatmap")
+    results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
+    for words in dict.fromkeys(result.model for result in results if result.model):
+        print(words)
+    for result in results:
+        if result.misfit:
+            typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
+        if result.status != "ok":
+            print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
+        elif result.score is not None and len(results) <= _LISTED:
+            area = f"{result.region_area_mm2:.2f} mm2"
+            print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}")
+    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+
+
+@app.command()
+def segment(
+    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
+    weights: Annotated[Path, typer.Option(help="A segmentation network (segmentation.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
+    mpp: MppOption = None,
+    network_mpp: Annotated[
+        float | None,
+        typer.Option(help="Micrometres per pixel that the network takes, where its weights say none."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Of neighbouring tiles, a share of their side, 0 to 0.5: less is quicker.")
+    ] = 0.5,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Leave probabilities.ome.tif too, a channel a class.")
+    ] = False,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Leave a DICOM Segmentation too; needs pip install 'medsd[dicom]'.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
+    ] = None,
+    device: DeviceOption = None,
+    shard: ShardOption = None,
+) -> None:
+    """Segment slides: class of each pixel, contours, areas, overlay, report. Exit code 1 when one failed."""
+    from dataclasses import replace
+
+    from medsd.cohort.manifest import find_slides_at
+    from medsd.cohort.owner import shard_of
+    from medsd.cohort.runner import Sharing
+    from medsd.progress import progress_bar
+    from medsd.segment.slides import SegmentRequest, segment_slides
+
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
+    if shard is not None and not (entries := shard_of(entries, shard)):
+        return print(f"no slide in {shard}")
+    request = SegmentRequest(network_mpp, overlap, probabilities, dicom, workers=workers)
+    sharing, place = Sharing(rename=True, gather=shard is None), computing_on(device)
+    results = segment_slides(entries, weights, out, request, place, progress_bar("segment"), sharing)
+    for words in dict.fromkeys(result.model for result in results if result.model):
+        print(words)
+    for result in results:
+        if result.misfit:
+            typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
+        if result.status != "ok":
+            print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
+        elif len(results) <= _LISTED:
+            areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
+            print(f"{result.slide}: {areas}; {result.regions} outlines")
+    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+
+
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(help="Folder of 'medsd heatmap' or 'medsd segment', or of one slide in it.")],
+    port: Annotated[int, typer.Option(help="Port to listen at; any that is free when not given.")] = 0,
+) -> None:
+    """Show reports with all of their slides in a browser on this machine, until Ctrl-C."""
+    from medsd.heatmap.view import ViewServer
+
+    with ViewServer(out, port) as server:
+        print(
+            f"{server.address} shows {len(server.slides)} slide(s) to browsers on this machine; Ctrl-C ends it",
+            flush=True,
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+@app.command()
+def methods() -> None:
+    """List the saliency methods: what each shows, what it needs, what it costs, whether its parts add up."""
+    from medsd.saliency.registry import table
+
+    for number, (name, words, label, gradient, complete, cost) in enumerate(table()):
+        print(f"{name:<23}{label:<7}{gradient:<10}{cost:<25}{complete}")
+        if number:
+            print(f"    {words}")
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files (PNG, JPEG, TIFF, WebP), or folders of them.")],
+    weights: Annotated[Path, typer.Option(help="A classifier or an encoder (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Folder to write: sheets, metrics.csv, metrics.json, maps.safetensors.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Names with commas between them, see 'medsd methods'; a usual choice when not given."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer such as layer3, or input; the calibrated or last one when not given.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Class to explain: name, number, or predicted.")] = "predicted",
+    smoothing: Annotated[
+        str, typer.Option(help="At strided convolutions: none, backward_hook, forward_hook or surrogate.")
+    ] = "none",
+    surrogate: Annotated[
+        Path | None, typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate.")
+    ] = None,
+    explained: Annotated[str, typer.Option(help="Of the class: evidence (above others) or logit.")] = "evidence",
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of PNG masks named as the images, 0 is background, to measure localisation."),
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--metrics/--no-metrics", help="Measure the maps, which takes most of the time.")
+    ] = True,
+    device: DeviceOption = None,
+) -> None:
+    """Lay saliency methods side by side on images, with their measures. Exit code 1 when an image failed."""
+    from medsd.explain.explain import explain_images
+    from medsd.explain.settings import ExplainSettings, ImageSmoothing, method_names
+    from medsd.progress import progress_bar
+    from medsd.saliency.method import Output
+
+    kind, output = cast(ImageSmoothing, smoothing), cast(Output, explained)
+    trained = str(surrogate) if surrogate else None
+    settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
+    summary = explain_images(images, weights, out, settings, masks, computing_on(device), progress_bar("explain"))
+    print(summary.in_words())
+    failed = f", {len(summary.failed)} failed" if summary.failed else ""
+    print(f"{summary.images} image(s){failed}; see {out}")
+    if summary.failed:
+        raise typer.Exit(1)
