@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
 
 from medsd.cli.app import DeviceOption, MppOption, ShardOption, app, computing_on, end, see
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from medsd.cohort.entry import SlideEntry
+    from medsd.heatmap.report import ReportedSlide, SlideResult
+    from medsd.segment.slides import SegmentedSlide
+
 _LISTED = 20
+
+Row = TypeVar("Row", bound="ReportedSlide")
 
 
 @app.command()
@@ -59,18 +68,12 @@ def heatmap(
 
     Of an encoder alone: label-free maps, overlay, report.
     """
-    from dataclasses import replace
-
-    from medsd.cohort.manifest import find_slides_at
-    from medsd.cohort.owner import shard_of
     from medsd.cohort.runner import Sharing
     from medsd.heatmap.cohort import map_slides
     from medsd.heatmap.model import ALSO, MapRequest
     from medsd.progress import progress_bar
 
-    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
-    if shard is not None and not (entries := shard_of(entries, shard)):
-        return print(f"no slide in {shard}")
+    entries = _entries(slides, out, mpp, shard)
     sharing = Sharing(rename=True, gather=shard is None)
     also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
     request = MapRequest(
@@ -85,16 +88,14 @@ def heatmap(
     )
     place, progress = computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
-    for words in dict.fromkeys(result.model for result in results if result.model):
-        print(words)
-    for result in results:
-        if result.misfit:
-            typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
-        if result.status != "ok":
-            print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
-        elif result.score is not None and len(results) <= _LISTED:
-            area = f"{result.region_area_mm2:.2f} mm2"
-            print(f"{result.slide}: score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}")
+
+    def found(result: SlideResult) -> str:
+        if result.score is None:
+            return ""
+        area = f"{result.region_area_mm2:.2f} mm2"
+        return f"score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}"
+
+    _tell(results, found)
     end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
 
 
@@ -125,20 +126,41 @@ def segment(
     shard: ShardOption = None,
 ) -> None:
     """Segment slides: class of each pixel, contours, areas, overlay, report. Exit code 1 when one failed."""
-    from dataclasses import replace
-
-    from medsd.cohort.manifest import find_slides_at
-    from medsd.cohort.owner import shard_of
     from medsd.cohort.runner import Sharing
     from medsd.progress import progress_bar
     from medsd.segment.slides import SegmentRequest, segment_slides
 
-    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
-    if shard is not None and not (entries := shard_of(entries, shard)):
-        return print(f"no slide in {shard}")
+    entries = _entries(slides, out, mpp, shard)
     request = SegmentRequest(network_mpp, overlap, probabilities, dicom, workers=workers)
     sharing, place = Sharing(rename=True, gather=shard is None), computing_on(device)
     results = segment_slides(entries, weights, out, request, place, progress_bar("segment"), sharing)
+
+    def found(result: SegmentedSlide) -> str:
+        areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
+        return f"{areas}; {result.regions} outlines"
+
+    _tell(results, found)
+    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+
+
+def _entries(slides: list[Path], out: Path, mpp: float | None, shard: str | None) -> list[SlideEntry]:
+    """The slides asked for; a share without any ends the command."""
+    from dataclasses import replace
+
+    from medsd.cohort.manifest import find_slides_at
+    from medsd.cohort.owner import shard_of
+
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in find_slides_at(slides, leave_out=out)]
+    if shard is None:
+        return entries
+    if not (entries := shard_of(entries, shard)):
+        print(f"no slide in {shard}")
+        raise typer.Exit
+    return entries
+
+
+def _tell(results: Sequence[Row], found: Callable[[Row], str]) -> None:
+    """What the network is, what does not fit or failed, and, of a few slides, what was found on each."""
     for words in dict.fromkeys(result.model for result in results if result.model):
         print(words)
     for result in results:
@@ -146,10 +168,8 @@ def segment(
             typer.secho(f"medsd: {result.slide}: {result.misfit}", fg="red", err=True)
         if result.status != "ok":
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
-        elif len(results) <= _LISTED:
-            areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
-            print(f"{result.slide}: {areas}; {result.regions} outlines")
-    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+        elif len(results) <= _LISTED and (words := found(result)):
+            print(f"{result.slide}: {words}")
 
 
 @app.command()
