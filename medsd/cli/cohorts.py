@@ -86,9 +86,10 @@ def gather_folder(
         rows = gather_tiles(out)
     else:
         from medsd.heatmap.cohort import gather_maps
-        from medsd.segment.slides import gather_segmented, is_segmented
+        from medsd.heatmap.folder import holds_classes
+        from medsd.segment.slides import gather_segmented
 
-        rows = gather_segmented(out) if is_segmented(out) else gather_maps(out)
+        rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
     end(rows, f"see {out / 'slides.csv'}")
 
 

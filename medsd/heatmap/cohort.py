@@ -18,7 +18,7 @@ from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
 from medsd.heatmap.findings import Checks, check_slide, mapped_slide, misfits, model_words
-from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder
+from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
@@ -71,12 +71,15 @@ def map_slides(
         sharing: with other runs in the folder.
 
     Raises:
-        DatasetError: no slides, two of one name, or outputs of another slide of that name in `output`.
+        DatasetError: no slides, two of one name, or outputs of another slide of that name, or of segmented ones, in
+            `output`.
         WeightsError, NetworkError: weights that cannot be used, or were never calibrated, see `load_map_model`.
         OutputError: `output` cannot be written to.
         ConfigError: the device does not exist here, or the request does not fit the weights.
     """
     output = Path(output)
+    if holds_classes(output):
+        raise DatasetError(f"{output}: holds segmented slides, whose files would be replaced; choose another folder")
     model = load_map_model(weights, request, usable_device(device))
     target = None if model.card is None else model.card.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")

@@ -17,6 +17,7 @@ from medsd.errors import SlideError
 from medsd.files import atomic_path
 from medsd.heatmap.store import own_store
 from medsd.progress import Progress
+from medsd.record import read_record
 from medsd.slides.parts import slide_identity, slide_sha256
 from medsd.slides.readers.base import RGB
 from medsd.slides.slide import Slide, thumbnail
@@ -24,6 +25,14 @@ from medsd.slides.slide import Slide, thumbnail
 RECORD, OVERLAY, REPORT, THUMBNAIL = "record.json", "overlay.png", "report.html", "thumbnail.png"
 _STORE = "blocks"
 _THUMBNAIL_PX = 1600
+
+
+def holds_classes(output: Path) -> bool | None:
+    """Whether slides in an output folder were segmented, or mapped; None of a folder without any that is finished."""
+    for path in output.glob(f"*/{RECORD}"):
+        if (record := read_record(path)) is not None:
+            return "areas_mm2" in record["result"]  # all in a folder are of one kind, for the other is refused
+    return None
 
 
 @dataclass(frozen=True)

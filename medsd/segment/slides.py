@@ -19,7 +19,7 @@ from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits
-from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder
+from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
 from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
 from medsd.heatmap.scale import share_scale
@@ -27,7 +27,6 @@ from medsd.heatmap.value_map import ValueMap
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
-from medsd.record import read_record
 from medsd.segment.contours import class_regions, class_shares, write_class_regions
 from medsd.segment.label_tiff import write_labels, write_probabilities
 from medsd.segment.stitch import OVERLAP_HINT, SlideLabels, SlideSegmenter
@@ -125,9 +124,8 @@ def segment_slides(
         )
     if card.mpp is not None and request.mpp is not None:
         raise ConfigError(f"network_mpp={request.mpp:g}: {weights} says it itself ({card.mpp:g}); leave it out")
-    other = next((path for path in output.glob(f"*/{RECORD}") if not _is_ours(path)), None)
-    if other is not None:
-        raise DatasetError(f"{other}: is of maps, whose files would be replaced; choose another output folder")
+    if holds_classes(output) is False:
+        raise DatasetError(f"{output}: holds maps of slides, whose files would be replaced; choose another folder")
     mpp = card.mpp or request.mpp
     assert mpp is not None
     rest = request.overlap, request.probabilities
@@ -143,16 +141,6 @@ def gather_segmented(output: str | Path) -> list[SegmentedSlide]:
         OutputError: `output` cannot be written to.
     """
     return gather(_Segmented(Path(output)))
-
-
-def is_segmented(output: str | Path) -> bool:
-    """Whether `segment_slides` wrote to a folder."""
-    return any(_is_ours(path) for path in Path(output).glob(f"*/{RECORD}"))
-
-
-def _is_ours(path: Path) -> bool:
-    record = read_record(path)
-    return record is not None and "areas_mm2" in record["result"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from medsd.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = str(ROOT / "bundles" / "camelyon.json")
-OF_SEGMENTATION = ("btcv", "ebhi_segmentation", "nuinsseg")
+OF_SEGMENTATION = ("btcv", "ebhi_segmentation", "nuinsseg", "weak_labels")
 CONFIGS = sorted(str(path) for path in (ROOT / "configs").glob("*.json") if path.stem not in OF_SEGMENTATION)
 
 

@@ -20,15 +20,18 @@ from torch import nn
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.runner import Sharing
 from medsd.errors import ConfigError, DatasetError, WeightsError
+from medsd.heatmap.cohort import map_slides
+from medsd.heatmap.folder import holds_classes
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.view import ViewServer
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom.files import write_pyramid
+from medsd.record import read_record, rewrite_record
 from medsd.segment.contours import class_regions
 from medsd.segment.label_tiff import is_label_map, label_map_words
 from medsd.segment.network import SegmentationNetwork
-from medsd.segment.slides import SegmentRequest, gather_segmented, is_segmented, segment_slides
+from medsd.segment.slides import SegmentRequest, gather_segmented, segment_slides
 from medsd.segment.weights import SegmentationCard, save_segmentation
 from medsd.tables import read_table
 
@@ -183,7 +186,7 @@ def test_what_is_done_is_kept_and_gathered(done: SimpleNamespace, slide: Path, m
     copy = shutil.copytree(done.out, tmp_path / "out")
     for name in ("slides.csv", "index.html"):
         (copy / name).unlink()
-    assert is_segmented(copy) and [one.slide for one in gather_segmented(copy)] == ["drawn", "glass"]
+    assert holds_classes(copy) and [one.slide for one in gather_segmented(copy)] == ["drawn", "glass"]
     assert (copy / "index.html").read_text() == (done.out / "index.html").read_text()
 
 
@@ -245,8 +248,11 @@ def test_what_cannot_be_used_is_told_in_a_line(slide: Path, done: SimpleNamespac
         segment_slides(entries, tmp_path / "s.safetensors", tmp_path / "out", SegmentRequest(overlap=0.9))
     assert not (tmp_path / "out").exists()
     copy = shutil.copytree(done.folder, tmp_path / "maps" / "drawn")
-    record = json.loads((copy / "record.json").read_text())
+    with pytest.raises(DatasetError, match="holds segmented slides, whose files would be replaced"):
+        map_slides(entries, tmp_path / "s.safetensors", copy.parent)
+    record = read_record(copy / "record.json")
+    assert record is not None
     del record["result"]["areas_mm2"]
-    (copy / "record.json").write_text(json.dumps(record))
-    with pytest.raises(DatasetError, match="is of maps, whose files would be replaced"):
+    rewrite_record(copy / "record.json", record)
+    with pytest.raises(DatasetError, match="holds maps of slides, whose files would be replaced"):
         segment_slides(entries, tmp_path / "s.safetensors", tmp_path / "maps")
