@@ -87,6 +87,15 @@ def claimed(path: str | Path, wait: bool = False) -> Iterator[Claim | None]:
             claim.release()
 
 
+def forget_abandoned(path: str | Path) -> None:
+    """Take away the claim of a process that was killed, where nobody will claim `path` again: its work was done."""
+    path = Path(path)
+    holder = _read(path)
+    # An empty one may be in the making.
+    if holder and _is_abandoned(path, holder):
+        _bury(path, holder, secrets.token_hex(8))
+
+
 def _take(path: Path, token: str) -> bool:
     """Whether the claim is ours now."""
     for _ in range(2):

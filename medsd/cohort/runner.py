@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from medsd.checks import check_number
-from medsd.claims import Claim, claimed
+from medsd.claims import Claim, claimed, forget_abandoned
 from medsd.cohort.entry import SlideEntry, check_names, with_own_names
 from medsd.cohort.kept import Current, Kept, Row, gather, write_rows
 from medsd.cohort.owner import check_owner, known_identity, with_free_name
@@ -216,6 +216,7 @@ class _Run(Generic[Row]):
         if record is None:
             return None
         row = self._row(record, entry)
+        forget_abandoned(self._claim_of(entry))  # of a run that was killed between record and release
         if asdict(row) != record["result"]:
             rewrite_record(self.work.record_of(entry.name), {**record, "result": asdict(row)})
         return row
@@ -230,14 +231,17 @@ class _Run(Generic[Row]):
 
         None where another run has it in hand, which `wait` waits for.
         """
-        record = self.work.record_of(entry.name)
         try:
-            with claimed(record.with_name(f".{record.name}.claim"), wait) as claim:
+            with claimed(self._claim_of(entry), wait) as claim:
                 return None if claim is None else self.kept(entry) or self._make(entry, progress, claim)
         except OutputError as error:  # of the claim
             logger.error("%s", error)
             self.current.unrecorded[entry.name] = row = self.work.row(entry, "failed", str(error))
             return row
+
+    def _claim_of(self, entry: SlideEntry) -> Path:
+        record = self.work.record_of(entry.name)
+        return record.with_name(f".{record.name}.claim")
 
     def _make(self, entry: SlideEntry, progress: Progress, claim: Claim) -> Row:
         started = time.perf_counter()

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from medsd import claims
-from medsd.claims import claimed
+from medsd.claims import claimed, forget_abandoned
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import Kept, SlideRow, gather
 from medsd.cohort.owner import shard_of
@@ -205,6 +205,11 @@ def test_claims_of_the_dead_are_taken_over_and_those_of_the_living_are_not(
         with claimed(path) as claim:
             assert (claim is not None) == free
         assert path.exists() == (not free)
+        path.write_text(holder)
+        if old:
+            os.utime(path, (1, 1))
+        forget_abandoned(path)
+        assert path.exists() == (not free or not holder)
         path.unlink(missing_ok=True)
     monkeypatch.setattr(claims, "_HEARTBEAT_S", 0.01)
     with claimed(path) as claim:
