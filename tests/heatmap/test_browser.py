@@ -57,7 +57,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_page_starts_without_a_fault_and_asks_for_nothing(report: Browser, mapped: Path) -> None:
     assert report.errors == [] and report.requests == [(mapped / "report.html").as_uri()]
-    assert report.evaluate("state.layer") == "probability"
+    assert report.evaluate("state.layer") == "probability" and report.evaluate("byId('notice').hidden")
 
 
 def test_colours_are_the_scales_over_the_slide_in_grey(

@@ -143,12 +143,16 @@ function readAddress() {
 }
 
 async function start() {
+  // Printed before it is drawn, the page would show an empty frame and full colours.
+  byId("notice").textContent = "The picture is being drawn; wait before you print.";
+  byId("notice").hidden = false;
   const box = readAddress();
   await Promise.all([...Object.entries(data.layers).map(([name, layer]) => unpack(layer, name)), slide.decode()]);
   if (judged) trace();
   listen();
   update();
   fit(box);
+  byId("notice").hidden = true;
   document.body.dataset.ready = "yes";
 }
 
