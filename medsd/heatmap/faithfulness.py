@@ -85,16 +85,21 @@ class Faithfulness:
 
     @property
     def warning(self) -> str:
-        """What a reader has to be warned of; empty where the map does better than random places."""
-        if self.gained.value > 0 and (self.sure < _LEAST_SURE or self.agreeing >= _LEAST_AGREEING * self.sure):
-            return ""
-        if self.gained.value > 0:
+        """What a reader has to be warned of; empty where the map does better than random places, or is right in sign.
+
+        Most tissue is normal, and which of its places is hidden matters little: that alone is no reason to distrust a
+        map whose sums have the sign of what the network says of the tiles.
+        """
+        gained, enough = self.gained, self.sure >= _LEAST_SURE
+        agreeing = self.agreeing >= _LEAST_AGREEING * self.sure
+        if enough and not agreeing and gained.high >= 0:
             return (
                 f"Do not believe the maps: on this slide, {self.sure - self.agreeing} of {self.sure} tiles that the "
                 "network is sure of when shown alone have the other sign in them. Run the stage 'finetune' again: it "
                 "chooses to map tile by tile where surroundings change the answer."
             )
-        gained = self.gained
+        if gained.value > 0 or (enough and agreeing and gained.high >= 0):
+            return ""
         sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
             f"{sure.format(self.kind)}: on this slide, hiding what it shows brightest lowers the {self.output} no more "

@@ -16,6 +16,7 @@ from medsd.heatmap.faithfulness import Faithfulness, _above, judge_map, randomis
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.sample import MOST_TILES, sample_tiles
 from medsd.heatmap.value_map import ValueMap
+from medsd.intervals import Interval
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.weights import Calibration
 from medsd.saliency.metrics.perturb import baseline_image
@@ -131,6 +132,25 @@ def test_sums_that_contradict_the_tiles_are_told(
     assert f"In {found.agreeing} of {found.sure} of them" in found.words
     assert replace(found, sure=7, agreeing=0).warning == ""  # a few at a border say nothing
     assert found.warning == "" if sign > 0 else f"{found.sure} of {found.sure} tiles that the network" in found.warning
+
+
+@pytest.mark.parametrize(
+    ("gained", "sure", "agreeing", "begins"),
+    [
+        ((0.3, 0.1, 0.5), 12, 12, ""),
+        ((-0.1, -0.4, 0.2), 12, 12, ""),  # its sums are right; that places of normal tissue do not matter is no fault
+        ((-0.1, -0.4, 0.2), 5, 5, "The evidence map may mean nothing here"),
+        ((-0.1, -0.4, 0.2), 0, 0, "The evidence map may mean nothing here"),
+        ((-0.5, -0.8, -0.2), 12, 12, "Do not believe the evidence map:"),
+        ((-0.1, -0.4, 0.2), 12, 4, "Do not believe the maps:"),
+        ((0.3, 0.1, 0.5), 12, 4, "Do not believe the maps:"),
+    ],
+)
+def test_when_a_reader_is_warned(gained: tuple[float, ...], sure: int, agreeing: int, begins: str) -> None:
+    drop, no = Interval(1.0, 0.5, 1.5), Interval(*gained)
+    found = Faithfulness("evidence", 20, drop, drop, drop, no, sure=sure, agreeing=agreeing)
+    assert found.warning.startswith(begins) and bool(found.warning) == bool(begins)
+    assert ("not told apart from random places" in found.words) == (gained[1] <= 0 <= gained[2])
 
 
 def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:
