@@ -26,12 +26,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SlidesArgument = Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")]
+SlidesOut = Annotated[Path, typer.Option("--out", help="Folder to write; a folder a slide in it.")]
 MppOption = Annotated[
     float | None,
     typer.Option("--mpp", help="Micrometres per level-0 pixel, where the file's own is missing or wrong."),
 ]
 ShardOption = Annotated[
     str | None, typer.Option(help="This process's share of the slides, such as 3/40; 'medsd gather OUT' comes last.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")

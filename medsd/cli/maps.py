@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 import typer
 
-from medsd.cli.app import DeviceOption, MppOption, ShardOption, app, computing_on, end, see
+from medsd.cli.app import (
+    DeviceOption,
+    MppOption,
+    ShardOption,
+    SlidesArgument,
+    SlidesOut,
+    WorkersOption,
+    app,
+    computing_on,
+    end,
+    see,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,9 +35,9 @@ Row = TypeVar("Row", bound="ReportedSlide")
 
 @app.command()
 def heatmap(
-    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
+    slides: SlidesArgument,
     weights: Annotated[Path, typer.Option(help="A calibrated classifier, or an encoder alone (.safetensors).")],
-    out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
+    out: SlidesOut,
     mpp: MppOption = None,
     methods: Annotated[
         list[str] | None,
@@ -52,15 +63,13 @@ def heatmap(
         bool, typer.Option("--tiles-geojson", help="Leave tiles.geojson too, QuPath detections with the maps' values.")
     ] = False,
     dicom: Annotated[
-        bool, typer.Option("--dicom", help="Leave the maps and regions as DICOM too; needs pip install 'medsd[dicom]'.")
+        bool,
+        typer.Option("--dicom", help=r"Leave the maps and regions as DICOM too; needs pip install 'medsd\[dicom]'."),
     ] = False,
     faithful_tiles: Annotated[
         int, typer.Option(help="Tiles at most on which is measured how far the answer follows the map; 0: not.")
     ] = 64,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
-    ] = None,
+    workers: WorkersOption = None,
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
@@ -101,9 +110,9 @@ def heatmap(
 
 @app.command()
 def segment(
-    slides: Annotated[list[Path], typer.Argument(help="Slides, folders searched for them, or manifests (.csv).")],
+    slides: SlidesArgument,
     weights: Annotated[Path, typer.Option(help="A segmentation network (segmentation.safetensors).")],
-    out: Annotated[Path, typer.Option(help="Folder to write; a folder a slide in it.")],
+    out: SlidesOut,
     mpp: MppOption = None,
     network_mpp: Annotated[
         float | None,
@@ -116,12 +125,9 @@ def segment(
         bool, typer.Option("--probabilities", help="Leave probabilities.ome.tif too, a channel a class.")
     ] = False,
     dicom: Annotated[
-        bool, typer.Option("--dicom", help="Leave a DICOM Segmentation too; needs pip install 'medsd[dicom]'.")
+        bool, typer.Option("--dicom", help=r"Leave a DICOM Segmentation too; needs pip install 'medsd\[dicom]'.")
     ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
-    ] = None,
+    workers: WorkersOption = None,
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
