@@ -6,7 +6,8 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ class _Unexported(NetworkError):
 
 def _export(path: Path, network: Portable, sizes: Sizes) -> None:
     examples = network.examples(sizes)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with _quiet_torch(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's, of its own insides
         try:
             program = torch.onnx.export(
@@ -92,6 +92,18 @@ def _export(path: Path, network: Portable, sizes: Sizes) -> None:
     program.model.producer_name = "medsd"
     program.save(path)
     _check(path, network, examples)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without what torch's exporter logs of its own steps; the level is put back."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _axes(sizes: Sizes) -> dict[int, Any]:
