@@ -23,18 +23,22 @@ from medsd.progress import progress_bar
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """The root logger without handlers but new ones: pytest sends on what its own hold, and cannot send any name."""
-    root, medsd = logging.getLogger(), logging.getLogger("medsd")
-    before, level = root.handlers, medsd.level
-    root.handlers = []
-    medsd.setLevel(logging.INFO)
+    """Loggers without handlers but new ones: pytest sends on what its own hold, and cannot send any name."""
+    root, own = logging.getLogger(), [logging.getLogger(name) for name in ("medsd", "medsd.test")]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in (root, *own)]
+    for logger in (root, *own):
+        logger.handlers = []
+    for logger in own:
+        logger.setLevel(logging.INFO)
+        logger.propagate = True
     try:
         yield
     finally:
         for handler in root.handlers:
             handler.close()
-        root.handlers = before
-        medsd.setLevel(level)
+        for logger, handlers, level, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def test_a_file_of_dated_lines_and_one_of_json_objects(tmp_path: Path) -> None:
