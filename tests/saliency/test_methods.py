@@ -270,17 +270,19 @@ def live_tensors() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
-@pytest.mark.parametrize(
-    ("name", "calls"), [("gradient", 300), ("mean_map", 300), ("eigencam", 150), ("deeplift", 150)]
-)
+@pytest.mark.parametrize(("name", "calls"), [("gradient", 100), ("mean_map", 100), ("eigencam", 50), ("deeplift", 50)])
 def test_many_calls_keep_no_memory(name: str, calls: int) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     method: Method = make_method(name, network, "0")
-    x = torch.randn(4, 3, 24, 24)  # 60 KiB of activations a call, kept they would be 8 MiB and more
-    for _ in range(calls // 10):
+    x = torch.randn(4, 3, 24, 24)  # 60 KiB of activations a call, kept they would be 2.9 MiB a round and more
+    for _ in range(calls // 4):
         method(x, 1)
-    tensors, memory = live_tensors(), resident_mib()
-    for _ in range(calls - calls // 10):
-        method(x, 1)
+    tensors, grown = live_tensors(), []
+    for _ in range(3):
+        memory = resident_mib()
+        for _ in range(calls):
+            method(x, 1)
+        grown.append(resident_mib() - memory)
     assert live_tensors() == tensors
-    assert resident_mib() - memory < 4
+    # The allocator takes a piece of the system's memory now and then; what calls keep grows in every round.
+    assert min(grown) < 1.5
