@@ -95,6 +95,11 @@ class Stage:
             most = min(most, _CPU_TENSOR_BYTES / self.tensor_bytes)
         return max(1, int(most))
 
+    def cost(self, device: torch.device) -> float:
+        """Cells computed for each one wanted, in the largest squares of a device; infinite if none holds its halo."""
+        side = math.sqrt(self.largest(None, 1, device))
+        return (side / (side - 2 * self.halo)) ** 2 if side >= 2 * self.halo + 1 else math.inf
+
 
 class Node(NamedTuple):
     """Features of a stage over `rect`, from its input over `crop` (feature cells), which `parts` give."""

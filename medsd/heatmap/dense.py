@@ -75,7 +75,8 @@ class DenseEngine(Engine):
     """Maps slides without tiles; arguments and errors as `Engine`.
 
     Raises:
-        NetworkError: the network has global operations or a path around the layer, or a method looks at whole tiles.
+        NetworkError: the network has global operations or a path around the layer, or a method looks at whole tiles;
+            from `map`: a cell sees more than memory holds.
     """
 
     classifier: TileClassifier
@@ -233,6 +234,12 @@ class DenseEngine(Engine):
         place[...] = inner[: place.shape[0], : place.shape[1]]
         # A probability is the mean over the cells of the windows around it.
         wanted = grown(cells, self.window // 2)
+        if self.block_px is None and math.isinf(stage.cost(self.classifier.device)):
+            around = stage.halo * self.cascade.features.stride
+            raise NetworkError(
+                f"layer '{self.settings.layer}': a dense map has no room for a single cell and what it looks at, "
+                f"{around:,} px on each side; choose a later layer, way 'tiled', or block_px if there is more memory"
+            )
         largest = stage.largest(self.block_px, self.cascade.features.stride, self.classifier.device)
         canvas = size[0], size[1]
         rects = [(rect, rect.grown(stage.halo, canvas)) for rect in partition(wanted, stage.halo, largest)]

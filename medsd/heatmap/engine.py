@@ -30,6 +30,8 @@ __all__ = ["Engine", "engine_that_agrees", "make_engine"]
 logger = logging.getLogger(__name__)
 
 _LEAST_SURE, _LEAST_AGREEING, _BATCH = 8, 0.95, 32
+# Passes of each pixel, tile by tile: tiles lie half a tile apart.
+_TILED_COST = 4.0
 
 
 @dataclass(eq=False, repr=False)
@@ -88,32 +90,34 @@ class MixedEngine(Engine):
 
 
 def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
-    """The engine, or the tiled one where its network answers otherwise to tiles with their surroundings than alone.
+    """The engine, or the tiled one where the dense one costs more, or its maps say otherwise than tiles shown alone.
 
     A network learns from tiles whose borders are padded. In a slide's dense map other tissue lies there instead; where
     what is padded reaches most of the tile, the answer may be another one (EfficientNet-Lite0 on tiles of 96 px), and
     the dense map would be that of a network nobody trained. Asked are tiles in the midst of eight others (our choice).
+    Where a layer's cells look so far that little more than their surroundings fits a CPU's memory (DenseNet-121,
+    ConvNeXt-T), blocks overlap more than tiles do; asked of the CPU everywhere, so that weights are mapped alike.
 
     Args:
         engine: as `make_engine` made it; one whose settings say a way keeps it.
         tiles: (B, 3, tile_px, tile_px) uint8, of every class.
 
     Returns:
-        the engine, unless of eight tiles or more with |log-odds| above 1 fewer than 95 % keep the sign.
+        the engine, unless of eight tiles or more with |log-odds| above 1 fewer than 95 % keep the sign, or blocks
+        compute each cell more than four times.
     """
     dense = engine.of_places if isinstance(engine, MixedEngine) else engine
     if not isinstance(dense, DenseEngine) or engine.settings.way != "auto":
         return engine
-    classifier, side = dense.classifier, engine.tile_px
-    with evaluating(classifier), torch.no_grad():
-        parts = (tiles[start : start + _BATCH].to(classifier.device) for start in range(0, len(tiles), _BATCH))
-        alone = torch.cat([engine.evidence(classifier(classifier.normalise(part))) for part in parts])
-    generator, kept = torch.Generator().manual_seed(0), []
-    for number in (alone.abs() > 1).nonzero()[:, 0].tolist():
-        around = tiles[torch.randint(len(tiles), (9,), generator=generator)]
-        around[4] = tiles[number]
-        mosaic = around.view(3, 3, 3, side, side).permute(2, 0, 3, 1, 4).reshape(1, 3, 3 * side, 3 * side)
-        kept.append(bool(dense.with_surroundings(mosaic)[0] * alone[number] > 0))
+    cost = dense.cascade.top.cost(torch.device("cpu"))
+    if engine.settings.block_px is None and cost > _TILED_COST:
+        often = f"{cost:.0f} times" if cost < 1e3 else "without end"
+        logger.info(
+            "slides are mapped tile by tile: above layer '%s' blocks would compute each cell %s, tiles do %.0f times",
+            *(engine.settings.layer, often, _TILED_COST),
+        )
+        return _tiled(engine)
+    kept = _keep_their_sign(dense, tiles)
     if len(kept) < _LEAST_SURE or sum(kept) >= _LEAST_AGREEING * len(kept):
         return engine
     logger.warning(
@@ -122,9 +126,28 @@ def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
         len(kept) - sum(kept),
         len(kept),
     )
+    return _tiled(engine)
+
+
+def _keep_their_sign(engine: DenseEngine, tiles: Tensor) -> list[bool]:
+    """Of each tile that the network is sure of, whether its log-odds keep their sign in the midst of eight others."""
+    classifier, side = engine.classifier, engine.tile_px
+    with evaluating(classifier), torch.no_grad():
+        parts = (tiles[start : start + _BATCH].to(classifier.device) for start in range(0, len(tiles), _BATCH))
+        alone = torch.cat([engine.evidence(classifier(classifier.normalise(part))) for part in parts])
+    generator, kept = torch.Generator().manual_seed(0), []
+    for number in (alone.abs() > 1).nonzero()[:, 0].tolist():
+        around = tiles[torch.randint(len(tiles), (9,), generator=generator)]
+        around[4] = tiles[number]
+        mosaic = around.view(3, 3, 3, side, side).permute(2, 0, 3, 1, 4).reshape(1, 3, 3 * side, 3 * side)
+        kept.append(bool(engine.with_surroundings(mosaic)[0] * alone[number] > 0))
+    return kept
+
+
+def _tiled(engine: Engine) -> Engine:
     settings = replace(engine.settings, way="tiled")
     rest = engine.mpp, engine.target, settings, engine.temperature, engine.reference, engine.offset
-    return make_engine(classifier, side, *rest)
+    return make_engine(engine.classifier, engine.tile_px, *rest)
 
 
 def _of_tiles(settings: MapSettings) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from medsd.errors import NetworkError
+from medsd.heatmap import cascade
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.engine import engine_that_agrees, make_engine
 from medsd.heatmap.maps import MapSettings
@@ -101,3 +103,32 @@ def test_a_network_that_surroundings_turn_round_is_mapped_tile_by_tile(classifie
 def test_a_network_that_is_sure_of_nothing_keeps_its_way(classifier):
     engine = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2"), 1e6)
     assert engine_that_agrees(engine, torch.zeros((20, 3, 64, 64), dtype=torch.uint8)) is engine
+
+
+@pytest.mark.parametrize(("room", "way"), [(3.0, "tiled"), (5.0, "auto")])
+def test_a_layer_whose_blocks_cost_more_than_tiles_is_mapped_tile_by_tile(classifier, monkeypatch, caplog, room, way):
+    caplog.set_level("INFO")
+    settings = MapSettings(("gradient",), "layer2")
+    engine = make_engine(classifier, 64, 1.0, 1, settings, 1e6)
+    top = engine.cascade.top
+    assert top.halo > 0
+    # Squares of so many halos: of 3 a third of each side is wanted, so that every cell is computed 9 times; of 5, 2.8.
+    monkeypatch.setattr(cascade, "_CPU_BYTES", (room * top.halo) ** 2 * top.cell_bytes * 1.001)
+    assert top.cost(torch.device("cpu")) == pytest.approx((room / (room - 2)) ** 2, rel=0.05)
+    images = torch.zeros((20, 3, 64, 64), dtype=torch.uint8)
+    assert engine_that_agrees(engine, images).settings.way == way
+    assert ("above layer 'layer2' blocks would compute each cell 9 times, tiles do 4" in caplog.text) == (
+        way == "tiled"
+    )
+    chosen = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2", block_px=64), 1e6)
+    assert engine_that_agrees(chosen, images) is chosen  # who gives room for blocks has it
+
+
+def test_a_layer_that_leaves_no_room_for_a_cell_is_refused_before_anything_is_computed(
+    classifier, monkeypatch, array_slide
+):
+    slide, tissue = array_slide(np.zeros((128, 128, 3), np.uint8)), TissueMask(np.ones((1, 1), bool), 256.0)
+    engine = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2"))
+    monkeypatch.setattr(cascade, "_CPU_BYTES", (2 * engine.cascade.top.halo) ** 2 * engine.cascade.top.cell_bytes)
+    with pytest.raises(NetworkError, match=r"layer 'layer2': a dense map has no room .* way 'tiled', or block_px"):
+        engine.map(slide, tissue)
