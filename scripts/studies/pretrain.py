@@ -70,9 +70,17 @@ VARIANTS = {
     "w2": MedMoCoSettings(local=0.0),
     "med-moco": MedMoCoSettings(),
     "corr": MedMoCoSettings(local=0.0, decorrelation="corr"),
+    "corr-4": MedMoCoSettings(local=0.0, decorrelation="corr", penalty=4.0),
     "local-corr": MedMoCoSettings(decorrelation="corr"),
     "local-corr-4": MedMoCoSettings(decorrelation="corr", penalty=4.0),
     "local-corr-16": MedMoCoSettings(decorrelation="corr", penalty=16.0),
+    # One setting at a time, for a choice on validation.
+    "moco-t0.1": MedMoCoSettings(local=0.0, decorrelation="none", temperature=0.1),
+    "moco-t0.4": MedMoCoSettings(local=0.0, decorrelation="none", temperature=0.4),
+    "med-moco-t0.1": MedMoCoSettings(temperature=0.1),
+    "med-moco-t0.4": MedMoCoSettings(temperature=0.4),
+    "med-moco-g16": MedMoCoSettings(group_size=16),
+    "med-moco-g32": MedMoCoSettings(group_size=32),
 }
 # Fine-tuning: the share of labels, and epochs of as many steps.
 FRACTIONS = {"finetune_10": (0.1, 20), "finetune_100": (1.0, 4)}

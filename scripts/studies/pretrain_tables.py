@@ -24,9 +24,16 @@ WORDS = {
     "w2": "+ decorrelation (W2)",
     "med-moco": "Med-MoCo, both",
     "corr": "+ penalty on correlation",
+    "corr-4": "+ penalty of 4",
     "local-corr": "+ local + penalty",
     "local-corr-4": "+ local + penalty of 4",
     "local-corr-16": "+ local + penalty of 16",
+    "moco-t0.1": "MoCo v2, temperature 0.1",
+    "moco-t0.4": "MoCo v2, temperature 0.4",
+    "med-moco-t0.1": "Med-MoCo, temperature 0.1",
+    "med-moco-t0.4": "Med-MoCo, temperature 0.4",
+    "med-moco-g16": "Med-MoCo, groups of 16",
+    "med-moco-g32": "Med-MoCo, groups of 32",
 }
 _BASE = "moco"
 _PARTS = {
