@@ -9,6 +9,7 @@ python scripts/evidence.py maps DATA --run runs/pcam
 python scripts/evidence.py ways DATA --run runs/pcam
 python scripts/evidence.py appearance DATA
 python scripts/evidence.py pretrain DATA --device cuda --processes 12
+python scripts/evidence.py segment DATA
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from medsd.errors import MedsdError
 from medsd.files import make_folder, write_json, write_text
 
-STUDIES = ("objectives", "finetune", "saliency", "label_free", "maps", "ways", "appearance", "pretrain")
+STUDIES = ("objectives", "finetune", "saliency", "label_free", "maps", "ways", "appearance", "pretrain", "segment")
 
 
 class Job(Protocol):

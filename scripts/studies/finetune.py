@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from studies import data
 from studies.data import Items, Split
-from timm.models import register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
 from medsd.cohort.dataset import Sample
@@ -43,21 +43,19 @@ EXPLAINED = ExplanationSettings(items=64, draws=2, batch_size=256)
 
 
 @register_model  # type: ignore[no-untyped-call]
-def resnet10t_half(
-    pretrained: bool = False, num_classes: int = 0, global_pool: str = "", output_stride: int = 32, **_cfg: object
-) -> ResNet:
+def resnet10t_half(pretrained: bool = False, pretrained_cfg: None = None, **options: Any) -> ResNet:
     """timm's ResNet-10-t with half its channels: 1.2 million parameters, for many trainings on a CPU."""
-    return ResNet(
-        BasicBlock,
+    made: ResNet = build_model_with_cfg(
+        *(ResNet, ENCODER, pretrained, {"first_conv": "conv1.0", "classifier": "fc"}),
+        block=BasicBlock,
         layers=(1, 1, 1, 1),
         channels=(32, 64, 128, 256),
         stem_width=16,
         stem_type="deep_tiered",
         avg_down=True,
-        num_classes=num_classes,
-        global_pool=global_pool,
-        output_stride=output_stride,
+        **options,
     )
+    return made
 
 
 @dataclass(frozen=True)

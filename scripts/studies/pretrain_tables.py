@@ -88,7 +88,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
     yield "| " + " | ".join(["", *(column.title for column in COLUMNS)]) + " |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for variant in variants:
-        cells = [_mean(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
+        cells = [mean_of(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
         held = sum((part, variant, seed) in results for seed in seeds)
         words = WORDS[variant] + (f" ({held} seeds)" if held < len(seeds) else "")
         yield "| " + " | ".join([words, *cells]) + " |"
@@ -101,7 +101,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
     for variant in variants:
         if variant != _BASE:
             cells = [
-                _difference(
+                difference_of(
                     _values(results, part, variant, column.key, seeds)
                     - _values(results, part, _BASE, column.key, seeds),
                     column.digits,
@@ -116,7 +116,7 @@ def _values(results: Results, part: str, variant: str, key: str, seeds: list[int
     return np.array([results.get((part, variant, seed), {}).get(key, np.nan) for seed in seeds], np.float64)
 
 
-def _mean(values: npt.NDArray[np.float64], digits: int) -> str:
+def mean_of(values: npt.NDArray[np.float64], digits: int) -> str:
     known = values[np.isfinite(values)]
     if not len(known):
         return ""
@@ -124,7 +124,7 @@ def _mean(values: npt.NDArray[np.float64], digits: int) -> str:
     return f"{known.mean():.{digits}f}{spread}"
 
 
-def _difference(values: npt.NDArray[np.float64], digits: int) -> str:
+def difference_of(values: npt.NDArray[np.float64], digits: int) -> str:
     known = values[np.isfinite(values)]
     if not len(known):
         return ""

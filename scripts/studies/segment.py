@@ -1,0 +1,227 @@
+"""Segmentation: which start of the encoder, how many masks, and what masks for nothing are worth before real ones.
+
+Every job is a run of `bundles/segmentation.json` as a user runs it. Encoders are those that the study of pre-training
+keeps (`--out` of both the same), so that starts differ in their pre-training alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import monai.bundle
+import numpy as np
+from studies.finetune import start_worker
+from studies.segment_tables import draw, tables
+
+from medsd.errors import DatasetError
+from medsd.files import make_folder, sha256_of
+from medsd.segment.weak import IGNORED
+from medsd.tables import read_table
+
+__all__ = ["draw", "tables"]
+
+VERSION = 1
+# Unseen by the classifier, which learnt from slides of small seeds.
+_FIRST_PHANTOMS = 100
+
+
+@dataclass(frozen=True)
+class Part:
+    """A data set, and what all of its trainings share.
+
+    Attributes:
+        configs: files laid on the bundle.
+        folder: of the data set, in the folder of all; empty for phantom slides.
+        keys: of the bundle.
+    """
+
+    configs: tuple[str, ...]
+    folder: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+_FEW = {"max_epochs": 6, "samples_per_epoch": 512, "batch_size": 16}
+PARTS = {
+    "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", {**_FEW, "crop_px": 112}),
+    "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "crop_px": 112, "mask_kind": "semantic"}),
+    "weak": Part((), "", {"phantom_slides": 20, "phantom_size_px": 2048, "encoder": "resnet10t"}),
+}
+PRETRAINED = ("start", "moco", "med-moco", "local-corr-4")
+_PRETRAINED_ON, _HALF = "pcam-resnet10t", "resnet10t_half"
+_IMAGENET = "tf_efficientnet_lite0.in1k.fp16.safetensors"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training of a part, but for its seed.
+
+    Attributes:
+        start: of the encoder: a variant of the study of pre-training, "lite0" (ImageNet), or, in the part "weak", of
+            the classifier's encoder: "masks" alone, "weak" (evidence in the place of masks), or "weak then masks".
+        protocol, fraction: keys of the bundle; a fraction of 0 looks at no training mask.
+        sure, fill: of weak masks.
+    """
+
+    start: str
+    protocol: Literal["linear", "full"] = "full"
+    fraction: float = 1.0
+    sure: float = 2.0
+    fill: str = "ignore"
+
+    @property
+    def name(self) -> str:
+        """Of files."""
+        weak = f"-{self.sure:g}-{self.fill}" if self.start.startswith("weak") else ""
+        return f"{self.start.replace(' ', '_')}-{self.protocol}-{self.fraction:g}{weak}"
+
+
+def settings_of(part: str, starts: Sequence[str]) -> list[Setting]:
+    """What is trained in a part."""
+    if part != "weak":
+        kinds: list[tuple[Literal["linear", "full"], float]] = [("linear", 1.0), ("full", 0.1), ("full", 1.0)]
+        return [Setting(start, *kind) for start in starts for kind in kinds]
+    weak = [Setting("weak", fraction=0, sure=sure) for sure in (1.0, 2.0, 4.0)]
+    weak.append(Setting("weak", fraction=0, fill="random_walker"))
+    real = [Setting(start, fraction=share) for start in ("masks", "weak then masks") for share in (0.01, 0.1, 1.0)]
+    return weak + real
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, scored on its test part."""
+
+    part: str
+    setting: Setting
+    seed: int
+    data: str
+    folder: str
+    encoder: str
+    classifier: str
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.setting.name}-{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of this study alone."""
+    parser.add_argument("data", type=Path, help="Holds ebhi_seg, nuinsseg and weights_encoders.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--starts", choices=(*PRETRAINED, "lite0"), nargs="+", default=[*PRETRAINED, "lite0"])
+    parser.add_argument(
+        "--classifier", type=Path, default=Path("runs/camelyon/model.safetensors"), help="Of the part 'weak'."
+    )
+
+
+def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """Seed by seed, so that a study that is stopped has whole comparisons."""
+    kept = folder.parent / "pretrain" / "encoders" / _PRETRAINED_ON
+    jobs = []
+    for part in arguments.part:
+        for seed in range(arguments.seeds):
+            for setting in settings_of(part, arguments.starts):
+                encoder = kept / f"{setting.start}-{seed}.safetensors"
+                if setting.start == "lite0":
+                    encoder = arguments.data / "weights_encoders" / _IMAGENET
+                elif part == "weak":
+                    encoder = arguments.classifier
+                jobs.append(
+                    Job(part, setting, seed, *map(str, (arguments.data, folder, encoder, arguments.classifier)))
+                )
+    return jobs
+
+
+def key_of(job: Job) -> tuple[str, Setting, int]:
+    """What the tables find a job's results by."""
+    return job.part, job.setting, job.seed
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    """What the results of a job depend on."""
+    weights = Path(job.encoder)
+    return {
+        "version": VERSION,
+        "part": asdict(PARTS[job.part]),
+        "setting": asdict(job.setting),
+        "encoder": sha256_of(weights) if weights.is_file() else None,
+    }
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> None:
+    """Ask for the encoders before anything is trained."""
+    for job in jobs_of(arguments, folder):
+        if not Path(job.encoder).is_file():
+            hint = "run the bundle" if job.part == "weak" else f"run the study 'pretrain', part {_PRETRAINED_ON}"
+            raise DatasetError(f"{job.encoder}: no such file; {hint} first, with the same --out")
+
+
+def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
+    """Train by the bundle, and take its scores; the run's folder is kept until then, so that it may be stopped."""
+    start_worker()
+    part, setting = PARTS[job.part], job.setting
+    runs = make_folder(Path(job.folder, "runs", job.part))
+    keys = {
+        **part.keys,
+        "protocol": setting.protocol,
+        "label_fraction": setting.fraction or 1.0,
+        "encoder_weights": job.encoder,
+        "seed": job.seed,
+        "device": "$torch.device('cpu')",
+    }
+    if part.folder:
+        keys["dataset_dir"] = str(Path(job.data, part.folder))
+        if setting.start != "lite0":
+            keys |= {"encoder": _HALF, "input_mean": [0.485, 0.456, 0.406], "input_std": [0.229, 0.224, 0.225]}
+    else:
+        phantoms = _FIRST_PHANTOMS + job.seed
+        keys |= {"phantom_dir": str(Path(job.folder, "phantoms", str(phantoms))), "phantoms::seed": phantoms}
+    if setting.start != "weak then masks":
+        return job, _scores(runs / job.name, part.configs, keys, _weak_keys(job) if setting.start == "weak" else None)
+    first = runs / f"{job.name}-weak"
+    _scores(first, part.configs, {**keys, "label_fraction": 1.0}, _weak_keys(job), keep=True)
+    keys["start_weights"] = str(first / "segmentation.safetensors")
+    found = _scores(runs / job.name, part.configs, keys, None)
+    shutil.rmtree(first)
+    return job, found
+
+
+def _weak_keys(job: Job) -> dict[str, Any]:
+    return {"classifier": job.classifier, "sure": job.setting.sure, "fill": job.setting.fill}
+
+
+def _scores(
+    run: Path, configs: tuple[str, ...], keys: dict[str, Any], weak: dict[str, Any] | None, keep: bool = False
+) -> dict[str, Any]:
+    """Dice on the test part, of the best epoch on the validation part, and what weak masks are like."""
+    files = ["bundles/segmentation.json", *configs, *(["configs/weak_labels.json"] if weak else [])]
+    workflow = monai.bundle.run(config_file=files, output_dir=str(run), **keys, **(weak or {}))
+    (scores,) = json.loads((run / "scores.json").read_text("utf-8"))["masks"].values()
+    history = read_table(run / "training" / "history.csv", ("epoch", "validation_dice"))
+    found = {
+        "dice": scores["dice"]["value"],
+        "pooled": scores["pooled_dice"]["value"],
+        "hausdorff95": scores["hausdorff95"]["value"],
+        "surface_dice": scores["surface_dice"]["value"],
+        "patients": scores["patients"],
+        "validation": float(history["validation_dice"].astype(float).max()),
+    }
+    if weak:
+        items = workflow.parser.get_parsed_content("data").part("training")
+        real = workflow.parser.get_parsed_content("masked").part("training")
+        truth = np.stack([real[item]["label"][0].numpy() for item in range(len(real))])
+        found["weak"] = {
+            "said": float((items.masks != IGNORED).mean()),
+            "precision": float((truth[items.masks == 1] == 1).mean()),
+            "background": float((truth[items.masks == 0] == 0).mean()),
+            "share": float(truth.mean()),
+        }
+    if not keep:
+        shutil.rmtree(run)
+    return found

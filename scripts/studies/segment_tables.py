@@ -1,0 +1,127 @@
+"""Tables and the picture of the study of segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from studies.pretrain_tables import WORDS, difference_of, mean_of
+
+from medsd.drawing import save_figure
+from medsd.evaluate.plots import RUN_STYLES
+
+# Part, setting and seed; settings are of `studies.segment`, which takes its tables from here.
+Results = dict[tuple[str, Any, int], dict[str, Any]]
+
+_PARTS = {
+    "ebhi": "EBHI-Seg, glands and lesions, patients apart",
+    "nuinsseg": "NuInsSeg, nuclei, organs apart",
+    "weak": "Phantom slides, tumour",
+}
+_BASES = {"ebhi": "moco", "nuinsseg": "moco", "weak": "masks"}
+_STARTS = {
+    **WORDS,
+    "lite0": "EfficientNet-Lite0, ImageNet",
+    "masks": "real masks",
+    "weak": "evidence alone",
+    "weak then masks": "evidence, then real masks",
+}
+_COLUMNS = (("dice", "Dice", 3), ("pooled", "Dice of all pixels", 3), ("surface_dice", "surface Dice", 3))
+
+
+def tables(results: Results) -> str:
+    """A table a part: means over seeds, and differences of Dice to its base, paired by seed."""
+    return "\n".join(line for part in _PARTS if any(key[0] == part for key in results) for line in _part(part, results))
+
+
+def _part(part: str, results: Results) -> Iterator[str]:
+    settings = list(dict.fromkeys(setting for at, setting, _ in results if at == part))
+    seeds = sorted({seed for at, _, seed in results if at == part})
+    base = _BASES[part]
+    yield f"### {_PARTS[part]}"
+    yield ""
+    yield (
+        f"Mean and standard error over {len(seeds)} seeds, each with its own split; differences of Dice to "
+        f"'{_STARTS[base]}' of the same protocol and share, paired by seed, with the 95 % interval of Student's t."
+    )
+    yield ""
+    heads = ["start", "protocol", "masks", *(title for _, title, _ in _COLUMNS), "validation Dice", "difference"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|---" * len(heads) + "|"
+    for setting in settings:
+        cells = [mean_of(_values(results, part, setting, key, seeds), digits) for key, _, digits in _COLUMNS]
+        cells.append(mean_of(_values(results, part, setting, "validation", seeds), 3))
+        paired = ""
+        if setting.start != base and (other := _like(settings, setting, base)) is not None:
+            found = (_values(results, part, one, "dice", seeds) for one in (setting, other))
+            paired = difference_of(next(found) - next(found), 3)
+        words = _STARTS[setting.start]
+        if setting.start == "weak":
+            words += f", sure {setting.sure:g}, {setting.fill.replace('_', ' ')}"
+        share = f"{100 * setting.fraction:g} %"
+        yield "| " + " | ".join([words, setting.protocol, share, *cells, paired]) + " |"
+    yield ""
+    if part == "weak":
+        yield from _weak_masks(settings, results, seeds)
+
+
+def _weak_masks(settings: list[Any], results: Results, seeds: list[int]) -> Iterator[str]:
+    """How true the masks made of evidence are."""
+    yield "| masks of evidence | said of pixels | tumour where it says so | none where it says so | tumour of all |"
+    yield "|---|---|---|---|---|"
+    for setting in settings:
+        rows = [results[key]["weak"] for seed in seeds if (key := ("weak", setting, seed)) in results]
+        if setting.start == "weak" and rows:
+            cells = [
+                mean_of(np.array([row[name] for row in rows]), 3)
+                for name in ("said", "precision", "background", "share")
+            ]
+            yield "| " + " | ".join([f"sure {setting.sure:g}, {setting.fill.replace('_', ' ')}", *cells]) + " |"
+    yield ""
+
+
+def _like(settings: list[Any], setting: Any, start: str) -> Any | None:
+    """The setting of another start with the same protocol and share of masks."""
+    wanted = (start, setting.protocol, setting.fraction)
+    return next((one for one in settings if (one.start, one.protocol, one.fraction) == wanted), None)
+
+
+def _values(results: Results, part: str, setting: Any, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
+    """A measure by seed, nan where it is missing."""
+    found = [results.get((part, setting, seed), {}).get(key) for seed in seeds]
+    return np.array([np.nan if one is None else one for one in found], np.float64)
+
+
+def draw(results: Results, folder: Path) -> None:
+    """`segment.png`: Dice by the share of masks that was learnt from, a panel a part, a line a start."""
+    parts = [part for part in _PARTS if any(key[0] == part for key in results)]
+    if not parts:
+        return
+    figure = Figure(figsize=(5.2 * len(parts), 4.4), dpi=120, layout="constrained")
+    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
+        settings = [one for one in dict.fromkeys(key[1] for key in results if key[0] == part) if one.protocol == "full"]
+        seeds = sorted({key[2] for key in results if key[0] == part})
+        for start, (colour, marker) in zip(dict.fromkeys(one.start for one in settings), RUN_STYLES, strict=False):
+            own = sorted((one for one in settings if one.start == start and one.fraction), key=lambda one: one.fraction)
+            alone = [one for one in settings if one.start == start and not one.fraction]
+            found = [_values(results, part, one, "dice", seeds) for one in own or alone]
+            middles = [np.nanmean(values) for values in found]
+            errors = [np.nanstd(values, ddof=1) / np.sqrt(np.isfinite(values).sum()) for values in found]
+            if own:
+                shares = [100 * one.fraction for one in own]
+                axes.errorbar(
+                    shares, middles, errors, color=colour, marker=marker, ms=5, capsize=2, label=_STARTS[start]
+                )
+            else:  # no masks: a level to compare with
+                axes.axhline(max(middles), color=colour, ls=":", label=f"{_STARTS[start]}, no mask (the best)")
+        axes.set(
+            xscale="log", xlabel="% of the training patients whose masks are learnt from", ylabel="Dice, test part"
+        )
+        axes.set_title(_PARTS[part], fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="x-small", frameon=False)
+    save_figure(folder / "segment.png", figure, "medsd study of segmentation")
