@@ -121,6 +121,8 @@ def draw(results: Results, folder: Path) -> None:
         axes.set(
             xscale="log", xlabel="% of the training patients whose masks are learnt from", ylabel="Dice, test part"
         )
+        axes.set_xticks(ticks := [100 * share for share in (0.01, 0.1, 1.0)], [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_title(_PARTS[part], fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="x-small", frameon=False)
