@@ -58,6 +58,26 @@ def read_annotations(
     """
     path = Path(path)
     roles = Roles(tumour_groups, excluded_groups, classes)
+    start, data = _content(path)
+    if is_tiff(start):
+        if slide_size_px is None:
+            raise AnnotationError(f"{path}: a mask can have any resolution; give slide_size_px, the slide's size")
+        return parse_mask(path, slide_size_px, tumour_values)
+    first = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if first == b"<" or ".xml" in suffixes:
+        found = parse_asap_xml(data, path, roles)
+    elif first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
+        found = parse_json(data, path, roles, qupath_origin_px)
+    else:
+        raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
+    if slide_size_px is not None and not found.tumour.is_empty:
+        _check_on_slide(found, path, slide_size_px)
+    return found
+
+
+def _content(path: Path) -> tuple[bytes, bytes]:
+    """The first four bytes of a file, and all of it, unpacked; of a TIFF nothing more."""
     try:
         with open(path, "rb") as handle:
             start = handle.read(4)
@@ -73,24 +93,15 @@ def read_annotations(
         raise AnnotationError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     if len(data) > LARGEST_BYTES:
         raise AnnotationError(f"{path}: larger than {LARGEST_BYTES / 2**30:g} GiB, no slide's annotations; split it")
-    if is_tiff(start):
-        if slide_size_px is None:
-            raise AnnotationError(f"{path}: a mask can have any resolution; give slide_size_px, the slide's size")
-        return parse_mask(path, slide_size_px, tumour_values)
-    first = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    suffixes = {suffix.lower() for suffix in path.suffixes}
-    if first == b"<" or ".xml" in suffixes:
-        found = parse_asap_xml(data, path, roles)
-    elif first in (b"{", b"[") or suffixes & {".json", ".geojson"}:
-        found = parse_json(data, path, roles, qupath_origin_px)
-    else:
-        raise AnnotationError(f"{path}: no annotations known here; give ASAP XML, GeoJSON of QuPath or a mask as TIFF")
-    if slide_size_px is not None and not found.tumour.is_empty:
-        on_slide = found.tumour.intersection(box(0, 0, *slide_size_px)).area
-        if on_slide < found.tumour.area / 2:
-            left, top, right, bottom = (round(bound) for bound in found.tumour.bounds)
-            raise AnnotationError(
-                f"{path}: most of what is outlined, x {left} to {right} and y {top} to {bottom}, lies off the slide of "
-                f"{slide_size_px[0]} x {slide_size_px[1]}; give this slide's outlines in level-0 pixels, y downwards"
-            )
-    return found
+    return start, data
+
+
+def _check_on_slide(found: Annotations, path: Path, size_px: tuple[int, int]) -> None:
+    """Outlines of another slide or scale lie off this one."""
+    on_slide = found.tumour.intersection(box(0, 0, *size_px)).area
+    if on_slide < found.tumour.area / 2:
+        left, top, right, bottom = (round(bound) for bound in found.tumour.bounds)
+        raise AnnotationError(
+            f"{path}: most of what is outlined, x {left} to {right} and y {top} to {bottom}, lies off the slide of "
+            f"{size_px[0]} x {size_px[1]}; give this slide's outlines in level-0 pixels, y downwards"
+        )

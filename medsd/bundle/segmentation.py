@@ -71,23 +71,9 @@ def segment(
     """
     check_choice("protocol", protocol, get_args(Protocol))
     network = cast(SegmentationNetwork, trainer.network)
-    weights = network.encoder_weights
-    normalise = network.normalise
-    made = {
-        "encoder": network.encoder_name,
-        "decoder": network.decoder_name,
-        "classes": list(network.classes),
-        "input_mean": normalise.input_mean,
-        "input_std": normalise.input_std,
-    }
     settings = settings_of(
         trainer,
-        network=made,
-        start={
-            "pretrained": network.pretrained,
-            "encoder_weights": weights and weights_sha256(weights),
-            **({"start_weights": sha256_of(start_weights)} if start_weights else {}),
-        },
+        **_network_settings(network, start_weights),
         protocol=protocol,
         data={"side_px": data.side_px, "split": data.fingerprint()},
         patience=early_stop and early_stop.patience,
@@ -112,11 +98,30 @@ def segment(
         protocol=protocol,
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        input_mean=normalise.input_mean,
-        input_std=normalise.input_std,
+        input_mean=network.normalise.input_mean,
+        input_std=network.normalise.input_std,
     )
     save_segmentation(path, network, card)
     write_record(record, recipe, [f"../{SEGMENTATION}"], sha256=sha256_of(path))
+
+
+def _network_settings(network: SegmentationNetwork, start_weights: str | None) -> dict[str, Any]:
+    """How a network was made and what it starts from: a training belongs to both."""
+    weights = network.encoder_weights
+    return {
+        "network": {
+            "encoder": network.encoder_name,
+            "decoder": network.decoder_name,
+            "classes": list(network.classes),
+            "input_mean": network.normalise.input_mean,
+            "input_std": network.normalise.input_std,
+        },
+        "start": {
+            "pretrained": network.pretrained,
+            "encoder_weights": weights and weights_sha256(weights),
+            **({"start_weights": sha256_of(start_weights)} if start_weights else {}),
+        },
+    }
 
 
 def _some(items: MaskedItems) -> Iterator[Tensor]:

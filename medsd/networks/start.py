@@ -143,7 +143,10 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such encoder weights; check the path, or run the stage 'pretrain'")
+        raise WeightsError(
+            f"{path}: no such encoder weights; check the path, run the stage 'pretrain', or do without it "
+            "(pretrain_epochs 0)"
+        )
     if path.suffix == ".safetensors":
         state = _read_safetensors(path, encoder, normalise)
     elif path.suffix in (".pt", ".pth"):
