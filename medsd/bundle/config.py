@@ -22,6 +22,8 @@ _REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:::\w+)*)")
 # Keys that MONAI itself looks up or adds (metadata, experiment tracking).
 _MONAI_KEYS = {"_meta_", "imports", "bundle_root", "initialize", "run", "finalize", "tracking_uri", "experiment_name"}
 _MONAI_KEYS |= {"run_name", "save_execute_config", "is_not_rank0", "_desc_"}
+# Dictionaries of plain values, whose names are checked by what takes them; in words how they come about.
+_PLAIN = {"stain_target": ", as medsd stain writes them", "encoder_options": ""}
 
 
 def check() -> None:
@@ -110,8 +112,9 @@ def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -
         if "::" not in key and key not in used and key not in stages:
             raise ConfigError(f"config key '{key}': what used it was replaced by another file; leave it out")
         _check_kind(key, ConfigParser(written).get(key), value)
-    for key, text in _evaluated(config.get("stain_target"), "stain_target"):
-        raise ConfigError(f"config key '{key}': {text!r} would be run; give plain values, as medsd stain writes them")
+    for name, words in _PLAIN.items():
+        for key, text in _evaluated(config.get(name), name):
+            raise ConfigError(f"config key '{key}': {text!r} would be run; give plain values{words}")
     for key, component in _components(config):
         _check_arguments(key, component, parser)
 
@@ -192,7 +195,7 @@ def _keys(config: Any, within: str = "") -> Iterator[str]:
     if isinstance(config, dict) and "_target_" not in config:
         for name, value in config.items():
             yield f"{within}{name}"
-            if name not in ("_meta_", "stain_target"):
+            if name not in ("_meta_", *_PLAIN):
                 yield from _keys(value, f"{within}{name}::")
 
 

@@ -20,7 +20,7 @@ from medsd.checks import check_number
 from medsd.errors import DatasetError
 from medsd.evaluate.scores import Floats, Interval, bootstrap_groups, bootstrap_mean, weighted_auc
 from medsd.networks.classifier import Normalise
-from medsd.networks.modes import evaluating, map_of_layer, recorded
+from medsd.networks.modes import encoded_map, evaluating, map_of_layer, recorded
 from medsd.networks.whitening import inverse_root
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def frozen_maps(
         with evaluating(encoder), torch.no_grad():
             inputs = normalise(images.to(device))
             if layer is None:
-                maps = encoder(inputs)
+                maps = encoded_map(encoder, inputs)
             else:
                 with recorded(encoder, layer) as outputs:
                     encoder(inputs)

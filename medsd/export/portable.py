@@ -17,6 +17,7 @@ import medsd
 from medsd.export.source import Trained, TrainedClassifier, TrainedEncoder, TrainedSegmentation
 from medsd.networks.calibrated import Calibration, calibrated
 from medsd.networks.classifier import Classifier, Normalise
+from medsd.networks.modes import encoded_map
 from medsd.segment.network import SegmentationNetwork
 
 FORMAT = "medsd-export-1"
@@ -52,7 +53,7 @@ class EncoderOutputs(nn.Module):
         self.encoder, self.normalise = encoder, normalise
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        feature_map: Tensor = self.encoder(self.normalise(images))
+        feature_map = encoded_map(self.encoder, self.normalise(images))
         return feature_map.mean(dim=(2, 3)), feature_map
 
 

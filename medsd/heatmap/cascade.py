@@ -22,7 +22,7 @@ from medsd.errors import NetworkError
 from medsd.heatmap.features import free_bytes
 from medsd.heatmap.partition import Rect, grown, partition
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import ReceptiveField, measure_fields
+from medsd.networks.geometry import ReceptiveField, check_local, measure_fields
 from medsd.networks.modes import evaluating
 from medsd.networks.segment import Segment, segments
 from medsd.slides.readers.base import Bools
@@ -136,6 +136,7 @@ class Cascade:
     """
 
     def __init__(self, classifier: TileClassifier, layer: str, smoothed: bool) -> None:
+        check_local(classifier)
         encoder = classifier.encoder
         layers = _cuts(classifier, layer)
         inside = _inside(encoder, layers)

@@ -30,6 +30,7 @@ from medsd.networks.aim import AimClassifier, stage_layer
 from medsd.networks.classifier import Classifier
 from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating
+from medsd.networks.tokens import check_image_px, token_stride
 from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, reference_at, tile_evidence
 from medsd.slides.reading import read_tiles
@@ -69,6 +70,7 @@ class TiledEngine(Engine):
         super().__post_init__()
         # Smaller after the device ran out of memory, for all slides that follow.
         self._batch = self.settings.batch
+        check_image_px(self.classifier.encoder, self.classifier.encoder_name, self.tile_px)
         self.stride = _total_stride(self.classifier)
         if self.tile_px % self.stride:
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {self.stride}")
@@ -116,10 +118,11 @@ class TiledEngine(Engine):
         names = ("probability", *self.settings.methods)
         sums = {name: np.zeros(grids[name != "probability"].shape, np.float32) for name in names}
         weights = [np.zeros_like(sums[name]) for name in names[:2]]
-        lost = [np.zeros((0, 2), np.int32)]
+        lost, moved = [np.zeros((0, 2), np.int32)], np.zeros(2)
         for number, _ in enumerate(groups):
             arrays = blocks.read(f"maps-{number}")
             lost.append(arrays["lost"])
+            moved += arrays["moved"]
             for grid, (name, weight) in enumerate(zip(("weight", "fine_weight"), weights, strict=True)):
                 _add(weight, arrays[name], *arrays["corners"][grid])
             for name, values in sums.items():
@@ -131,7 +134,8 @@ class TiledEngine(Engine):
         count = sum(len(group.left) for group in groups)
         probability = sums.pop("probability")
         lost_pixels = np.unique(np.concatenate(lost), axis=0)
-        return Assembled(probability, sums, lost_pixels, count, count * self.tile_px**2)
+        share = float(moved[0] / moved[1]) if moved[1] else None
+        return Assembled(probability, sums, lost_pixels, count, count * self.tile_px**2, moved=share)
 
     def use_less_memory(self) -> bool:
         if self._batch == 1:
@@ -148,7 +152,7 @@ class TiledEngine(Engine):
             logit of the target above the mean of the others (for two classes the log-odds), of "deeplift" with that
             sum; or the share of masks open, 0 to 1.
         """
-        probability, maps = self._run(images)
+        probability, maps, _ = self._run(images)
         return probability, maps[method or self.settings.methods[0]]
 
     def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
@@ -161,13 +165,17 @@ class TiledEngine(Engine):
         point = find_neutral(self.calibrated_evidence(evidence_of), low, high)
         return reference_at(point, self.settings.layer, "tile", source)
 
-    def _run(self, images: Tensor) -> tuple[Floats, dict[str, Floats]]:
-        """Probability (B,) and each method's maps (B, h, w)."""
+    def _run(self, images: Tensor) -> tuple[Floats, dict[str, Floats], npt.NDArray[np.float64]]:
+        """Probability (B,), each method's maps (B, h, w), and absolute sums of the additive maps.
+
+        The sums are (2,): of the correction to the exact evidence, and of the map with it.
+        """
+        moved = np.zeros(2)
         if self.settings.methods == (MASK,):
             assert isinstance(self.classifier, AimClassifier)
             with evaluating(self.classifier), torch.no_grad():
                 output = self.classifier.masked(images)
-            return as_array(self.probability(output.logits)), {MASK: as_array(output.mean_mask())}
+            return as_array(self.probability(output.logits)), {MASK: as_array(output.mean_mask())}, moved
         found, normal = {}, self.classifier.normalise(images)
         for name in self.settings.methods:
             method = self.method(name, self.classifier, f"encoder.{self.settings.layer}", plane=False)
@@ -176,11 +184,12 @@ class TiledEngine(Engine):
             if name == ADDITIVE:
                 assert self.reference is not None
                 maps = maps * (len(self.reference.vector) / self.temperature)
-                # What smoothing and functions without a rule leave is shared out evenly.
+                # What smoothing, class tokens and functions without a rule leave is shared out evenly.
                 missing = self.evidence(explanation.logits) - maps.sum(dim=(1, 2))
                 maps = maps + (missing / maps[0].numel())[:, None, None]
+                moved = np.array([float(missing.abs().sum()), float(maps.abs().sum())])
             found[name] = as_array(maps)
-        return as_array(self.probability(explanation.logits)), found
+        return as_array(self.probability(explanation.logits)), found, moved
 
     def _groups(self, grids: list[MapGrid], tissue: TissueMask) -> list[_Group]:
         """Every tile that holds a map pixel with tissue, in squares of about `_GROUP` tiles a side."""
@@ -223,14 +232,15 @@ class TiledEngine(Engine):
             np.zeros(shape, np.float32),
             np.zeros(fine, np.float32),
         )
-        lost = [np.zeros((0, 2), np.int32)]
+        lost, moved = [np.zeros((0, 2), np.int32)], np.zeros(2)
         tiles = read_tiles(slide, x, y, self.tile_px, self.mpp, self.settings.workers or 1)
         window = np.outer(
             *2 * [blend_window((np.arange(cells) + 0.5) * self.hidden.stride, self.tile_px, self.step_px)]
         )
         while batch := list(islice(tiles, self._batch)):
             images = torch.from_numpy(np.stack([tile.pixels for tile in batch])).permute(0, 3, 1, 2)
-            values, maps = self._run(images.to(self.classifier.device))
+            values, maps, corrected = self._run(images.to(self.classifier.device))
+            moved += corrected
             for number, tile in enumerate(batch):
                 down, across = int(group.top[tile.row]), int(group.left[tile.row])
                 row, column = (
@@ -252,6 +262,7 @@ class TiledEngine(Engine):
             "fine_weight": fine_weight,
             "corners": np.array(corners, np.int32),
             "lost": np.concatenate(lost),
+            "moved": moved,
         }
 
     def _coarse_window(self, top: int, left: int) -> tuple[int, int, npt.NDArray[np.float64]]:
@@ -295,9 +306,11 @@ def _add(total: Floats, values: npt.NDArray[np.floating], top: int, left: int) -
 
 
 def _total_stride(classifier: Classifier) -> int:
+    if (stride := token_stride(classifier.encoder)) is not None:
+        return stride
     with evaluating(classifier), torch.no_grad():
         x = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=classifier.device)
-        return _PROBE_PX // int(classifier.encoder(x).shape[-1])
+        return _PROBE_PX // int(classifier.feature_map(x).shape[-1])
 
 
 def _finest_stage(classifier: Classifier) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
-from medsd.networks.modes import channels_last, evaluating
+from medsd.networks.modes import channels_last, encoded_map, evaluating
+from medsd.networks.tokens import check_encoder_options, image_side, token_stride
 from medsd.networks.whitening import WhitenedHead
 
 _PROBE_PX = 64
@@ -73,7 +74,7 @@ class Classifier(nn.Module):
     """
 
     architecture: ClassVar[Literal["tile", "aim"]]
-    options: dict[str, int | float | str | bool]
+    options: dict[str, Any]
     encoder: nn.Module
     feature_dim: int
     head: nn.Linear | WhitenedHead
@@ -127,16 +128,21 @@ class TileClassifier(Classifier):
     mean, as in EfficientNet: not timm's function, but one that adds up over cells (our choice). VGG's dense layers,
     which take maps of one size alone, are left out.
 
+    The map of a vision transformer are its patches' tokens behind the final norm; class token and registers are left
+    out of the mean (timm's global_pool "avg", with the norm before the mean for the same reason). Images have one size.
+
     Args:
-        encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18".
+        encoder: a timm name whose features are a map (B, d, h, w), such as "resnet18", or tokens of one, such as
+            "vit_small_patch16_224".
         classes: names of the classes in the order of the logits.
         pretrained: load timm's ImageNet weights (downloads them).
         input_mean, input_std: see `Normalise`.
+        encoder_options: of a vision transformer, as timm makes it: {"img_size": 96}, see `check_encoder_options`.
 
     Raises:
         NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
         WeightsError: timm's weights take another mean or deviation.
-        ConfigError: a mean or deviation that is none.
+        ConfigError: a mean, deviation or option that is none.
 
     Example:
         >>> tiles = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
@@ -153,28 +159,37 @@ class TileClassifier(Classifier):
         pretrained: bool = False,
         input_mean: Sequence[float] = IMAGENET_MEAN,
         input_std: Sequence[float] = IMAGENET_STD,
+        encoder_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(encoder, classes, input_mean, input_std)
-        self.options, self.pretrained = {}, pretrained
-        self.encoder, self.feature_dim = create_encoder(encoder, pretrained, self.normalise)
+        self.options = {"encoder_options": dict(encoder_options)} if encoder_options else {}
+        self.pretrained = pretrained
+        self.encoder, self.feature_dim = create_encoder(encoder, pretrained, self.normalise, encoder_options or {})
         self.head = nn.Linear(self.feature_dim, len(self.classes))
 
     def feature_map(self, x: Tensor) -> Tensor:
-        features: Tensor = self.encoder(self.normalise(x) if x.dtype == torch.uint8 else x)
-        return features
+        return encoded_map(self.encoder, self.normalise(x) if x.dtype == torch.uint8 else x)
 
 
-def create_encoder(name: str, pretrained: bool, normalise: Normalise | None = None) -> tuple[nn.Module, int]:
+def create_encoder(
+    name: str, pretrained: bool, normalise: Normalise | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, int]:
     """A timm network without pooling and head, and its features' channels; the errors are `TileClassifier`'s.
 
-    `normalise`, which makes its input, is compared with what timm says of its weights.
+    Args:
+        name, pretrained: as of `TileClassifier`.
+        normalise: makes its input; compared with what timm says of its weights.
+        options: `encoder_options` of `TileClassifier`; None where a vision transformer is of no use, and is refused.
     """
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
     encoder: nn.Module
+    made_with = check_encoder_options(name, options or {})
     try:
-        encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+        encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **made_with)
+    except TypeError as error:
+        raise ConfigError(f"encoder_options: timm's '{name}' does not take them ({error}); leave them out") from error
     except AssertionError as error:
         raise NetworkError(f"encoder '{name}': timm cannot make it without its pooling; choose another one") from error
     except (OSError, RuntimeError) as error:  # no network, or a tag or weights that timm does not have
@@ -185,6 +200,10 @@ def create_encoder(name: str, pretrained: bool, normalise: Normalise | None = No
         normalise.check_weights(f"encoder '{name}'", made["mean"], made["std"])
     if isinstance(getattr(encoder, "pre_logits", None), ConvMlp):
         encoder.pre_logits = nn.Identity()
+    if options is not None and token_stride(encoder) is not None:
+        return encoder, _token_width(encoder, name)
+    if options:
+        raise ConfigError(f"encoder_options: '{name}' is no vision transformer, which alone has any; leave them out")
     images = torch.zeros(1, 3, _PROBE_PX, 2 * _PROBE_PX)  # not square, to tell its axes apart
     with evaluating(encoder), torch.no_grad():
         try:
@@ -208,3 +227,13 @@ def create_encoder(name: str, pretrained: bool, normalise: Normalise | None = No
             "features are not a map of the image; choose a convolutional one such as 'resnet18'"
         )
     return encoder, features.shape[1]
+
+
+def _token_width(encoder: nn.Module, name: str) -> int:
+    """Channels of a vision transformer's tokens, of which every patch has one."""
+    side_px = image_side(encoder)
+    with evaluating(encoder), torch.no_grad():
+        try:
+            return encoded_map(encoder, torch.zeros(1, 3, side_px, side_px)).shape[1]
+        except (AssertionError, RuntimeError) as error:
+            raise NetworkError(f"encoder '{name}': its features are no tokens of patches ({error})") from error

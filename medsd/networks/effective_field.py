@@ -8,7 +8,8 @@ import torch
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import Classifier
-from medsd.networks.modes import evaluating, map_of_layer, recorded
+from medsd.networks.modes import evaluating, full_name, map_of_layer, recorded
+from medsd.networks.tokens import token_stride
 
 _IMAGES = 8
 _HEIGHT_PX, _WIDTH_PX = 64, 256
@@ -36,11 +37,15 @@ def measure_effective_field(classifier: Classifier, layer: str) -> EffectiveFiel
     of channels each, all from a fixed seed. Squeeze-excite, attention and pooled branches let a cell see everything:
     what it has in common with the mean of all cells is taken off, and of what is left the median over the columns (our
     choice). Good to about a fifth of the stride in the networks tried; unlike `measure_geometry`, which gives exact
-    limits, it follows the present weights.
+    limits, it follows the present weights. A token of a vision transformer is taken to look at the middle of its patch,
+    and is not measured (our choice).
 
     Raises:
         NetworkError: no such layer; it gives no feature map or does not run; a stride is not a whole number.
     """
+    if (stride := token_stride(classifier.encoder)) is not None:
+        full_name(classifier.encoder, layer)
+        return EffectiveField(stride, stride / 2)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_IMAGES, 3, _HEIGHT_PX, _WIDTH_PX, generator=generator).to(classifier.device).requires_grad_()
     with evaluating(classifier), torch.enable_grad():

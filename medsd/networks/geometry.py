@@ -14,6 +14,7 @@ from torch import Tensor
 from medsd.errors import NetworkError
 from medsd.networks.classifier import Classifier
 from medsd.networks.modes import map_of_layer, recorded
+from medsd.networks.tokens import token_stride
 
 _PROBE_HEIGHT_PX = 32
 # Of the largest feature: far above rounding, far below what another pixel makes.
@@ -102,6 +103,7 @@ def measure_fields(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[
         >>> fields["layer1"].stride, fields["layer2"].stride, features.stride
         (4, 8, 32)
     """
+    check_local(classifier)
     classifier = copy.deepcopy(classifier).to("cpu", torch.float32).eval()
     for width in _PROBE_WIDTHS_PX:
         middle = width // 2
@@ -123,6 +125,15 @@ def measure_fields(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[
         "squeeze-excite or attention, or very many layers), so there is no dense map; choose a plain convolutional "
         "encoder such as 'resnet18'"
     )
+
+
+def check_local(classifier: Classifier) -> None:
+    """Raises NetworkError: the encoder is a vision transformer, whose tokens see the whole image."""
+    if token_stride(classifier.encoder) is not None:
+        raise NetworkError(
+            f"{classifier.encoder_name}: every token sees the whole image (attention), so there is no dense map; "
+            "choose a convolutional encoder such as 'resnet18', or map tile by tile"
+        )
 
 
 def _check_shifts(classifier: Classifier, field: ReceptiveField) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.tokens import TokenGrid, token_grid
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
@@ -110,12 +111,14 @@ def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[st
     raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{hint}")
 
 
-def map_of_layer(layer: str, output: object, images: Tensor | None = None) -> Tensor:
-    """A layer's output, if it is a map (B, C, h, w) of a floating type.
+def map_of_layer(layer: str, output: object, images: Tensor | None = None, grid: TokenGrid | None = None) -> Tensor:
+    """A layer's output, if it is a map (B, C, h, w) of a floating type, or tokens (B, N, C) on a grid.
 
     Swin-like layers give (B, h, w, C). With the images that the network was given they are recognised, as the only
     ones whose second and third axis have the images' proportions and whose third and fourth have not (our choice).
     """
+    if grid is not None and isinstance(output, Tensor) and output.ndim == 3 and output.is_floating_point():
+        return grid.map_of(layer, output)
     if isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
         if images is None or not channels_last(output, images):
             return output
@@ -124,6 +127,11 @@ def map_of_layer(layer: str, output: object, images: Tensor | None = None) -> Te
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         reason = f"it gives {given}"
     raise NetworkError(f"layer '{layer}': {reason}, no map (B, C, h, w); choose a convolutional layer")
+
+
+def encoded_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """What a timm encoder without pooling gives of its input (B, 3, H, W): a map (B, d, h, w), of tokens or not."""
+    return map_of_layer("output", encoder(images), images, token_grid(encoder, "", images))
 
 
 def channels_last(output: Tensor, images: Tensor) -> bool:
@@ -141,15 +149,20 @@ def channels_last(output: Tensor, images: Tensor) -> bool:
 def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
     """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran."""
     outputs: list[Tensor] = []
+    grid: list[TokenGrid | None] = [None]
+
+    def start(_module: nn.Module, inputs: tuple[object, ...]) -> None:
+        grid[0] = token_grid(network, layer, inputs[0]) if inputs and isinstance(inputs[0], Tensor) else None
 
     def record(_module: nn.Module, _inputs: object, output: object) -> None:
-        outputs[:] = [map_of_layer(layer, output)]
+        outputs[:] = [map_of_layer(layer, output, grid=grid[0])]
 
-    handle = layer_named(network, layer).register_forward_hook(record)
+    handles = [network.register_forward_pre_hook(start), layer_named(network, layer).register_forward_hook(record)]
     try:
         yield outputs
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not outputs:
         raise NetworkError(f"layer '{layer}': not reached by the forward pass; choose another layer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,12 +35,17 @@ UNREADABLE = (
     AssertionError,
     OSError,
 )
-_HEADS = ("fc.", "head.fc.", "classifier.", "pre_logits.")
+_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "pre_logits.")
 _NAMED = 3
 
 
 def save_encoder(
-    path: str | Path, encoder: nn.Module, name: str, source: str, normalise: Normalise | None = None
+    path: str | Path,
+    encoder: nn.Module,
+    name: str,
+    source: str,
+    normalise: Normalise | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """Write an encoder's weights for others to start from, as plain timm keys, atomically.
 
@@ -49,6 +55,7 @@ def save_encoder(
         name: its timm name.
         source: how and on what it was trained, in words.
         normalise: what made its input; None for ImageNet's mean and deviation.
+        options: `encoder_options` that it was made with, see `TileClassifier`.
 
     Returns:
         The SHA-256 of tensors and all of that.
@@ -58,7 +65,10 @@ def save_encoder(
     """
     normalise = normalise or Normalise()
     scale = {"input_mean": normalise.input_mean, "input_std": normalise.input_std}
-    return save_tensors(path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source, **scale})
+    made = {"encoder_options": dict(options)} if options else {}
+    return save_tensors(
+        path, encoder.state_dict(), ENCODER_FORMAT, {"encoder": name, "source": source, **scale, **made}
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Encoder:
 
     Attributes:
         name: timm name.
-        network: without pooling and head, in eval mode; images as `normalise` gives them to a map (B, d, h, w).
+        network: without pooling and head, in eval mode; images as `normalise` gives them to a map (B, d, h, w), or
+            tokens of one, see `encoded_map`.
         sha256: of its tensors and card.
         normalise: images (B, 3, H, W) uint8 as its input.
     """
@@ -90,9 +101,10 @@ def open_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
         return None
     try:
         name, normalise = str(file.card["encoder"]), Normalise(**_scale(file.card))
-    except (KeyError, ConfigError) as error:
+        options = dict(file.card.get("encoder_options", {}))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise unreadable_card(Path(path), error) from error
-    network, _ = create_encoder(name, pretrained=False)
+    network, _ = create_encoder(name, pretrained=False, options=options)
     load_encoder(network, path)
     return Encoder(name, network.to(device).eval(), file.sha256, normalise.to(device))
 
@@ -128,9 +140,9 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
 
     Files: `save_encoder`'s, `save_classifier`'s, and other state dicts under timm's names, as .safetensors, .pt or .pth
     (at top level or under "state_dict"; code in them is refused, not run). A leading "module." is taken off the names;
-    where some then begin with "encoder.", the encoder is what is below it. Heads are left out by name: fc, head.fc,
-    classifier, pre_logits. BatchNorms' counts of batches may be missing, as in old files: nothing reads them. The
-    encoder's name is compared where both the file and timm give one.
+    where some then begin with "encoder.", the encoder is what is below it. Heads are left out by name: fc, head,
+    head_dist, classifier, pre_logits. BatchNorms' counts of batches may be missing, as in old files: nothing reads
+    them. The encoder's name is compared where both the file and timm give one.
 
     Args:
         encoder: a timm network without pooling and head.
@@ -159,6 +171,8 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     heads = [name for name in state if name not in expected and name.startswith(_HEADS)]
     for name in heads:
         del state[name]
+    if "norm.weight" in expected and "norm.weight" not in state:  # of timm's that pool first; see `TileClassifier`
+        state = {name.replace("fc_norm.", "norm.", 1): tensor for name, tensor in state.items()}
     _compare(path, state, expected)
     encoder.load_state_dict(state, strict=False)
     logger.info("%s: %d tensors loaded; heads left out: %s", path, len(state), ", ".join(heads) or "none")

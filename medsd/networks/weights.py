@@ -67,7 +67,7 @@ class ModelCard:
     settings_sha256: str = ""
     stain_target: dict[str, Any] | None = None
     architecture: Architecture = "tile"
-    options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     start: str = ""
     tissue: str = ""
     input_mean: tuple[float, ...] = IMAGENET_MEAN

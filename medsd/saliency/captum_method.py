@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medsd.checks import check_options
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.modes import map_of_layer, recorded, uncompiled
+from medsd.networks.tokens import token_grid
 from medsd.saliency import CAPTUM
 from medsd.saliency.method import Attribution, ClassMethod, Output, Target, evidence, targets_of
 
@@ -44,6 +45,7 @@ class CaptumMethod(ClassMethod):
         with torch.no_grad(), uncompiled(), seen as outputs:
             logits = self.logits(images.clone())
         map_of_layer(self.layer or "input", outputs[0], images)  # some attributions have no channels left to tell
+        grid = token_grid(self.network, self.layer or "", images)
         numbers, kind = targets_of(logits, target), _attribution(self.name)
         made, called = (_parameters(kind, function) for function in ("__init__", "attribute"))
         chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
@@ -58,7 +60,7 @@ class CaptumMethod(ClassMethod):
         except _REFUSALS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise NetworkError(f"method '{self.name}': captum cannot explain this network ({reason})") from error
-        return Attribution(map_of_layer(self.layer or "input", found).detach(), logits, numbers)
+        return Attribution(map_of_layer(self.layer or "input", found, grid=grid).detach(), logits, numbers)
 
 
 def captum_method(

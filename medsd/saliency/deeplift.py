@@ -145,8 +145,8 @@ class DeepLift(ClassMethod):
             self._told.append(self.layer or "input")
             _LOG.warning(
                 "DeepLift at '%s': attributions miss the output's change from the baseline by %.2g of their absolute "
-                "sum: a path leads around the layer, gradients are smoothed, or functions without a rule (adaptive max "
-                "pools, maxima, multi-head attention modules) keep their gradient",
+                "sum: a path leads around the layer (a class token does), gradients are smoothed, or functions without "
+                "a rule (adaptive max pools, maxima, multi-head attention modules) keep their gradient",
                 self._told[0],
                 share,
             )

@@ -113,4 +113,9 @@ def gradient_at(hidden: HiddenLayer, explained: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(explained.sum(), activation, allow_unused=True)
     if gradient is None:
         raise NetworkError(f"layer '{hidden.name}': the output does not depend on it; choose another layer")
+    if hidden.grid is not None and hidden.grid.prefix and not gradient.any():
+        raise NetworkError(
+            f"layer '{hidden.name}': the output takes nothing from its patches' tokens, only from the class token, so "
+            "there is no map; choose an earlier block, or a network that pools the patches (timm: global_pool='avg')"
+        )
     return gradient

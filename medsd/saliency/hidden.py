@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medsd.errors import NetworkError
 from medsd.networks.modes import map_of_layer, uncompiled
+from medsd.networks.tokens import TokenGrid, token_grid
 
 
 @dataclass
@@ -22,11 +23,13 @@ class HiddenLayer:
         instead: (B, C, h, w); if set, the layers above are given this and not what the layer gives, where it runs last
             (as in the pass before).
         turned: makes of what the layer gives, each time it runs, what the layers above are given.
+        grid: of a layer of tokens, whose patches are the map; the others stay what the layer gave. None of maps.
     """
 
     name: str = "input"
     instead: Tensor | None = None
     turned: Callable[[Tensor], Tensor] | None = None
+    grid: TokenGrid | None = None
     _activations: list[Tensor] = field(default_factory=list)
     _runs: int = 0
     _last: int = 0
@@ -63,14 +66,18 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
         # A network may write to its input, which is the caller's.
         return (cut(inputs[0], ()) if layer is None else inputs[0].clone(), *inputs[1:])
 
-    def cut(output: object, inputs: tuple[object, ...]) -> Tensor:
-        output = map_of_layer(tap.name, output, *images)
+    def cut(given: object, inputs: tuple[object, ...]) -> Tensor:
+        tokens = given if isinstance(given, Tensor) and given.ndim == 3 else None
+        tap.grid = token_grid(network, tap.name, images[0]) if tokens is not None and images else None
+        output = map_of_layer(tap.name, given, images[0] if images else None, tap.grid)
         output = output if tap.turned is None else tap.turned(output)
         tap._runs += 1
         leaf = (output if tap.instead is None or tap._runs != tap._last else tap.instead).detach()
-        if any(_shares_memory(leaf, given) for given in inputs):
+        if any(_shares_memory(leaf, each) for each in inputs):
             leaf = leaf.clone()  # a layer in place, a view, or none: others may hold its input and write to it
         tap._activations[:] = [leaf.requires_grad_()]
+        if tokens is not None and tap.grid is not None:
+            return tap.grid.with_map(tokens, leaf)
         return leaf.clone()  # layers above may work in place, which a leaf does not allow
 
     if any(isinstance(module, torch.jit.ScriptModule) for module in (network, layer)):

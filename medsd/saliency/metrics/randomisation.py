@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ def randomised_cascade(
     """Maps of the network as it is, then as its stages are randomised one after the other, from the top down.
 
     Weights are drawn by each module's own `reset_parameters`: torch's default, whatever scheme its library starts a new
-    network with. Buffers (running statistics of
-    BatchNorm) are kept until the last stage, "all", which draws every module anew together with them: the order of
-    Smooth Deep Saliency (arXiv 2404.02282). The classes are those of the network as it is, in every stage.
+    network with; what a module without it owns (a transformer's class token and places) by its `init_weights`, timm's.
+    Buffers (running statistics of BatchNorm) are kept until the last stage, "all", which draws every module anew
+    together with them: the order of Smooth Deep Saliency (arXiv 2404.02282). The classes are those of the network as it
+    is, in every stage.
 
     A copy is randomised, on the CPU, so that a seed means the same on every device; the network and the state of
     torch's generators are left alone.
@@ -91,7 +93,7 @@ def _check_resets(part: nn.Module, name: str) -> None:
     if not _has_any(part.parameters()):
         raise NetworkError(f"stage '{name}': has no weights to randomise; leave it out")
     for inner, module in part.named_modules(prefix=name):
-        if _has_any(module.parameters(recurse=False)) and not callable(getattr(module, "reset_parameters", None)):
+        if _has_any(module.parameters(recurse=False)) and _reset_of(module) is None:
             raise NetworkError(
                 f"'{inner}' ({type(module).__name__}): has weights but no reset_parameters(); give it one that draws "
                 "them anew"
@@ -107,13 +109,22 @@ def _randomise(network: nn.Module, part: nn.Module, seed: int, keep_buffers: boo
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         for module in part.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
+            if (reset := _reset_of(module)) is not None:
                 reset()
         if keep_buffers:
             for name, buffer in part.named_buffers():
                 buffer.copy_(kept[name])
     network.to(device)
+
+
+def _reset_of(module: nn.Module) -> Callable[[], object] | None:
+    """What draws a module's weights anew; of parents that draw their children's, too, those come after them."""
+    own = _has_any(module.parameters(recurse=False))
+    for name in ("reset_parameters", *(["init_weights"] if own else [])):
+        reset = getattr(module, name, None)
+        if callable(reset):
+            return cast("Callable[[], object]", reset)
+    return None
 
 
 def _has_any(parameters: Iterable[nn.Parameter]) -> bool:
