@@ -76,7 +76,7 @@ def tiles(
 
 @app.command("gather")
 def gather_folder(
-    out: Annotated[Path, typer.Argument(help="Folder that tiles, heatmap or segment wrote to, in shares.")],
+    out: Annotated[Path, typer.Argument(help="Folder that tiles, heatmap, segment or features wrote to, in shares.")],
 ) -> None:
     """Make the tables and index of all slides in a folder, however many processes wrote them."""
     rows: Sequence[SlideRow]
@@ -85,11 +85,15 @@ def gather_folder(
 
         rows = gather_tiles(out)
     else:
+        from medsd.features.slides import gather_features, holds_features
         from medsd.heatmap.cohort import gather_maps
         from medsd.heatmap.folder import holds_classes
         from medsd.segment.slides import gather_segmented
 
-        rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
+        if holds_features(out):
+            rows = gather_features(out)
+        else:
+            rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
     end(rows, f"see {out / 'slides.csv'}")
 
 
@@ -104,7 +108,7 @@ def submit(
         str | None, typer.Option(help="Settings by commas, such as partition=gpu,gpus_per_node=1,timeout_min=240.")
     ] = None,
 ) -> None:
-    """Run 'tiles ...', 'heatmap ...' or 'segment ...', given behind the options, as jobs of a cluster; then gather.
+    """Run 'tiles ...', 'heatmap ...', 'segment ...' or 'features ...', given last, as jobs of a cluster; then gather.
 
     On Slurm: an array, and a job behind it that gathers. Preempted jobs are queued again and go on.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -147,6 +147,92 @@ def segment(
 
     _tell(results, found)
     end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+
+
+@app.command()
+def features(
+    slides: SlidesArgument,
+    weights: Annotated[
+        Path, typer.Option(help="A classifier or an encoder of medsd; with --encoder any weights under timm's names.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write: a file SLIDE.h5 a slide, and slides.csv.")],
+    mpp: MppOption = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="timm's name of the encoder, such as vit_large_patch16_224, where --weights has none."),
+    ] = None,
+    encoder_options: Annotated[
+        str | None,
+        typer.Option(help='What timm makes it with, JSON: \'{"init_values": 1e-5, "dynamic_img_size": true}\' of UNI.'),
+    ] = None,
+    input_mean: Annotated[
+        str | None, typer.Option(help="Three numbers with commas that its weights take; ImageNet's when not given.")
+    ] = None,
+    input_std: Annotated[str | None, typer.Option(help="As --input-mean.")] = None,
+    network_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
+    ] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of a tile in those pixels, where the weights do not say it.")
+    ] = None,
+    stride_px: Annotated[int | None, typer.Option(help="Step between tiles; a tile's side when not given.")] = None,
+    min_tissue: Annotated[float, typer.Option(help="Least share of a tile that is tissue, 0 to 1.")] = 0.5,
+    batch: Annotated[int, typer.Option(help="Tiles computed at once.")] = 32,
+    workers: WorkersOption = None,
+    device: DeviceOption = None,
+    shard: ShardOption = None,
+) -> None:
+    """Features of slides' tiles, a SLIDE.h5 a slide in TRIDENT's layout. Exit code 1 when one failed."""
+    from medsd.cohort.runner import Sharing
+    from medsd.features.encoder import FeatureRequest
+    from medsd.features.slides import FeatureSlide, write_features
+    from medsd.progress import progress_bar
+
+    entries = _entries(slides, out, mpp, shard)
+    request = FeatureRequest(
+        encoder,
+        _options(encoder_options),
+        _numbers("input_mean", input_mean),
+        _numbers("input_std", input_std),
+        network_mpp,
+        tile_px,
+        stride_px,
+        min_tissue,
+        batch=batch,
+        workers=workers,
+    )
+    sharing, place = Sharing(rename=True, gather=shard is None), computing_on(device)
+    results = write_features(entries, weights, out, request, place, progress_bar("features"), sharing)
+
+    def found(result: FeatureSlide) -> str:
+        return f"{result.tiles} tiles"
+
+    _tell(results, found)
+    end(results, see(str(out / "slides.csv"), out, shard), empty_is_failure=True)
+
+
+def _options(text: str | None) -> dict[str, Any]:
+    """The options that a command line gives as JSON."""
+    from medsd.errors import ConfigError
+    from medsd.files import json_of
+
+    try:
+        found = json_of(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"encoder_options={text!r}: no JSON ({error}); write '{{\"img_size\": 224}}'") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"encoder_options={text!r}: must be names with values; write '{{\"img_size\": 224}}'")
+    return found
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers with commas between them."""
+    from medsd.errors import ConfigError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r}: must be three numbers with commas, such as 0.5,0.5,0.5") from error
 
 
 def _entries(slides: list[Path], out: Path, mpp: float | None, shard: str | None) -> list[SlideEntry]:

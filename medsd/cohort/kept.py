@@ -106,7 +106,7 @@ def gather(kept: Kept[Row], current: Current[Row] | None = None) -> list[Row]:
         rows, recipes = _write_rows(kept, current or Current())
         if not rows:
             raise DatasetError(
-                f"{kept.folder}: no records of slides; name a folder that medsd tiles, heatmap or segment wrote"
+                f"{kept.folder}: no records of slides; name one that medsd tiles, heatmap, segment or features wrote"
             )
         kept.publish(rows, recipes)
     return rows

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from submitit import AutoExecutor, Executor, Job
 
 CLUSTERS = ("slurm", "local")
-VERBS = ("tiles", "heatmap", "segment")
+VERBS = ("tiles", "heatmap", "segment", "features")
 LOGS = ".jobs"
 """Folder in the outputs' with what jobs were asked and what they said."""
 

@@ -83,7 +83,7 @@ def test_local_jobs_share_slides_and_the_tables_are_whole(
     ("words", "told"),
     [
         ([], "'nothing' has no shards"),
-        (["explain", "a"], "'explain' has no shards; give one of tiles, heatmap, segment"),
+        (["explain", "a"], "'explain' has no shards; give one of tiles, heatmap, segment, features"),
         (["heatmp", "a"], "did you mean 'heatmap'"),
         (["tiles", "a"], "tiles needs --out FOLDER"),
         (["tiles", "a", "--out"], "tiles needs --out FOLDER"),

@@ -1,0 +1,1 @@
+"""Tile features of whole slides, for slide-level models of others."""
