@@ -130,8 +130,16 @@ def map_of_layer(layer: str, output: object, images: Tensor | None = None, grid:
 
 
 def encoded_map(encoder: nn.Module, images: Tensor) -> Tensor:
-    """What a timm encoder without pooling gives of its input (B, 3, H, W): a map (B, d, h, w), of tokens or not."""
-    return map_of_layer("output", encoder(images), images, token_grid(encoder, "", images))
+    """What a timm encoder without pooling gives of its input (B, 3, H, W): a map (B, d, h, w), of tokens or not.
+
+    Raises:
+        NetworkError: no map, or a vision transformer that takes images of another size.
+    """
+    try:
+        features = encoder(images)
+    except AssertionError as error:  # timm's
+        raise NetworkError(f"{type(encoder).__name__}: {' '.join(str(error).split())}") from error
+    return map_of_layer("output", features, images, token_grid(encoder, "", images))
 
 
 def channels_last(output: Tensor, images: Tensor) -> bool:

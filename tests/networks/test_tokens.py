@@ -72,6 +72,9 @@ def test_a_classifier_is_its_head_on_the_mean_of_the_patches() -> None:
         tokens = classifier.encoder.forward_features(classifier.normalise(images))
         torch.testing.assert_close(classifier(images), classifier.head(tokens[:, 1:].mean(dim=1)))
         assert classifier.feature_map(images).shape == (2, classifier.feature_dim, 4, 4)
+    fixed = TileClassifier("test_vit", encoder_options={**SMALL, "dynamic_img_size": False})
+    with pytest.raises(NetworkError, match=r"Input height \(96\) doesn't match"):
+        fixed(torch.zeros(1, 3, 96, 96))
     field = measure_effective_field(classifier, "blocks.1")
     assert (field.stride, field.centre) == (16, 8)
 
@@ -187,8 +190,9 @@ def test_tiles_of_a_slide_add_up_and_say_by_what_correction(array_slide: Any) ->
             classifier, 64, 1.0, settings=MapSettings(layer=layer, smoothing="none"), reference=reference
         )
         if layer == "norm":  # a reference of evidence 0 there, and as it comes in the block
-            weight = (classifier.head.weight[1] - classifier.head.weight[0]).detach().double()
-            vector = -float(classifier.head.bias[1] - classifier.head.bias[0]) * weight / weight.square().sum()
+            against, for_it = classifier.head.weight.detach().double()
+            bias = classifier.head.bias.detach().double()
+            vector = (bias[0] - bias[1]) * (for_it - against) / (for_it - against).square().sum()
             engine.reference = replace(reference, vector=tuple(vector.tolist()))
         images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
         _, maps = engine.run(images)
