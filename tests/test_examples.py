@@ -1,4 +1,4 @@
-"""Examples in docstrings run as they stand, and what the README imports has one."""
+"""Examples in docstrings run as they stand, and what the pages of Python import has one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ WITH_EXAMPLES = sorted(
     if ">>> " in path.read_text("utf-8")
 )
 BLOCKS = re.findall(r"^```python\n(.+?)^```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M | re.S)
-README = (ROOT / "README.md").read_text("utf-8")
-IMPORTED = [
-    (module, name)
-    for module, names in re.findall(r"^ +from (medsd[\w.]*) import (.+)$", README, re.M)
-    for name in names.split(", ")
-]
+PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/python.md"))
+IMPORTED = sorted(
+    {
+        (module, name)
+        for module, names in re.findall(r"^ +from (medsd[\w.]*) import (.+)$", PAGES, re.M)
+        for name in names.split(", ")
+    }
+)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_how_to_add_is_true(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), IMPORTED)
-def test_what_the_readme_imports_has_an_example(module: str, name: str) -> None:
+def test_what_pages_import_has_an_example(module: str, name: str) -> None:
     found = getattr(importlib.import_module(module), name, None) or importlib.import_module(f"{module}.{name}")
     documented = [found, *(getattr(found, member) for member in getattr(found, "__all__", ()))]
     assert any(">>> " in (thing.__doc__ or "") for thing in documented)
