@@ -31,6 +31,7 @@ REFERENCE = """Made from the docstrings. A page is a folder; what stands under a
 `from medsd.saliency.registry import make_method`.
 """
 OUTWARDS = re.compile(r"\]\((?:\.\./)+(" + "|".join(map(re.escape, FROM_ROOT)) + ")")
+PACKAGE = re.compile(r"\]\((?:\.\./)+medsd(?:/(\w+))?\)")
 # What a browser fetches by itself when it opens a page; a link that a reader follows is no asset.
 FETCHING = {"audio", "embed", "iframe", "img", "link", "object", "script", "source", "video"}
 ADDRESS = re.compile(r"(?:https?:)?//[^\s,]+", re.I)
@@ -83,7 +84,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return OUTWARDS.sub(lambda found: f"]({'../' * page.file.src_uri.count('/')}{found[1]}", markdown)
+    top = "../" * page.file.src_uri.count("/")
+    markdown = OUTWARDS.sub(lambda found: f"]({top}{found[1]}", markdown)
+    return PACKAGE.sub(lambda found: f"]({top}reference/{found[1] or 'index'}.md)", markdown)
 
 
 def outside_assets(text: str) -> list[str]:

@@ -91,7 +91,7 @@ def mapped_slide(
         thumbnail=picture,
         thumbnail_level0_px=level0_px,
         damaged=maps.lost is not None,
-        explanations=[_shown(name, shown, calibration) for name, shown in maps.explanations.items()],
+        explanations=[shown_map(name, shown, calibration) for name, shown in maps.explanations.items()],
         findings=None if card is None or calibration is None else _findings(slide, maps, card, calibration),
         provenance=_provenance(slide, maps, model),
         caveats=list(_caveats(slide, maps, model, checks)),
@@ -153,8 +153,8 @@ def _threshold_source(calibration: Calibration) -> str:
     )
 
 
-def _shown(name: str, shown: ValueMap, calibration: Calibration | None) -> ShownMap:
-    """A map on the scale of the weights, or, of a method that they do not know, on one of its own."""
+def shown_map(name: str, shown: ValueMap, calibration: Calibration | None) -> ShownMap:
+    """A method's map on the scale of the weights, or, of a method that they do not know, on one of its own."""
     if name == MASK:
         return shown_explanation(name, shown, 1.0, "From all masks closed to all open.")
     known = calibration.limits.get(name) if calibration else None

@@ -24,7 +24,7 @@ from medsd.slides.slide import Slide, thumbnail
 
 RECORD, OVERLAY, REPORT, THUMBNAIL = "record.json", "overlay.png", "report.html", "thumbnail.png"
 _STORE = "blocks"
-_THUMBNAIL_PX = 1600
+THUMBNAIL_PX = 1600
 
 
 def holds_classes(output: Path) -> bool | None:
@@ -51,7 +51,7 @@ class SlideFolder:
     @cached_property
     def picture(self) -> tuple[RGB, float]:
         """A thumbnail of the slide of at most 1,600 px, and how many level-0 px each of its pixels is wide."""
-        return thumbnail(self.slide, _THUMBNAIL_PX)
+        return thumbnail(self.slide, THUMBNAIL_PX)
 
     @cached_property
     def sha256(self) -> str:

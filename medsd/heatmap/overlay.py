@@ -170,18 +170,23 @@ def length_text(length_um: float) -> str:
 
 
 def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY) -> None:
-    """Draw the overview of a slide as PNG, atomically.
+    """Write the overview of a slide as PNG, `overlay.png`, atomically; the other arguments are `overlay_picture`'s.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    overlay_picture(slide, opacity).save(path, slide.name)
+
+
+def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
+    """The overview of a slide.
 
     The first panel is the slide in its colours, then one panel a map, laid over the slide in light grey where the map
     has seen it. All panels share level-0 coordinates; the regions, if there are any, are outlined and numbered on each.
 
     Args:
-        path: the file, `overlay.png`.
         slide: what is shown.
         opacity: of the maps' strongest colours, 0 to 1.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     room = _WIDTH_PX - 2 * _MARGIN_PX
     head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
@@ -218,7 +223,7 @@ def draw_overlay(path: str | Path, slide: MappedSlide, opacity: float = OPACITY)
         picture.text(_MARGIN_PX, 60 + _LINE_PX * number, line, 15, colour, bold=colour == RED)
     for number, line in enumerate(foot):
         picture.text(_MARGIN_PX, bottom + _LINE_PX * (number + 1), line, _SMALL_PX, FAINT)
-    picture.save(path, slide.name)
+    return picture
 
 
 def head_px(lines: int) -> int:

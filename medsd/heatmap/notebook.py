@@ -1,0 +1,97 @@
+"""Maps over a slide for a notebook: the picture of `overlay.png`, of what is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsd.drawing import Canvas
+from medsd.errors import ConfigError
+from medsd.heatmap.findings import mapped_slide, misfits, model_words, shown_map
+from medsd.heatmap.folder import THUMBNAIL_PX
+from medsd.heatmap.maps import SlideMaps
+from medsd.heatmap.model import MapModel
+from medsd.heatmap.overlay import MappedSlide, ShownMap, overlay_picture
+from medsd.heatmap.scale import probability_scale
+from medsd.heatmap.value_map import ValueMap
+from medsd.heatmap.zoom import as_jpeg
+from medsd.slides.slide import Slide, open_slide, thumbnail
+
+PROBABILITY = "probability"
+_UNKNOWN = "Nobody says what the network was trained on, nor for which tissue and scale."
+
+
+@dataclass(frozen=True)
+class SlideView:
+    """A picture of a slide and its maps, which a notebook shows where it is the last value of a cell.
+
+    Attributes:
+        picture: as drawn, 1,800 px wide.
+        name: of the slide.
+    """
+
+    picture: Canvas
+    name: str
+
+    def save(self, path: str | Path) -> None:
+        """Write it as PNG.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        self.picture.save(path, self.name)
+
+    def _repr_jpeg_(self) -> bytes:
+        """What Jupyter shows; a PNG of stained tissue would make notebooks ten times as large."""
+        return as_jpeg(np.asarray(self.picture.image))
+
+
+def view_slide(
+    slide: Slide | str | Path,
+    maps: SlideMaps | Mapping[str, ValueMap],
+    model: MapModel | None = None,
+) -> SlideView:
+    """`medsd.view`, see there."""
+    if not isinstance(slide, Slide):
+        with open_slide(slide) as opened:
+            return view_slide(opened, maps, model)
+    picture = thumbnail(slide, THUMBNAIL_PX)
+    if isinstance(maps, SlideMaps) and model is not None:
+        mapped = mapped_slide(slide, maps, model, *picture)
+    else:
+        mapped = MappedSlide(
+            name=slide.path.stem,
+            model=_UNKNOWN if model is None else model_words(model),
+            misfits=[] if model is None else misfits(slide, model),
+            dimensions=slide.dimensions,
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source,
+            thumbnail=picture[0],
+            thumbnail_level0_px=picture[1],
+            damaged=False,
+            explanations=[_on_its_scale(name, one, model) for name, one in _by_name(maps).items()],
+            findings=None,
+            provenance={},
+            caveats=[],
+        )
+    return SlideView(overlay_picture(mapped), slide.path.stem)
+
+
+def _by_name(maps: SlideMaps | Mapping[str, ValueMap]) -> Mapping[str, ValueMap]:
+    if isinstance(maps, SlideMaps):
+        return {PROBABILITY: maps.probability, **maps.explanations}
+    if not isinstance(maps, Mapping) or not maps:
+        raise ConfigError("maps: give those of an engine, or a dictionary, such as {'deeplift': saliency}")
+    return maps
+
+
+def _on_its_scale(name: str, one: ValueMap, model: MapModel | None) -> ShownMap:
+    if name == PROBABILITY:
+        scale = probability_scale()
+        return ShownMap(name, scale.label, one, scale, "From 0 to 1.")
+    if not one.seen.any():
+        raise ConfigError(f"maps['{name}']: has no values, for no tissue was found; there is nothing to show")
+    return shown_map(name, one, None if model is None else model.calibration)

@@ -1,0 +1,60 @@
+"""`medsd.view`: the picture of `overlay.png`, of maps in memory."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import medsd
+from medsd.errors import ConfigError
+from medsd.heatmap.cohort import read_slide_record
+from medsd.heatmap.model import MapRequest, load_map_model
+from medsd.heatmap.tiff import read_ome_tiff
+from medsd.heatmap.value_map import ValueMap
+from medsd.slides.slide import open_slide
+from medsd.slides.tissue import find_tissue
+
+
+def test_of_an_engine_and_its_model_it_is_the_overlay(mapped, fiducial_slide, green_weights):
+    model = load_map_model(green_weights, MapRequest(), torch.device("cpu"))
+    with open_slide(fiducial_slide) as slide:
+        shown = medsd.view(slide, model.engine.map(slide, find_tissue(slide)), model)
+    assert read_slide_record(mapped)["misfits"] == []
+    with Image.open(mapped / "overlay.png") as overlay:
+        np.testing.assert_array_equal(np.asarray(shown.picture.image), np.asarray(overlay))
+    with Image.open(io.BytesIO(shown._repr_jpeg_())) as jpeg:
+        assert (jpeg.format, jpeg.size) == ("JPEG", shown.picture.image.size)
+
+
+def _sides(picture: Image.Image) -> list[bool]:
+    """Of the second of two panels: whether a quarter of the way in, and three quarters, it is rather red than blue."""
+    pixels = np.asarray(picture).astype(int)
+    row = pixels[300, :, 0] - pixels[300, :, 2]
+    half = len(row) // 2
+    return [bool(row[half + part * half // 8 : half + (part + 1) * half // 8].mean() > 0) for part in (2, 5)]
+
+
+def test_of_maps_alone_it_says_that_their_colours_are_the_slides_own(mapped, fiducial_slide, tmp_path):
+    kept = read_ome_tiff(mapped / "saliency.ome.tif")
+    against, for_it = np.hsplit(np.full((16, 16), 0.01, np.float32), 2)
+    halves = ValueMap(np.hstack([-against, for_it]), 128.0, 64.0, "saliency", "tumour", "drawn", "log-odds")
+    assert _sides(medsd.view(fiducial_slide, {"deeplift": halves}).picture.image) == [False, True]
+    medsd.view(fiducial_slide, {"gradient_x_activation": kept}).save(tmp_path / "view.png")
+    with Image.open(tmp_path / "view.png") as picture:
+        assert "esearch use only" in str(picture.info)
+
+
+def test_what_cannot_be_shown_is_refused(fiducial_slide):
+    unseen = ValueMap(np.full((4, 4), np.nan, np.float32), 512.0, 256.0, "saliency", "tumour", "drawn", "")
+    with pytest.raises(ConfigError, match=r"maps: give those of an engine, or a dictionary"):
+        medsd.view(fiducial_slide, {})
+    with pytest.raises(ConfigError, match=r"maps: give those of an engine, or a dictionary"):
+        medsd.view(fiducial_slide, unseen)
+    with pytest.raises(ConfigError, match=r"maps\['deeplift'\]: has no values"):
+        medsd.view(fiducial_slide, {"deeplift": unseen})
+    with pytest.raises(ConfigError, match=r"method 'depplift': use one of .*; did you mean 'deeplift'\?"):
+        medsd.view(fiducial_slide, {"depplift": ValueMap(np.ones((4, 4), np.float32), 512.0, 256.0, "s", "t", "m", "")})
