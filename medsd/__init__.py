@@ -37,6 +37,7 @@ def view(
 
     Raises:
         ConfigError: no maps, no such method, or a map without values.
+        DatasetError: maps of a slide of another size.
         SlideError: the slide cannot be read.
 
     Example:

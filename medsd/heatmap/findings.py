@@ -75,11 +75,6 @@ def mapped_slide(
     checks: Checks = _UNCHECKED,
 ) -> MappedSlide:
     """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
-    if maps.lost is not None:
-        scale = level0_px / maps.saliency.level0_px
-        rows, columns = (((np.arange(size) + 0.5) * scale).astype(np.int64) for size in picture.shape[:2])
-        inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
-        picture = hatched(picture, maps.lost[np.ix_(*inside)])
     card, calibration = model.card, model.calibration
     return MappedSlide(
         name=slide.path.stem,
@@ -88,7 +83,7 @@ def mapped_slide(
         dimensions=slide.dimensions,
         mpp=slide.mpp,
         mpp_source=slide.mpp_source,
-        thumbnail=picture,
+        thumbnail=striped(picture, level0_px, maps),
         thumbnail_level0_px=level0_px,
         damaged=maps.lost is not None,
         explanations=[shown_map(name, shown, calibration) for name, shown in maps.explanations.items()],
@@ -96,6 +91,16 @@ def mapped_slide(
         provenance=_provenance(slide, maps, model),
         caveats=list(_caveats(slide, maps, model, checks)),
     )
+
+
+def striped(picture: RGB, level0_px: float, maps: SlideMaps) -> RGB:
+    """A slide's thumbnail, whose pixels are `level0_px` wide, with grey stripes where something was not decoded."""
+    if maps.lost is None:
+        return picture
+    scale = level0_px / maps.saliency.level0_px
+    rows, columns = (((np.arange(size) + 0.5) * scale).astype(np.int64) for size in picture.shape[:2])
+    inside = rows.clip(max=maps.lost.shape[0] - 1), columns.clip(max=maps.lost.shape[1] - 1)
+    return hatched(picture, maps.lost[np.ix_(*inside)])
 
 
 def top_mean(probabilities: npt.NDArray[np.float32]) -> float:

@@ -9,6 +9,8 @@ from medsd.saliency.registry import method_card
 
 ADDITIVE = "deeplift"
 MASK = "mask"
+NO_CLASS = "no class"
+"""In the place of a class where there is none, as of an encoder alone."""
 # Methods whose map is linear in the gradient, so that the maps of parts of a slide add up to that of the whole.
 BY_PARTS = (ADDITIVE, "gradient", "gradient_x_activation")
 
@@ -73,7 +75,7 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
     unit = _UNITS.get(method, "arbitrary").replace("log-odds", word)
     output = word if classes <= 2 else f"{word}, its logit above the mean of the others'"
     words = meaning(method, target, output=output)
-    return Legend("saliency", target if card.needs_label else "no class", made, unit, words)
+    return Legend("saliency", target if card.needs_label else NO_CLASS, made, unit, words)
 
 
 def name_of(method: str) -> str:

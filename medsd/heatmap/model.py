@@ -13,6 +13,7 @@ from medsd.errors import ConfigError, WeightsError
 from medsd.heatmap.appearance import Appearance
 from medsd.heatmap.dicom import check_dicom
 from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.legend import NO_CLASS
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.sample import MOST_TILES
 from medsd.networks.calibrated import Calibration
@@ -143,7 +144,7 @@ def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
         raise ConfigError(f"network_mpp: {path} is an encoder and does not say its scale; give its um per pixel")
     network = encoder.network
     # A head that nothing looks at, for the engine's sake; no probability, so a tile is a single cell.
-    classifier = TileClassifier(encoder.name, ("no class",)).to(next(network.parameters()).device).eval()
+    classifier = TileClassifier(encoder.name, (NO_CLASS,)).to(next(network.parameters()).device).eval()
     classifier.encoder, classifier.normalise = network, encoder.normalise
     layer = request.layer or last_stage(network, encoder.name)
     settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense", workers=request.workers)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from medsd.drawing import Canvas
-from medsd.errors import ConfigError
-from medsd.heatmap.findings import mapped_slide, misfits, model_words, shown_map
+from medsd.errors import ConfigError, DatasetError
+from medsd.heatmap.findings import mapped_slide, misfits, model_words, shown_map, striped
 from medsd.heatmap.folder import THUMBNAIL_PX
+from medsd.heatmap.legend import NO_CLASS
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
 from medsd.heatmap.overlay import MappedSlide, ShownMap, overlay_picture
@@ -21,6 +22,7 @@ from medsd.heatmap.zoom import as_jpeg
 from medsd.slides.slide import Slide, open_slide, thumbnail
 
 PROBABILITY = "probability"
+_ROUNDING = 1e-6  # map pixels
 _UNKNOWN = "Nobody says what the network was trained on, nor for which tissue and scale."
 
 
@@ -31,10 +33,15 @@ class SlideView:
     Attributes:
         picture: as drawn, 1,800 px wide.
         name: of the slide.
+        words: what it shows, for where no picture can be seen.
     """
 
     picture: Canvas
     name: str
+    words: str
+
+    def __repr__(self) -> str:
+        return self.words
 
     def save(self, path: str | Path) -> None:
         """Write it as PNG.
@@ -55,9 +62,12 @@ def view_slide(
     model: MapModel | None = None,
 ) -> SlideView:
     """`medsd.view`, see there."""
-    if not isinstance(slide, Slide):
+    if isinstance(slide, str | Path):
         with open_slide(slide) as opened:
             return view_slide(opened, maps, model)
+    named = _by_name(maps)
+    for name, one in named.items():
+        _check_fits(slide, name, one)
     picture = thumbnail(slide, THUMBNAIL_PX)
     if isinstance(maps, SlideMaps) and model is not None:
         mapped = mapped_slide(slide, maps, model, *picture)
@@ -69,23 +79,37 @@ def view_slide(
             dimensions=slide.dimensions,
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
-            thumbnail=picture[0],
+            thumbnail=striped(*picture, maps) if isinstance(maps, SlideMaps) else picture[0],
             thumbnail_level0_px=picture[1],
-            damaged=False,
-            explanations=[_on_its_scale(name, one, model) for name, one in _by_name(maps).items()],
+            damaged=isinstance(maps, SlideMaps) and maps.lost is not None,
+            explanations=[_on_its_scale(name, one, model) for name, one in named.items()],
             findings=None,
             provenance={},
             caveats=[],
         )
-    return SlideView(overlay_picture(mapped), slide.path.stem)
+    words = [f"slide       {slide.path.stem}", *(one.in_words() for one in named.values())]
+    return SlideView(overlay_picture(mapped), slide.path.stem, "\n\n".join(words))
 
 
 def _by_name(maps: SlideMaps | Mapping[str, ValueMap]) -> Mapping[str, ValueMap]:
     if isinstance(maps, SlideMaps):
-        return {PROBABILITY: maps.probability, **maps.explanations}
+        alone = maps.probability.target == NO_CLASS  # of an encoder without classes it is 1 everywhere
+        return dict(maps.explanations) if alone else {PROBABILITY: maps.probability, **maps.explanations}
     if not isinstance(maps, Mapping) or not maps:
         raise ConfigError("maps: give those of an engine, or a dictionary, such as {'deeplift': saliency}")
     return maps
+
+
+def _check_fits(slide: Slide, name: str, one: ValueMap) -> None:
+    """A map starts at the slide's corner, and its last pixels hold the other one; else it is of another slide."""
+    covered = [size * one.level0_px for size in reversed(one.values.shape)]
+    over = [(end - side) / one.level0_px for end, side in zip(covered, slide.dimensions, strict=True)]
+    if not all(-_ROUNDING <= part <= 1 - _ROUNDING for part in over):
+        width, height = slide.dimensions
+        raise DatasetError(
+            f"maps['{name}']: covers {covered[0]:g} x {covered[1]:g} level-0 px, but {slide.path.name} has "
+            f"{width} x {height}; give the maps of this very slide"
+        )
 
 
 def _on_its_scale(name: str, one: ValueMap, model: MapModel | None) -> ShownMap:
