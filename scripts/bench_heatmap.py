@@ -4,6 +4,7 @@
 python scripts/bench_heatmap.py --part operations
 python scripts/bench_heatmap.py --part time captum --threads 1 --rounds 3
 python scripts/bench_heatmap.py --part peers --rounds 3
+python scripts/bench_heatmap.py --part blocks
 python scripts/bench_heatmap.py --memory
 
 Probability and DeepLift at layer3 of a ResNet-18 with random weights, which cost what trained ones do. The slide is a
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import resource
 import subprocess
 import sys
@@ -46,6 +48,17 @@ SMALL_PX, LARGE_PX, MPP = 4096, 16384, 0.5
 TILE_PX = 224  # of the peers
 # Most operations over those of the tissue's own pixels that we want.
 WANTED = {SMALL_PX: 1.4, LARGE_PX: 1.25}
+BLOCKS_OF = {
+    "resnet18": ("layer1", "layer2", "layer3"),
+    "resnet50": ("layer1", "layer2", "layer3"),
+    "resnet101": ("layer2", "layer3"),
+    "tf_efficientnet_lite0": ("blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5"),
+    "mobilenetv2_100": ("blocks.2", "blocks.3", "blocks.5"),
+    "regnetx_032": ("s2", "s3"),
+    "vgg16_bn": ("features.23", "features.33"),
+    "densenet121": ("features.transition1", "features.transition2", "features.denseblock3", "features.transition3"),
+    "convnext_tiny": ("stages.0", "stages.1", "stages.2"),
+}
 WANTED_PEAK, WANTED_GIB = 1.3, 4
 _BATCH = 8
 Options = argparse.Namespace
@@ -337,8 +350,25 @@ def peak_of(path: Path) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
+def blocks(_slide: Slide, _options: Options) -> None:
+    """How often a cell is computed above a layer in dense blocks that fit a CPU's memory; tiles do so four times."""
+    print(
+        "\n| network | layer | looked at around a cell, px | most px a side at once | computed |\n|---|---|---|---|---|"
+    )
+    for name, layers in BLOCKS_OF.items():
+        classifier = TileClassifier(name).eval()
+        for layer in layers:
+            cascade, cpu = Cascade(classifier, layer, smoothed=False), torch.device("cpu")
+            around, stride = cascade.top.halo, cascade.features.stride
+            side = math.isqrt(cascade.top.largest(None, stride, cpu))
+            cost = cascade.top.cost(cpu)
+            words = "no room for a cell" if math.isinf(cost) else f"{cost:.1f} times"
+            print(f"| {name} | {layer} | {around * stride} | {side * stride} | {words} |", flush=True)
+
+
 PARTS: dict[str, Callable[[Slide, Options], None]] = {
     "operations": operations,
+    "blocks": blocks,
     "time": timing,
     "captum": captum,
     "peers": peers,
