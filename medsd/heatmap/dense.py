@@ -234,16 +234,23 @@ class DenseEngine(Engine):
         place[...] = inner[: place.shape[0], : place.shape[1]]
         # A probability is the mean over the cells of the windows around it.
         wanted = grown(cells, self.window // 2)
-        if self.block_px is None and math.isinf(stage.cost(self.classifier.device)):
+        canvas = size[0], size[1]
+        rects = self._rects(wanted, canvas)
+        # Features alone: a map pixel at the tissue's border may begin in the cell before.
+        needed = grown(wanted, stage.halo) if rects else grown(cells, 1)
+        return _Plan(canvas, cells, rects, self.cascade.plan(needed, self.block_px))
+
+    def _rects(self, wanted: Bools, canvas: tuple[int, int]) -> list[tuple[Rect, Rect]]:
+        """Parts of a canvas (width, height) that hold the wanted cells, each with its crop."""
+        stage, device = self.cascade.top, self.classifier.device
+        if self.block_px is None and math.isinf(stage.cost(device)):
             around = stage.halo * self.cascade.features.stride
             raise NetworkError(
                 f"layer '{self.settings.layer}': a dense map has no room for a single cell and what it looks at, "
                 f"{around:,} px on each side; choose a later layer, way 'tiled', or block_px if there is more memory"
             )
-        largest = stage.largest(self.block_px, self.cascade.features.stride, self.classifier.device)
-        canvas = size[0], size[1]
-        rects = [(rect, rect.grown(stage.halo, canvas)) for rect in partition(wanted, stage.halo, largest)]
-        return _Plan(canvas, cells, rects, self.cascade.plan(grown(wanted, stage.halo), self.block_px))
+        largest = stage.largest(self.block_px, self.cascade.features.stride, device)
+        return [(rect, rect.grown(stage.halo, canvas)) for rect in partition(wanted, stage.halo, largest)]
 
     def _images(self, slide: Slide, crops: Iterator[Rect], grid: MapGrid, lost: list[np.ndarray]) -> Iterator[Tensor]:
         """The pixels of crops, read ahead, as (1, 3, H, W); places that could not be decoded are added to `lost`."""
@@ -402,3 +409,13 @@ def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> int:
 
 def _shift(field: ReceptiveField, origin_px: float) -> int:
     return round((field.centre + origin_px) / field.stride - 0.5)
+
+
+class FeatureEngine(DenseEngine):
+    """Label-free maps alone, from features up to the layer, for networks whose other maps are made tile by tile.
+
+    Nothing above the layer is computed, so the probability is NaN.
+    """
+
+    def _rects(self, wanted: Bools, canvas: tuple[int, int]) -> list[tuple[Rect, Rect]]:
+        return []

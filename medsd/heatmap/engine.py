@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.heatmap.dense import DenseEngine
+from medsd.heatmap.dense import DenseEngine, FeatureEngine
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import BY_PARTS, MASK
 from medsd.heatmap.maps import Assembled, Engine, MapSettings
@@ -38,43 +38,49 @@ _TILED_COST = 4.0
 class MixedEngine(Engine):
     """Maps slides with each method its best way, on one grid: dense, or tile by tile where it looks at whole tiles.
 
-    The probability is the dense one. Arguments and errors as `Engine`; there are methods of either kind.
+    The probability is the dense one. By the way "tiled" it is that of tiles, and label-free methods alone are dense:
+    they decompose features of the slide as a whole. Arguments and errors as `Engine`; there are methods of either kind.
     """
 
     classifier: TileClassifier
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        by_tiles = self.settings.way == "tiled"
         of_tiles = _of_tiles(self.settings)
         dense = tuple(name for name in self.settings.methods if name not in of_tiles)
         rest = self.classifier, self.tile_px, self.mpp, self.target
         scale = self.temperature, None, self.offset
-        self.of_places = DenseEngine(*rest, replace(self.settings, methods=dense), *scale)
-        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles), *scale)
+        kind = FeatureEngine if by_tiles else DenseEngine
+        self.of_places = kind(*rest, replace(self.settings, methods=dense), *scale)
+        # Tiles that give a probability have a map, which is cheap, and is not kept where nobody asked for it.
+        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles or ("gradient",)), *scale)
+        self._main: Engine = self._tiled if by_tiles else self.of_places
 
     @property
     def strides(self) -> tuple[int, int]:
-        return self.of_places.strides
+        return self._main.strides
 
     @property
     def tiles(self) -> str:
-        return self.of_places.tiles
+        return self._main.tiles
 
     def maker_of(self, method: str) -> Engine:
-        self.of_places.reference = self.reference
+        self._main.reference = self.reference
         return self._tiled if method in self._tiled.settings.methods else self.of_places
 
     def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
-        self.of_places.reference = self.reference
+        self._main.reference = self.reference
         whole, tiles = (engine.assemble(slide, tissue, store, progress) for engine in (self.of_places, self._tiled))
-        found, first = {**whole.explanations, **tiles.explanations}, self.settings.methods[0]
+        found, main = {**whole.explanations, **tiles.explanations}, tiles if self._main is self._tiled else whole
         return replace(
-            whole,
+            main,
             explanations={name: found[name] for name in self.settings.methods},
             lost=np.unique(np.concatenate([whole.lost, tiles.lost]), axis=0),
             blocks=whole.blocks + tiles.blocks,
             pixels_read=whole.pixels_read + tiles.pixels_read,
-            owner=whole.owner if first in whole.explanations else None,  # tiles have no borders
+            # Tiles have no borders.
+            owner=main.owner if self.settings.methods[0] in main.explanations else None,
         )
 
     def use_less_memory(self) -> bool:
@@ -86,7 +92,7 @@ class MixedEngine(Engine):
         return self.maker_of(name).run(images, name)
 
     def neutral(self, without: Iterable[Tensor], having: Iterable[Tensor], source: str) -> NeutralReference:
-        return self.of_places.neutral(without, having, source)
+        return self._main.neutral(without, having, source)
 
 
 def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
@@ -151,8 +157,9 @@ def _tiled(engine: Engine) -> Engine:
 
 
 def _of_tiles(settings: MapSettings) -> tuple[str, ...]:
-    """The methods that look at whole tiles."""
-    return tuple(name for name in settings.methods if name not in (*BY_PARTS, *LABEL_FREE))
+    """The methods that are mapped tile by tile: those that look at whole tiles, or all that explain a class."""
+    dense = LABEL_FREE if settings.way == "tiled" else (*BY_PARTS, *LABEL_FREE)
+    return tuple(name for name in settings.methods if name not in dense)
 
 
 def make_engine(
@@ -167,7 +174,8 @@ def make_engine(
 ) -> Engine:
     """The engine for a network: as `settings.way` says, and for "auto" the dense one where the network allows it.
 
-    Methods that look at whole tiles are then mapped tile by tile beside the others. An `AimClassifier`, whose masks
+    Methods that look at whole tiles are then mapped tile by tile beside the others; by the way "tiled" all methods are,
+    but for label-free ones, which take features of the slide as a whole. An `AimClassifier`, whose masks
     depend on the whole tile, and a network with global operations (squeeze-excite, attention) have no dense map and are
     mapped tile by tile. The maps name the way that was taken.
 
@@ -182,17 +190,18 @@ def make_engine(
     settings = settings or MapSettings()
     if settings.way == "dense" and not isinstance(classifier, TileClassifier):
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
-    if settings.way == "tiled" or not isinstance(classifier, TileClassifier):
-        return TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
-    of_tiles = _of_tiles(settings)
-    mixed = settings.way == "auto" and MASK not in of_tiles and 0 < len(of_tiles) < len(settings.methods)
-    kind = MixedEngine if mixed else DenseEngine
+    rest = classifier, tile_px, mpp, target, settings, temperature, reference, offset
+    of_tiles, free = _of_tiles(settings), set(LABEL_FREE).intersection(settings.methods)
+    if not isinstance(classifier, TileClassifier) or (settings.way == "tiled" and not free):
+        return TiledEngine(*rest)
+    mixed = settings.way != "dense" and MASK not in of_tiles and len(of_tiles) < len(settings.methods)
+    kind = MixedEngine if mixed and (of_tiles or settings.way == "tiled") else DenseEngine
     try:
-        return kind(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
+        return kind(classifier, *rest[1:])
     except NetworkError as reason:
         if settings.way == "dense":
             raise
         # A layer or tile that does not fit is refused by this engine as well.
-        tiled = TiledEngine(classifier, tile_px, mpp, target, settings, temperature, reference, offset)
+        tiled = TiledEngine(*rest)
         logger.info("mapped tile by tile: %s", reason)
         return tiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,30 @@ def test_methods_of_either_way_stand_side_by_side_as_they_are_alone(classifier, 
     np.testing.assert_array_equal(maps.probability.values, whole.probability.values)
     assert maps.blocks == whole.blocks + tiles.blocks and maps.pixels_read == whole.pixels_read + tiles.pixels_read
     assert maps.moved == whole.moved
+
+
+@pytest.mark.parametrize("methods", [("tsm", "deeplift", "gradcam"), ("eigencam",)])
+def test_label_free_maps_of_a_network_that_goes_by_tiles_are_the_dense_ones(
+    classifier, reference, array_slide, methods
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 264, 3), dtype=np.uint8)
+    slide, tissue = array_slide(pixels), TissueMask(np.ones((1, 1), bool), 512.0)
+    of_tiles, free = ("deeplift", "gradcam"), methods[0]
+    reference = replace(reference, extent="tile")
+    maps = make_engine(
+        classifier, 64, 1.0, settings=MapSettings(methods, "layer2", way="tiled"), reference=reference
+    ).map(slide, tissue)
+    assert tuple(maps.explanations) == methods
+    assert len({(shown.values.shape, shown.level0_px, shown.mpp) for shown in maps.explanations.values()}) == 1
+    whole = DenseEngine(classifier, 64, 1.0, settings=MapSettings((free,), "layer2")).map(slide, tissue)
+    tiles = TiledEngine(classifier, 64, 1.0, settings=MapSettings(of_tiles, "layer2"), reference=reference).map(
+        slide, tissue
+    )
+    np.testing.assert_array_equal(maps.explanations[free].values, whole.explanations[free].values)
+    for name in methods[1:]:
+        np.testing.assert_array_equal(maps.explanations[name].values, tiles.explanations[name].values)
+    np.testing.assert_array_equal(maps.probability.values, tiles.probability.values)
+    assert maps.moved == (tiles.moved if "deeplift" in methods else None) and maps.seam is None
 
 
 def test_tiles_and_references_are_asked_of_the_way_that_a_method_goes(classifier, reference):
