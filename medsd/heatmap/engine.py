@@ -101,8 +101,9 @@ def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
     A network learns from tiles whose borders are padded. In a slide's dense map other tissue lies there instead; where
     what is padded reaches most of the tile, the answer may be another one (EfficientNet-Lite0 on tiles of 96 px), and
     the dense map would be that of a network nobody trained. Asked are tiles in the midst of eight others (our choice).
-    Where a layer's cells look so far that little more than their surroundings fits a CPU's memory (DenseNet-121,
-    ConvNeXt-T), blocks overlap more than tiles do; asked of the CPU everywhere, so that weights are mapped alike.
+    Where a layer's cells look so far that little more than their surroundings fits a CPU's memory (DenseNet-121, early
+    layers of ConvNeXt-T), blocks overlap more than tiles do; asked of the CPU everywhere, so that weights are mapped
+    alike.
 
     Args:
         engine: as `make_engine` made it; one whose settings say a way keeps it.
