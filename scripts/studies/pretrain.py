@@ -77,6 +77,7 @@ VARIANTS = {
     # One setting at a time, for a choice on validation.
     "moco-t0.1": MedMoCoSettings(local=0.0, decorrelation="none", temperature=0.1),
     "moco-t0.4": MedMoCoSettings(local=0.0, decorrelation="none", temperature=0.4),
+    "local-corr-4-t0.4": MedMoCoSettings(decorrelation="corr", penalty=4.0, temperature=0.4),
     "med-moco-t0.1": MedMoCoSettings(temperature=0.1),
     "med-moco-t0.4": MedMoCoSettings(temperature=0.4),
     "med-moco-g16": MedMoCoSettings(group_size=16),

@@ -30,6 +30,7 @@ WORDS = {
     "local-corr-16": "+ local + penalty of 16",
     "moco-t0.1": "MoCo v2, temperature 0.1",
     "moco-t0.4": "MoCo v2, temperature 0.4",
+    "local-corr-4-t0.4": "+ local + penalty of 4, temperature 0.4",
     "med-moco-t0.1": "Med-MoCo, temperature 0.1",
     "med-moco-t0.4": "Med-MoCo, temperature 0.4",
     "med-moco-g16": "Med-MoCo, groups of 16",
