@@ -30,7 +30,7 @@ from medsd.cohort.split import with_parts
 from medsd.cohort.tiling import INDEX, Tiling, find_tiles, tiled_slides
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
-from medsd.heatmap.engine import Engine, engine_that_agrees, make_engine
+from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
 from medsd.heatmap.legend import ADDITIVE
 from medsd.networks.calibrated import Calibration
 from medsd.phantom import write_phantom_dataset
@@ -405,7 +405,7 @@ def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> En
 
     A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
     """
-    engine = engine_that_agrees(engine, _some_tiles(validation))
+    engine = engine_for_slides(engine, _some_tiles(validation))
     methods = engine.settings.methods
     if ADDITIVE not in methods:
         return engine

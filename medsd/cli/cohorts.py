@@ -79,21 +79,23 @@ def gather_folder(
     out: Annotated[Path, typer.Argument(help="Folder that tiles, heatmap, segment or features wrote to, in shares.")],
 ) -> None:
     """Make the tables and index of all slides in a folder, however many processes wrote them."""
+    from medsd.cohort.kept import FEATURES, TILES, holds
+
     rows: Sequence[SlideRow]
-    if any(out.glob("slides/*.json")):
+    if holds(out, TILES):
         from medsd.cohort.tiling import gather_tiles
 
         rows = gather_tiles(out)
+    elif holds(out, FEATURES):
+        from medsd.features.slides import gather_features
+
+        rows = gather_features(out)
     else:
-        from medsd.features.slides import gather_features, holds_features
         from medsd.heatmap.cohort import gather_maps
         from medsd.heatmap.folder import holds_classes
         from medsd.segment.slides import gather_segmented
 
-        if holds_features(out):
-            rows = gather_features(out)
-        else:
-            rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
+        rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
     end(rows, f"see {out / 'slides.csv'}")
 
 

@@ -16,6 +16,8 @@ from medsd.record import read_record
 from medsd.tables import write_table
 
 TABLE = "slides.csv"
+# Where each kind of outputs has the records of its slides, by name. A folder holds outputs of one kind.
+TILES, FEATURES, FOLDERS = "slides/{}.json", "records/{}.json", "{}/record.json"
 _CLAIM = ".tables.claim"
 
 
@@ -93,6 +95,18 @@ class Current(Generic[Row]):
 
     entries: Mapping[str, SlideEntry] = field(default_factory=dict)
     unrecorded: dict[str, Row] = field(default_factory=dict)
+
+
+def holds(folder: Path, place: str) -> bool:
+    """Whether a folder has a record in such a place, of a slide whose place it is.
+
+    A slide may be called "records" or "record", and then has its record where another kind has them.
+    """
+    for path in folder.glob(place.format("*")):
+        record = read_record(path)
+        if record is not None and folder / place.format(record["result"]["slide"]) == path:
+            return True
+    return False
 
 
 def gather(kept: Kept[Row], current: Current[Row] | None = None) -> list[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medsd.cohort.entry import SlideEntry, output_name, own_name
-from medsd.cohort.kept import Kept
+from medsd.cohort.kept import FEATURES, FOLDERS, TILES, Kept, holds
 from medsd.errors import DatasetError
 from medsd.record import read_record
 from medsd.slides.parts import slide_identity
@@ -27,6 +27,14 @@ def shard_of(entries: Sequence[SlideEntry], text: str) -> list[SlideEntry]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise DatasetError(f"shard='{text}': give one as 3/40, from 1/40 to 40/40")
     return sorted(entries, key=lambda entry: entry.name)[int(number) - 1 :: int(count)]
+
+
+def check_kind(kept: Kept[Any]) -> None:
+    """Raise DatasetError where the folder holds outputs of another kind, whose table would be replaced."""
+    if any(holds(kept.folder, place) for place in (TILES, FEATURES, FOLDERS) if place != kept.record):
+        raise DatasetError(
+            f"{kept.folder}: holds outputs of another verb, whose table would be replaced; choose another folder"
+        )
 
 
 def check_owner(kept: Kept[Any], entry: SlideEntry) -> None:

@@ -22,7 +22,7 @@ from medsd.checks import check_number
 from medsd.claims import Claim, claimed, forget_abandoned
 from medsd.cohort.entry import SlideEntry, check_names, with_own_names
 from medsd.cohort.kept import Current, Kept, Row, gather, write_rows
-from medsd.cohort.owner import check_owner, known_identity, with_free_name
+from medsd.cohort.owner import check_kind, check_owner, known_identity, with_free_name
 from medsd.errors import DatasetError, MedsdError, OutputError, SlideError
 from medsd.files import make_folder, remove_leftovers
 from medsd.progress import Progress, no_progress
@@ -115,7 +115,8 @@ def run_cohort(
         the rows of `entries`, in their order.
 
     Raises:
-        DatasetError: no slides, two of one name, or outputs of another slide of that name in the folder.
+        DatasetError: no slides, two of one name, or outputs of another slide of that name, or of another kind, in the
+            folder.
         ConfigError: fewer than one worker.
         OutputError: the folder cannot be written to.
     """
@@ -127,6 +128,7 @@ def run_cohort(
         entries = with_own_names([with_free_name(work, entry) for entry in entries])
     check_names(entries)
     run = _Run(work, Current({entry.name: entry for entry in entries}), isolate)
+    check_kind(work)
     for entry in entries:
         check_owner(work, entry)
     make_folder(work.folder)

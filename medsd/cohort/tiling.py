@@ -18,7 +18,7 @@ from medsd.checks import check_choice, check_number
 from medsd.classes import CLASSES, checked_classes
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
-from medsd.cohort.kept import Kept, SlideRow, gather
+from medsd.cohort.kept import TILES, Kept, SlideRow, gather
 from medsd.cohort.outlines import Outlines, read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
@@ -235,7 +235,7 @@ class _Tiles(Kept[TiledSlide]):
     folder: Path
     row_type = TiledSlide
     columns = _COLUMNS
-    record = "slides/{}.json"
+    record = TILES
 
     def cells(self, row: TiledSlide) -> Mapping[str, Any]:
         return asdict(row) | {f"{name}_tiles": count for name, count in row.class_tiles.items()}

@@ -14,13 +14,12 @@ import torch
 
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex, tiles_of_slide
-from medsd.cohort.kept import Kept, gather
+from medsd.cohort.kept import FEATURES, Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
-from medsd.errors import DatasetError
 from medsd.features.encoder import FeatureEncoder, FeatureRequest, load_feature_encoder
 from medsd.features.h5 import check_h5, magnification, write_h5
 from medsd.heatmap.findings import scale_misfits
-from medsd.heatmap.folder import SlideFolder, holds_classes
+from medsd.heatmap.folder import SlideFolder
 from medsd.heatmap.report import ReportedSlide
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
@@ -30,7 +29,6 @@ from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
-RECORDS = "records/{}.json"
 # Raised whenever the same weights and request give other features or another file.
 _FORMAT = 1
 
@@ -86,19 +84,10 @@ def write_features(
     """
     check_h5()
     output, request = Path(output), request or FeatureRequest()
-    if holds_classes(output) is not None or any(output.glob("slides/*.json")):
-        raise DatasetError(
-            f"{output}: holds outputs of another verb, whose table would be replaced; choose another folder"
-        )
     encoder = load_feature_encoder(weights, request, usable_device(device))
     target = encoder.stain_target
     normaliser = None if target is None else StainNormaliser(profile_from_dict(target), output / "stains")
     return run_cohort(_FeatureWork(output, encoder, normaliser, request), slides, 1, isolate, progress, sharing)
-
-
-def holds_features(output: Path) -> bool:
-    """Whether `write_features` wrote to a folder."""
-    return any(output.glob(RECORDS.format("*")))
 
 
 def gather_features(output: str | Path) -> list[FeatureSlide]:
@@ -121,7 +110,7 @@ class _Features(Kept[FeatureSlide]):
         *("slide", "status", "model", "misfit", "reason", "tiles", "unseen_tiles", "dim", "mpp", "mpp_source"),
         *("path", "seconds"),
     )
-    record = RECORDS
+    record = FEATURES
 
     def publish(self, rows: Sequence[FeatureSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
         """The table says it all."""

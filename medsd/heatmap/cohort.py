@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import TABLE, Kept, gather
+from medsd.cohort.kept import FOLDERS, TABLE, Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
@@ -120,7 +120,7 @@ class _Maps(Kept[SlideResult]):
         *("slide", "status", "model", "misfit", "reason", "target", "score", "verdict", "regions", "region_area_mm2"),
         *(*_DROPS, "seconds"),
     )
-    record = f"{{}}/{RECORD}"
+    record = FOLDERS
 
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
         write_index(self.folder / "index.html", rows, "Slide heatmaps")

@@ -25,7 +25,7 @@ from medsd.saliency.neutral import NeutralReference
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
-__all__ = ["Engine", "engine_that_agrees", "make_engine"]
+__all__ = ["Engine", "engine_for_slides", "make_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class MixedEngine(Engine):
         return self._main.neutral(without, having, source)
 
 
-def engine_that_agrees(engine: Engine, tiles: Tensor) -> Engine:
+def engine_for_slides(engine: Engine, tiles: Tensor) -> Engine:
     """The engine, or the tiled one where the dense one costs more, or its maps say otherwise than tiles shown alone.
 
     A network learns from tiles whose borders are padded. In a slide's dense map other tissue lies there instead; where

@@ -14,12 +14,12 @@ import torch
 
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import Kept, gather
+from medsd.cohort.kept import FOLDERS, Kept, gather
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits
-from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
+from medsd.heatmap.folder import OVERLAY, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
 from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
 from medsd.heatmap.scale import share_scale
@@ -150,7 +150,7 @@ class _Segmented(Kept[SegmentedSlide]):
     folder: Path
     row_type = SegmentedSlide
     columns = ("slide", "status", "model", "misfit", "reason", "regions")
-    record = f"{{}}/{RECORD}"
+    record = FOLDERS
 
     def cells(self, row: SegmentedSlide) -> Mapping[str, Any]:
         return asdict(row) | {f"{name}_mm2": area for name, area in row.areas_mm2.items()}

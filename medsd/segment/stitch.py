@@ -1,7 +1,7 @@
 """A slide's tissue segmented tile by tile: overlapping tiles as in training, blended by weights that sum to one.
 
 Zero padding reaches most of a tile in networks as deep as these, so that they answer otherwise on large blocks than on
-the tiles that they were trained on (see `medsd.heatmap.engine.engine_that_agrees`): every pixel is therefore looked at
+the tiles that they were trained on (see `medsd.heatmap.engine.engine_for_slides`): every pixel is therefore looked at
 by whole tiles of the training's size, and nothing else. Windows as of `medsd.heatmap.tiled.blend_window`.
 """
 

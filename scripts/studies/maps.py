@@ -27,7 +27,7 @@ from torch import Tensor
 from medsd.evaluate.scores import auc
 from medsd.files import atomic_path, make_folder, sha256_of
 from medsd.heatmap.additive import blurred
-from medsd.heatmap.engine import Engine, engine_that_agrees, make_engine
+from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.classifier import TileClassifier
@@ -181,7 +181,7 @@ def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, Mod
             engine = make_engine(classifier, card.tile_px, card.mpp, 1, settings, temperature, reference)
             if way == "auto":
                 asked = torch.cat([images[labels == label][:_ASKED_OF_CLASS] for label in (0, 1)])
-                engine = engine_that_agrees(engine, asked)
+                engine = engine_for_slides(engine, asked)
                 way = "tiled" if engine.settings.way == "tiled" else "dense"
             if reference is None:
                 normal, tumour = (images[labels == label].split(_BATCH) for label in (0, 1))

@@ -1,7 +1,7 @@
 """Dense or tile by tile: does a slide's map say what the classifier says of its tiles, each shown alone?
 
 Fields of lymph nodes with tumour masks (as in the study of maps), the additive map of one layer made both ways. Beside
-it what `engine_that_agrees` finds on validation patches alone, which is how the way is chosen when weights are made.
+it what `engine_for_slides` finds on validation patches alone, which is how the way is chosen when weights are made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from studies import fields, maps
 from studies.saliency_tables import interval
 
 from medsd.files import sha256_of
-from medsd.heatmap.engine import Engine, engine_that_agrees, make_engine
+from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard
@@ -80,7 +80,7 @@ def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, Mod
     settings = MapSettings(layer=LAYERS[network], smoothing="none")
     rest = card.tile_px, card.mpp, 1
     asked = torch.cat([images[labels == label][:_ASKED_OF_CLASS] for label in (0, 1)])
-    chosen = engine_that_agrees(make_engine(classifier, *rest, settings), asked).settings.way
+    chosen = engine_for_slides(make_engine(classifier, *rest, settings), asked).settings.way
     engines = {}
     for way in WAYS:
         engine = make_engine(classifier, *rest, replace(settings, way=way))

@@ -20,12 +20,13 @@ from PIL import Image
 from medsd import claims
 from medsd.claims import claimed, forget_abandoned
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import Kept, SlideRow, gather
+from medsd.cohort.kept import FEATURES, TILES, Kept, SlideRow, gather
 from medsd.cohort.owner import shard_of
 from medsd.cohort.runner import Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError, OutputError
 from medsd.files import MACHINE, process_lives, write_text
 from medsd.progress import Progress
+from medsd.record import write_record
 from medsd.slides.slide import Slide
 
 
@@ -222,3 +223,20 @@ def test_claims_of_the_dead_are_taken_over_and_those_of_the_living_are_not(
         with pytest.raises(OutputError, match="another run took over while this one stood still"):
             claim.check()
     assert path.read_text() == "taken over" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", [TILES, FEATURES])
+def test_a_folder_holds_outputs_of_one_kind(slides: list[SlideEntry], tmp_path: Path, place: str) -> None:
+    write_record(tmp_path / place.format("s00"), {}, [], status="ok", result={"slide": "s00"})
+    with pytest.raises(DatasetError, match="holds outputs of another verb, whose table would be replaced"):
+        run_cohort(SumWork(tmp_path), slides[:1], isolate=False)
+    assert not (tmp_path / "slides.csv").exists() and not (tmp_path / "s00").exists()
+
+
+@pytest.mark.parametrize("name", ["records", "record"])
+def test_a_slide_may_be_called_as_what_another_kind_keeps(slides: list[SlideEntry], tmp_path: Path, name: str) -> None:
+    entries = [SlideEntry(name, slides[1].path, mpp=slides[1].mpp)]
+    for _ in range(2):
+        (row,) = run_cohort(SumWork(tmp_path), entries, isolate=False)
+        assert row.status == "ok"
+    assert (tmp_path / "made.txt").read_text() == f"{name}\n"

@@ -29,6 +29,7 @@ from medsd.networks.start import save_encoder
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
+from medsd.record import write_record
 from medsd.slides.slide import open_slide
 from medsd.tables import read_table
 
@@ -175,8 +176,7 @@ def test_what_cannot_be_used_is_told_in_a_line(
     encoder = tmp_path / "encoder.safetensors"
     save_encoder(encoder, made.classifier.encoder, "test_resnet", "noise")
     torch.save({"x": SimpleNamespace()}, tmp_path / "code.pt")
-    (tmp_path / "mapped" / "slides").mkdir(parents=True)
-    (tmp_path / "mapped" / "slides" / "a.json").write_text("{}")
+    write_record(tmp_path / "mapped" / "a" / "record.json", {}, [], status="ok", result={"slide": "a"})
 
     def told(kind: type[Exception], words: str, weights: Path, request: FeatureRequest, out: str = "out") -> None:
         with pytest.raises(kind, match=words) as caught:

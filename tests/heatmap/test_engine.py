@@ -11,7 +11,7 @@ import torch
 from medsd.errors import NetworkError
 from medsd.heatmap import cascade
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.engine import engine_that_agrees, make_engine
+from medsd.heatmap.engine import engine_for_slides, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import TileClassifier
@@ -116,19 +116,19 @@ def test_a_network_that_surroundings_turn_round_is_mapped_tile_by_tile(classifie
     engine = make_engine(classifier, 64, 1.0, 1, settings, offset=offset)
     answers = iter([1.0] * round(40 * share) + [-1.0] * (40 - round(40 * share)))
     monkeypatch.setattr(DenseEngine, "with_surroundings", lambda self, mosaic: torch.tensor([next(answers)]))
-    found = engine_that_agrees(engine, images)
+    found = engine_for_slides(engine, images)
     if share > 0.95:
         assert found is engine and not caplog.text
     else:
         assert isinstance(found, TiledEngine) and found.settings.way == "tiled" and found.offset == offset
         assert "20 of 40 tiles that the network is sure of are answered the other way" in caplog.text
     chosen = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2", way="dense"), offset=offset)
-    assert engine_that_agrees(chosen, images) is chosen  # who says a way gets it
+    assert engine_for_slides(chosen, images) is chosen  # who says a way gets it
 
 
 def test_a_network_that_is_sure_of_nothing_keeps_its_way(classifier):
     engine = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2"), 1e6)
-    assert engine_that_agrees(engine, torch.zeros((20, 3, 64, 64), dtype=torch.uint8)) is engine
+    assert engine_for_slides(engine, torch.zeros((20, 3, 64, 64), dtype=torch.uint8)) is engine
 
 
 @pytest.mark.parametrize(("room", "way"), [(3.0, "tiled"), (5.0, "auto")])
@@ -142,12 +142,12 @@ def test_a_layer_whose_blocks_cost_more_than_tiles_is_mapped_tile_by_tile(classi
     monkeypatch.setattr(cascade, "_CPU_BYTES", (room * top.halo) ** 2 * top.cell_bytes * 1.001)
     assert top.cost(torch.device("cpu")) == pytest.approx((room / (room - 2)) ** 2, rel=0.05)
     images = torch.zeros((20, 3, 64, 64), dtype=torch.uint8)
-    assert engine_that_agrees(engine, images).settings.way == way
+    assert engine_for_slides(engine, images).settings.way == way
     assert ("above layer 'layer2' blocks would compute each cell 9 times, tiles do 4" in caplog.text) == (
         way == "tiled"
     )
     chosen = make_engine(classifier, 64, 1.0, 1, MapSettings(("gradient",), "layer2", block_px=64), 1e6)
-    assert engine_that_agrees(chosen, images) is chosen  # who gives room for blocks has it
+    assert engine_for_slides(chosen, images) is chosen  # who gives room for blocks has it
 
 
 def test_a_layer_that_leaves_no_room_for_a_cell_is_refused_before_anything_is_computed(
