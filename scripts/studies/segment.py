@@ -201,7 +201,10 @@ def _scores(
 ) -> dict[str, Any]:
     """Dice on the test part, of the best epoch on the validation part, and what weak masks are like."""
     files = ["bundles/segmentation.json", *configs, *(["configs/weak_labels.json"] if weak else [])]
-    workflow = monai.bundle.run(config_file=files, output_dir=str(run), **keys, **(weak or {}))
+    # As `monai.bundle.run` does, which does not give back the workflow.
+    workflow = monai.bundle.create_workflow(config_file=files, output_dir=str(run), **keys, **(weak or {}))
+    workflow.run()
+    workflow.finalize()
     (scores,) = json.loads((run / "scores.json").read_text("utf-8"))["masks"].values()
     history = read_table(run / "training" / "history.csv", ("epoch", "validation_dice"))
     found = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from scipy import stats
 from studies.pretrain_tables import WORDS, difference_of, mean_of
 
 from medsd.drawing import save_figure
@@ -73,14 +74,11 @@ def _weak_masks(settings: list[Any], results: Results, seeds: list[int]) -> Iter
     """How true the masks made of evidence are."""
     yield "| masks of evidence | said of pixels | tumour where it says so | none where it says so | tumour of all |"
     yield "|---|---|---|---|---|"
-    for setting in settings:
-        rows = [results[key]["weak"] for seed in seeds if (key := ("weak", setting, seed)) in results]
-        if setting.start == "weak" and rows:
-            cells = [
-                mean_of(np.array([row[name] for row in rows]), 3)
-                for name in ("said", "precision", "background", "share")
-            ]
-            yield "| " + " | ".join([f"sure {setting.sure:g}, {setting.fill.replace('_', ' ')}", *cells]) + " |"
+    for setting in (one for one in settings if one.start == "weak"):
+        rows = [found["weak"] for seed in seeds if (found := results.get(("weak", setting, seed))) is not None]
+        kinds = ("said", "precision", "background", "share")
+        cells = [mean_of(np.array([row[kind] for row in rows]), 3) for kind in kinds]
+        yield "| " + " | ".join([f"sure {setting.sure:g}, {setting.fill.replace('_', ' ')}", *cells]) + " |"
     yield ""
 
 
@@ -110,16 +108,24 @@ def draw(results: Results, folder: Path) -> None:
             alone = [one for one in settings if one.start == start and not one.fraction]
             found = [_values(results, part, one, "dice", seeds) for one in own or alone]
             middles = [np.nanmean(values) for values in found]
-            errors = [np.nanstd(values, ddof=1) / np.sqrt(np.isfinite(values).sum()) for values in found]
+            errors = [
+                stats.sem(values, nan_policy="omit") if np.isfinite(values).sum() > 1 else 0.0 for values in found
+            ]
             if own:
                 shares = [100 * one.fraction for one in own]
                 axes.errorbar(
                     shares, middles, errors, color=colour, marker=marker, ms=5, capsize=2, label=_STARTS[start]
                 )
             else:  # no masks: a level to compare with
-                axes.axhline(max(middles), color=colour, ls=":", label=f"{_STARTS[start]}, no mask (the best)")
+                chosen = np.argmax([np.nanmean(_values(results, part, one, "validation", seeds)) for one in alone])
+                words = f"{_STARTS[start]}, no mask (the best on validation)"
+                axes.axhline(middles[int(chosen)], color=colour, ls=":", label=words)
+        # The whole of Dice, or noise would look like a difference.
         axes.set(
-            xscale="log", xlabel="% of the training patients whose masks are learnt from", ylabel="Dice, test part"
+            ylim=(0, 1),
+            xscale="log",
+            xlabel="% of the training patients whose masks are learnt from",
+            ylabel="Dice, test part",
         )
         axes.set_xticks(ticks := [100 * share for share in (0.01, 0.1, 1.0)], [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
