@@ -201,9 +201,11 @@ def test_a_damaged_fit_is_made_again(skin: Path, tmp_path: Path, fits: list[str]
             path.write_bytes(b"\xff\xfe\x00")
         else:
             path.write_text(damage)
-        assert StainNormaliser(TARGET, folder).fit(slide) == SOURCE
+        for _ in range(2):  # what the first of them writes, the second takes as whole
+            assert StainNormaliser(TARGET, folder).fit(slide) == SOURCE
     assert len(fits) == 2
-    assert {**json.loads(path.read_bytes()), "made": whole["made"]} == whole
+    own = dict.fromkeys(("made", "record_sha256"))  # the second it was made in, and the digest over it
+    assert {**json.loads(path.read_bytes()), **own} == {**whole, **own}
 
 
 def test_a_slide_that_is_gone_is_named(array_slide: type) -> None:
