@@ -21,13 +21,13 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from studies.slide_peers import Tiles, by_monai, by_tiatoolbox
+from studies.timing import in_turns, line
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -308,26 +308,6 @@ def peers(slide: Slide, options: Options) -> None:
 
 def logit_difference(logits: Tensor) -> Tensor:
     return logits[:, 1] - logits[:, 0]
-
-
-def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each work in each round; the first call of each is not counted."""
-    seconds: dict[str, list[float]] = {words: [] for words in works}
-    for number in range(rounds + 1):
-        for words, work in works.items():
-            started = time.perf_counter()
-            work()
-            if number:
-                seconds[words].append(time.perf_counter() - started)
-    return {words: np.array(times) for words, times in seconds.items()}
-
-
-def line(words: str, ours: np.ndarray, against: str, theirs: np.ndarray, wanted: str) -> str:
-    ratios, (sign, limit) = ours / theirs, wanted.split()
-    times = float(np.median(ratios))
-    verdict = "met" if (times <= float(limit) if sign == "<=" else times >= float(limit)) else "MISSED"
-    span = f"{times:.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-    return f"| {words} | {np.median(ours):.1f} | {against}, {np.median(theirs):.1f} s | {span} | {wanted}: {verdict} |"
 
 
 def memory(slides: list[Path], threads: int) -> None:

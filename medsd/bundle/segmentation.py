@@ -253,8 +253,10 @@ def _predicted(
     loader = DataLoader(Subset(cast("Dataset[MaskedSample]", items), order.tolist()), batch_size, num_workers=workers)
     rows = iter(order.tolist())
     for batch in progress_bar("evaluate")(loader, len(loader), "batch"):
+        # NHWC is the faster for convolutions, on CPUs too.
+        images = batch["image"].to(network.device, memory_format=torch.channels_last)
         with evaluating(network), torch.inference_mode():
-            found = network(batch["image"].to(network.device)).argmax(dim=1).to("cpu", torch.uint8)
+            found = network(images).argmax(dim=1).to("cpu", torch.uint8)
         for number in range(len(found)):
             yield next(rows), found[number], {"image": batch["image"][number], "label": batch["label"][number]}
 

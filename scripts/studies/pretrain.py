@@ -15,6 +15,7 @@ import numpy as np
 import timm
 import torch
 from studies import pretrain_data
+from studies.data import Items
 from studies.finetune import Recipe, start_worker, train
 from studies.pretrain_data import Images, Sides, sides_of
 from studies.pretrain_tables import draw, tables
@@ -287,20 +288,12 @@ def _finetuned(encoder: nn.Module, part: Part, sides: Sides, share: float, epoch
     network.encoder.load_state_dict(encoder.state_dict())
     network.to(job.device)
     labels = torch.from_numpy(sides.training.labels[rows]).to(job.device)
-    items: Any = _Items(sides.training.pixels[torch.from_numpy(rows)].to(job.device), labels)
+    pixels = sides.training.pixels[torch.from_numpy(rows)].to(job.device)
+    items = Items(pixels, labels, cue=torch.zeros_like(labels))
     recipe = replace(_RECIPE, epochs=epochs, batch_size=min(_RECIPE.batch_size, len(rows)))
     train(network, SaliencyDecor(0, 0), items, recipe, job.seed)
     judged = sides.testing.labels >= 0
-    pixels = sides.testing.pixels[torch.from_numpy(judged)]
+    tests = sides.testing.pixels[torch.from_numpy(judged)]
     with evaluating(network), torch.no_grad():
-        logits = torch.cat([network(network.normalise(batch.to(job.device))).cpu() for batch in pixels.split(64)])
+        logits = torch.cat([network(network.normalise(batch.to(job.device))).cpu() for batch in tests.split(64)])
     return auc(sides.testing.labels[judged], (logits[:, 1] - logits[:, 0]).numpy())
-
-
-@dataclass(frozen=True)
-class _Items:
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)

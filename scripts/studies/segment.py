@@ -1,7 +1,8 @@
 """Segmentation: which start of the encoder, how many masks, and what masks for nothing are worth before real ones.
 
 Every job is a run of `bundles/segmentation.json` as a user runs it. Encoders are those that the study of pre-training
-keeps (`--out` of both the same), so that starts differ in their pre-training alone.
+keeps (`--out` of both the same), so that starts differ in their pre-training alone, and MoCo's tuned further on the
+labels of its patches, by cross-entropy and by SaliencyDecor.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from typing import Any, Literal
 
 import monai.bundle
 import numpy as np
-from studies.finetune import start_worker
+import torch
+from studies.data import Items
+from studies.finetune import Recipe, start_worker, train
+from studies.pretrain_data import sides_of
 from studies.segment_tables import draw, tables
 
 from medsd.errors import DatasetError
 from medsd.files import make_folder, sha256_of
+from medsd.networks.classifier import TileClassifier
+from medsd.networks.start import load_encoder, save_encoder
+from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.segment.weak import IGNORED
 from medsd.tables import read_table
 
 __all__ = ["draw", "tables"]
 
-VERSION = 1
+VERSION = 2
 # Unseen by the classifier, which learnt from slides of small seeds.
 _FIRST_PHANTOMS = 100
 
@@ -46,14 +53,18 @@ class Part:
     keys: dict[str, Any] = field(default_factory=dict)
 
 
-_FEW = {"max_epochs": 6, "samples_per_epoch": 512, "batch_size": 16}
+# 128 steps, for two cores.
+_FEW = {"max_epochs": 4, "val_interval": 2, "samples_per_epoch": 512, "batch_size": 16, "crop_px": 112}
 PARTS = {
-    "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", {**_FEW, "crop_px": 112}),
-    "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "crop_px": 112, "mask_kind": "semantic"}),
+    "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", _FEW),
+    "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "side_px": 256, "mask_kind": "semantic"}),
     "weak": Part((), "", {"phantom_slides": 20, "phantom_size_px": 2048, "encoder": "resnet10t"}),
 }
 PRETRAINED = ("start", "moco", "med-moco", "local-corr-4")
 _PRETRAINED_ON, _HALF = "pcam-resnet10t", "resnet10t_half"
+# From MoCo's encoder, with the labels of the training side of PatchCamelyon.
+TUNED = {"ce": (0.0, 0.0), "saliencydecor": (1.0, 0.1)}
+_TUNED_FROM, _TUNING = "moco", Recipe(epochs=8, lr=1e-3, encoder_lr=3e-4)
 _IMAGENET = "tf_efficientnet_lite0.in1k.fp16.safetensors"
 
 
@@ -62,8 +73,9 @@ class Setting:
     """One training of a part, but for its seed.
 
     Attributes:
-        start: of the encoder: a variant of the study of pre-training, "lite0" (ImageNet), or, in the part "weak", of
-            the classifier's encoder: "masks" alone, "weak" (evidence in the place of masks), or "weak then masks".
+        start: of the encoder: a variant of the study of pre-training, one of `TUNED`, "lite0" (ImageNet), or, in the
+            part "weak", of the classifier's encoder: "masks" alone, "weak" (evidence in the place of masks), or "weak
+            then masks".
         protocol, fraction: keys of the bundle; a fraction of 0 looks at no training mask.
         sure, fill: of weak masks.
     """
@@ -112,9 +124,10 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
-    parser.add_argument("data", type=Path, help="Holds ebhi_seg, nuinsseg and weights_encoders.")
+    parser.add_argument("data", type=Path, help="Holds ebhi_seg, nuinsseg, pcam_patches and weights_encoders.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--starts", choices=(*PRETRAINED, "lite0"), nargs="+", default=[*PRETRAINED, "lite0"])
+    starts = [*PRETRAINED, *TUNED, "lite0"]
+    parser.add_argument("--starts", choices=starts, nargs="+", default=starts)
     parser.add_argument(
         "--classifier", type=Path, default=Path("runs/camelyon/model.safetensors"), help="Of the part 'weak'."
     )
@@ -128,7 +141,9 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
         for seed in range(arguments.seeds):
             for setting in settings_of(part, arguments.starts):
                 encoder = kept / f"{setting.start}-{seed}.safetensors"
-                if setting.start == "lite0":
+                if setting.start in TUNED:
+                    encoder = _tuned(folder, setting.start, seed)
+                elif setting.start == "lite0":
                     encoder = arguments.data / "weights_encoders" / _IMAGENET
                 elif part == "weak":
                     encoder = arguments.classifier
@@ -155,11 +170,34 @@ def recipe_of(job: Job) -> dict[str, Any]:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Ask for the encoders before anything is trained."""
+    """Ask for the encoders before anything is trained, then tune what is tuned."""
+    kept = folder.parent / "pretrain"
     for job in jobs_of(arguments, folder):
-        if not Path(job.encoder).is_file():
+        tuned = job.setting.start in TUNED
+        needed = kept / "encoders" / _PRETRAINED_ON / f"{_TUNED_FROM}-{job.seed}.safetensors" if tuned else job.encoder
+        if not Path(needed).is_file():
             hint = "run the bundle" if job.part == "weak" else f"run the study 'pretrain', part {_PRETRAINED_ON}"
-            raise DatasetError(f"{job.encoder}: no such file; {hint} first, with the same --out")
+            raise DatasetError(f"{needed}: no such file; {hint} first, with the same --out")
+        if tuned and not Path(job.encoder).is_file():
+            _tune(Path(needed), Path(job.encoder), job, make_folder(kept / "images"))
+
+
+def _tuned(folder: Path, start: str, seed: int) -> Path:
+    return folder / f"encoders-{VERSION}" / f"{start}-{seed}.safetensors"
+
+
+def _tune(start: Path, tuned: Path, job: Job, images: Path) -> None:
+    """Go on from an encoder with the labels of the patches that it was pre-trained on."""
+    patches = sides_of("pcam", Path(job.data), images, job.seed).training
+    torch.manual_seed(job.seed)
+    network = TileClassifier(_HALF)
+    load_encoder(network.encoder, start)
+    consistency, decorrelation = TUNED[job.setting.start]
+    labels = torch.from_numpy(patches.labels)
+    items = Items(patches.pixels, labels, cue=torch.zeros_like(labels))
+    train(network, SaliencyDecor(consistency, decorrelation), items, _TUNING, job.seed)
+    make_folder(tuned.parent)
+    save_encoder(tuned, network.encoder, _HALF, f"study of segmentation, {job.setting.start}, seed {job.seed}")
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:

@@ -24,8 +24,12 @@ _PARTS = {
     "weak": "Phantom slides, tumour",
 }
 _BASES = {"ebhi": "moco", "nuinsseg": "moco", "weak": "masks"}
+# What a start is compared with, if not with its part's base.
+_BASE_OF = {"saliencydecor": "ce"}
 _STARTS = {
     **WORDS,
+    "ce": "MoCo v2, then CE on labels",
+    "saliencydecor": "MoCo v2, then SaliencyDecor on labels",
     "lite0": "EfficientNet-Lite0, ImageNet",
     "masks": "real masks",
     "weak": "evidence alone",
@@ -45,9 +49,10 @@ def _part(part: str, results: Results) -> Iterator[str]:
     base = _BASES[part]
     yield f"### {_PARTS[part]}"
     yield ""
+    to = f"'{_STARTS[base]}'" + ", of SaliencyDecor to CE," * (part != "weak")
     yield (
-        f"Mean and standard error over {len(seeds)} seeds, each with its own split; differences of Dice to "
-        f"'{_STARTS[base]}' of the same protocol and share, paired by seed, with the 95 % interval of Student's t."
+        f"Mean and standard error over {len(seeds)} seeds, each with its own split; differences of Dice to {to} of the "
+        "same protocol and share, paired by seed, with the 95 % interval of Student's t."
     )
     yield ""
     heads = ["start", "protocol", "masks", *(title for _, title, _ in _COLUMNS), "validation Dice", "difference"]
@@ -57,7 +62,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
         cells = [mean_of(_values(results, part, setting, key, seeds), digits) for key, _, digits in _COLUMNS]
         cells.append(mean_of(_values(results, part, setting, "validation", seeds), 3))
         paired = ""
-        if setting.start != base and (other := _like(settings, setting, base)) is not None:
+        if setting.start != base and (other := _like(settings, setting, _BASE_OF.get(setting.start, base))) is not None:
             found = (_values(results, part, one, "dice", seeds) for one in (setting, other))
             paired = difference_of(next(found) - next(found), 3)
         words = _STARTS[setting.start]
