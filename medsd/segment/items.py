@@ -64,13 +64,13 @@ def deal_parts(
 ) -> npt.NDArray[np.str_]:
     """The part (n,) of each item; every patient's items are in one part.
 
-    Parts that somebody gave are kept, and who has none is for training; what nobody has is dealt from that: a share of
-    all items for testing, then one for validation.
+    Parts that somebody gave are kept, and who has none is for training; what nobody has is dealt from that: patients
+    whose items come nearest to a share of all for testing, then to one of what is not tested on for validation.
 
     Args:
         patients: (n,).
         given: (n,) "training", "validation", "testing", or empty where nobody says.
-        shares: of validation and testing.
+        shares: of what is not tested on, for validation; of all, for testing.
         seed: shuffles the patients.
         strata: (n,) dealt one by one, so that each part has its share of each; None for one.
 
@@ -98,9 +98,10 @@ def deal_parts(
     for stratum in np.unique(strata):
         for number, (part, share) in enumerate(wanted):
             free = np.flatnonzero((parts == "training") & (strata == stratum))
-            names = _drawn(patients[free], share * float((strata == stratum).sum()), seed)
+            names, held = _shuffled(patients[free], seed)
             left_for_others = len(wanted) - number  # one for each part that is still to come, and one to train on
-            parts[free[np.isin(patients[free], names[: len(np.unique(patients[free])) - left_for_others])]] = part
+            nearest = int(np.abs(held - share * len(free)).argmin()) + 1 if len(free) else 0
+            parts[free[np.isin(patients[free], names[: min(nearest, len(names) - left_for_others)])]] = part
     for part in PARTS:
         if not (parts == part).any():
             count = len(np.unique(patients))
@@ -122,13 +123,13 @@ def fraction_of(patients: npt.NDArray[np.str_], fraction: float, seed: int) -> n
         ConfigError: the fraction is out of its range.
     """
     check_number("label_fraction", fraction, "(0, 1]", hint="1 takes all training masks")
-    return np.isin(patients, _drawn(patients, fraction * len(patients), seed))
+    names, held = _shuffled(patients, seed)
+    enough = int(np.searchsorted(held, fraction * len(patients) - 1e-9)) + 1
+    return np.isin(patients, names[:enough])
 
 
-def _drawn(patients: npt.NDArray[np.str_], items: float, seed: int) -> npt.NDArray[np.str_]:
-    """Patients in the seed's order until they have that many of the items (n,)."""
+def _shuffled(patients: npt.NDArray[np.str_], seed: int) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64]]:
+    """Patients in the seed's order, and how many of the items (n,) they have, each with those before it."""
     names, sizes = np.unique(patients, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), items - 1e-9)) + 1
-    drawn: npt.NDArray[np.str_] = names[order[:enough]]
-    return drawn
+    return names[order], np.cumsum(sizes[order])

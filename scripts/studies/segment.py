@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import monai.bundle
 import numpy as np
@@ -58,8 +58,9 @@ _FEW = {"max_epochs": 4, "val_interval": 2, "samples_per_epoch": 512, "batch_siz
 PARTS = {
     "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", _FEW),
     "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "side_px": 256, "mask_kind": "semantic"}),
-    "weak": Part((), "", {"phantom_slides": 20, "phantom_size_px": 2048, "encoder": "resnet10t"}),
+    "weak": Part((), "", {"phantom_slides": 80, "phantom_size_px": 1024, "encoder": "resnet10t"}),
 }
+Protocol = Literal["linear", "full"]
 PRETRAINED = ("start", "moco", "med-moco", "local-corr-4")
 _PRETRAINED_ON, _HALF = "pcam-resnet10t", "resnet10t_half"
 # From MoCo's encoder, with the labels of the training side of PatchCamelyon.
@@ -81,7 +82,7 @@ class Setting:
     """
 
     start: str
-    protocol: Literal["linear", "full"] = "full"
+    protocol: Protocol = "full"
     fraction: float = 1.0
     sure: float = 2.0
     fill: str = "ignore"
@@ -96,7 +97,7 @@ class Setting:
 def settings_of(part: str, starts: Sequence[str]) -> list[Setting]:
     """What is trained in a part."""
     if part != "weak":
-        kinds: list[tuple[Literal["linear", "full"], float]] = [("linear", 1.0), ("full", 0.1), ("full", 1.0)]
+        kinds: list[tuple[Protocol, float]] = [("linear", 1.0), ("full", 0.1), ("full", 1.0)]
         return [Setting(start, *kind) for start in starts for kind in kinds]
     weak = [Setting("weak", fraction=0, sure=sure) for sure in (1.0, 2.0, 4.0)]
     weak.append(Setting("weak", fraction=0, fill="random_walker"))
@@ -128,6 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     starts = [*PRETRAINED, *TUNED, "lite0"]
     parser.add_argument("--starts", choices=starts, nargs="+", default=starts)
+    protocols = list(get_args(Protocol))
+    parser.add_argument("--protocols", choices=protocols, nargs="+", default=protocols)
     parser.add_argument(
         "--classifier", type=Path, default=Path("runs/camelyon/model.safetensors"), help="Of the part 'weak'."
     )
@@ -140,6 +143,8 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
     for part in arguments.part:
         for seed in range(arguments.seeds):
             for setting in settings_of(part, arguments.starts):
+                if setting.protocol not in arguments.protocols:
+                    continue
                 encoder = kept / f"{setting.start}-{seed}.safetensors"
                 if setting.start in TUNED:
                     encoder = _tuned(folder, setting.start, seed)
@@ -220,14 +225,28 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     else:
         phantoms = _FIRST_PHANTOMS + job.seed
         keys |= {"phantom_dir": str(Path(job.folder, "phantoms", str(phantoms))), "phantoms::seed": phantoms}
-    if setting.start != "weak then masks":
-        return job, _scores(runs / job.name, part.configs, keys, _weak_keys(job) if setting.start == "weak" else None)
-    first = runs / f"{job.name}-weak"
-    _scores(first, part.configs, {**keys, "label_fraction": 1.0}, _weak_keys(job), keep=True)
-    keys["start_weights"] = str(first / "segmentation.safetensors")
-    found = _scores(runs / job.name, part.configs, keys, None)
-    shutil.rmtree(first)
-    return job, found
+    if setting.start != "weak":
+        if setting.start == "weak then masks":
+            keys["start_weights"] = str(_weak_start(job, keys))
+        return job, _scores(runs / job.name, part.configs, keys, None)
+    return job, _scores(runs / job.name, part.configs, keys, _weak_keys(job), _kept(job))
+
+
+def _weak_start(job: Job, keys: dict[str, Any]) -> Path:
+    """What evidence trained, of the job that did so before, or new."""
+    kept = _kept(job)
+    if not kept.is_file():
+        run = Path(job.folder, "runs", job.part, f"{job.name}-weak")
+        _scores(run, (), {**keys, "label_fraction": 1.0}, _weak_keys(job), kept)
+    return kept
+
+
+def _kept(job: Job) -> Path:
+    """Weights that evidence trained, whatever masks come after."""
+    setting, digest = job.setting, sha256_of(Path(job.classifier))[:12]
+    return Path(
+        job.folder, f"weak_starts-{VERSION}", f"{setting.sure:g}-{setting.fill}-{job.seed}-{digest}.safetensors"
+    )
 
 
 def _weak_keys(job: Job) -> dict[str, Any]:
@@ -235,9 +254,12 @@ def _weak_keys(job: Job) -> dict[str, Any]:
 
 
 def _scores(
-    run: Path, configs: tuple[str, ...], keys: dict[str, Any], weak: dict[str, Any] | None, keep: bool = False
+    run: Path, configs: tuple[str, ...], keys: dict[str, Any], weak: dict[str, Any] | None, kept: Path | None = None
 ) -> dict[str, Any]:
-    """Dice on the test part, of the best epoch on the validation part, and what weak masks are like."""
+    """Dice on the test part, of the best epoch on the validation part, and what weak masks are like.
+
+    The weights go to `kept`, if anywhere; the rest of the run's folder is removed.
+    """
     files = ["bundles/segmentation.json", *configs, *(["configs/weak_labels.json"] if weak else [])]
     # As `monai.bundle.run` does, which does not give back the workflow.
     workflow = monai.bundle.create_workflow(config_file=files, output_dir=str(run), **keys, **(weak or {}))
@@ -263,6 +285,8 @@ def _scores(
             "background": float((truth[items.masks == 0] == 0).mean()),
             "share": float(truth.mean()),
         }
-    if not keep:
-        shutil.rmtree(run)
+    if kept is not None:
+        make_folder(kept.parent)
+        (run / "segmentation.safetensors").replace(kept)
+    shutil.rmtree(run)
     return found

@@ -153,11 +153,30 @@ def test_instances_of_sixteen_bits_and_wrong_codings(tmp_path: Path) -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=4, max_size=20), seed=st.integers(0, 5))
-def test_patients_are_whole_and_fractions_nest(sizes: list[int], seed: int) -> None:
+def test_patients_are_whole(sizes: list[int], seed: int) -> None:
     patients = np.repeat([f"p{number}" for number in range(len(sizes))], sizes)
     parts = deal_parts(patients, np.full(len(patients), ""), (0.2, 0.3), seed)
     sides = {part: set(patients[parts == part]) for part in ("training", "validation", "testing")}
     assert all(sides.values()) and sum(map(len, sides.values())) == len(sizes)
+    # Within a patient of the share, and never none.
+    tested, rest = parts == "testing", parts != "testing"
+    largest = max(sizes)
+    assert abs(tested.sum() - 0.3 * len(parts)) <= largest or len(sides["testing"]) == 1
+    assert abs((parts == "validation").sum() - 0.2 * rest.sum()) <= largest or len(sides["validation"]) == 1
+
+
+def test_parts_are_nearest_to_their_shares_and_validation_is_of_what_is_not_tested_on() -> None:
+    patients = np.repeat([f"p{number}" for number in range(20)], 5)
+    given = np.where(np.arange(100) < 40, "testing", "")
+    parts = deal_parts(patients, given, (0.3, 0.5), seed=0)
+    assert [(parts == part).sum() for part in ("testing", "validation", "training")] == [40, 20, 40]  # 18 of 60 wanted
+    parts = deal_parts(patients, np.full(100, ""), (0.25, 0.2), seed=0)
+    assert [(parts == part).sum() for part in ("testing", "validation", "training")] == [20, 20, 60]
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=4, max_size=20), seed=st.integers(0, 5))
+def test_fractions_nest(sizes: list[int], seed: int) -> None:
+    patients = np.repeat([f"p{number}" for number in range(len(sizes))], sizes)
     taken = [fraction_of(patients, fraction, seed) for fraction in (0.01, 0.1, 0.5, 1.0)]
     for fewer, more in pairwise(taken):
         assert (more | ~fewer).all()

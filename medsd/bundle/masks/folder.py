@@ -33,7 +33,8 @@ class MaskFolder(SplitByPatient):
         mask_kind, mask_values: what the masks' values mean, see `MaskCoding`.
         mpp: micrometres per pixel; None where it is not known: distances are then in pixels.
         label_fraction: of the training images, whole patients, those whose masks are learnt from.
-        validation_share, test_share: of the images, where the table has no column `part`.
+        validation_share, test_share: of the images that are not tested on, and of all, whole patients, where the table
+            has no column `part`.
         seed: deals the patients.
 
     Raises:

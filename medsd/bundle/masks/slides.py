@@ -42,7 +42,8 @@ class OutlinedSlides(SplitByPatient):
         grid: how tiles are cut.
         classes: names, the background's first: ASAP's groups, QuPath's classes.
         label_fraction: of the training tiles, whole patients, those whose masks are learnt from.
-        validation_share, test_share: of the patients (or slides), where the data set does not say.
+        validation_share, test_share: of the tiles that are not tested on, and of all, whole patients (or slides), where
+            the data set does not say.
         seed: deals the patients.
         cache: keep decoded tiles in memory.
 
