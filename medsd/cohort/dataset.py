@@ -37,6 +37,18 @@ def as_sample(pixels: npt.NDArray[np.uint8], label: np.integer) -> Sample:
     return {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "label": torch.tensor(int(label))}
 
 
+def evenly(count: int, most: int) -> npt.NDArray[np.intp]:
+    """Up to `most` of the numbers below `count`, evenly spread, from the first to the last."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.intp)
+
+
+def tiles_of_each_class(dataset: Dataset[Sample], labels: npt.NDArray[np.integer[Any]], most: int) -> torch.Tensor:
+    """Up to `most` tiles of each of the labels (n,) of a dataset, evenly, class by class: (B, 3, H, W) uint8."""
+    of_class = (np.flatnonzero(labels == label) for label in np.unique(labels))
+    rows = np.concatenate([own[evenly(len(own), most)] for own in of_class])
+    return torch.stack([dataset[row]["image"] for row in rows.tolist()])
+
+
 class TileDataset(Dataset[Sample]):
     """The tiles of an index as {"image": (3, tile_px, tile_px) uint8, "label": int64}.
 

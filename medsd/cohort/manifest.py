@@ -35,8 +35,8 @@ SLIDE_SUFFIXES = (*_FILES.split(), ".zarr")
 ANNOTATION_SUFFIXES = (".xml", ".geojson", ".json", ".tif", ".tiff", ".xml.gz", ".geojson.gz", ".json.gz")
 """How names of annotations end, after the slide's name."""
 
-PARTS = {"training": "training", "train": "training", "validation": "validation", "val": "validation"}
-PARTS |= {"testing": "testing", "test": "testing"}
+PART_OF_WORD = {"training": "training", "train": "training", "validation": "validation", "val": "validation"}
+PART_OF_WORD |= {"testing": "testing", "test": "testing"}
 """Parts of a data set by the words for them."""
 
 _MASK = "_mask"
@@ -258,9 +258,9 @@ def _label(word: str, classes: Sequence[str], where: str) -> int | None:
 
 
 def _part(word: str, where: str) -> str:
-    if word and word.casefold() not in PARTS:
-        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(PARTS)} or nothing")
-    return PARTS[word.casefold()] if word else ""
+    if word and word.casefold() not in PART_OF_WORD:
+        raise DatasetError(f"{where}: '{word}' is unknown; use {', '.join(PART_OF_WORD)} or nothing")
+    return PART_OF_WORD[word.casefold()] if word else ""
 
 
 def _file(text: str, root: Path, where: str) -> Path:

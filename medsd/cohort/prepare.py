@@ -13,7 +13,7 @@ from medsd.classes import CLASSES
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileIndex
 from medsd.cohort.kept import TABLE
-from medsd.cohort.split import patients_on_two_sides, split_validation
+from medsd.cohort.split import PARTS, patients_on_two_sides, split_validation
 from medsd.cohort.tiling import INDEX, THUMBNAILS, Tiling, find_tiles, tile_slides
 from medsd.errors import DatasetError, NoTissueError
 from medsd.progress import Progress, no_progress
@@ -45,7 +45,7 @@ class PreparedSlides:
     def tell(self) -> None:
         """Log slides, patients and tiles of each part by class, and warn of patients on two sides."""
         sides = []
-        for part in ("training", "validation", "testing"):
+        for part in PARTS:
             entries = [self.entry(name) for name in getattr(self, part)]
             tiles = self.index.of_slides([entry.name for entry in entries]).label
             counts = [

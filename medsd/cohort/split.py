@@ -11,6 +11,9 @@ from medsd.classes import CLASSES
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 
+PARTS = ("training", "validation", "testing")
+"""What slides, patches and images with masks are for."""
+
 
 def with_parts(
     slides: Sequence[SlideEntry], test_share: float, seed: int, classes: Sequence[str] = CLASSES

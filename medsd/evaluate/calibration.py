@@ -1,7 +1,8 @@
-"""Thresholds and colour scale, fixed once on validation data and kept with the weights."""
+"""Thresholds, neutral reference and colour scale, fixed once on validation data and kept with the weights."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from medsd.cohort.dataset import Sample
+from medsd.cohort.dataset import Sample, TileDataset, evenly, tiles_of_each_class
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.outlines import Outlines, holds, raster, read_outlines
-from medsd.errors import DatasetError
+from medsd.cohort.patches import PatchDataset
+from medsd.errors import DatasetError, NetworkError
 from medsd.evaluate.operating import JudgedMap, lesion_threshold, slide_cut_off
 from medsd.evaluate.scores import youden_threshold
-from medsd.heatmap.engine import Engine
+from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
 from medsd.heatmap.findings import smallest_region_um2, top_mean
 from medsd.heatmap.label_free import LABEL_FREE
-from medsd.heatmap.legend import MASK
+from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.value_map import ValueMap
 from medsd.networks.calibrated import Calibration
 from medsd.progress import Progress, no_progress
@@ -29,10 +31,15 @@ from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.stain.slide import StainNormaliser
 from medsd.slides.tissue import find_tissue
 
+logger = logging.getLogger(__name__)
+
 SCALE_PERCENTILE = 99.5
 _HIGHEST_THRESHOLD = 0.99
 _SCALE_FROM = 256  # patches
 _REFERENCE_FROM, _BATCH = 256, 32  # tiles of a class
+_WITHOUT_REFERENCE = "gradient_x_activation"
+# Tiles of a class that are asked for alone and among others.
+_ASKED_OF_CLASS = 24
 
 
 def calibrate_on_slides(
@@ -89,6 +96,33 @@ def calibrate_on_slides(
     return found
 
 
+def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:
+    """The engine that agrees with validation tiles, with their neutral reference where a method of it needs one.
+
+    A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
+    """
+    engine = engine_for_slides(engine, tiles_of_each_class(validation, validation.labels, _ASKED_OF_CLASS))
+    methods = engine.settings.methods
+    if ADDITIVE not in methods:
+        return engine
+    try:
+        source = f"{len(validation.labels)} validation tiles"
+        engine.reference = find_reference(engine, validation, validation.labels, source)
+    except NetworkError as reason:
+        logger.warning(
+            "%s; the weights are kept, with maps by %s, which do not add up: for maps that do, train longer or on more",
+            reason,
+            _WITHOUT_REFERENCE,
+        )
+        others = dict.fromkeys(_WITHOUT_REFERENCE if name == ADDITIVE else name for name in methods)
+        settings = replace(engine.settings, methods=tuple(others))
+        return make_engine(
+            *(engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, engine.temperature),
+            offset=engine.offset,
+        )
+    return engine
+
+
 def find_reference(
     engine: Engine, dataset: Dataset[Sample], labels: npt.NDArray[np.int8], source: str
 ) -> NeutralReference:
@@ -114,11 +148,17 @@ def find_reference(
 
     def batches(wanted: npt.NDArray[np.bool_]) -> Iterator[Tensor]:
         rows = np.flatnonzero(wanted)
-        rows = rows[np.linspace(0, len(rows) - 1, min(_REFERENCE_FROM, len(rows))).astype(int)]
+        rows = rows[evenly(len(rows), _REFERENCE_FROM)]
         for start in range(0, len(rows), _BATCH):
             yield torch.stack([dataset[row]["image"] for row in rows[start : start + _BATCH].tolist()])
 
     return engine.neutral(batches(~has), batches(has), source)
+
+
+def class_shares(labels: npt.NDArray[np.int8], classes: int) -> tuple[float, ...]:
+    """Each class's share of the labels (n,); none where a class has no item, for nothing follows from a share of 0."""
+    counts = np.bincount(labels, minlength=classes)
+    return tuple((counts / counts.sum()).tolist()) if counts.all() else ()
 
 
 def outlined_on(values: ValueMap, outlines: Outlines | None) -> npt.NDArray[np.bool_]:
@@ -146,7 +186,7 @@ def calibrate_on_patches(
     Raises:
         DatasetError: the patches show one class only.
     """
-    chosen = np.linspace(0, len(labels) - 1, min(_SCALE_FROM, len(labels))).astype(int).tolist()
+    chosen = evenly(len(labels), _SCALE_FROM).tolist()
     values: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in engine.settings.methods}
     for start in range(0, len(chosen), _BATCH):
         images = torch.stack([dataset[row]["image"] for row in chosen[start : start + _BATCH]])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from medsd.cohort.dataset import Sample
+from medsd.cohort.dataset import Sample, evenly
 from medsd.slides.stain.augment import RUIFROK
 
 STATISTICS = ("haematoxylin", "eosin", "yellow", "contrast", "sharpness")
@@ -130,8 +130,7 @@ def usual_appearance(images: Iterable[Tensor]) -> Appearance | None:
 
 def appearance_card(dataset: Dataset[Sample], length: int) -> dict[str, Any] | None:
     """Fields of `usual_appearance` of up to 512 tiles of the dataset, evenly, as a card keeps them."""
-    rows = np.linspace(0, length - 1, min(_ASKED, length)).astype(int).tolist()
-    found = usual_appearance(dataset[row]["image"] for row in rows)
+    found = usual_appearance(dataset[row]["image"] for row in evenly(length, _ASKED).tolist())
     # Through JSON, as the card goes: tuples are lists there.
     return None if found is None else json.loads(json.dumps(asdict(found)))
 

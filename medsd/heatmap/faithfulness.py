@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from medsd.cohort.dataset import Sample
+from medsd.cohort.dataset import Sample, tiles_of_each_class
 from medsd.errors import NetworkError
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import Engine
@@ -233,11 +233,7 @@ def randomised_card(
     method = next(iter(calibration.limits), MASK)
     if method == MASK or not method_card(method).needs_label:
         return None
-    rows: list[int] = []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        rows += own[np.linspace(0, len(own) - 1, min(_OF_CLASS, len(own))).astype(int)].tolist()
-    images = torch.stack([dataset[row]["image"] for row in rows])
+    images = tiles_of_each_class(dataset, labels, _OF_CLASS)
     vector = calibration.reference["vector"] if calibration.reference else None
     try:
         found = randomised_check(classifier, method, calibration.layer, vector, images)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from medsd.checks import check_number
-from medsd.cohort.manifest import PARTS
+from medsd.cohort.manifest import PART_OF_WORD
 from medsd.cohort.patches import SUFFIXES, read_patch
 from medsd.errors import DatasetError, nearest
 from medsd.progress import Progress, no_progress
@@ -102,15 +102,15 @@ def read_mask_table(
             seen[path] = number
         if not rows[column][number]:
             raise DatasetError(f"{table}: row {number}: {group_column} is empty; give every image one")
-        if "part" in rows and rows["part"][number].lower() not in ("", *PARTS):
-            known = sorted(PARTS)
+        if "part" in rows and rows["part"][number].lower() not in ("", *PART_OF_WORD):
+            known = sorted(PART_OF_WORD)
             raise DatasetError(f"{table}: row {number}: part '{rows['part'][number]}' unknown; use {', '.join(known)}")
     there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     unlisted = sum(path not in seen for path in there)
     if unlisted and not labels:
         logger.warning("%s: %d pictures in the folder are in no row and are left out", table, unlisted)
     columns = {name: rows[name].to_numpy(str) if name in rows else np.full(len(rows), "") for name in ("label", "part")}
-    part = np.array([PARTS.get(word.lower(), "") for word in columns["part"]], "<U10")
+    part = np.array([PART_OF_WORD.get(word.lower(), "") for word in columns["part"]], "<U10")
     images, masks = (tuple(folder / path for path in rows[name]) for name in ("file", "mask"))
     return MaskTable(images, masks, rows[column].to_numpy(str), columns["label"], part)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from medsd.checks import check_number
+from medsd.cohort.split import PARTS
 from medsd.errors import DatasetError
 from medsd.slides.readers.base import RGB
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("training", "validation", "testing")
 Numbers = npt.NDArray[np.uint8]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.classes import checked_classes
-from medsd.segment.items import PARTS, MaskedItems, fraction_of
+from medsd.cohort.split import PARTS
+from medsd.segment.items import MaskedItems, fraction_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from medsd.bundle.masks.base import SplitByPatient
 from medsd.checks import check_number
+from medsd.cohort.split import PARTS
 from medsd.errors import ConfigError
 from medsd.progress import progress_bar
 from medsd.segment.folder import MaskedImages, MaskTable, check_masks, read_mask_table
-from medsd.segment.items import PARTS, MaskedItems, deal_parts
+from medsd.segment.items import MaskedItems, deal_parts
 from medsd.segment.masks import Kind, MaskCoding
 
 

@@ -19,10 +19,11 @@ from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
 from medsd.cohort.manifest import read_manifest
+from medsd.cohort.split import PARTS
 from medsd.cohort.tiling import Tiling, prepared_tiles, tile_slides
 from medsd.errors import DatasetError
 from medsd.progress import progress_bar
-from medsd.segment.items import PARTS, deal_parts
+from medsd.segment.items import deal_parts
 from medsd.segment.tiles import MaskedTiles, OutlinedClasses, outlined_classes
 
 logger = logging.getLogger(__name__)

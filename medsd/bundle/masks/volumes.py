@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from medsd.bundle.masks.base import SplitByPatient
+from medsd.cohort.split import PARTS
 from medsd.errors import ConfigError, DatasetError
 from medsd.pretrain.volumes import SliceSettings
 from medsd.progress import progress_bar
-from medsd.segment.items import PARTS, MaskedItems, deal_parts
+from medsd.segment.items import MaskedItems, deal_parts
 from medsd.segment.masks import MaskCoding
 from medsd.segment.volumes import MaskedSlices, find_volumes, from_square, prepare_labelled
 

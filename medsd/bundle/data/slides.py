@@ -1,9 +1,8 @@
-"""The two kinds of data that a bundle trains on: whole slides, and patches on disk."""
+"""Whole slides with annotations, or the phantoms that stand in for them, as tiles."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
@@ -11,44 +10,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.classes import CLASSES, checked_classes, folded, target_number
-from medsd.cohort.apart import may_train
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.kept import TABLE
-from medsd.cohort.manifest import find_slides_at, read_manifest
-from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.cohort.manifest import read_manifest
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
-from medsd.cohort.split import with_parts
+from medsd.cohort.split import PARTS, with_parts
 from medsd.cohort.tiling import INDEX, Tiling, find_tiles, tiled_slides
-from medsd.errors import ConfigError, DatasetError, NetworkError
-from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference
-from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
-from medsd.heatmap.legend import ADDITIVE
+from medsd.errors import ConfigError, DatasetError
+from medsd.evaluate.calibration import calibrate_on_slides, class_shares, with_reference
+from medsd.heatmap.engine import Engine
 from medsd.networks.calibrated import Calibration
 from medsd.phantom import write_phantom_dataset
 from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
-from medsd.slides.mpp import check_tile
-from medsd.slides.readers.base import RGB
 from medsd.slides.slide import open_slide
 from medsd.slides.stain import StainProfile, profile_from_dict, profile_from_file
 from medsd.slides.stain.slide import StainNormaliser
-from medsd.training.predict import predict_logits
-
-logger = logging.getLogger(__name__)
-
-_PARTS = ("training", "validation", "testing")
-_WITHOUT_REFERENCE = "gradient_x_activation"
-# Tiles that are asked for alone and among others.
-_ASKED_OF_CLASS = 24
 
 
 @dataclass(frozen=True)
@@ -146,7 +129,7 @@ class SlideData:
         digest = hashlib.sha256(repr(self.stain_target).encode() if self.stain_target else b"")
         if len(self.classes) > 2:
             digest.update(repr(self.classes).encode())
-        for part in _PARTS:
+        for part in PARTS:
             index = self.part(part).index
             digest.update(f"{part} {index.tile_px} {index.mpp} {index.names}".encode())
             for column in (index.slide, index.x, index.y, index.label):
@@ -262,185 +245,3 @@ class SlideData:
     @property
     def _tiles_at(self) -> Path:
         return Path(self.work_dir if self._tiled is None else str(self.dataset_dir))
-
-
-@dataclass(frozen=True)
-class PatchData:
-    """Patches on disk, as PatchCamelyon's, split by group.
-
-    Attributes:
-        dataset_dir: folder with `labels.csv` (or `index.csv`) and the patches, see `read_patch_table`.
-        tile_px: side that patches are cropped to around their centre, a multiple of the network's stride.
-        mpp: micrometres per pixel of the patches.
-        group_column: column of `labels.csv` whose groups are not split.
-        slides: slide files that the heatmap stage maps.
-        validation_share, test_share: shares of patches.
-        seed: deals the groups.
-        stain_target: must be None: a stain cannot be fitted well to a patch.
-        tissue: what is on the patches, in words, for the weights' card.
-        classes: names in the order of the labels.
-        left_out: labels whose patches are left out.
-        shrink: whole number by which patches are made smaller before they are cropped; `mpp` is that of the smaller.
-        more_dirs: further folders with labels, whose groups nobody knows. Their patches are trained on, but for those
-            of a place or a stain that is validated or tested on, see `may_train`.
-        stratified: deal the groups class by class, see `split_groups`.
-        target: name of the class that is mapped and scored against the others; None for the second.
-
-    Raises:
-        ConfigError: a value out of its range, or classes or target cannot be.
-    """
-
-    dataset_dir: str | None
-    tile_px: int
-    mpp: float
-    group_column: str = "stain_cluster"
-    slides: Sequence[str] = ()
-    validation_share: float = 0.15
-    test_share: float = 0.25
-    seed: int = 0
-    stain_target: None = None
-    tissue: str = ""
-    classes: Sequence[str] = CLASSES
-    left_out: Sequence[str] = ()
-    shrink: int = 1
-    more_dirs: Sequence[str] = ()
-    stratified: bool = False
-    target: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.stain_target is not None:
-            raise ConfigError(
-                "stain_target: patches are too small to fit a stain to; normalise their slides, or leave it"
-            )
-        if self.dataset_dir is None:
-            raise ConfigError("dataset_dir: not set; name the folder with labels.csv, --dataset_dir FOLDER")
-        check_tile(self.tile_px, self.mpp)
-        check_number("validation_share", self.validation_share, "(0, 1)")
-        check_number("test_share", self.test_share, "(0, 1)")
-        check_number("shrink", self.shrink, "[1, inf)", whole=True)
-        object.__setattr__(self, "classes", checked_classes(self.classes))
-        target_number(self.classes, self.target)
-
-    @property
-    def description(self) -> str:
-        """The data in words."""
-        rows, folder = self._parts["training"], Path(str(self.dataset_dir))
-        own = np.array([folder in path.parents for path in rows.paths])
-        words = f"{own.sum()} patches of {folder.name}, {len(np.unique(rows.group[own]))} groups"
-        return words if own.all() else f"{words}, and {(~own).sum()} of {', '.join(self._more_names)}"
-
-    def fingerprint(self) -> str:
-        """A SHA-256 of which patches with which labels play which part."""
-        shrunk = f" {self.shrink}" if self.shrink > 1 else ""
-        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}{shrunk}".encode())
-        for part in _PARTS:
-            rows = self._parts[part]
-            digest.update(f"{part} {[path.name for path in rows.paths]} {rows.label.tolist()}".encode())
-        return digest.hexdigest()
-
-    def prepare(self) -> None:
-        """Read the table and check that every part has both classes."""
-        _ = self._parts
-
-    def part(self, name: str) -> PatchDataset:
-        """The patches of the part "training", "validation" or "testing"."""
-        return PatchDataset(self._parts[name], self.tile_px, self.shrink)
-
-    def unlabelled(self, part: str) -> UnlabelledImages:
-        """The patches of the part "training" or "validation", whatever their labels."""
-        return UnlabelledImages(self.part(part))
-
-    def tissue_shares(self) -> tuple[float, ...]:
-        """Each class's share of the validation patches; none if it is 0."""
-        return class_shares(self.part("validation").labels, len(self.classes))
-
-    def calibrate(self, engine: Engine) -> Calibration:
-        """Threshold and scales from the validation patches, see `with_reference`."""
-        validation = self.part("validation")
-        engine = with_reference(engine, validation)
-        probabilities = engine.probability(torch.from_numpy(predict_logits(engine.classifier, validation))).numpy()
-        return calibrate_on_patches(engine, validation, validation.labels == engine.target, probabilities)
-
-    def jobs(self) -> list[SlideEntry]:
-        """The slides given to be mapped."""
-        return find_slides_at(self.slides) if self.slides else []
-
-    def test_slides(self) -> Sequence[SlideEntry]:
-        """None: patches have no slide labels."""
-        return []
-
-    @cached_property
-    def _parts(self) -> dict[str, PatchTable]:
-        table = self._table(str(self.dataset_dir), self.group_column)
-        if len(np.unique(table.label)) < len(self.classes):
-            raise DatasetError(f"{self.dataset_dir}: no patch of some of the classes {', '.join(self.classes)}")
-        sides = split_groups(table, (self.validation_share, self.test_share), self.seed, self.stratified)
-        parts = {name: table.rows(side) for name, side in zip(_PARTS, sides, strict=True)}
-        for folder, name in zip(self.more_dirs, self._more_names, strict=True):
-            more = self._table(folder, "id")  # no group of any size is known: each is its own
-            chosen = may_train(_pixels(more), _pixels(table), ~sides[0])
-            logger.info("%s: %d of %d patches are trained on", folder, chosen.sum(), len(chosen))
-            kept = more.rows(chosen)
-            parts["training"] = parts["training"].joined(replace(kept, group=np.char.add(f"{name} ", kept.group)))
-        return parts
-
-    @property
-    def _more_names(self) -> list[str]:
-        return [Path(folder).name for folder in self.more_dirs]
-
-    def _table(self, folder: str, group_column: str) -> PatchTable:
-        return read_patch_table(folder, group_column, self.classes, self.left_out)
-
-
-def _pixels(table: PatchTable) -> RGB:
-    """(n, H, W, 3) of whole patches, all of one size."""
-    images = [table.pixels(row) for row in range(len(table.paths))]
-    if len({image.shape for image in images}) > 1:
-        raise DatasetError(f"{table.paths[0].parent}: patches of several sizes; with more_dirs all must be of one")
-    return np.stack(images)
-
-
-def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:
-    """The engine that agrees with validation tiles, with their neutral reference where a method of it needs one.
-
-    A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
-    """
-    engine = engine_for_slides(engine, _some_tiles(validation))
-    methods = engine.settings.methods
-    if ADDITIVE not in methods:
-        return engine
-    try:
-        source = f"{len(validation.labels)} validation tiles"
-        engine.reference = find_reference(engine, validation, validation.labels, source)
-    except NetworkError as reason:
-        logger.warning(
-            "%s; the weights are kept, with maps by %s, which do not add up: for maps that do, train longer or on more",
-            reason,
-            _WITHOUT_REFERENCE,
-        )
-        others = dict.fromkeys(_WITHOUT_REFERENCE if name == ADDITIVE else name for name in methods)
-        settings = replace(engine.settings, methods=tuple(others))
-        return make_engine(
-            *(engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, engine.temperature),
-            offset=engine.offset,
-        )
-    return engine
-
-
-def _some_tiles(validation: TileDataset | PatchDataset) -> Tensor:
-    """Tiles of every class, evenly, (B, 3, tile_px, tile_px) uint8."""
-    rows: list[int] = []
-    for label in np.unique(validation.labels):
-        own = np.flatnonzero(validation.labels == label)
-        rows += own[np.linspace(0, len(own) - 1, min(_ASKED_OF_CLASS, len(own))).astype(int)].tolist()
-    return torch.stack([validation[row]["image"] for row in rows])
-
-
-def class_shares(labels: npt.NDArray[np.int8], classes: int) -> tuple[float, ...]:
-    """Each class's share of the labels (n,); none where a class has no item, for nothing follows from a share of 0."""
-    counts = np.bincount(labels, minlength=classes)
-    return tuple((counts / counts.sum()).tolist()) if counts.all() else ()
-
-
-# What the stages ask of a data set is what both offer.
-Data = SlideData | PatchData
