@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -12,6 +16,7 @@ from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import predict
+from tests.training.small import Blobs, Training, equal, training
 
 LABELS = np.array([0, 1, 0, 0, -1, 0, 1, 0], np.int8)
 REDS = [10, 250, 200, 128, 255, 127, 0, 90]
@@ -101,3 +106,41 @@ def test_probabilities_in_the_order_of_the_items(target: int) -> None:
     got = predict(RedMeter(), Reds(), target, batch_size=3, progress=progress)
     expected = [abs(1 - target - probability(red)) for red in REDS]
     assert got.dtype == np.float32 and np.allclose(got, expected, atol=1e-6) and seen == [(3, "batch")]
+
+
+class Foreseen(HardNegativeRound):
+    """A round whose items are known, and the networks that were asked for them."""
+
+    asked: ClassVar[list[float]] = []
+
+    def find(self, classifier: torch.nn.Module) -> Any:
+        self.asked.append(float(classifier.head.weight.sum()))
+        return np.array([2, 4])
+
+
+def test_hard_negatives_are_found_once_and_drawn_from_then_on_also_after_a_resume(tmp_path: Path) -> None:
+    Foreseen.asked.clear()
+    drawn: dict[str, list[list[int]]] = {"whole": [], "parts": []}
+
+    def run(folder: Path, epochs: int, name: str) -> Training:
+        part = training(epochs=epochs)
+        part.trainer.state.max_epochs = epochs
+        hard = Foreseen(1, 1.0, Blobs(0))
+        part.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: drawn[name].append(list(part.sampler)))
+        part.run(folder, hard_negatives=hard)
+        return part
+
+    whole = run(tmp_path / "whole", 3, "whole")
+    assert len(Foreseen.asked) == 1
+    run(tmp_path / "parts", 2, "parts")
+    resumed = run(tmp_path / "parts", 3, "parts")
+    assert len(Foreseen.asked) == 2  # the resumed one knows them
+    assert equal(whole.state, resumed.state)
+    normal = [sorted({item for item in epoch if item % 2 == 0}) for epoch in drawn["whole"]]
+    assert normal[1] == normal[2] == [2, 4] and len(normal[0]) == 24
+
+
+def test_hard_negatives_after_the_end_are_refused(tmp_path: Path) -> None:
+    hard = HardNegativeRound(3, 0.5, Blobs(0))
+    with pytest.raises(ConfigError, match=r"hard_negative_epoch=3: .*below max_epochs"):
+        training().run(tmp_path, hard_negatives=hard)
