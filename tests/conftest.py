@@ -184,6 +184,16 @@ def run_apart() -> Callable[..., list[int | None]]:
     return run
 
 
+@pytest.fixture
+def quick_tiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pictures of slides that are tiled in the test, and no child processes."""
+    from medsd.cohort import runner, tile_picture
+    from medsd.slides.slide import open_slide
+
+    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
+    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of six small phantom slides: two of each class for training, one of each for testing. Do not write."""

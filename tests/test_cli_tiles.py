@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from medsd import cli
-from medsd.cohort import runner, tile_picture
 from medsd.cohort.index import TileIndex
-from medsd.slides.slide import open_slide
 from medsd.slides.tissue import METHODS
+
+pytestmark = pytest.mark.usefixtures("quick_tiling")
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
         (path / name).parent.mkdir(exist_ok=True)
         shutil.copy(training / source, path / name)
     return path
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:

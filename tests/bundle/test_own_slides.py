@@ -10,20 +10,15 @@ from typing import Any
 import pytest
 
 from medsd.bundle.data import Phantoms, SlideData
-from medsd.cohort import runner, tile_picture
+from medsd.cohort import runner
 from medsd.cohort.index import TileGrid
 from medsd.cohort.manifest import read_manifest
 from medsd.cohort.tiling import Tiling, tile_slides
 from medsd.errors import ConfigError, DatasetError
-from medsd.slides.slide import open_slide
 
 GRID = TileGrid(64, 64, 1.0)
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
+pytestmark = pytest.mark.usefixtures("quick_tiling")
 
 
 @pytest.fixture

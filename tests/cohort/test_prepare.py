@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -14,55 +13,32 @@ import numpy as np
 import pytest
 
 from medsd.annotations import read_annotations, tumour_share
-from medsd.cohort import runner, tile_picture, tiling
+from medsd.cohort import runner, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import RESERVED, SlideEntry
-from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex
+from medsd.cohort.index import MIXED, NORMAL, TileGrid
 from medsd.cohort.prepare import PreparedSlides, failed_slides, load_prepared, prepare_slides
 from medsd.cohort.tiling import Tiling
 from medsd.errors import DatasetError, NoTissueError
 from medsd.slides.slide import open_slide
 from medsd.slides.tissue import find_tissue
+from tests.cohort.tiled import GRID, TILING, of, table, times
 
-GRID = TileGrid(tile_px=64, stride_px=64, mpp=1.0)
+pytestmark = pytest.mark.usefixtures("quick_tiling")
+
 FILES = ["slides", "slides.csv", "thumbnails", "tiles.npz"]
-
-
-@pytest.fixture(scope="session")
-def entries(phantoms: Path) -> list[SlideEntry]:
-    return find_slides(phantoms)
 
 
 @pytest.fixture(scope="session")
 def done(entries: list[SlideEntry], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreparedSlides]:
     folder = tmp_path_factory.mktemp("prepared") / "work"
-    return folder, prepare_slides(entries, folder, Tiling(GRID), 0.5, 0)
+    return folder, prepare_slides(entries, folder, TILING, 0.5, 0)
 
 
 @pytest.fixture
 def copy(done: tuple[Path, PreparedSlides], tmp_path: Path) -> Path:
     """A prepared folder of one's own."""
     return Path(shutil.copytree(done[0], tmp_path / "work", copy_function=shutil.copy2))
-
-
-@pytest.fixture(autouse=True)
-def quick(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pictures and no child processes for what is prepared in a test; `done` is prepared before, with both."""
-    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
-
-
-def tree(folder: Path) -> dict[str, int]:
-    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-
-
-def table(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "slides.csv", newline="", encoding="utf-8") as handle:
-        return {row["slide"]: row for row in csv.DictReader(handle)}
-
-
-def of(index: TileIndex, name: str) -> TileIndex:
-    return index.rows(index.slide == index.names.index(name))
 
 
 def test_what_is_left_behind(done: tuple[Path, PreparedSlides], entries: list[SlideEntry]) -> None:
@@ -104,14 +80,14 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
 def test_a_second_call_opens_no_slide(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     monkeypatch.setattr(runner, "IsolatedSlide", None)
-    again = prepare_slides(entries, copy, Tiling(GRID), 0.5, 0)
+    again = prepare_slides(entries, copy, TILING, 0.5, 0)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before and len(again.index) > 0
 
 
 @pytest.mark.parametrize("spoil", ["grid", "table_gone", "index_gone", "slide_changed"])
 def test_what_changed_is_redone(copy: Path, phantoms: Path, tmp_path: Path, spoil: str) -> None:
     entries, grid = find_slides(phantoms), GRID
-    before = tree(copy)
+    before = times(copy)
     if spoil == "grid":
         grid = TileGrid(128, 128, 1.0)
     elif spoil.endswith("gone"):
@@ -121,7 +97,7 @@ def test_what_changed_is_redone(copy: Path, phantoms: Path, tmp_path: Path, spoi
         entries = find_slides(data)
         (data / "training" / "lesion_annotations" / f"{entries[2].name}.xml").touch()
     prepared = prepare_slides(entries, copy, Tiling(grid), 0.5, 0)
-    after = tree(copy)
+    after = times(copy)
     whole = {"slides.csv", "tiles.npz"}
     of_slides = {name for name in before if "/" in name}
     # The data were moved: records name the new places.
@@ -138,8 +114,8 @@ def test_what_an_earlier_version_prepared_is_prepared_again(copy: Path, entries:
     record["recipe"]["format"] = 0
     path.write_text(json.dumps(record))
     with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
-        load_prepared(entries, copy, Tiling(GRID), 0.5, 0)
-    assert len(prepare_slides(entries, copy, Tiling(GRID), 0.5, 0).index) > 0
+        load_prepared(entries, copy, TILING, 0.5, 0)
+    assert len(prepare_slides(entries, copy, TILING, 0.5, 0).index) > 0
 
 
 class Killed(BaseException):
@@ -160,30 +136,30 @@ def test_killed_half_way_is_not_taken_for_whole(
             prepare_slides(entries, copy, Tiling(TileGrid(128, 128, 1.0)), 0.5, 0)
     assert not (copy / "tiles.npz").exists()
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare'"):
-        load_prepared(entries, copy, Tiling(GRID), 0.5, 0)
-    assert prepare_slides(entries, copy, Tiling(GRID), 0.5, 0).index.tile_px == 64
+        load_prepared(entries, copy, TILING, 0.5, 0)
+    assert prepare_slides(entries, copy, TILING, 0.5, 0).index.tile_px == 64
     assert not list(copy.rglob(".*"))
     os.utime(copy / "tiles.npz", (1, 1))  # as another process left it, before a slide was done anew
     with pytest.raises(DatasetError, match="run the stage 'prepare' again"):
-        load_prepared(entries, copy, Tiling(GRID), 0.5, 0)
+        load_prepared(entries, copy, TILING, 0.5, 0)
 
 
 def test_loading_what_is_not_there_or_of_other_slides(
     done: tuple[Path, PreparedSlides], entries: list[SlideEntry], tmp_path: Path
 ) -> None:
     with pytest.raises(DatasetError, match="not prepared; run the stage 'prepare' first"):
-        load_prepared(entries, tmp_path, Tiling(GRID), 0.5, 0)
+        load_prepared(entries, tmp_path, TILING, 0.5, 0)
     with pytest.raises(DatasetError, match="other slides or settings were prepared"):
-        load_prepared([*entries, replace(entries[0], name="new")], done[0], Tiling(GRID), 0.5, 0)
+        load_prepared([*entries, replace(entries[0], name="new")], done[0], TILING, 0.5, 0)
     with pytest.raises(DatasetError, match="other slides or settings were prepared"):
         load_prepared(entries, done[0], Tiling(replace(GRID, stride_px=GRID.stride_px + 1)), 0.5, 0)
-    loaded = load_prepared(entries, done[0], Tiling(GRID), 0.5, 0)
+    loaded = load_prepared(entries, done[0], TILING, 0.5, 0)
     assert (loaded.training, loaded.validation, loaded.testing) == (
         done[1].training,
         done[1].validation,
         done[1].testing,
     )
-    fewer = load_prepared(entries[::-1][1:], done[0], Tiling(GRID), 0.5, 0)  # slides of other runs play no part
+    fewer = load_prepared(entries[::-1][1:], done[0], TILING, 0.5, 0)  # slides of other runs play no part
     assert fewer.index.names == tuple(entry.name for entry in entries[::-1][1:])
     assert np.array_equal(of(fewer.index, entries[4].name).x, of(loaded.index, entries[4].name).x)
 
@@ -202,7 +178,7 @@ def test_a_slide_without_tissue_is_empty_and_plays_no_part(
         SlideEntry("blank_train", blank, 0, "training", None),
         SlideEntry("blank_test", blank, 1, "testing", None),
     ]
-    prepared = prepare_slides([*entries, *empty], tmp_path / "work", Tiling(GRID), 0.5, 0)
+    prepared = prepare_slides([*entries, *empty], tmp_path / "work", TILING, 0.5, 0)
     rows = table(tmp_path / "work")
     for entry in empty:
         assert (rows[entry.name]["status"], rows[entry.name]["tiles"]) == ("empty", "0")
@@ -219,15 +195,15 @@ def test_a_side_without_any_tissue_is_the_error(
     slides.append(SlideEntry("blank", blank, 0, part, None))
     for _ in range(2):  # and the same the second time
         with pytest.raises(NoTissueError, match=f"{part}: no tissue in any slide; look at .*thumbnails"):
-            prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
+            prepare_slides(slides, tmp_path / "work", TILING, 0.5, 0)
 
 
 def test_no_tissue_anywhere_and_no_slides(tmp_path: Path, blank: Path) -> None:
     slides = [SlideEntry(part, blank, 0, part, None) for part in ("training", "testing")]
     with pytest.raises(NoTissueError):
-        prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
+        prepare_slides(slides, tmp_path / "work", TILING, 0.5, 0)
     with pytest.raises(DatasetError, match="no slides"):
-        prepare_slides([], tmp_path / "work", Tiling(GRID), 0.5, 0)
+        prepare_slides([], tmp_path / "work", TILING, 0.5, 0)
 
 
 @pytest.mark.parametrize("annotation", [None, "empty"])
@@ -242,7 +218,7 @@ def test_a_tumour_slide_that_nobody_outlined_has_only_mixed_tiles(
         SlideEntry(s.name, s.path, s.label, s.part, outline) if (s.part, s.label) == ("testing", 1) else s
         for s in entries
     ]
-    prepared = prepare_slides(changed, tmp_path / "work", Tiling(GRID), 0.5, 0)
+    prepared = prepare_slides(changed, tmp_path / "work", TILING, 0.5, 0)
     name = next(s.name for s in changed if (s.part, s.label) == ("testing", 1))
     tiles = of(prepared.index, name)
     assert len(tiles) > 0 and (tiles.label == MIXED).all()
@@ -254,9 +230,9 @@ def test_outside_the_outlines_of_a_partly_annotated_slide_no_tile_is_normal(
     entries: list[SlideEntry], tmp_path: Path
 ) -> None:
     """There may be tumour that nobody outlined; a run before the slides were marked is not taken for this one."""
-    whole = prepare_slides(entries, tmp_path / "work", Tiling(GRID), 0.5, 0)
+    whole = prepare_slides(entries, tmp_path / "work", TILING, 0.5, 0)
     partly = [replace(slide, exhaustive=slide.label == 0) for slide in entries]
-    prepared = prepare_slides(partly, tmp_path / "work", Tiling(GRID), 0.5, 0)
+    prepared = prepare_slides(partly, tmp_path / "work", TILING, 0.5, 0)
     for slide in entries:
         before, after = of(whole.index, slide.name).label, of(prepared.index, slide.name).label
         if slide.label == 0:
@@ -269,13 +245,13 @@ def test_a_bad_slide_costs_only_itself_and_is_tried_again(entries: list[SlideEnt
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"II*\0 nonsense")
     slides = [*entries, SlideEntry("broken", broken, 0, "training", None)]
-    prepared = prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
+    prepared = prepare_slides(slides, tmp_path / "work", TILING, 0.5, 0)
     assert "broken" not in (*prepared.training, *prepared.validation, *prepared.testing)
     row = table(tmp_path / "work")["broken"]
     assert row["status"] == "failed" and str(broken) in row["reason"] and row["tiles"] == "0"
     assert failed_slides(tmp_path / "work") == {"broken": row["reason"]}
     shutil.copyfile(entries[0].path, broken)
-    prepared = prepare_slides(slides, tmp_path / "work", Tiling(GRID), 0.5, 0)
+    prepared = prepare_slides(slides, tmp_path / "work", TILING, 0.5, 0)
     assert "broken" in (*prepared.training, *prepared.validation)
     assert failed_slides(tmp_path / "work") == {} == failed_slides(tmp_path)
 
@@ -287,5 +263,5 @@ def test_progress_counts_slides(entries: list[SlideEntry], tmp_path: Path) -> No
         seen.append((total, unit))
         return iter(items)
 
-    prepare_slides(entries, tmp_path / "work", Tiling(GRID), 0.5, 0, progress)
+    prepare_slides(entries, tmp_path / "work", TILING, 0.5, 0, progress)
     assert seen == [(6, "slide")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from medsd.files import MACHINE, process_lives, write_text
 from medsd.progress import Progress
 from medsd.record import write_record
 from medsd.slides.slide import Slide
+from tests.cohort.tiled import table
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,6 @@ def entries_of(folder: Path) -> list[SlideEntry]:
     return [SlideEntry(path.stem, path, mpp=0.5) for path in sorted(folder.iterdir())]
 
 
-def rows(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "slides.csv", newline="", encoding="utf-8") as handle:
-        return {row["slide"]: row for row in csv.DictReader(handle)}
-
-
 FORKS = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -119,7 +114,7 @@ def test_processes_that_are_killed_and_others_leave_what_one_leaves(
         one, other = (json.loads((folder / entry.name / "record.json").read_text()) for folder in (shared, alone))
         own = dict.fromkeys(("made", "result", "record_sha256"))
         assert {**one, **own} == {**other, **own}
-    assert list(rows(shared)) == [entry.name for entry in slides]
+    assert list(table(shared)) == [entry.name for entry in slides]
     assert (shared / "sums.json").read_bytes() == (alone / "sums.json").read_bytes()
     # A kill at the very end may leave a claim, which the next one takes over.
     assert {path.name for path in shared.glob("*/*")} - {".record.json.claim"} == {"record.json", "sum.txt"}
@@ -135,7 +130,7 @@ def test_shards_are_whole_apart_and_the_same_in_any_order(slides: list[SlideEntr
     for shard in shards:
         run_cohort(SumWork(tmp_path), shard, isolate=False, sharing=Sharing(gather=False))
     assert not (tmp_path / "slides.csv").exists()
-    assert [row.slide for row in gather(Sums(tmp_path))] == list(rows(tmp_path)) == [entry.name for entry in slides]
+    assert [row.slide for row in gather(Sums(tmp_path))] == list(table(tmp_path)) == [entry.name for entry in slides]
     with pytest.raises(DatasetError, match="no records of slides"):
         gather(Sums(tmp_path / "none"))
 
@@ -151,7 +146,7 @@ def test_another_file_of_the_same_name_gets_its_own(slides: list[SlideEntry], tm
         found = run_cohort(SumWork(folder), entries, isolate=False, sharing=Sharing(rename=True))
         assert {Path(row.path): row.slide[:4] for row in found}[path] == "s00-"
         assert all(row.slide == "s00" for row in found if Path(row.path) != path)
-    assert len(rows(folder)) == 2 and len((folder / "made.txt").read_text().split()) == 2
+    assert len(table(folder)) == 2 and len((folder / "made.txt").read_text().split()) == 2
 
 
 def test_a_slide_that_changes_while_it_is_read_has_failed(slides: list[SlideEntry], tmp_path: Path) -> None:

@@ -1,45 +1,31 @@
-"""A cohort with bad slides in it: what is left behind, what is redone, what a killed run loses."""
+"""A cohort with bad slides in it: what is left behind, and what is redone."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import shapely
 import tifffile
 from PIL import Image
 
 import medsd
-from medsd.annotations import Outline, annotations_of, read_annotations, tumour_share, write_geojson
-from medsd.cohort import runner, tile_picture, tiling
+from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort.camelyon import find_slides
-from medsd.cohort.entry import SlideEntry, named_slides
+from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex
 from medsd.cohort.tiling import TiledCohort, Tiling, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.slides.slide import open_slide, thumbnail
 from medsd.slides.tissue import METHODS, find_tissue
+from tests.cohort.tiled import GRID, TILING, of, table, times
 
-GRID = TileGrid(tile_px=64, stride_px=64, mpp=1.0)
-TILING = Tiling(GRID)
-
-
-@pytest.fixture(scope="session")
-def entries(phantoms: Path) -> list[SlideEntry]:
-    return find_slides(phantoms)
+pytestmark = pytest.mark.usefixtures("quick_tiling")
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +54,10 @@ def spoil(path: Path, tiles: Any) -> None:
             handle.write(b"\xff" * count)
 
 
-def cohort_of(entries: list[SlideEntry], odd: Path) -> list[SlideEntry]:
-    names = ("bare", "blank", "broken", "damaged", "ruined")
-    return [*entries, *(SlideEntry(name, odd / f"{name}.tif", None, "", None) for name in names)]
-
-
 @pytest.fixture(scope="session")
 def cohort(entries: list[SlideEntry], odd: Path) -> list[SlideEntry]:
-    return cohort_of(entries, odd)
+    names = ("bare", "blank", "broken", "damaged", "ruined")
+    return [*entries, *(SlideEntry(name, odd / f"{name}.tif", None, "", None) for name in names)]
 
 
 @pytest.fixture(scope="session")
@@ -88,26 +70,6 @@ def done(cohort: list[SlideEntry], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def copy(done: tuple[Path, TiledCohort], tmp_path: Path) -> Path:
     return Path(shutil.copytree(done[0], tmp_path / "out", copy_function=shutil.copy2))
-
-
-@pytest.fixture(autouse=True)
-def quick(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pictures and no child processes for what is tiled in a test; `done` is made before, with both."""
-    monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
-
-
-def table(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "slides.csv", newline="", encoding="utf-8") as handle:
-        return {row["slide"]: row for row in csv.DictReader(handle)}
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-
-
-def of(index: TileIndex, name: str) -> TileIndex:
-    return index.rows(index.slide == index.names.index(name))
 
 
 def test_one_row_a_slide_and_bad_ones_cost_only_themselves(
@@ -226,11 +188,9 @@ def test_the_manifests_scale_is_used_and_kept(odd: Path, tmp_path: Path) -> None
 
 
 def test_a_second_run_redoes_failures_only(
-    copy: Path, cohort: list[SlideEntry], odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Path, cohort: list[SlideEntry], odd: Path, tmp_path: Path, opened: list[str]
 ) -> None:
     before, whole = times(copy), (copy / "tiles.npz").read_bytes()
-    opened: list[str] = []
-    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
     again = tile_slides(cohort, copy, TILING)
     assert sorted(opened) == ["bare", "broken", "ruined"]
     assert (copy / "tiles.npz").read_bytes() == whole
@@ -260,7 +220,7 @@ SPOILT = ["slide", "annotation", "label", "mpp", "grid", "tissue", "version", "r
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_changed_is_redone(
-    what: str, copy: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, copy: Path, phantoms: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = Path(shutil.copytree(phantoms, tmp_path / "data", copy_function=shutil.copy2))
     entries, settings = find_slides(data), TILING
@@ -285,8 +245,6 @@ def test_what_changed_is_redone(
     else:
         path = {"record": f"slides/{name}.json", "tiles": f"slides/{name}.npz", "picture": f"thumbnails/{name}.png"}
         (copy / path[what]).unlink() if what == "picture" else (copy / path[what]).write_bytes(b"{")
-    opened = []
-    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
     tiled = tile_slides(entries, copy, settings, workers=1)
     assert set(opened) == redone and all(row.status == "ok" for row in tiled.slides)
     assert not list(copy.rglob(".*"))
@@ -301,93 +259,6 @@ def test_workers_and_children_change_nothing(
     expected = [set(row.items()) - {("seconds", row["seconds"])} for row in table(done[0]).values()]
     by_reason = {("reason", row["reason"]) for folder in (tmp_path, done[0]) for row in table(folder).values()}
     assert [row - by_reason for row in columns] == [row - by_reason for row in expected]
-
-
-RUN = """
-import sys
-from medsd.cohort.camelyon import find_slides
-from medsd.cohort.index import TileGrid
-from medsd.cohort.tiling import Tiling, tile_slides
-tile_slides(find_slides(sys.argv[1]), sys.argv[2], Tiling(TileGrid(64, 64, 1.0)), 1)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_killed_run_goes_on(
-    done: tuple[Path, TiledCohort],
-    entries: list[SlideEntry],
-    phantoms: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "tiles.npz").write_bytes(b"of other slides")
-    run = subprocess.Popen([sys.executable, "-c", RUN, str(phantoms), str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("slides/[!.]*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    kept = {path.stem for path in tmp_path.glob("slides/[!.]*.json")}
-    assert 2 <= len(kept) < 6 and not (tmp_path / "tiles.npz").exists()
-    rows = table(tmp_path)
-    assert set(rows) <= kept and all(row["status"] == "ok" for row in rows.values())
-    for name in (".4194305-tiles.npz", "slides/.4194305-a.json", "thumbnails/.4194305-a.png"):
-        (tmp_path / name).touch()
-    (tmp_path / ".hidden").touch()
-    opened: list[str] = []
-    monkeypatch.setattr(runner, "IsolatedSlide", lambda path, mpp: (opened.append(path.stem), open_slide(path, mpp))[1])
-    tile_slides(entries, tmp_path, TILING)
-    assert sorted(opened) == sorted({entry.name for entry in entries} - kept)
-    tile_slides(entries, tmp_path / "whole", TILING)
-    assert (tmp_path / "tiles.npz").read_bytes() == (tmp_path / "whole" / "tiles.npz").read_bytes()
-    assert [path.name for path in tmp_path.rglob(".*")] == [".hidden"]
-
-
-def test_an_interrupted_run_stops_at_once_and_keeps_its_table(
-    entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "_TABLE_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "_TABLE_SHARE", math.inf)
-    seen = []
-
-    def progress(items: Any, total: int, unit: str) -> Any:
-        for item in items:
-            yield item
-            seen.extend([item] if unit == "slide" else [])
-            if len(seen) == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tile_slides(entries, tmp_path, TILING, workers=1, progress=progress)
-    assert 2 <= len(table(tmp_path)) < 6 and len(list((tmp_path / "slides").glob("*.json"))) < 6
-
-
-def test_what_nobody_foresaw_costs_one_slide_and_a_full_disk_the_run(
-    entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real = tiling.find_tissue
-
-    def find(slide: Any, **options: Any) -> Any:
-        if slide.path == entries[1].path:
-            raise RuntimeError("odd\nthing")
-        return real(slide, **options)
-
-    monkeypatch.setattr(tiling, "find_tissue", find)
-    tiled = tile_slides(entries, tmp_path / "out", TILING)
-    assert [row.status for row in tiled.slides] == ["ok", "failed", "ok", "ok", "ok", "ok"]
-    assert tiled.slides[1].reason == f"{entries[1].path}: RuntimeError: odd thing"
-    assert "Traceback" in caplog.text
-    monkeypatch.setattr(tiling, "find_tissue", real)
-    replace_file = Path.replace
-
-    def full(self: Path, target: Path) -> Path:
-        if os.path.dirname(target) == str(tmp_path / "full"):
-            raise OSError(28, "No space left on device")
-        return replace_file(self, target)
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OutputError, match=r"slides\.csv: cannot be written \(No space left"):
-        tile_slides(entries, tmp_path / "full", TILING)
 
 
 def test_cohorts_and_settings_that_mean_nothing(entries: list[SlideEntry], tmp_path: Path) -> None:
@@ -405,148 +276,3 @@ def test_cohorts_and_settings_that_mean_nothing(entries: list[SlideEntry], tmp_p
     with pytest.raises(OutputError, match="choose another output folder"):
         tile_slides(entries, tmp_path / "file", TILING)
     assert not (tmp_path / "out").exists()
-
-
-def test_runs_into_one_folder_add_up(entries: list[SlideEntry], tmp_path: Path) -> None:
-    one, two = (tile_slides([entry], tmp_path, TILING) for entry in (entries[2], entries[0]))
-    assert list(table(tmp_path)) == [entries[0].name, entries[2].name]
-    whole = TileIndex.load(tmp_path / "tiles.npz")
-    assert whole.names == (entries[0].name, entries[2].name) and len(whole) == len(one.index) + len(two.index)
-    assert one.index.names == (entries[2].name,) and np.array_equal(of(whole, entries[2].name).x, one.index.x)
-    assert tile_slides([entries[2]], tmp_path, TILING).slides == one.slides
-
-
-def test_slides_tiled_with_other_settings_stay_listed_and_out_of_the_index(
-    entries: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tile_slides(entries[:1], tmp_path, TILING)
-    other = tile_slides(entries[1:2], tmp_path, Tiling(replace(GRID, tile_px=128)))
-    assert len(table(tmp_path)) == 2 and TileIndex.load(tmp_path / "tiles.npz").names == other.index.names
-    assert "tiles.npz: lacks 1 slides tiled with other settings" in caplog.text
-
-
-def test_another_slide_of_the_same_name_is_refused(entries: list[SlideEntry], tmp_path: Path) -> None:
-    folder, name = tmp_path / "out", entries[0].name
-    tile_slides(entries[:1], folder, TILING)
-    before = times(folder)
-    for number, other in enumerate((entries[1].path, entries[0].path)):
-        path = tmp_path / str(number) / entries[0].path.name
-        path.parent.mkdir()
-        data = bytearray(other.read_bytes())
-        data[-1] ^= number  # of the same size, and yet another file
-        path.write_bytes(data)
-        with pytest.raises(DatasetError, match=rf"outputs of another slide of this name, {entries[0].path}; rename"):
-            tile_slides([SlideEntry(name, path)], folder, TILING)
-    assert times(folder) == before
-    copied = tmp_path / "copied" / entries[0].path.name
-    copied.parent.mkdir()
-    shutil.copyfile(entries[0].path, copied)
-    assert tile_slides([replace(entries[0], path=copied)], folder, TILING).index.paths == (str(copied),)
-
-
-def test_a_failed_slide_is_listed_until_it_is_taken_away(entries: list[SlideEntry], tmp_path: Path) -> None:
-    broken = tmp_path / "broken.tif"
-    broken.write_bytes(b"II*\0 nonsense")
-    folder = tmp_path / "out"
-    tile_slides([SlideEntry("broken", broken)], folder, TILING)
-    tile_slides(entries[:1], folder, TILING)
-    assert [row["status"] for row in table(folder).values()] == ["ok", "failed"]
-    broken.unlink()
-    tile_slides(entries[:1], folder, TILING)
-    assert list(table(folder)) == [entries[0].name]
-    assert (folder / "slides" / "broken.json").is_file()
-
-
-def test_a_slide_out_of_reach_keeps_what_it_has(entries: list[SlideEntry], tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    shutil.copyfile(entries[0].path, path)
-    tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING)
-    path.rename(tmp_path / "away.tif")
-    before = times(tmp_path / "out" / "slides")
-    assert tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING).slides[0].status == "failed"
-    assert table(tmp_path / "out")["a"]["status"] == "failed" and times(tmp_path / "out" / "slides") == before
-    (tmp_path / "away.tif").rename(path)
-    assert tile_slides([SlideEntry("a", path)], tmp_path / "out", TILING).slides[0].status == "ok"
-    assert times(tmp_path / "out" / "slides") == before
-
-
-def test_a_name_that_is_no_utf8_costs_at_most_its_own_slide(entries: list[SlideEntry], tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"f\xe9vrier.tif")
-    shutil.copyfile(entries[0].path, path)
-    tiled = tile_slides([*named_slides([path]), *entries[:1]], tmp_path / "out", TILING)
-    assert [row.status for row in tiled.slides] == ["ok", "ok"]
-    assert list(table(tmp_path / "out")) == ["f_vrier", entries[0].name]
-
-
-def outline(path: Path, *boxes: tuple[int, int, int, int]) -> Path:
-    drawn = [Outline("", "Tumor", False, shapely.box(*box)) for box in boxes]
-    write_geojson(path, annotations_of(drawn))
-    return path
-
-
-def test_what_nobody_said_of_tiles_is_told_and_is_no_label(
-    entries: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    slide, finer = entries[2].path, Tiling(TileGrid(64, 64, 0.25))
-    elsewhere = outline(tmp_path / "elsewhere.geojson", (0, 0, 8, 8))  # glass
-    missed, without = SlideEntry("b", slide, 1, "", elsewhere), SlideEntry("c", slide, 1)
-    cases = {
-        "tiles (0.25 um per pixel) are finer than the slide (0.5): they are enlarged": (entries[0], finer),
-        "no outline lies on tissue, so no tile has a label": (missed, TILING),
-        "a slide of the class tumour without outlines: no tile has a label": (without, TILING),
-    }
-    for number, (words, (entry, settings)) in enumerate(cases.items()):
-        tiled = tile_slides([entry], tmp_path / str(number), settings)
-        assert tiled.slides[0].status == "ok" and words in tiled.slides[0].reason and words in caplog.text
-        assert (tiled.index.label == (MIXED if number else NORMAL)).all() and len(tiled.index) > 0
-    drawn = outline(tmp_path / "drawn.geojson", (300, 300, 700, 700))
-    row = tile_slides([SlideEntry("d", slide, 0, "", drawn)], tmp_path / "other", TILING).slides[0]
-    assert row.status == "failed" and "outlines tumour on a slide that is labelled normal; correct either" in row.reason
-    row = tile_slides([SlideEntry("e", slide)], tmp_path / "large", Tiling(TileGrid(1024, 1024, 1.0))).slides[0]
-    assert row.status == "empty" and row.reason == "a tile (1024 um) is larger than the slide (512 um)"
-
-
-def test_tiles_of_several_classes_are_counted_and_shared_ones_told(entries: list[SlideEntry], tmp_path: Path) -> None:
-    tiling = Tiling(TileGrid(64, 64, 1.0, min_tissue=0.0), classes=("benign", "in situ", "mixture"), verify=False)
-    places = {"in situ": (256, 256, 640, 512), "Mixture": (512, 256, 768, 512)}  # they share a column of tiles
-    drawn = [Outline("", group, False, shapely.box(*place)) for group, place in places.items()]
-    write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
-    entry = SlideEntry("a", entries[2].path, 2, annotation=tmp_path / "a.geojson")
-    tiled = tile_slides([entry], tmp_path / "out", tiling, isolate=False)
-    # Tiles are 128 px of the slide: 3 by 2 in situ, 2 by 2 of the other, one column of two in both.
-    row = tiled.slides[0]
-    assert row.class_tiles == {"benign": 64 - 8, "in situ": 4, "mixture": 2}
-    assert (row.label, row.tiles, row.mixed_tiles, row.shared_tiles) == ("mixture", 64, 2, 2)
-    written = table(tmp_path / "out")["a"]
-    assert [written[f"{name}_tiles"] for name in ("benign", "in situ", "mixture", "mixed", "shared")] == [
-        *("56", "4", "2"),
-        *("2", "2"),
-    ]
-    partly = tile_slides([replace(entry, exhaustive=False)], tmp_path / "out", tiling, isolate=False)
-    assert partly.slides[0].class_tiles == {"benign": 0, "in situ": 4, "mixture": 2}
-    drawn.append(Outline("", "Benign", False, shapely.box(0, 0, 128, 1024)))
-    write_geojson(tmp_path / "a.geojson", annotations_of(drawn))
-    partly = tile_slides([replace(entry, exhaustive=False)], tmp_path / "out", tiling, isolate=False)
-    assert partly.slides[0].class_tiles == {"benign": 8, "in situ": 4, "mixture": 2}
-    other = tile_slides([replace(entry, label=1)], tmp_path / "other", replace(tiling, classes=("b", "in situ", "x")))
-    assert other.slides[0].status == "failed" and "'Mixture' is unknown" in other.slides[0].reason
-
-
-def test_outlines_of_qupath_count_from_the_scanned_area(
-    entries: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = read_annotations(entries[2].annotation)
-    write_geojson(tmp_path / "as_shown.geojson", drawn, qupath_origin_px=(100, 60))
-    assert shapely.equals_exact(
-        read_annotations(tmp_path / "as_shown.geojson", qupath_origin_px=(100, 60)).tumour, drawn.tumour, 1e-6
-    )
-    expected = tile_slides([entries[2]], tmp_path / "one", TILING).index
-
-    def scanned(path: Path, mpp: float | None) -> Any:
-        slide = open_slide(path, mpp)
-        slide.bounds = (100, 60, 800, 800)
-        return slide
-
-    monkeypatch.setattr(runner, "IsolatedSlide", scanned)
-    other = tile_slides([replace(entries[2], annotation=tmp_path / "as_shown.geojson")], tmp_path / "other", TILING)
-    assert np.array_equal(other.index.label, expected.label)
