@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,33 @@ def test_every_odd_file_in_a_child_within_its_limits(shared_data: Path) -> None:
                 assert np.array_equal(isolated.read(0, 0, width, height), plain.read(0, 0, width, height)), path.name
         except SlideError as error:
             one_line(error, path)
+
+
+def test_a_file_that_vanishes_or_is_cut_after_opening(tmp_path: Path, coded_slides: dict[str, Any]) -> None:
+    path = tmp_path / "cut.tif"
+    data = coded_slides["odd-2x"].path.read_bytes()
+    path.write_bytes(data)
+    slide = open_slide(path)
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(SlideError, match=r"cut\.tif"):
+        slide.read(0, 0, 1483, 997)
+    path.unlink()
+    with pytest.raises(SlideError, match=r"cut\.tif"):
+        pickle.loads(pickle.dumps(slide)).read(0, 0, 100, 100)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_bytes_give_pixels_or_the_error(tmp_path: Path, coded_slides: dict[str, Any], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    data = np.frombuffer(coded_slides["even-2x"].path.read_bytes(), np.uint8).copy()
+    # Headers and tag tables lie at the end of pages; hit the ends, the start and the tiles.
+    spots = generator.integers(8, len(data), 200)
+    data[spots] = generator.integers(0, 256, 200)
+    path = tmp_path / "hurt.tif"
+    path.write_bytes(data.tobytes()[: len(data) - int(generator.integers(0, 2000)) * (seed % 2)])
+    try:
+        with open_slide(path, mpp=0.5) as slide:
+            width, height = slide.dimensions
+            assert slide.read(0, 0, min(width, 512), min(height, 384)).shape[2] == 3
+    except SlideError as error:
+        assert "hurt.tif" in str(error) and "\n" not in str(error)
