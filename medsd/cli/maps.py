@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from medsd.heatmap.report import ReportedSlide, SlideResult
     from medsd.segment.slides import SegmentedSlide
 
+EncoderMppOption = Annotated[
+    float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
+]
+
 _LISTED = 20
 
 Row = TypeVar("Row", bound="ReportedSlide")
@@ -49,9 +53,7 @@ def heatmap(
     layer: Annotated[
         str | None, typer.Option(help="Layer of an encoder alone, such as layer3; its last stage when not given.")
     ] = None,
-    network_mpp: Annotated[
-        float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
-    ] = None,
+    network_mpp: EncoderMppOption = None,
     block_px: Annotated[
         int | None,
         typer.Option(help="Side of what is computed at once, in pixels; as large as memory allows when not given."),
@@ -85,27 +87,18 @@ def heatmap(
     entries = _entries(slides, out, mpp, shard)
     sharing = Sharing(rename=True, gather=shard is None)
     also = [name for name, wanted in zip(ALSO, (overlay_tif, tiles_geojson, dicom), strict=True) if wanted]
-    request = MapRequest(
-        methods or (),
-        layer,
-        network_mpp,
-        block_px,
-        also=also,
-        faithful_tiles=faithful_tiles,
-        target=target,
-        workers=workers,
-    )
+    choice = methods or (), layer, network_mpp, block_px
+    request = MapRequest(*choice, also=also, faithful_tiles=faithful_tiles, target=target, workers=workers)
     place, progress = computing_on(device), progress_bar("heatmap")
     results = map_slides(entries, weights, out, request, place, progress, sharing=sharing)
+    _finish(results, _of_map, out / "index.html", shard)
 
-    def found(result: SlideResult) -> str:
-        if result.score is None:
-            return ""
-        area = f"{result.region_area_mm2:.2f} mm2"
-        return f"score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}"
 
-    _tell(results, found)
-    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+def _of_map(result: SlideResult) -> str:
+    if result.score is None:
+        return ""
+    area = f"{result.region_area_mm2:.2f} mm2"
+    return f"score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}"
 
 
 @app.command()
@@ -140,13 +133,12 @@ def segment(
     request = SegmentRequest(network_mpp, overlap, probabilities, dicom, workers=workers)
     sharing, place = Sharing(rename=True, gather=shard is None), computing_on(device)
     results = segment_slides(entries, weights, out, request, place, progress_bar("segment"), sharing)
+    _finish(results, _of_segmentation, out / "index.html", shard)
 
-    def found(result: SegmentedSlide) -> str:
-        areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
-        return f"{areas}; {result.regions} outlines"
 
-    _tell(results, found)
-    end(results, see(str(out / "index.html"), out, shard), empty_is_failure=True)
+def _of_segmentation(result: SegmentedSlide) -> str:
+    areas = ", ".join(f"{name} {area:.2f} mm2" for name, area in result.areas_mm2.items())
+    return f"{areas}; {result.regions} outlines"
 
 
 @app.command()
@@ -169,9 +161,7 @@ def features(
         str | None, typer.Option(help="Three numbers with commas that its weights take; ImageNet's when not given.")
     ] = None,
     input_std: Annotated[str | None, typer.Option(help="As --input-mean.")] = None,
-    network_mpp: Annotated[
-        float | None, typer.Option(help="Micrometres per pixel that an encoder alone takes; a classifier says it.")
-    ] = None,
+    network_mpp: EncoderMppOption = None,
     tile_px: Annotated[
         int | None, typer.Option(help="Side of a tile in those pixels, where the weights do not say it.")
     ] = None,
@@ -185,7 +175,7 @@ def features(
     """Features of slides' tiles, a SLIDE.h5 a slide in TRIDENT's layout. Exit code 1 when one failed."""
     from medsd.cohort.runner import Sharing
     from medsd.features.encoder import FeatureRequest
-    from medsd.features.slides import FeatureSlide, write_features
+    from medsd.features.slides import write_features
     from medsd.progress import progress_bar
 
     entries = _entries(slides, out, mpp, shard)
@@ -203,12 +193,7 @@ def features(
     )
     sharing, place = Sharing(rename=True, gather=shard is None), computing_on(device)
     results = write_features(entries, weights, out, request, place, progress_bar("features"), sharing)
-
-    def found(result: FeatureSlide) -> str:
-        return f"{result.tiles} tiles"
-
-    _tell(results, found)
-    end(results, see(str(out / "slides.csv"), out, shard), empty_is_failure=True)
+    _finish(results, lambda result: f"{result.tiles} tiles", out / "slides.csv", shard)
 
 
 def _options(text: str | None) -> dict[str, Any]:
@@ -251,8 +236,8 @@ def _entries(slides: list[Path], out: Path, mpp: float | None, shard: str | None
     return entries
 
 
-def _tell(results: Sequence[Row], found: Callable[[Row], str]) -> None:
-    """What the network is, what does not fit or failed, and, of a few slides, what was found on each."""
+def _finish(results: Sequence[Row], found: Callable[[Row], str], page: Path, shard: str | None) -> None:
+    """What the network is, what does not fit or failed, of a few slides what was found on each, and how it ended."""
     for words in dict.fromkeys(result.model for result in results if result.model):
         print(words)
     for result in results:
@@ -262,6 +247,7 @@ def _tell(results: Sequence[Row], found: Callable[[Row], str]) -> None:
             print(f"medsd: {result.slide}: {result.status}: {result.reason}", file=sys.stderr)
         elif len(results) <= _LISTED and (words := found(result)):
             print(f"{result.slide}: {words}")
+    end(results, see(str(page), page.parent, shard), empty_is_failure=True)
 
 
 @app.command()

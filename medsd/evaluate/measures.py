@@ -183,11 +183,8 @@ def measure_maps(
     for name, values in maps.items():
         full, found = at_pixels(values, x), {}
         if control is not None and target is not None:
-            curve = masking_curve(network, x, target, full, asked(settings.fill))
-            gap = control.area - curve.area
-            held = control.correct[:, 0] == 1
-            found = {"masking_area": curve.area, "gap": gap, "masking_gap": torch.where(held, gap, math.nan)}
-            measured.masking[name] = curve
+            measured.masking[name] = masking_curve(network, x, target, full, asked(settings.fill))
+            found = _against_random(measured.masking[name], control)
         removal = asked()
         for measure in names:
             if measure in _OF_REMOVAL:
@@ -195,12 +192,23 @@ def measure_maps(
             elif measure in _OF_MAP:
                 found[measure] = _OF_MAP[measure](values)
             elif measure in _OF_REGION and region is not None:
-                area = area_share(region)
-                inside = _OF_REGION[measure](full, region).nan_to_num(0.0)
-                found[measure] = inside.where((area > 0) & (area < 1), math.nan)
+                found[measure] = _inside(measure, full, region)
         # Without classes nothing is masked, and without a region nothing compared.
         measured.of[name] = {measure: found[measure] for measure in names if measure in found}
     return measured
+
+
+def _against_random(curve: MaskingCurve, control: MaskingCurve) -> dict[str, Tensor]:
+    """The measures of masking, (B,) each."""
+    gap = control.area - curve.area
+    held = control.correct[:, 0] == 1
+    return {"masking_area": curve.area, "gap": gap, "masking_gap": torch.where(held, gap, math.nan)}
+
+
+def _inside(measure: str, full: Tensor, region: Tensor) -> Tensor:
+    """A measure of localisation, (B,)."""
+    area = area_share(region)
+    return _OF_REGION[measure](full, region).nan_to_num(0.0).where((area > 0) & (area < 1), math.nan)
 
 
 def mean_of_known(values: npt.ArrayLike, seed: int = 0) -> Interval:

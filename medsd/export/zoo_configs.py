@@ -10,6 +10,7 @@ from typing import Any
 
 import medsd
 from medsd.export.source import TrainedClassifier
+from medsd.networks.weights import ModelCard
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 VERSION = "0.1.0"
@@ -66,6 +67,17 @@ def inference_config(trained: TrainedClassifier) -> dict[str, Any]:
             "stain_target": "@stain_target",
             "target": "@target",
         },
+        **_tile_evaluator(),
+        "maps": ["$bundle.heatmap(@data, @output_dir, @device, @block_px, @also, @faithful_tiles, @workers, @weights)"],
+        "check": ["$bundle.check_slides(@data, @output_dir)"],
+        "initialize": ["$bundle.check()"],
+        "run": ["@maps", "@check"] if calibration is not None else ["@tiles"],
+    }
+
+
+def _tile_evaluator() -> dict[str, Any]:
+    """MONAI's evaluator of the tiles of `data`, and the stage `tiles` that runs it."""
+    return {
         "dataset": "$@data.tiles()",
         "dataloader": {
             "_target_": "torch.utils.data.DataLoader",
@@ -98,10 +110,6 @@ def inference_config(trained: TrainedClassifier) -> dict[str, Any]:
             "val_handlers": "@handlers",
         },
         "tiles": ["$@evaluator.run()"],
-        "maps": ["$bundle.heatmap(@data, @output_dir, @device, @block_px, @also, @faithful_tiles, @workers, @weights)"],
-        "check": ["$bundle.check_slides(@data, @output_dir)"],
-        "initialize": ["$bundle.check()"],
-        "run": ["@maps", "@check"] if calibration is not None else ["@tiles"],
     }
 
 
@@ -149,10 +157,6 @@ def _is_place(value: object) -> bool:
 def metadata(trained: TrainedClassifier, name: str) -> dict[str, Any]:
     """`configs/metadata.json`, after MONAI's schema of 2024-07-25."""
     card = trained.card
-    normalised = [
-        [(limit - mean) / std for limit in (0, 1)] for mean, std in zip(card.input_mean, card.input_std, strict=True)
-    ]
-    classes = {str(number): word for number, word in enumerate(card.classes)}
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -170,38 +174,46 @@ def metadata(trained: TrainedClassifier, name: str) -> dict[str, Any]:
         "data_type": "whole-slide images",
         "image_classes": f"RGB brightfield, {card.tissue or 'tissue not stated'}, tiles of {card.tile_px} px at "
         f"{card.mpp:g} um per pixel",
-        "label_classes": ", ".join(f"{number} {word}" for number, word in classes.items()),
+        "label_classes": ", ".join(f"{number} {word}" for number, word in enumerate(card.classes)),
         "pred_classes": f"logits of {', '.join(card.classes)}",
         "intended_use": "research use only, not for diagnosis",
         "references": [],
-        "network_data_format": {
-            "inputs": {
-                "image": {
-                    "type": "image",
-                    "format": "RGB",
-                    "num_channels": 3,
-                    "spatial_shape": [card.tile_px, card.tile_px],
-                    "dtype": "float32",
-                    "value_range": [
-                        math.floor(min(low for low, _ in normalised)),
-                        math.ceil(max(high for _, high in normalised)),
-                    ],
-                    "is_patch_data": True,
-                    "channel_def": {"0": "R", "1": "G", "2": "B"},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "logits",
-                    "format": "classification",
-                    "num_channels": len(classes),
-                    "spatial_shape": [],
-                    "dtype": "float32",
-                    "value_range": [],
-                    "is_patch_data": True,
-                    "channel_def": classes,
-                }
-            },
+        "network_data_format": _network_data_format(card),
+    }
+
+
+def _network_data_format(card: ModelCard) -> dict[str, Any]:
+    """Of normalised tiles and logits."""
+    normalised = [
+        [(limit - mean) / std for limit in (0, 1)] for mean, std in zip(card.input_mean, card.input_std, strict=True)
+    ]
+    return {
+        "inputs": {
+            "image": {
+                "type": "image",
+                "format": "RGB",
+                "num_channels": 3,
+                "spatial_shape": [card.tile_px, card.tile_px],
+                "dtype": "float32",
+                "value_range": [
+                    math.floor(min(low for low, _ in normalised)),
+                    math.ceil(max(high for _, high in normalised)),
+                ],
+                "is_patch_data": True,
+                "channel_def": {"0": "R", "1": "G", "2": "B"},
+            }
+        },
+        "outputs": {
+            "pred": {
+                "type": "logits",
+                "format": "classification",
+                "num_channels": len(card.classes),
+                "spatial_shape": [],
+                "dtype": "float32",
+                "value_range": [],
+                "is_patch_data": True,
+                "channel_def": {str(number): word for number, word in enumerate(card.classes)},
+            }
         },
     }
 
