@@ -89,15 +89,14 @@ def deal_parts(
         named = " and ".join(part or "no part" for part in np.unique(given[patients == patient]).tolist())
         raise DatasetError(f"patient '{patient}': in {named}; give all of a patient's items one part")
     parts = np.where(given == "", "training", given).astype("<U10")
-    strata = np.zeros(len(patients), "<U1") if strata is None else strata
     wanted = [
         (part, share)
         for part, share in (("testing", shares[1]), ("validation", shares[0]))
         if not (given == part).any()
     ]
-    for stratum in np.unique(strata):
+    for rows in _by_stratum(strata, len(patients)):
         for number, (part, share) in enumerate(wanted):
-            free = np.flatnonzero((parts == "training") & (strata == stratum))
+            free = np.flatnonzero((parts == "training") & rows)
             names, held = _shuffled(patients[free], seed)
             left_for_others = len(wanted) - number  # one for each part that is still to come, and one to train on
             nearest = int(np.abs(held - share * len(free)).argmin()) + 1 if len(free) else 0
@@ -109,23 +108,34 @@ def deal_parts(
     return parts
 
 
-def fraction_of(patients: npt.NDArray[np.str_], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+def fraction_of(
+    patients: npt.NDArray[np.str_], fraction: float, seed: int, strata: npt.NDArray[np.str_] | None = None
+) -> npt.NDArray[np.bool_]:
     """Which items (n,) are learnt from: whole patients, drawn by the seed until they hold their fraction of the items.
 
-    At least one patient; those of a smaller fraction are among those of a larger one.
+    At least one patient of each stratum; those of a smaller fraction are among those of a larger one.
 
     Args:
         patients: (n,) of the training items.
         fraction: above 0, up to 1.
         seed: draws the patients.
+        strata: (n,) drawn one by one, see `deal_parts`.
 
     Raises:
         ConfigError: the fraction is out of its range.
     """
     check_number("label_fraction", fraction, "(0, 1]", hint="1 takes all training masks")
-    names, held = _shuffled(patients, seed)
-    enough = int(np.searchsorted(held, fraction * len(patients) - 1e-9)) + 1
-    return np.isin(patients, names[:enough])
+    chosen = np.zeros(len(patients), bool)
+    for rows in _by_stratum(strata, len(patients)):
+        names, held = _shuffled(patients[rows], seed)
+        enough = int(np.searchsorted(held, fraction * np.count_nonzero(rows) - 1e-9)) + 1
+        chosen |= rows & np.isin(patients, names[:enough])
+    return chosen
+
+
+def _by_stratum(strata: npt.NDArray[np.str_] | None, items: int) -> list[npt.NDArray[np.bool_]]:
+    """The rows (n,) of each stratum."""
+    return [np.ones(items, bool)] if strata is None else [strata == stratum for stratum in np.unique(strata)]
 
 
 def _shuffled(patients: npt.NDArray[np.str_], seed: int) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64]]:

@@ -273,7 +273,8 @@ def _scores(
         "hausdorff95": scores["hausdorff95"]["value"],
         "surface_dice": scores["surface_dice"]["value"],
         "patients": scores["patients"],
-        "validation": float(history["validation_dice"].astype(float).max()),
+        # Empty after the epochs that were not validated.
+        "validation": max(float(value) for value in history["validation_dice"] if value),
     }
     if weak:
         items = workflow.parser.get_parsed_content("data").part("training")

@@ -181,6 +181,9 @@ def test_fractions_nest(sizes: list[int], seed: int) -> None:
     for fewer, more in pairwise(taken):
         assert (more | ~fewer).all()
     assert taken[-1].all() and len(set(patients[taken[0]])) >= 1
+    rare = np.where(np.isin(patients, ["p0", "p1"]), "outlined", "not")
+    both = fraction_of(patients, 0.01, seed, rare)
+    assert sorted(set(rare[both])) == ["not", "outlined"] and len(set(patients[both])) == 2
     for side, fraction in zip(taken, (0.01, 0.1, 0.5, 1.0), strict=True):
         assert side.mean() >= fraction - 1e-9
         assert set(patients[side]).isdisjoint(patients[~side])

@@ -115,6 +115,11 @@ class SplitByPatient(ABC):
     def _dealt(self) -> npt.NDArray[np.str_]:
         """(n,) the part of each item."""
 
+    @property
+    def _strata(self) -> npt.NDArray[np.str_] | None:
+        """(n,) what each part, and a fraction of the training part, has its share of; None for nothing."""
+        return None
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for part in PARTS:
@@ -140,7 +145,8 @@ class SplitByPatient(ABC):
         patients = self._patients
         rows: npt.NDArray[np.bool_] = self._dealt == "training"
         chosen = rows.copy()
-        chosen[rows] = fraction_of(patients[rows], self.label_fraction, self.seed)
+        strata = None if self._strata is None else self._strata[rows]
+        chosen[rows] = fraction_of(patients[rows], self.label_fraction, self.seed, strata)
         if self.label_fraction < 1:
             counts = chosen.sum(), rows.sum(), len(np.unique(patients[chosen])), len(np.unique(patients[rows]))
             logger.info(

@@ -42,7 +42,8 @@ class OutlinedSlides(SplitByPatient):
         work_dir: where tile index and thumbnails are kept.
         grid: how tiles are cut.
         classes: names, the background's first: ASAP's groups, QuPath's classes.
-        label_fraction: of the training tiles, whole patients, those whose masks are learnt from.
+        label_fraction: of the training tiles, whole patients, those whose masks are learnt from; at least one patient
+            with outlines, and one without, where there are any.
         validation_share, test_share: of the tiles that are not tested on, and of all, whole patients (or slides), where
             the data set does not say.
         seed: deals the patients.
@@ -155,13 +156,19 @@ class OutlinedSlides(SplitByPatient):
         return np.array([patient[name] for name in self._index.names], str)[self._index.slide]
 
     @cached_property
-    def _dealt(self) -> npt.NDArray[np.str_]:
+    def _strata(self) -> npt.NDArray[np.str_]:
+        """Whether anything is outlined on a slide of the tile's patient: one per cent may be a single patient."""
         names = np.array(self._index.names)[self._index.slide]
-        part = {slide.name: slide.part for slide in self._known}
         outlined = {slide.name: slide.annotation is not None for slide in self._known}
         by_patient: dict[str, bool] = {}
         for patient, name in zip(self._patients.tolist(), names.tolist(), strict=True):
             by_patient[patient] = by_patient.get(patient, False) or outlined[name]
-        strata = np.array([str(by_patient[patient]) for patient in self._patients.tolist()])
-        given = np.array([part[name] for name in names.tolist()], "<U10")
-        return deal_parts(self._patients, given, (self.validation_share, self.test_share), self.seed, strata)
+        return np.array([str(by_patient[patient]) for patient in self._patients.tolist()])
+
+    @cached_property
+    def _dealt(self) -> npt.NDArray[np.str_]:
+        part = np.array([slide.part for slide in self._known], "<U10")
+        number = {slide.name: row for row, slide in enumerate(self._known)}
+        given = part[[number[name] for name in self._index.names]][self._index.slide]
+        shares = self.validation_share, self.test_share
+        return deal_parts(self._patients, given, shares, self.seed, self._strata)
