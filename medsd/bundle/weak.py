@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +89,7 @@ class WeaklyLabelled:
             raise ConfigError(f"classes={list(self.data.classes)}: a classifier's evidence tells two apart; name two")
 
     @property
-    def classes(self) -> Any:
+    def classes(self) -> Sequence[str]:
         return self.data.classes
 
     @property

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 class MaskData(Protocol):
     """What the stages of a segmentation ask of a data set."""
 
-    classes: Sequence[str]
+    @property
+    def classes(self) -> Sequence[str]:
+        """Their names, the background's first."""
+        ...
 
     @property
     def item(self) -> str:
