@@ -16,7 +16,7 @@ from medsd.heatmap.model import MapRequest
 from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, save_classifier
-from medsd.phantom import PhantomSpec, draw_phantom
+from medsd.phantom import PhantomSpec, draw_phantom, write_phantom
 from medsd.phantom.files import write_pyramid
 
 FIDUCIALS = ((700, 820), (1290, 1010), (1000, 1500))
@@ -61,6 +61,14 @@ def plain_image() -> np.ndarray:
 def fiducial_slide(tmp_path_factory, plain_image) -> Path:
     path = tmp_path_factory.mktemp("slides") / "fiducials.tif"
     write_pyramid(path, with_discs(plain_image, FIDUCIALS), SPEC.mpp, SPEC.pyramid_factor)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_slide(tmp_path_factory) -> Path:
+    """Tissue on 512 x 512 px, where only the files count that are left."""
+    path = tmp_path_factory.mktemp("small") / "small.tif"
+    write_phantom(PhantomSpec(seed=5, tumour=False, size_px=512), path)
     return path
 
 

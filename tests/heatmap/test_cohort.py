@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,39 +14,17 @@ import tifffile
 import torch
 from PIL import Image
 
-import medsd.heatmap.cohort as cohort
 import medsd.heatmap.findings as findings
-from medsd.cohort.entry import SlideEntry
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
-from medsd.heatmap.findings import top_mean, verdict
 from medsd.heatmap.model import MapRequest
 from medsd.heatmap.overlay import head_px, layout
-from medsd.heatmap.report import SlideResult
-from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
 from medsd.networks.calibrated import Calibration, SlideCutOff
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import save_classifier
-from medsd.phantom import PhantomSpec, write_phantom
-
-
-def job_of(path: Path, mpp: float | None = None) -> SlideEntry:
-    return SlideEntry(path.stem, path, mpp=mpp)
-
-
-@pytest.fixture(scope="module")
-def small_slide(tmp_path_factory) -> Path:
-    """Tissue on 512 x 512 px, where only the files count that are left."""
-    path = tmp_path_factory.mktemp("small") / "small.tif"
-    write_phantom(PhantomSpec(seed=5, tumour=False, size_px=512), path)
-    return path
-
-
-def map_here(slides: list[Path], weights: Path, output: Path, **asked: Any) -> list[SlideResult]:
-    """Map slides without a process for each."""
-    return map_slides([job_of(path) for path in slides], weights, output, MapRequest(**asked), isolate=False)
+from tests.heatmap.mapping import job_of, map_here
 
 
 def blank_slide(path: Path) -> Path:
@@ -122,13 +94,6 @@ def test_what_is_complete_is_kept_and_another_recipe_redone(tmp_path, small_slid
     assert read_ome_tiff(folder / "probability.ome.tif").level0_px == 128
 
 
-@pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (1.1, 0), (1.2, 1)])
-def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
-    model = SimpleNamespace(engine=SimpleNamespace(mpp=1.0))
-    words = findings.misfits(SimpleNamespace(mpp=mpp), model)
-    assert len(words) == told and all(f"the slide has {mpp} µm per pixel, the network takes 1." in one for one in words)
-
-
 def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"not a slide")
@@ -180,80 +145,6 @@ def test_a_strip_thinner_than_a_map_pixel_is_no_crash(tmp_path, green_weights):
     assert result.status in ("ok", "empty")
 
 
-def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, small_slide, green_weights, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def die(*_arguments):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cohort, "write_report", die)
-        with pytest.raises(Killed):
-            map_here([small_slide], green_weights, tmp_path)
-    folder = tmp_path / "small"
-    assert not (folder / "record.json").exists() and not list(folder.glob(".*"))
-    assert map_here([small_slide], green_weights, tmp_path)[0].status == "ok"
-    assert (folder / "record.json").is_file()
-
-
-DIES_IN_ITS_25TH_GROUP = """
-import os, signal, sys
-from pathlib import Path
-import zarr
-from medsd.cohort.entry import SlideEntry
-from medsd.heatmap.cohort import map_slides
-from medsd.heatmap.model import MapRequest
-
-create, left = zarr.create_group, [24]
-
-def dying(store):
-    group = create(store)
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return group
-
-zarr.create_group = dying
-slide, weights, output = map(Path, sys.argv[1:])
-map_slides([SlideEntry(slide.stem, slide)], weights, output, MapRequest(block_px=64), "cpu", isolate=False)
-"""
-
-
-def test_kill_9_costs_the_block_in_flight_only(tmp_path, small_slide, green_weights, monkeypatch):
-    killed, other, clean = (tmp_path / name for name in ("killed", "other", "clean"))
-    arguments = [sys.executable, "-c", DIES_IN_ITS_25TH_GROUP, str(small_slide), str(green_weights), str(killed)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    folder = killed / "small"
-    assert not (folder / "record.json").exists() and list((folder / "blocks").rglob(".*-*.zarr.zip"))
-    kept = {path.name.removesuffix(".zarr.zip") for path in (folder / "blocks").rglob("[!.]*.zarr.zip")}
-    shutil.copytree(killed, other)
-    written: list[str] = []
-    write = BlockStore.write
-
-    def counted(store, name, **arrays):
-        written.append(name)
-        write(store, name, **arrays)
-
-    monkeypatch.setattr(BlockStore, "write", counted)
-    names = {}
-    for output, options in ((clean, {}), (killed, {}), (other, {"max_unseen": 0.5})):
-        written.clear()
-        assert map_here([small_slide], green_weights, output, block_px=64, **options)[0].status == "ok"
-        names[output] = set(written)
-        assert not (output / "small" / "blocks").exists() and not list(output.rglob(".*"))
-        for file in ("probability.ome.tif", "saliency.ome.tif", "regions.geojson"):
-            assert (output / "small" / file).read_bytes() == (clean / "small" / file).read_bytes()
-    features, lasting = (
-        {name for name in names[clean] & kept if name.startswith("features") == at} for at in (True, False)
-    )
-    assert any(name.startswith("maps") for name in lasting) and lasting | names[killed] >= names[clean] - features
-    # Marks of what could not be decoded are written before the features that the kill cost.
-    assert len(lasting & names[killed]) <= 1 and len(names[killed]) < len(names[clean])
-    assert names[other] == names[clean]  # blocks of another recipe are not taken
-
-
 def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_classifier, green_card):
     job = job_of(fiducial_slide)
     with pytest.raises(DatasetError, match="fiducials"):
@@ -274,26 +165,6 @@ def test_bad_requests_are_named(tmp_path, fiducial_slide, green_weights, green_c
         map_slides([job], green_weights, tmp_path, MapRequest(block_px=0))
     with pytest.raises(DatasetError, match="run the stage 'heatmap'"):
         read_results(tmp_path / "nowhere")
-
-
-def test_the_slide_score_is_the_mean_of_the_top_percent():
-    values = np.linspace(0, 1, 1000, dtype=np.float32)
-    assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
-    assert top_mean(values[:5]) == pytest.approx(values[4])
-
-
-def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
-    cut_off = SlideCutOff(0.4, 10, 10, 9, 1, (1.0, 0.69, 1.0), (8 / 9, 0.52, 0.997))
-    below, sure = verdict(0.39, cut_off, "tumour")
-    assert below == (
-        "Below the cut-off 0.4, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
-    )
-    assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
-    assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
-    no_normal = replace(cut_off, without=0, raised=0, specificity=None)
-    said = " ".join(verdict(0.4, no_normal, "tumour"))
-    assert "met none without it" in said and "specificity" not in said
-    assert verdict(0.4, None, "tumour") == ("No cut-off is known for these weights: the slide score has no verdict.",)
 
 
 def test_prevalence_and_verdict_stand_on_every_output(tmp_path, small_slide, green_classifier, green_card):

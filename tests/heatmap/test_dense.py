@@ -7,53 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr
 
 from medsd.errors import ConfigError, NetworkError
 from medsd.heatmap.cascade import Inner
 from medsd.heatmap.dense import DenseEngine
-from medsd.heatmap.grid import MapGrid, seam_score
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.partition import Rect
 from medsd.heatmap.windows import window_mean
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
-
-
-def trained_looking(encoder: str, classes: tuple[str, ...] = ("normal", "tumour"), seed: int = 0) -> TileClassifier:
-    """A classifier whose BatchNorms spread the activations as after training.
-
-    Fresh ones make every activation alike, and timm starts residual branches at zero, which would hide most of the
-    receptive field.
-    """
-    torch.manual_seed(seed)
-    network = TileClassifier(encoder, classes)
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data = 0.5 + torch.rand(module.num_features, generator=generator)
-            module.running_mean.copy_(0.2 * torch.randn(module.num_features, generator=generator))
-            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
-    return network.eval()
+from tests.heatmap.made_up import all_tissue, noise, trained_looking
 
 
 @pytest.fixture(scope="module")
 def classifier() -> TileClassifier:
     return trained_looking("test_resnet")
-
-
-def all_tissue(slide) -> TissueMask:
-    width, height = slide.dimensions
-    return TissueMask(np.ones((height // 8 + 1, width // 8 + 1), bool), 8.0)
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -220,180 +189,6 @@ def test_bad_requests_are_named(classifier):
         DenseEngine(classifier, 90, 1.0)
     with pytest.raises(ConfigError, match="gradient"):
         MapSettings(("gradeint",))
-
-
-OFFSET = (0.7, -0.4, 0.2)
-
-
-def additive(classifier: TileClassifier, window: int, layer: str, smoothing: str = "none", **settings) -> DenseEngine:
-    """With the mean of noise as the reference: sums are exact against any, and for any prevalence."""
-    engine = DenseEngine(
-        classifier,
-        32 * window,
-        1.0,
-        settings=MapSettings(("deeplift",), layer, smoothing, **settings),
-        temperature=2.0,
-        offset=OFFSET[: len(classifier.classes)],
-    )
-    with torch.no_grad():
-        hidden = engine.cascade.whole(torch.from_numpy(noise(96, 96, seed=9)).permute(2, 0, 1)[None])
-    vector = tuple(hidden.mean(dim=(0, 2, 3)).tolist())
-    engine.reference = NeutralReference(layer, vector, 0.0, 0.5, "plane", "noise")
-    return engine
-
-
-def log_odds(logits: torch.Tensor, temperature: float, offset: tuple[float, ...] = OFFSET) -> torch.Tensor:
-    """Of class 1 against the mean of the others (B, ...), of logits (B, K, ...)."""
-    others = [number for number in range(logits.shape[1]) if number != 1]
-    added = offset[1] - np.mean([offset[number] for number in others])
-    return (logits[:, 1] - logits[:, others].mean(dim=1)).detach().double() / temperature + added
-
-
-def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
-    """Of each probability pixel's cell (h, w), from one pass over the slide in one piece."""
-    grids = [MapGrid.over(slide, 1.0, stride) for stride in engine.strides]
-    width, height = engine._plan(grids, all_tissue(slide)).size
-    pixels = slide.read(engine.origin_px, engine.origin_px, width * 32, height * 32)
-    features = engine.classifier.feature_map(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
-    logits = engine.classifier.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    first = -round((engine.cascade.features.centre + engine.origin_px) / 32 - 0.5)
-    rows, columns = grids[0].shape
-    return log_odds(logits, engine.temperature)[0, first : first + rows, first : first + columns]
-
-
-@pytest.mark.parametrize(
-    ("encoder", "layer", "window", "smoothing", "classes"),
-    [
-        ("test_resnet", "layer2", 3, "backward_hook", 2),
-        ("test_resnet", "layer4", 2, "none", 3),
-        ("resnet10t", "layer3", 3, "none", 2),
-        ("resnet18", "layer2", 2, "backward_hook", 2),
-        ("convnext_atto", "stages.2", 3, "backward_hook", 3),
-        ("efficientnet_lite0", "blocks.2", 2, "backward_hook", 2),
-    ],
-)
-def test_deeplift_sums_to_the_log_odds_of_every_tile(array_slide, encoder, layer, window, smoothing, classes):
-    classifier = trained_looking(encoder, ("normal", "tumour", "other")[:classes])
-    images = torch.from_numpy(np.stack([noise(32 * window, 32 * window, seed) for seed in (5, 6)])).permute(0, 3, 1, 2)
-    with torch.no_grad():  # probabilities that can be turned back
-        classifier.head.bias -= classifier(images).mean(dim=0) + torch.tensor([0.2, -0.3, 0.1])[:classes]
-        expected = log_odds(classifier(images), 2.0)
-    engine = additive(classifier, window, layer, smoothing)
-    _, maps = engine.run(images)
-    found, size = maps.sum(axis=(1, 2), dtype=np.float64), np.abs(maps).sum(axis=(1, 2))
-    assert (np.abs(found - expected.numpy()) <= 1e-4 * size).all()
-
-    slide = array_slide(noise(256, 288))
-    maps = engine.map(slide, all_tissue(slide))
-    values = torch.from_numpy(maps.saliency.values).double()
-    assert values.isfinite().all() and values.std() > 0 and 0 < maps.moved < 100
-    side = engine.strides[0] // engine.strides[1]
-    squares, sizes = (F.avg_pool2d(part[None], side)[0] * side**2 for part in (values, values.abs()))
-    cells = cell_evidence(engine, slide) / window**2
-    rounding = 1e-5 * cells.abs().max()  # the pass in one piece sums in another layout; a cell may be next to 0
-    assert ((squares - cells).abs() <= 1e-4 * sizes + rounding).all()
-    if classes == 2:
-        taps = torch.tensor({1: [1.0], 2: [0.5, 1, 0.5], 3: [1.0, 1, 1]}[window], dtype=torch.float64)
-        kernel, rim = torch.outer(taps, taps)[None, None], len(taps) // 2
-        sums, sizes = (F.conv2d(part[None, None], kernel)[0, 0] for part in (squares, sizes))
-        wanted = torch.from_numpy(maps.probability.values).double().logit()[rim:-rim, rim:-rim]
-        assert wanted.abs().max() < 6
-        # A probability in float32 holds its log-odds to about 1e-5 here.
-        assert ((sums - wanted).abs() <= 1e-4 * sizes + 3e-5).all()
-
-
-@pytest.fixture(scope="module")
-def adding(classifier) -> DenseEngine:
-    return additive(classifier, 3, "layer2", "backward_hook")
-
-
-def tissue_of(shape: str) -> TissueMask:
-    mask = np.zeros((60, 68), bool)
-    if shape == "islands":
-        mask[2:17, 3:20] = mask[37:55, 45:64] = True
-    elif shape == "ring":
-        mask[8:52, 9:58] = True
-        mask[20:37, 21:44] = False
-    else:
-        mask[:] = True
-    return TissueMask(mask, 8.0)
-
-
-@pytest.mark.parametrize("shape", ["islands", "ring", "all"])
-def test_another_grid_of_blocks_changes_nothing(adding, array_slide, shape):
-    slide = array_slide(noise(480, 544))
-    found = []
-    for block_px in (2048, None, 320, 224):
-        adding.settings = replace(adding.settings, block_px=block_px)
-        found.append(adding.map(slide, tissue_of(shape)))
-    whole = found[0].saliency.values
-    assert max(maps.blocks for maps in found) > 1
-    assert np.isfinite(whole).all() if shape == "all" else 0.05 < np.isfinite(whole).mean() < 0.9
-    for maps in found[1:]:
-        np.testing.assert_allclose(maps.saliency.values, whole, rtol=0, atol=1e-5 * np.nanmax(np.abs(whole)))
-        one = found[0].probability.values
-        np.testing.assert_allclose(maps.probability.values, one, rtol=0, atol=1e-6)
-
-
-def test_random_weights_destroy_the_map(adding, array_slide):
-    slide = array_slide(noise(480, 544))
-    others = [trained_looking("test_resnet", seed=seed) for seed in (1, 2)]
-    engines = [adding, *(additive(other, 3, "layer2", "backward_hook") for other in others)]
-    first, *rest = (engine.map(slide, all_tissue(slide)).saliency.values.ravel() for engine in engines)
-    assert all(abs(spearmanr(first, other).statistic) < 0.3 for other in rest)
-
-
-def test_the_neutral_reference_lies_between_the_classes():
-    """At the last layer the evidence of a uniform map is linear, so its zero is known."""
-    classifier = trained_looking("test_resnet")
-    rng = np.random.default_rng(4)
-    groups = [
-        torch.from_numpy(np.clip(rng.normal(level, 40, (3, 3, 96, 96)), 0, 255).astype(np.uint8)) for level in (70, 180)
-    ]
-    with torch.no_grad():
-        low, high = (log_odds(classifier(tiles), 2.0, (0.0, 0.6)).mean() for tiles in groups)
-        classifier.head.bias[1] -= 2.0 * float(0.75 * low + 0.25 * high)
-    settings = MapSettings(("deeplift",), "layer4", "none")
-    engine = DenseEngine(classifier, 96, 1.0, settings=settings, temperature=2.0, offset=(0.0, 0.6))
-    reference = engine.neutral(groups[0].split(2), [groups[1]], "noise")
-    assert reference.position == pytest.approx(0.25, abs=1e-3)
-    assert abs(reference.log_odds) < 1e-4 * abs(float(high - low))
-    assert (reference.layer, reference.extent, reference.source) == ("layer4", "plane", "noise")
-    with torch.no_grad():
-        classifier.head.weight.zero_()
-    with pytest.raises(NetworkError, match="and not 0 near that line"):
-        engine.neutral([groups[0]], [groups[1]], "noise")
-
-
-def blocks_of(seed: int, cells: int) -> np.ndarray:
-    """An owner for each cell of a square grid: rows and columns cut at random places."""
-    rng = np.random.default_rng(seed)
-    cut = [np.cumsum(np.isin(np.arange(cells), rng.choice(np.arange(1, cells), 9, replace=False))) for _ in range(2)]
-    return (cut[0][:, None] * 10 + cut[1]).astype(np.int32)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), side=st.sampled_from([1, 2, 4]))
-def test_a_map_without_seams_has_a_score_of_one(seed, side):
-    owner = blocks_of(seed, 400 // side)
-    rng = np.random.default_rng(seed)
-    smooth = gaussian_filter(rng.normal(size=(400, 400)), 2).astype(np.float32)
-    score = seam_score(smooth, owner)
-    assert 0.8 < score < 1.2
-    fine = owner.repeat(side, 0).repeat(side, 1)
-    offsets = rng.normal(0, 10 * smooth.std(), owner.max() + 1).astype(np.float32)
-    assert seam_score(smooth + offsets[fine], owner) > 5
-    hidden = np.where(rng.random(smooth.shape) < 0.5, np.nan, smooth)
-    assert 0.7 < seam_score(hidden, owner) < 1.3
-
-
-def test_without_borders_there_is_no_seam():
-    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(60, 60)), 2).astype(np.float32)
-    assert seam_score(smooth, np.zeros((30, 30), np.int32)) is None
-    islands = np.full((30, 30), -1, np.int32)
-    islands[:9], islands[20:] = 0, 1
-    assert seam_score(smooth, islands) is None
-    assert seam_score(np.full((60, 60), np.nan, np.float32), blocks_of(0, 30)) is None
 
 
 def test_bad_methods_are_named(classifier, array_slide):

@@ -15,7 +15,7 @@ from medsd.heatmap.partition import Rect
 from medsd.heatmap.store import BlockStore
 from medsd.saliency import label_free
 from medsd.slides.tissue import TissueMask
-from tests.heatmap.test_dense import all_tissue, noise, trained_looking
+from tests.heatmap.made_up import all_tissue, noise, trained_looking
 
 
 def features(channels: int = 12, side: int = 10) -> torch.Tensor:

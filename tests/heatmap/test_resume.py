@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import medsd.heatmap.cohort as cohort
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.maps import MapSettings, SlideMaps
 from medsd.heatmap.store import BlockStore
@@ -17,6 +22,7 @@ from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
+from tests.heatmap.mapping import map_here
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (250, 280, 3), dtype=np.uint8)
 TISSUE = TissueMask(np.ones((64, 64), bool), 8.0)
@@ -230,3 +236,77 @@ def test_what_halving_does_not_help_is_raised(classifier, array_slide, monkeypat
     assert raised.value is error
     expected = [None, 2048, 1024, 512, 256] if make is dense else [4, 2, 1]
     assert tries == (expected if error in NO_MEMORY else expected[:1])
+
+
+def test_a_killed_slide_leaves_no_record_and_is_done_next_time(tmp_path, small_slide, green_weights, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort, "write_report", die)
+        with pytest.raises(Killed):
+            map_here([small_slide], green_weights, tmp_path)
+    folder = tmp_path / "small"
+    assert not (folder / "record.json").exists() and not list(folder.glob(".*"))
+    assert map_here([small_slide], green_weights, tmp_path)[0].status == "ok"
+    assert (folder / "record.json").is_file()
+
+
+DIES_IN_ITS_25TH_GROUP = """
+import os, signal, sys
+from pathlib import Path
+import zarr
+from medsd.cohort.entry import SlideEntry
+from medsd.heatmap.cohort import map_slides
+from medsd.heatmap.model import MapRequest
+
+create, left = zarr.create_group, [24]
+
+def dying(store):
+    group = create(store)
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return group
+
+zarr.create_group = dying
+slide, weights, output = map(Path, sys.argv[1:])
+map_slides([SlideEntry(slide.stem, slide)], weights, output, MapRequest(block_px=64), "cpu", isolate=False)
+"""
+
+
+def test_kill_9_costs_the_block_in_flight_only(tmp_path, small_slide, green_weights, monkeypatch):
+    killed, other, clean = (tmp_path / name for name in ("killed", "other", "clean"))
+    arguments = [sys.executable, "-c", DIES_IN_ITS_25TH_GROUP, str(small_slide), str(green_weights), str(killed)]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    folder = killed / "small"
+    assert not (folder / "record.json").exists() and list((folder / "blocks").rglob(".*-*.zarr.zip"))
+    kept = {path.name.removesuffix(".zarr.zip") for path in (folder / "blocks").rglob("[!.]*.zarr.zip")}
+    shutil.copytree(killed, other)
+    written: list[str] = []
+    write = BlockStore.write
+
+    def counted(store, name, **arrays):
+        written.append(name)
+        write(store, name, **arrays)
+
+    monkeypatch.setattr(BlockStore, "write", counted)
+    names = {}
+    for output, options in ((clean, {}), (killed, {}), (other, {"max_unseen": 0.5})):
+        written.clear()
+        assert map_here([small_slide], green_weights, output, block_px=64, **options)[0].status == "ok"
+        names[output] = set(written)
+        assert not (output / "small" / "blocks").exists() and not list(output.rglob(".*"))
+        for file in ("probability.ome.tif", "saliency.ome.tif", "regions.geojson"):
+            assert (output / "small" / file).read_bytes() == (clean / "small" / file).read_bytes()
+    features, lasting = (
+        {name for name in names[clean] & kept if name.startswith("features") == at} for at in (True, False)
+    )
+    assert any(name.startswith("maps") for name in lasting) and lasting | names[killed] >= names[clean] - features
+    # Marks of what could not be decoded are written before the features that the kill cost.
+    assert len(lasting & names[killed]) <= 1 and len(names[killed]) < len(names[clean])
+    assert names[other] == names[clean]  # blocks of another recipe are not taken

@@ -20,19 +20,9 @@ from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
+from tests.heatmap.made_up import spread
 
 MASK = MapSettings(("mask",))
-
-
-def spread(network):
-    """BatchNorms that spread the activations as after training, and stir timm's zero-weighted branches."""
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data = 0.5 + torch.rand(module.num_features, generator=generator)
-            module.running_mean.copy_(0.2 * torch.randn(module.num_features, generator=generator))
-            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
-    return network.eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,40 @@
+"""What is said of a slide from its map: score, verdict, and whether it fits the network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import medsd.heatmap.findings as findings
+from medsd.heatmap.findings import top_mean, verdict
+from medsd.networks.calibrated import SlideCutOff
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (1.1, 0), (1.2, 1)])
+def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
+    model = SimpleNamespace(engine=SimpleNamespace(mpp=1.0))
+    words = findings.misfits(SimpleNamespace(mpp=mpp), model)
+    assert len(words) == told and all(f"the slide has {mpp} µm per pixel, the network takes 1." in one for one in words)
+
+
+def test_the_slide_score_is_the_mean_of_the_top_percent():
+    values = np.linspace(0, 1, 1000, dtype=np.float32)
+    assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
+    assert top_mean(values[:5]) == pytest.approx(values[4])
+
+
+def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
+    cut_off = SlideCutOff(0.4, 10, 10, 9, 1, (1.0, 0.69, 1.0), (8 / 9, 0.52, 0.997))
+    below, sure = verdict(0.39, cut_off, "tumour")
+    assert below == (
+        "Below the cut-off 0.4, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
+    )
+    assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
+    assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
+    no_normal = replace(cut_off, without=0, raised=0, specificity=None)
+    said = " ".join(verdict(0.4, no_normal, "tumour"))
+    assert "met none without it" in said and "specificity" not in said
+    assert verdict(0.4, None, "tumour") == ("No cut-off is known for these weights: the slide score has no verdict.",)
