@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from torch import Tensor
 from medsd.errors import NetworkError
 from medsd.heatmap.additive import conserve
 from medsd.heatmap.cascade import Cascade, Node
-from medsd.heatmap.features import FeatureStore, room_on
-from medsd.heatmap.grid import MapGrid, block_any
+from medsd.heatmap.features import FeatureStore, TissueFeatures, room_on
+from medsd.heatmap.grid import MapGrid, block_any, canvas_origin, shift_of
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.legend import ADDITIVE, BY_PARTS
 from medsd.heatmap.maps import Assembled, Engine, as_array
@@ -35,7 +34,6 @@ from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats
 from medsd.heatmap.windows import Part, Windows, window_mean
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import ReceptiveField
 from medsd.networks.modes import evaluating, recorded
 from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence, reference_at
@@ -95,9 +93,9 @@ class DenseEngine(Engine):
         self.window = self.tile_px // stride
         self._windows = Windows(self.cascade.top.network, self.classifier, self.window)
         fields = self.cascade.features, self.cascade.hidden
-        self.origin_px = _canvas_origin(*fields)
+        self.origin_px = canvas_origin(*fields)
         # Map pixel of the canvas's first cell, for either map.
-        self._shifts = [_shift(field, self.origin_px) for field in fields]
+        self._shifts = [shift_of(field, self.origin_px) for field in fields]
 
     @property
     def block_px(self) -> int | None:
@@ -311,7 +309,7 @@ class DenseEngine(Engine):
         maps = {name: np.full((canvas.height, canvas.width), np.nan, np.float32) for name in names}
         places = [node.rect.times(scale).within(canvas) for node in plan.nodes]
         if names:
-            for name, drawn in slide_maps(names, _Kept(store, places, tissue)).items():
+            for name, drawn in slide_maps(names, TissueFeatures(store, places, tissue)).items():
                 for place, part in zip(places, drawn, strict=True):
                     maps[name][place] = part
         return maps
@@ -358,23 +356,6 @@ class DenseEngine(Engine):
         )
 
 
-@dataclass(frozen=True)
-class _Kept(Sequence[tuple[Tensor, Tensor]]):
-    """Features (C, h, w) of each node, read when asked for, and which of their cells are `tissue`."""
-
-    store: FeatureStore
-    places: list[tuple[slice, slice]]
-    tissue: Tensor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, at: Any) -> Any:
-        # Decomposed on the CPU.
-        features = self.store.read(range(len(self))[at]).float().cpu()
-        return features[0], self.tissue[self.places[at]]
-
-
 def _mean(batches: Iterable[Tensor]) -> Tensor:
     """Mean (C,) over images and places of (B, C, h, w), float64."""
     total, count = torch.zeros(()), 0
@@ -389,26 +370,6 @@ def _mean(batches: Iterable[Tensor]) -> Tensor:
 def _together(parts: list[np.ndarray]) -> np.ndarray:
     """Rows and columns (n, 2) of all parts, each once."""
     return np.unique(np.concatenate([np.zeros((0, 2), np.int32), *parts]), axis=0)
-
-
-def _canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> int:
-    """Where the canvas starts, in pixels at the model's mpp from the slide's origin (0 or negative).
-
-    A cell of a ResNet looks at the top left of its own square, not at its middle. The canvas is shifted so that
-    what a hidden cell looks at is centred on a map pixel, to a pixel, and what a feature cell looks at as nearly as the
-    hidden grid allows.
-    """
-    exact = hidden.stride / 2 - hidden.centre
-    wish = features.stride / 2 - features.centre - features.stride
-    origin = exact + hidden.stride * round((wish - exact) / hidden.stride)
-    while origin > 0:
-        origin -= features.stride
-    # Between pixels every block would be read blurred: cells look at a middle to half a pixel.
-    return math.floor(origin)
-
-
-def _shift(field: ReceptiveField, origin_px: float) -> int:
-    return round((field.centre + origin_px) / field.stride - 0.5)
 
 
 class FeatureEngine(DenseEngine):

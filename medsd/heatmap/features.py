@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +52,23 @@ class FeatureStore:
         """Let them go, if they are there."""
         self._held.pop(number, None)
         self._blocks.remove(_name(number))
+
+
+@dataclass(frozen=True)
+class TissueFeatures(Sequence[tuple[Tensor, Tensor]]):
+    """Features (C, h, w) of each node, read when asked for, and which of their cells are `tissue`."""
+
+    store: FeatureStore
+    places: list[tuple[slice, slice]]
+    tissue: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: Any) -> Any:
+        # Decomposed on the CPU.
+        features = self.store.read(range(len(self))[at]).float().cpu()
+        return features[0], self.tissue[self.places[at]]
 
 
 def room_on(device: torch.device) -> float:
