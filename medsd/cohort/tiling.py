@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from medsd.annotations import tumour_share
 from medsd.checks import check_choice, check_number
 from medsd.classes import CLASSES, checked_classes
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
+from medsd.cohort.index import MIXED, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
 from medsd.cohort.kept import TILES, Kept, SlideRow, gather
-from medsd.cohort.outlines import Outlines, read_outlines
+from medsd.cohort.labels import forget_unknown, label_doubts, shared_tiles
+from medsd.cohort.outlines import read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
 from medsd.errors import DatasetError, NoTissueError
@@ -308,16 +307,10 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
         outlines = read_outlines(entry, slide.dimensions, slide.bounds[:2], tiling.classes)
         tissue = find_tissue(slide, method=tiling.tissue, force=tiling.force_tissue)
         found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, outlines)
-        labelled = _has_labels(entry, outlines)
-        doubts = list(_doubts(slide, entry, found, outlines, tiling))
-        if labelled and _missed(found, outlines):
-            labelled = False
-        if not labelled:
-            found.label[:] = MIXED  # nobody says what a tile is: no honest label
-        elif not entry.exhaustive:
-            # Outside there may be what nobody outlined.
-            drawn = _covered(found, outlines, 0, slide.mpp)
-            found.label[(found.label == NORMAL) & (drawn < tiling.grid.outlined_from)] = MIXED
+        enlarged = f"tiles ({found.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
+        doubts = [enlarged] if slide.mpp > _ENLARGED * found.mpp else []
+        doubts += label_doubts(found, entry, outlines, tiling.classes)
+        labelled = forget_unknown(found, entry, outlines, slide.mpp, tiling.grid.outlined_from)
         seen = np.ones(len(found), np.bool_)
         if tiling.verify:
             places = read_tiles(slide, found.x, found.y, found.tile_px, found.mpp)
@@ -325,14 +318,8 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
                 seen[tile.row] = tile.seen is None or tile.seen.all()
         for doubt in doubts:
             logger.warning("%s: %s", entry.path, doubt)
-        draw_tiles(
-            self.folder / THUMBNAILS / f"{entry.name}.png",
-            slide,
-            found,
-            tissue,
-            ~seen,
-            tiling.classes if labelled else (),
-        )
+        picture = self.folder / THUMBNAILS / f"{entry.name}.png"
+        draw_tiles(picture, slide, found, tissue, ~seen, tiling.classes if labelled else ())
         tiles, unseen = found.rows(seen), found.rows(~seen)
         row = replace(
             self.row(entry, *_verdict(slide, tissue, len(found), len(unseen), tiling)),
@@ -349,15 +336,12 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
         row = replace(row, reason="; ".join([row.reason, *doubts] if row.reason else doubts))
         tiles.save(self.record_of(entry.name).with_name(f"{entry.name}.npz"))
         mixed, *counts = (int((tiles.label == label).sum()) for label in range(MIXED, len(tiling.classes)))
-        shared = np.zeros(len(tiles), np.int64)
-        for number in filter(None, outlines or ()):
-            shared += _covered(tiles, outlines, number, slide.mpp) > 0
         row = replace(
             row,
             tiles=len(tiles),
             class_tiles=dict(zip(tiling.classes, counts, strict=True)),
             mixed_tiles=mixed,
-            shared_tiles=int(np.count_nonzero(shared > 1)),
+            shared_tiles=shared_tiles(tiles, outlines, slide.mpp),
         )
         corners = list(zip(unseen.x.tolist(), unseen.y.tolist(), strict=True))
         return Made(row, [name.format(entry.name) for name in self.outputs], {"unseen_level0": corners})
@@ -368,39 +352,6 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
     def tiles_of(self, row: TiledSlide) -> TileIndex:
         """The tiles of a slide that was tiled with these settings."""
         return tiles_in(self, row, self.tiling.grid)
-
-
-def _covered(tiles: TileIndex, outlines: Outlines | None, number: int, slide_mpp: float) -> npt.NDArray[np.float64]:
-    """The share of each tile (n,) in the outlines of a class."""
-    if outlines is None or number not in outlines:
-        return np.zeros(len(tiles))
-    return tumour_share(outlines[number], tiles.x, tiles.y, tiles.tile_px * tiles.mpp / slide_mpp)
-
-
-def _has_labels(entry: SlideEntry, outlines: Outlines | None) -> bool:
-    """Whether tiles can be labelled: by outlines, or because the whole slide is normal."""
-    outlined = bool(outlines) and (any(outlines or ()) or not entry.exhaustive)
-    return outlined or entry.label == 0 or (entry.label is None and outlines is not None)
-
-
-def _missed(tiles: TileIndex, outlines: Outlines | None) -> bool:
-    """Whether a class is outlined, and none of it lies on a tile: the outlines may be another slide's."""
-    return len(tiles) > 0 and any(outlines or ()) and bool((tiles.label == NORMAL).all())
-
-
-def _doubts(
-    slide: Slide, entry: SlideEntry, tiles: TileIndex, outlines: Outlines | None, tiling: Tiling
-) -> Iterator[str]:
-    """What must not pass without a word: tiles that are no real pixels, and labels that nobody gave."""
-    if slide.mpp > _ENLARGED * tiling.grid.mpp:
-        yield f"tiles ({tiling.grid.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
-    name = tiling.classes[entry.label or 0]
-    if _missed(tiles, outlines):
-        yield "no outline lies on tissue, so no tile has a label; see whether they are this slide's"
-    elif entry.label and not any(outlines or ()):
-        yield f"a slide of the class {name} without outlines: no tile has a label"
-    elif entry.label and entry.label not in (outlines or ()):
-        yield f"labelled {name}, of which nothing is outlined, though other classes are"
 
 
 def _verdict(slide: Slide, tissue: TissueMask, tiles: int, unseen: int, tiling: Tiling) -> tuple[str, str]:

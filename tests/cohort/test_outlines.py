@@ -138,6 +138,9 @@ def test_tiles_of_several_classes_are_counted_and_shared_ones_told(entries: list
     assert partly.slides[0].class_tiles == {"benign": 8, "in situ": 4, "mixture": 2}
     other = tile_slides([replace(entry, label=1)], tmp_path / "other", replace(tiling, classes=("b", "in situ", "x")))
     assert other.slides[0].status == "failed" and "'Mixture' is unknown" in other.slides[0].reason
+    write_geojson(tmp_path / "a.geojson", annotations_of(drawn[:1]))
+    (doubted,) = tile_slides([entry], tmp_path / "doubted", tiling, isolate=False).slides
+    assert doubted.reason == "labelled mixture, of which nothing is outlined, though other classes are"
 
 
 def test_outlines_of_qupath_count_from_the_scanned_area(
