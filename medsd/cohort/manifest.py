@@ -17,6 +17,7 @@ from pathlib import Path
 
 from medsd.classes import CLASSES, class_number
 from medsd.cohort.entry import SlideEntry, check_names, named_slides, output_name, with_own_names
+from medsd.cohort.kept import TABLE
 from medsd.errors import DatasetError
 from medsd.slides.mpp import WANTED_MPP, is_plausible
 from medsd.slides.parts import dicom_series
@@ -195,6 +196,12 @@ def _with_annotations(entries: Sequence[SlideEntry], folder: Path) -> list[Slide
     if without:
         logger.warning("%s: %d slides have no annotation, the first: %s", folder, len(without), without[0].path.name)
     return annotated
+
+
+def manifest_at(place: Path) -> Path | None:
+    """The manifest that a place is, or that a folder holds (`slides.csv`); None where there is none."""
+    table = place / TABLE if place.is_dir() else place
+    return table if table.suffix.lower() == ".csv" and table.is_file() else None
 
 
 def read_manifest(

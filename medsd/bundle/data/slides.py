@@ -18,7 +18,7 @@ from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.kept import TABLE
-from medsd.cohort.manifest import read_manifest
+from medsd.cohort.manifest import manifest_at, read_manifest
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.cohort.split import PARTS, with_parts
 from medsd.cohort.tiling import INDEX, Tiling, find_tiles, tiled_slides
@@ -197,10 +197,10 @@ class SlideData:
     @cached_property
     def _slides(self) -> list[SlideEntry]:
         place = Path(self.dataset_dir or self.phantoms.folder)
-        table = place / TABLE if place.is_dir() else place
+        table = manifest_at(place)
         if self._tiled is not None:
             slides = self._tiled[0]
-        elif table.suffix.lower() == ".csv" and table.is_file():
+        elif table is not None:
             slides = read_manifest(table, classes=self.classes)
         elif len(self.classes) > 2:
             raise ConfigError(

@@ -18,7 +18,7 @@ from medsd.checks import check_number
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
-from medsd.cohort.manifest import read_manifest
+from medsd.cohort.manifest import manifest_at, read_manifest
 from medsd.cohort.split import PARTS
 from medsd.cohort.tiling import Tiling, prepared_tiles, tile_slides
 from medsd.errors import DatasetError
@@ -118,10 +118,8 @@ class OutlinedSlides(SplitByPatient):
     @cached_property
     def _all(self) -> list[SlideEntry]:
         place = Path(self.dataset_dir or self.phantoms.folder)
-        table = place / "slides.csv" if place.is_dir() else place
-        if table.suffix.lower() == ".csv" and table.is_file():
-            return read_manifest(table, classes=tuple(self.classes))
-        return find_slides(place)
+        table = manifest_at(place)
+        return find_slides(place) if table is None else read_manifest(table, classes=tuple(self.classes))
 
     @cached_property
     def _known(self) -> list[SlideEntry]:
