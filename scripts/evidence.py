@@ -2,7 +2,7 @@
 """Long studies behind docs/evidence.md. Each job is one file of results: a stopped study goes on where it was.
 
 python scripts/evidence.py objectives DATA --part pcam
-python scripts/evidence.py finetune PATCHES --seeds 5
+python scripts/evidence.py finetune DATA --seeds 5
 python scripts/evidence.py saliency PATCHES --weights SQUEEZENET.npz --runs runs
 python scripts/evidence.py label_free DATA
 python scripts/evidence.py maps DATA --run runs/pcam

@@ -1,4 +1,4 @@
-"""What the fine-tuning study trains on: patches and tiles whose stain or surroundings tell the label."""
+"""What the fine-tuning study trains on: tiles of phantom slides whose surroundings tell the label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table
 from medsd.files import atomic_path
 from medsd.phantom.slides import Phantom, PhantomSpec, draw_phantom
 
@@ -30,10 +29,10 @@ class Items:
     """Images with labels.
 
     Attributes:
-        images: (n, 3, 64, 64) uint8.
+        images: (n, 3, S, S) uint8.
         labels: (n,) int64, 1 tumour.
-        cue: (n,) int64, 1 where the surroundings are those that go with tumour in training; zeros without a cue.
-        masks: (n, 64, 64) bool, where the tumour is; None where nobody knows.
+        cue: (n,) int64, 1 with what goes with tumour in training, a tint; zeros without a cue.
+        masks: (n, S, S) bool, where the object is that the label speaks of; None where nobody knows.
     """
 
     images: torch.Tensor
@@ -44,16 +43,6 @@ class Items:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of(self, chosen: npt.NDArray[np.bool_]) -> Items:
-        """The chosen items."""
-        index = torch.from_numpy(np.flatnonzero(chosen))
-        return Items(
-            self.images[index],
-            self.labels[index],
-            self.cue[index],
-            None if self.masks is None else self.masks[index],
-        )
-
 
 @dataclass(frozen=True)
 class Split:
@@ -62,33 +51,6 @@ class Split:
     training: Items
     validation: Items
     testing: Items
-
-
-def patches_with_shortcut(folder: Path, seed: int) -> Split:
-    """PatchCamelyon patches drawn so that the stain cluster goes with the label in training.
-
-    Half of the clusters (dealt by the seed) give tumour patches to train on, the other half normal ones. Validation
-    and test sides hold all four groups (label, half), of patches not trained on: two fifths and three fifths.
-    """
-    table = read_patch_table(folder, "stain_cluster")
-    random = np.random.default_rng((seed, 1))
-    clusters = random.permutation(np.unique(table.group))
-    cue = np.isin(table.group, clusters[: len(clusters) // 2]).astype(np.int64)
-    aligned = cue == table.label
-    draw = random.random(len(cue))
-    training = aligned & (draw < 0.75)
-    # Patches that share pixels with one that is trained on are on no side.
-    overlap = read_patch_table(folder, "overlap_group").group
-    apart = (overlap == "0") | ~np.isin(overlap, overlap[training])
-    validation = np.where(aligned, (draw >= 0.75) & (draw < 0.85), draw < 0.4) & apart
-    testing = ~training & ~validation & apart
-    return Split(*(_items(table, side, cue) for side in (training, validation, testing)))
-
-
-def _items(table: PatchTable, side: npt.NDArray[np.bool_], cue: npt.NDArray[np.int64]) -> Items:
-    dataset = PatchDataset(table.rows(side), TILE_PX)
-    images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
-    return Items(images, torch.from_numpy(dataset.labels.astype(np.int64)), torch.from_numpy(cue[side]))
 
 
 def phantoms_with_shortcut(cache: Path, seed: int) -> Split:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
 from medsd.files import atomic_path, sha256_of
-from medsd.networks.classifier import TileClassifier
+from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import training
 from medsd.networks.start import load_encoder
 from medsd.objectives.saliency_decor import SaliencyDecor
@@ -45,6 +45,7 @@ from medsd.saliency.registry import make_method
 from medsd.tables import read_table
 from medsd.training.augment import augment
 from medsd.training.network import parameter_groups
+from medsd.training.terms import Objective
 
 PARTS = ("pcam", "ebhi")
 FOLDS = 3
@@ -204,12 +205,17 @@ class Items:
         return Items(self.images[rows], self.labels[rows], self.groups[rows], masks)
 
 
-def items_of(job: Job) -> Items:
+def items_of(name: str, part: Part, data: Path) -> Items:
     """All items of a part that have a group."""
-    part, folder = _PARTS[job.part], Path(job.data) / _PARTS[job.part].folder
-    if job.part == "pcam":
+    folder = data / part.folder
+    if name == "pcam":
         return _read(read_patch_table(folder, "stain_cluster"), part)
-    table = read_patch_table(folder, "patient", _GRADES, _OTHER_GRADES)
+    return masked_items(folder, part, _GRADES, _OTHER_GRADES)
+
+
+def masked_items(folder: Path, part: Part, grades: Sequence[str], left_out: Sequence[str]) -> Items:
+    """Biopsies of these grades, whose place in the list is their label, with the masks of their glands."""
+    table = read_patch_table(folder, "patient", grades, left_out)
     names = read_table(folder / "index.csv", ("file", "mask")).set_index("file")["mask"]
     found = [names[path.relative_to(folder).as_posix()] for path in table.paths]
     return replace(_read(table, part), masks=np.stack([_mask(folder / name, part) for name in found]))
@@ -228,14 +234,13 @@ def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
     return small[top : top + part.side_px, left : left + part.side_px]
 
 
-def split(items: Items, job: Job) -> tuple[Items, Items, Items]:
+def split(items: Items, part: Part, data: Path, repeat: int, fold: int) -> tuple[Items, Items, Items]:
     """Training, calibration and test sides of whole groups; with the further patches that may be trained on."""
-    rest, test = _folds(items, FOLDS, job.repeat)[job.fold]
-    kept, held = _folds(items.of(rest), 4, job.repeat)[0]
+    rest, test = _folds(items, FOLDS, repeat)[fold]
+    kept, held = _folds(items.of(rest), 4, repeat)[0]
     fit = items.of(rest[kept])
-    part = _PARTS[job.part]
     if part.more is not None:
-        more = _read(read_patch_table(Path(job.data) / part.more, "id"), part)
+        more = _read(read_patch_table(data / part.more, "id"), part)
         held_out = np.ones(len(items.labels), bool)
         held_out[rest[kept]] = False
         pixels = (side.images.permute(0, 2, 3, 1).numpy() for side in (more, items))
@@ -271,12 +276,12 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Train on a fold's training side and score on its test side."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of maps that miss their sums, which is measured
-    start, part = STARTS[job.encoder], _PARTS[job.part]
-    fit, held, test = split(items_of(job), job)
+    start, part, data = STARTS[job.encoder], _PARTS[job.part], Path(job.data)
+    fit, held, test = split(items_of(job.part, part, data), part, data, job.repeat, job.fold)
     torch.manual_seed(job.repeat)
     classes = _GRADES if job.part == "ebhi" else ("normal", "tumour")
     network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std)
-    load_encoder(network.encoder, Path(job.data) / "weights_encoders" / start.file)
+    load_encoder(network.encoder, data / "weights_encoders" / start.file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         head = regression(network, [fit, held] if job.method == "frozen" else [fit])
@@ -297,7 +302,7 @@ def regression(network: TileClassifier, sides: list[Items]) -> LinearHead:
     return fit_head(Labelled(np.concatenate(features), labels.astype(np.int64), groups))
 
 
-def train(network: TileClassifier, objective: SaliencyDecor, items: Items, part: Part, seed: int) -> None:
+def train(network: Classifier, objective: Objective, items: Items, part: Part, seed: int) -> None:
     """Train for all epochs; the last network is kept. Every objective sees the same images in the same order."""
     groups = parameter_groups(network, part.lr, part.weight_decay, part.frozen, part.layer_decay, part.head_lr)
     optimizer = torch.optim.AdamW(groups, lr=part.lr)
