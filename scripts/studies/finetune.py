@@ -148,6 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
     parser.add_argument("data", type=Path, help="Folder of pcam_patches, pcam_more, ebhi_seg and weights_encoders.")
     parser.add_argument("--seeds", type=int, default=5)
+    methods = list(dict.fromkeys(method for part in PARTS.values() for method in part.methods))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="Those that a part has.")
 
 
 def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
@@ -157,6 +159,7 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
         for seed in range(arguments.seeds)
         for part in arguments.part
         for method in PARTS[part].methods
+        if method in arguments.methods
     ]
 
 
