@@ -78,7 +78,7 @@ class Recipe:
 
 
 # How the phantoms train; real tissue: `tissue.PARTS`.
-RECIPE = Recipe(epochs=3, lr=1e-3, encoder_lr=3e-4)
+RECIPE = Recipe(epochs=3, lr=1e-3, encoder_lr=3e-4, start="phantoms")
 _START = STARTS["lite0"]
 
 
