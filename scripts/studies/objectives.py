@@ -20,10 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
+from studies.objectives_tables import FOLDS, WORDS, draw, tables
 
 from medsd.cohort.apart import may_train
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
@@ -34,7 +32,7 @@ from medsd.evaluate.probes import Labelled, LinearHead, features_of, fit_head
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
-from medsd.files import atomic_path, sha256_of
+from medsd.files import sha256_of
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.modes import training
 from medsd.networks.start import load_encoder
@@ -47,8 +45,9 @@ from medsd.training.augment import augment
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
 
+__all__ = ["draw", "tables"]
+
 PARTS = ("pcam", "ebhi")
-FOLDS = 3
 EXPLAINED = ExplanationSettings(items=256, draws=1, steps=8, batch_size=96)
 # Raised whenever a part holds other pixels or a measure changes, so that kept results are never mixed.
 VERSION = 3
@@ -104,15 +103,6 @@ STARTS = {
         _NONE,
         _ONE,
     ),
-}
-WORDS = {
-    "frozen": "frozen features, logistic regression",
-    "ce": "cross-entropy (CE)",
-    "sgt": "SGT",
-    "decorrelation": "CE + decorrelation, `cov`",
-    "saliencydecor": "SaliencyDecor, `cov`",
-    "saliencydecor-zca": "SaliencyDecor, `zca`",
-    "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
 
 
@@ -415,114 +405,3 @@ def _stitched(maps: torch.Tensor, side: int) -> npt.NDArray[np.float32]:
         whole[None, None].float(), (side, side), mode="bilinear"
     )[0, 0].numpy()
     return full
-
-
-COLUMNS = {
-    "auc": ("AUC", 1.0, 3),
-    "accuracy": ("accuracy %", 100.0, 1),
-    "ece": ("ECE, tempered", 1.0, 3),
-    "masking_area": ("masking area", 1.0, 3),
-    "gap": ("masking gap", 1.0, 3),
-    "insertion": ("insertion", 1.0, 3),
-    "deletion": ("deletion", 1.0, 3),
-    "correlation": ("mean abs. correlation", 1.0, 3),
-    "rank": ("effective rank", 1.0, 1),
-    "pixel_auc": ("pixel AUC in masks", 1.0, 3),
-    "energy": ("energy in masks %", 100.0, 1),
-}
-
-Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
-
-
-def tables(results: Results) -> str:
-    """Means over trainings; paired differences from CE with 95 % intervals, see `_half_width`."""
-    lines: list[str] = []
-    for part, encoder in dict.fromkeys(key[:2] for key in results):
-        of = {key[2:]: scores for key, scores in results.items() if key[:2] == (part, encoder)}
-        lines += [
-            f"### {part}, {encoder}",
-            "",
-            "| method | trainings | " + " | ".join(c[0] for c in COLUMNS.values()) + " |",
-        ]
-        lines.append("|---" * (len(COLUMNS) + 2) + "|")
-        done = [method for method in WORDS if any(key[0] == method for key in of)]
-        for method in done:
-            rows = [scores for key, scores in of.items() if key[0] == method]
-            cells = [_cell([row.get(column) for row in rows], column) for column in COLUMNS]
-            lines.append(f"| {WORDS[method]} | {len(rows)} | " + " | ".join(cells) + " |")
-        for method in done:
-            folds = [key[1:] for key in of if key[0] == method and ("ce", *key[1:]) in of]
-            if method == "ce" or not folds:
-                continue
-            cells = [_cell(_differences(of, method, folds, column), column, paired=True) for column in COLUMNS]
-            lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
-        missing = [WORDS[method] for method in WORDS if method not in done]
-        lines += ["", f"Not run: {', '.join(missing) or 'nothing'}.", ""]
-    return "\n".join(lines)
-
-
-def _differences(
-    of: dict[tuple[str, int, int], dict[str, Any]], method: str, trained: list[tuple[int, int]], column: str
-) -> list[float | None]:
-    """Each training's difference from CE on the same fold."""
-    pairs = [[of[(name, *key)].get(column) for name in (method, "ce")] for key in trained]
-    return [None if None in pair else float(pair[0]) - float(pair[1]) for pair in pairs]
-
-
-def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
-    """Mean and standard error, or mean difference with its 95 % t interval; a dash where nothing was measured."""
-    _, scale, digits = COLUMNS[column]
-    known = scale * np.array([value for value in values if value is not None and math.isfinite(value)])
-    if not len(known):
-        return "-"
-    mean = f"{known.mean():{'+' if paired else ''}.{digits}f}"
-    if len(known) < 2:
-        return mean
-    if not paired:
-        return f"{mean} ± {known.std(ddof=1) / np.sqrt(len(known)):.{digits}f}"
-    half = _half_width(known)
-    return f"{mean} ({known.mean() - half:+.{digits}f} to {known.mean() + half:+.{digits}f})"
-
-
-def _half_width(differences: npt.NDArray[np.float64]) -> float:
-    """Half of the 95 % interval of a mean over folds of several repeats, whose training sides overlap.
-
-    The corrected resampled t-test of Nadeau and Bengio (2003): the variance of the mean is that of the differences
-    times 1 / n + (items tested on) / (items trained on).
-    """
-    count = len(differences)
-    error = np.sqrt((1 / count + 1 / (FOLDS - 1)) * differences.var(ddof=1))
-    return float(stats.t.ppf(0.975, count - 1) * error)
-
-
-def draw(results: Results, folder: Path) -> None:
-    """One figure, `objectives.png`: differences from CE by fold, in AUC, masking gap and pixel AUC."""
-    shown = ("auc", "gap", "pixel_auc")
-    groups = list(dict.fromkeys(key[:2] for key in results))
-    if not groups:
-        return
-    figure = Figure(figsize=(4.2 * len(shown), 2.6 * len(groups)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(groups), len(shown), squeeze=False)
-    for row, (part, encoder) in zip(grid, groups, strict=True):
-        methods = [m for m in WORDS if m not in ("ce", "frozen") and any(k[:3] == (part, encoder, m) for k in results)]
-        for axes, column in zip(row, shown, strict=True):
-            for place, method in enumerate(methods):
-                pairs = [
-                    (results[key].get(column), results.get((part, encoder, "ce", *key[3:]), {}).get(column))
-                    for key in results
-                    if key[:3] == (part, encoder, method)
-                ]
-                values = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
-                axes.plot(values, [place] * len(values), "o", color="#333333", mfc="none", ms=4)
-                if values:
-                    axes.plot(np.mean(values), place, "|", color="#D55E00", ms=16, mew=2)
-            axes.axvline(0, color="#999999", ls=":", lw=1)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set(title=f"{part}, {encoder}", xlabel=f"{COLUMNS[column][0]} less CE's (a ring a fold)")
-            axes.set_yticks(
-                range(len(methods)), [WORDS[m].partition(",")[0] if axes is row[0] else "" for m in methods]
-            )
-            axes.invert_yaxis()
-    with atomic_path(folder / "objectives.png") as temporary:
-        figure.savefig(temporary)
