@@ -11,10 +11,10 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
+from studies.objectives_data import FOLDS
 
 from medsd.files import atomic_path
 
-FOLDS = 3
 WORDS = {
     "frozen": "frozen features, logistic regression",
     "ce": "cross-entropy (CE)",

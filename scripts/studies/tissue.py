@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from studies import objectives
 from studies.data import Items, Split
-from studies.objectives import Part, items_of, masked_items, split
+from studies.objectives_data import Part, items_of, masked_items, split
 from torch import Tensor
 
 from medsd.slides.stain.augment import RUIFROK, restain
