@@ -162,7 +162,7 @@ def test_without_an_evaluator_the_last_network_is_kept_and_handlers_speak_in_the
 def test_settings_are_read_off_the_objects() -> None:
     run = training(step=ObjectiveStep(stain=0.2))
     found = settings_of(run.trainer, step=run.step, scheduler=run.scheduler, none=None, data={"split": "a", "px": 3})
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found))  # plain values
+    json.dumps(found)  # plain values, or it raises
     assert found["loss_function"]["decorrelation"] == 0.01 and found["step"]["stain"] == 0.2
     assert found["optimizer"]["lr"] == [0.01] and found["optimizer"]["betas"] == (0.9, 0.999)
     assert found["sampler"]["run"] == 4 and found["scheduler"]["total_steps"] == 9
