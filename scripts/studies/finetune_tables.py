@@ -119,8 +119,8 @@ def draw(results: Results, folder: Path) -> None:
     parts = list(dict.fromkeys(part for part, _, _ in results))
     if not parts:
         return
-    figure = Figure(figsize=(4.8 * len(parts), 3.4), dpi=120, layout="constrained")
-    figure.suptitle("Bar: mean. Ring: a seed. Dotted: a coin tossed. Hatched: no shortcut.", fontsize="medium")
+    figure = Figure(figsize=(5.2 * len(parts), 3.4), dpi=120, layout="constrained")
+    figure.suptitle("Bar: mean. Ring: a seed. Dotted: a coin tossed. Hatched: no shortcut.", fontsize="small")
     for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
         _panel(axes, part, results)
     save_figure(folder / "finetune.png", figure, "medsd study of AIM and the shortcut")
