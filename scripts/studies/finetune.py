@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies import data, objectives, tissue
+from studies import data, objectives, objectives_data, tissue
 from studies.data import Items
 from studies.finetune_tables import draw, tables
 from studies.objectives import STARTS
@@ -206,7 +206,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
         load_encoder(network.encoder, Path(job.data, "weights_encoders", _START.file), network.normalise)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         labels = split.training.labels.numpy().astype(np.int8)
-        training = objectives.Items(split.training.images, labels, np.full(len(labels), ""))
+        training = objectives_data.Items(split.training.images, labels, np.full(len(labels), ""))
         # The other study's loop: its rates fall from layer to layer of an encoder whose BatchNorm is frozen.
         objectives.train(network, objective_of(job.method, of.epochs), training, of, job.seed)
     scores: dict[str, Any] = {}

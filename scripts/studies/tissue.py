@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from studies import objectives
+from studies import objectives_data
 from studies.data import Items, Split
 from studies.objectives_data import Part, items_of, masked_items, split
 from torch import Tensor
@@ -56,7 +56,7 @@ def tissue_with_shortcut(name: str, data: Path, seed: int, shortcut: bool = True
     return Split(_in_groups(fit, torch.from_numpy(cue.astype(np.int64))), _in_groups(held), _in_groups(test))
 
 
-def _in_groups(side: objectives.Items, cue: Tensor | None = None) -> Items:
+def _in_groups(side: objectives_data.Items, cue: Tensor | None = None) -> Items:
     """Each item tinted where the cue (n,) is 1; without a cue every item twice, plain and tinted."""
     images, labels = side.images, torch.from_numpy(side.labels.astype(np.int64))
     tinted, masks = torch.cat([_tinted(batch) for batch in images.split(_BATCH)]), None
