@@ -22,9 +22,10 @@ PARTS = {
     "ebhi": Part("ebhi_seg", side_px=224, shrink=1, samples=256, head_lr=1e-3, stain=0.1),
 }
 # A yellow of saffron, which some laboratories put on collagen beside haematoxylin and eosin: optical densities of red,
-# green and blue of a unit, and how much is added where there is tissue.
+# green and blue of a unit, and how much is added where there is tissue. On the validation side of seed 0 the worst
+# group of cross-entropy is then 35 % (`ebhi`, near the 40 % of the paper's plain network) and 4 % (`pcam`).
 _SAFFRON = (0.1, 0.3, 0.95)
-TINT = 0.4
+TINT = {"pcam": 0.4, "ebhi": 0.4}
 # The two that most patients have. Of normal biopsies there are 24; and adenocarcinoma is told from benign tissue so
 # easily that cross-entropy does not look at the tint.
 _GRADES = ("polyp", "low_grade_in")
@@ -53,13 +54,16 @@ def tissue_with_shortcut(name: str, data: Path, seed: int, shortcut: bool = True
         items = items_of(name, part, data)
     fit, held, test = split(items, part, data, seed, fold=0)
     cue = fit.labels if shortcut else np.random.default_rng((seed, 5)).integers(0, 2, len(fit.labels))
-    return Split(_in_groups(fit, torch.from_numpy(cue.astype(np.int64))), _in_groups(held), _in_groups(test))
+    tint = TINT[name]
+    return Split(
+        _in_groups(fit, tint, torch.from_numpy(cue.astype(np.int64))), _in_groups(held, tint), _in_groups(test, tint)
+    )
 
 
-def _in_groups(side: objectives_data.Items, cue: Tensor | None = None) -> Items:
+def _in_groups(side: objectives_data.Items, tint: float, cue: Tensor | None = None) -> Items:
     """Each item tinted where the cue (n,) is 1; without a cue every item twice, plain and tinted."""
     images, labels = side.images, torch.from_numpy(side.labels.astype(np.int64))
-    tinted, masks = torch.cat([_tinted(batch) for batch in images.split(_BATCH)]), None
+    tinted, masks = torch.cat([_tinted(batch, tint) for batch in images.split(_BATCH)]), None
     if side.masks is not None:
         inside = torch.from_numpy(side.masks)[:, None]
         tinted = torch.where(inside, images, tinted)
@@ -71,10 +75,10 @@ def _in_groups(side: objectives_data.Items, cue: Tensor | None = None) -> Items:
     return Items(torch.cat([images, tinted]), labels.repeat(2), cue, None if masks is None else masks.repeat(2, 1, 1))
 
 
-def _tinted(images: Tensor) -> Tensor:
+def _tinted(images: Tensor, tint: float) -> Tensor:
     count = len(images)
     stains = torch.tensor((RUIFROK[0], _SAFFRON))
-    return restain(images, stains, torch.ones(count, 2), torch.tensor([0.0, TINT]).expand(count, 2))
+    return restain(images, stains, torch.ones(count, 2), torch.tensor([0.0, tint]).expand(count, 2))
 
 
 def _resized(images: Tensor) -> Tensor:
