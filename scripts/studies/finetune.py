@@ -6,10 +6,10 @@ tissue at 128 px, EfficientNet-Lite0 from ImageNet, the setting of the paper's W
 tinted as a whole, EBHI-Seg's biopsies outside the masks of glands and lesion. The paper's gains are those of
 ConvNeXt-T, whose weights are not at hand, over the plain network; here they are told over its twin as well.
 
-Beside them stands cross-entropy on the same tiles tinted at random: what there is to win. Tint and grades of `ebhi` were
-chosen on the validation side of seed 0, by cross-entropy and a regression on frozen features alone. Six trainings a seed
-and part of real tissue; with its scores one takes 2 (CE) to about 4 minutes of one core (EPYC; SaliencyDecor was not
-timed), so that five seeds of both parts are some three hours of one core.
+Beside them stands cross-entropy on the same tiles tinted at random: what there is to win. Tint and grades of `ebhi`
+were chosen on the validation side of seed 0, by cross-entropy and a regression on frozen features alone. Six trainings
+a seed and part of real tissue; with its scores one takes 2 (CE) to about 4 minutes of one core (EPYC; SaliencyDecor was
+not timed), so that five seeds of both parts are some three hours of one core.
 """
 
 from __future__ import annotations
