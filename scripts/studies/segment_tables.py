@@ -13,7 +13,6 @@ from scipy import stats
 from studies.pretrain_tables import WORDS, difference_of, mean_of
 
 from medsd.drawing import save_figure
-from medsd.evaluate.plots import RUN_STYLES
 
 # Part, setting and seed; settings are of `studies.segment`, which takes its tables from here.
 Results = dict[tuple[str, Any, int], dict[str, Any]]
@@ -35,6 +34,14 @@ _STARTS = {
     "weak": "evidence alone",
     "weak then masks": "evidence, then real masks",
 }
+# Words, colour and marker of a protocol and share of masks.
+_MARKS = {
+    ("linear", 1.0): ("linear decoder, all masks", "#d94801", "s"),
+    ("full", 0.0): ("no mask", "#636363", "D"),
+    ("full", 0.01): ("all learns, 1 % of masks", "#9ecae1", "v"),
+    ("full", 0.1): ("all learns, 10 %", "#4292c6", "^"),
+    ("full", 1.0): ("all learns, 100 %", "#08306b", "o"),
+}
 _COLUMNS = (("dice", "Dice", 3), ("pooled", "Dice of all pixels", 3), ("surface_dice", "surface Dice", 3))
 
 
@@ -51,8 +58,8 @@ def _part(part: str, results: Results) -> Iterator[str]:
     yield ""
     to = f"'{_STARTS[base]}'" + ", of SaliencyDecor to CE," * (part != "weak")
     yield (
-        f"Mean and standard error over {len(seeds)} seeds, each with its own split; differences of Dice to {to} of the "
-        "same protocol and share, paired by seed, with the 95 % interval of Student's t."
+        f"Mean and standard error over {len(seeds)} seed(s), each with its own split; differences of Dice to {to} of "
+        "the same protocol and share, paired by seed, with the 95 % interval of Student's t."
     )
     yield ""
     heads = ["start", "protocol", "masks", *(title for _, title, _ in _COLUMNS), "validation Dice", "difference"]
@@ -100,41 +107,40 @@ def _values(results: Results, part: str, setting: Any, key: str, seeds: list[int
 
 
 def draw(results: Results, folder: Path) -> None:
-    """`segment.png`: Dice by the share of masks that was learnt from, a panel a part, a line a start."""
+    """`segment.png`: a panel a part, a row a start, a mark a protocol and share of masks, with standard errors."""
     parts = [part for part in _PARTS if any(key[0] == part for key in results)]
     if not parts:
         return
-    figure = Figure(figsize=(5.2 * len(parts), 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4 * len(parts), 4.0), dpi=120, layout="constrained")
     for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
-        settings = [one for one in dict.fromkeys(key[1] for key in results if key[0] == part) if one.protocol == "full"]
-        seeds = sorted({key[2] for key in results if key[0] == part})
-        for start, (colour, marker) in zip(dict.fromkeys(one.start for one in settings), RUN_STYLES, strict=False):
-            own = sorted((one for one in settings if one.start == start and one.fraction), key=lambda one: one.fraction)
-            alone = [one for one in settings if one.start == start and not one.fraction]
-            found = [_values(results, part, one, "dice", seeds) for one in own or alone]
-            middles = [np.nanmean(values) for values in found]
-            errors = [
-                stats.sem(values, nan_policy="omit") if np.isfinite(values).sum() > 1 else 0.0 for values in found
-            ]
-            if own:
-                shares = [100 * one.fraction for one in own]
-                axes.errorbar(
-                    shares, middles, errors, color=colour, marker=marker, ms=5, capsize=2, label=_STARTS[start]
-                )
-            else:  # no masks: a level to compare with
-                chosen = np.argmax([np.nanmean(_values(results, part, one, "validation", seeds)) for one in alone])
-                words = f"{_STARTS[start]}, no mask (the best on validation)"
-                axes.axhline(middles[int(chosen)], color=colour, ls=":", label=words)
-        # The whole of Dice, or noise would look like a difference.
-        axes.set(
-            ylim=(0, 1),
-            xscale="log",
-            xlabel="% of the training patients whose masks are learnt from",
-            ylabel="Dice, test part",
-        )
-        axes.set_xticks(ticks := [100 * share for share in (0.01, 0.1, 1.0)], [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        of_part = {key: value for key, value in results.items() if key[0] == part}
+        starts = [start for start in _STARTS if any(key[1].start == start for key in of_part)]
+        seeds = sorted({key[2] for key in of_part})
+        for setting in _shown(of_part, seeds):
+            words, colour, marker = _MARKS[setting.protocol, setting.fraction]
+            found = _values(of_part, part, setting, "dice", seeds)
+            error = stats.sem(found, nan_policy="omit") if np.isfinite(found).sum() > 1 else 0.0
+            place = np.nanmean(found), starts.index(setting.start)
+            axes.errorbar(*place, xerr=error, color=colour, marker=marker, ms=6, capsize=2, ls="", label=words)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        ordered = [words for words, *_ in _MARKS.values() if words in handles]
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "frameon": False}
+        axes.legend([handles[words] for words in ordered], ordered, fontsize="small", **below)
+        axes.set_yticks(range(len(starts)), [_STARTS[start] for start in starts])
+        axes.invert_yaxis()
+        axes.set(xlabel=f"Dice, test part, mean of {len(seeds)} seed(s)", xlim=(None, 1))
+        axes.grid(axis="x", color="#dddddd")
+        axes.set_axisbelow(True)
         axes.set_title(_PARTS[part], fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="x-small", frameon=False)
     save_figure(folder / "segment.png", figure, "medsd study of segmentation")
+
+
+def _shown(results: Results, seeds: list[int]) -> list[Any]:
+    """The settings; of masks of evidence alone the one that validation prefers."""
+    settings = list(dict.fromkeys(key[1] for key in results))
+    alone = [one for one in settings if not one.fraction]
+    if not alone:
+        return settings
+    best = max(alone, key=lambda one: float(np.nanmean(_values(results, "weak", one, "validation", seeds))))
+    return [best, *(one for one in settings if one.fraction)]
