@@ -111,7 +111,7 @@ def draw(results: Results, folder: Path) -> None:
     parts = [part for part in _PARTS if any(key[0] == part for key in results)]
     if not parts:
         return
-    figure = Figure(figsize=(6.4 * len(parts), 4.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4 * len(parts), 4.4), dpi=120, layout="constrained")
     for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
         of_part = {key: value for key, value in results.items() if key[0] == part}
         starts = [start for start in _STARTS if any(key[1].start == start for key in of_part)]
@@ -120,11 +120,12 @@ def draw(results: Results, folder: Path) -> None:
             words, colour, marker = _MARKS[setting.protocol, setting.fraction]
             found = _values(of_part, part, setting, "dice", seeds)
             error = stats.sem(found, nan_policy="omit") if np.isfinite(found).sum() > 1 else 0.0
-            place = np.nanmean(found), starts.index(setting.start)
+            beside = 0.12 * (list(_MARKS).index((setting.protocol, setting.fraction)) - 2)  # so that none is hidden
+            place = np.nanmean(found), starts.index(setting.start) + beside
             axes.errorbar(*place, xerr=error, color=colour, marker=marker, ms=6, capsize=2, ls="", label=words)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         ordered = [words for words, *_ in _MARKS.values() if words in handles]
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "frameon": False}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.16), "ncols": 2, "frameon": False}
         axes.legend([handles[words] for words in ordered], ordered, fontsize="small", **below)
         axes.set_yticks(range(len(starts)), [_STARTS[start] for start in starts])
         axes.invert_yaxis()
