@@ -69,12 +69,12 @@ COLUMNS = (
     Column("finetune_10", "fine-tuned AUC, 10 %", 3),
     Column("finetune_100", "fine-tuned AUC, 100 %", 3),
     Column("validation_rank", "effective rank, validation", 1, compared=False),
-    Column("validation_probe", "probe AUC, validation", 3, compared=False),
+    Column("validation_probe", "probe AUC, validation", 3),
 )
 
 
 def tables(results: Results) -> str:
-    """Two tables a part in Markdown: means over seeds, then differences to MoCo v2, paired by seed."""
+    """Tables in Markdown: means over seeds, then differences to each MoCo v2 that was run, paired by seed."""
     parts = list(dict.fromkeys(part for part, _, _ in results))
     return "\n\n".join("\n".join(_part(part, results)) for part in parts) + "\n"
 
@@ -93,23 +93,25 @@ def _part(part: str, results: Results) -> Iterator[str]:
         held = sum((part, variant, seed) in results for seed in seeds)
         words = WORDS[variant] + (f" ({held} seeds)" if held < len(seeds) else "")
         yield "| " + " | ".join([words, *cells]) + " |"
+    for base in (variant for variant in variants if variant.startswith(_BASE)):
+        yield from _differences(part, results, base, [variant for variant in variants if variant != base], seeds)
+
+
+def _differences(part: str, results: Results, base: str, variants: list[str], seeds: list[int]) -> Iterator[str]:
+    """A table of what variants have more than a base."""
     compared = [column for column in COLUMNS if column.compared]
     yield ""
-    yield "Difference to MoCo v2, paired by seed, with the 95 % interval of Student's t:"
+    yield f"Difference to {WORDS[base]}, paired by seed, with the 95 % interval of Student's t; ratio of ranks:"
     yield ""
-    yield "| " + " | ".join(["", *(column.title for column in compared)]) + " |"
-    yield "|---" * (len(compared) + 1) + "|"
+    yield "| " + " | ".join(["", *(column.title for column in compared), "times its rank"]) + " |"
+    yield "|---" * (len(compared) + 2) + "|"
     for variant in variants:
-        if variant != _BASE:
-            cells = [
-                difference_of(
-                    _values(results, part, variant, column.key, seeds)
-                    - _values(results, part, _BASE, column.key, seeds),
-                    column.digits,
-                )
-                for column in compared
-            ]
-            yield "| " + " | ".join([WORDS[variant], *cells]) + " |"
+        pairs = [[_values(results, part, name, column.key, seeds) for name in (variant, base)] for column in compared]
+        cells = [
+            difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
+        ]
+        ours, theirs = pairs[0]
+        yield "| " + " | ".join([WORDS[variant], *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
 
 
 def _values(results: Results, part: str, variant: str, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
