@@ -34,6 +34,20 @@ def test_the_default_and_every_overlay_are_accepted(overlays):
     check_config([BUNDLE, *overlays], bundle_root=str(ROOT))
 
 
+@pytest.mark.parametrize("bundle", [["camelyon"], ["camelyon", "pretrain"], ["segmentation"]])
+def test_on_several_gpus_every_bundle_runs_what_learns_alone(bundle):
+    files = [str(ROOT / "bundles" / f"{name}.json") for name in bundle]
+    files += [str(ROOT / "configs" / f"{name}.json") for name in ("gpu", "multi_gpu")]
+    check_config(files, bundle_root=str(ROOT))
+    parser = ConfigParser()
+    parser.read_config(files)
+    stages = [parser["learn"] if name == "@learn" else name for name in parser["run"]]
+    words = json.dumps(stages)
+    learning = {"camelyon": ["@pretrain", "@finetune"], "pretrain": ["@pretrain"], "segmentation": ["bundle.segment("]}
+    assert all(stage in words for stage in learning[bundle[-1]])
+    assert words.count("@finetune") == (bundle[-1] == "camelyon") and "prepare" not in words
+
+
 def test_overlays_are_accepted_together():
     check_config([BUNDLE, *(str(ROOT / "configs" / f"{name}.json") for name in ("aim", "camelyon16", "gpu"))])
 
