@@ -289,7 +289,8 @@ class _Plane:
         found = sums[:, :height, :width] / torch.outer(down, across).float().to(sums.device)
         wanted = self._is_tissue(rows, columns) & found.any(dim=0).cpu().numpy()
         judged = wanted & seen[:height, :width]
-        numbers = np.where(judged, found.argmax(dim=0).cpu().numpy() + 1, 0).astype(np.uint8)
+        # argmax over the first dimension takes ten times as long on a CPU.
+        numbers = np.where(judged, found.max(dim=0).indices.cpu().numpy() + 1, 0).astype(np.uint8)
         self.numbers[rows, columns] = numbers
         if self.probabilities is not None:
             bytes_ = (255 * found).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
