@@ -22,9 +22,10 @@ from medsd.segment.transfer import common_name, transfer_weights
 
 logger = logging.getLogger(__name__)
 
-Decoder = Literal["unet", "deeplabv3plus", "fpn", "linear"]
+Decoder = Literal["unet", "deeplabv3plus", "fpn", "linear", "linear8", "linear16"]
 
-_LINEAR_STRIDE = 8
+# Of linear decoders the encoder's stages, and the stride of the last, later ones being dilated.
+_LINEAR = {"linear": (5, 8), "linear8": (3, 32), "linear16": (4, 32)}
 # What the deepest encoders divide images by.
 _MULTIPLE_PX = 32
 
@@ -34,7 +35,8 @@ class SegmentationNetwork(nn.Module):
 
     The encoder is timm's by its features (`tu-` in segmentation-models-pytorch), so whatever pre-training or
     fine-tuning left goes in by its own names. The linear decoder looks at the last map alone, of an encoder whose
-    strides end at 8 (later ones are dilated): of coarser maps the Dice would measure the stride.
+    strides end at 8 (later ones are dilated): of coarser maps the Dice would measure the stride. `linear8` and
+    `linear16` look at the encoder's own map of that stride instead, and leave out what comes after it.
 
     Attributes:
         encoder_name: timm's.
@@ -47,7 +49,7 @@ class SegmentationNetwork(nn.Module):
     Args:
         encoder: a timm name whose features are maps, such as "resnet18".
         classes: two or more.
-        decoder: "unet", "deeplabv3plus" (strides end at 16), "fpn", or "linear".
+        decoder: "unet", "deeplabv3plus" (strides end at 16), "fpn", or one of the linear ones.
         pretrained: load timm's ImageNet weights (downloads them).
         encoder_weights: start from this file, see `load_encoder`: what the stages `pretrain` and `finetune` write, or
             any state dict under timm's names; None for none.
@@ -151,8 +153,9 @@ def _model(encoder: str, decoder: Decoder, classes: int) -> Any:
     name = f"tu-{encoder}"
     made: Any
     try:
-        if decoder == "linear":
-            made = _Linear(get_encoder(name, weights=None, output_stride=_LINEAR_STRIDE), classes)
+        if decoder in _LINEAR:
+            depth, stride = _LINEAR[decoder]
+            made = _Linear(get_encoder(name, depth=depth, weights=None, output_stride=stride), classes)
         else:
             kind: Any = {"unet": smp.Unet, "deeplabv3plus": smp.DeepLabV3Plus, "fpn": smp.FPN}[decoder]
             made = kind(name, encoder_weights=None, classes=classes)
@@ -163,7 +166,7 @@ def _model(encoder: str, decoder: Decoder, classes: int) -> Any:
         reason = f"{type(error).__name__} {error}".partition("\n")[0][:200]
         raise NetworkError(
             f"encoder '{encoder}': does not fit decoder '{decoder}' ({reason}); choose another encoder, or, where it "
-            "cannot be dilated, unet or fpn"
+            "cannot be dilated, linear8, unet or fpn"
         ) from error
     return made
 

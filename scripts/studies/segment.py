@@ -28,6 +28,7 @@ from medsd.files import make_folder, sha256_of
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.segment.network import Decoder
 from medsd.segment.weak import IGNORED
 from medsd.tables import read_table
 
@@ -79,6 +80,7 @@ class Setting:
             then masks".
         protocol, fraction: keys of the bundle; a fraction of 0 looks at no training mask.
         sure, fill: of weak masks.
+        decoder: key of the bundle; None for the protocol's own.
     """
 
     start: str
@@ -86,19 +88,33 @@ class Setting:
     fraction: float = 1.0
     sure: float = 2.0
     fill: str = "ignore"
+    decoder: Decoder | None = None
+
+    @property
+    def kind(self) -> str:
+        """Protocol, or decoder where it is not the protocol's own."""
+        return self.decoder or self.protocol
 
     @property
     def name(self) -> str:
         """Of files."""
         weak = f"-{self.sure:g}-{self.fill}" if self.start.startswith("weak") else ""
-        return f"{self.start.replace(' ', '_')}-{self.protocol}-{self.fraction:g}{weak}"
+        return f"{self.start.replace(' ', '_')}-{self.kind}-{self.fraction:g}{weak}"
 
 
 def settings_of(part: str, starts: Sequence[str]) -> list[Setting]:
     """What is trained in a part."""
     if part != "weak":
         kinds: list[tuple[Protocol, float]] = [("linear", 1.0), ("full", 0.1), ("full", 1.0)]
-        return [Setting(start, *kind) for start in starts for kind in kinds]
+        own: list[Decoder] = ["linear8", "linear16"]
+        return [
+            setting
+            for start in starts
+            for setting in (
+                *(Setting(start, *kind) for kind in kinds),
+                *(Setting(start, "linear", decoder=decoder) for decoder in own),
+            )
+        ]
     weak = [Setting("weak", fraction=0, sure=sure) for sure in (1.0, 2.0, 4.0)]
     weak.append(Setting("weak", fraction=0, fill="random_walker"))
     real = [Setting(start, fraction=share) for start in ("masks", "weak then masks") for share in (0.01, 0.1, 1.0)]
@@ -166,10 +182,12 @@ def key_of(job: Job) -> tuple[str, Setting, int]:
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
     weights = Path(job.encoder)
+    # Results from before there was a choice of decoders are still good.
+    setting = {name: value for name, value in asdict(job.setting).items() if value is not None}
     return {
         "version": VERSION,
         "part": asdict(PARTS[job.part]),
-        "setting": asdict(job.setting),
+        "setting": setting,
         "encoder": sha256_of(weights) if weights.is_file() else None,
     }
 
@@ -213,6 +231,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     keys = {
         **part.keys,
         "protocol": setting.protocol,
+        **({"decoder": setting.decoder} if setting.decoder else {}),
         "label_fraction": setting.fraction or 1.0,
         "encoder_weights": job.encoder,
         "seed": job.seed,

@@ -34,9 +34,11 @@ _STARTS = {
     "weak": "evidence alone",
     "weak then masks": "evidence, then real masks",
 }
-# Words, colour and marker of a protocol and share of masks.
+# Words, colour and marker of a protocol (or decoder) and share of masks.
 _MARKS = {
-    ("linear", 1.0): ("linear decoder, all masks", "#d94801", "s"),
+    ("linear", 1.0): ("linear decoder, last map, dilated to stride 8", "#7f2704", "s"),
+    ("linear8", 1.0): ("linear decoder, own map of stride 8", "#d94801", "X"),
+    ("linear16", 1.0): ("linear decoder, own map of stride 16", "#fd8d3c", "P"),
     ("full", 0.0): ("no mask", "#636363", "D"),
     ("full", 0.01): ("all learns, 1 % of masks", "#9ecae1", "v"),
     ("full", 0.1): ("all learns, 10 %", "#4292c6", "^"),
@@ -59,10 +61,17 @@ def _part(part: str, results: Results) -> Iterator[str]:
     to = f"'{_STARTS[base]}'" + ", of SaliencyDecor to CE," * (part != "weak")
     yield (
         f"Mean and standard error over {len(seeds)} seed(s), each with its own split; differences of Dice to {to} of "
-        "the same protocol and share, paired by seed, with the 95 % interval of Student's t."
+        "the same protocol, decoder and share, paired by seed, with the 95 % interval of Student's t."
     )
     yield ""
-    heads = ["start", "protocol", "masks", *(title for _, title, _ in _COLUMNS), "validation Dice", "difference"]
+    heads = [
+        "start",
+        "protocol or decoder",
+        "masks",
+        *(title for _, title, _ in _COLUMNS),
+        "validation Dice",
+        "difference",
+    ]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for setting in settings:
@@ -76,7 +85,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
         if setting.start == "weak":
             words += f", sure {setting.sure:g}, {setting.fill.replace('_', ' ')}"
         share = f"{100 * setting.fraction:g} %"
-        yield "| " + " | ".join([words, setting.protocol, share, *cells, paired]) + " |"
+        yield "| " + " | ".join([words, setting.kind, share, *cells, paired]) + " |"
     yield ""
     if part == "weak":
         yield from _weak_masks(settings, results, seeds)
@@ -95,9 +104,9 @@ def _weak_masks(settings: list[Any], results: Results, seeds: list[int]) -> Iter
 
 
 def _like(settings: list[Any], setting: Any, start: str) -> Any | None:
-    """The setting of another start with the same protocol and share of masks."""
-    wanted = (start, setting.protocol, setting.fraction)
-    return next((one for one in settings if (one.start, one.protocol, one.fraction) == wanted), None)
+    """The setting of another start with the same protocol, decoder and share of masks."""
+    wanted = (start, setting.kind, setting.fraction)
+    return next((one for one in settings if (one.start, one.kind, one.fraction) == wanted), None)
 
 
 def _values(results: Results, part: str, setting: Any, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
@@ -107,7 +116,7 @@ def _values(results: Results, part: str, setting: Any, key: str, seeds: list[int
 
 
 def draw(results: Results, folder: Path) -> None:
-    """`segment.png`: a panel a part, a row a start, a mark a protocol and share of masks, with standard errors."""
+    """`segment.png`: a panel a part, a row a start, a mark a protocol or decoder and share of masks, with errors."""
     parts = [part for part in _PARTS if any(key[0] == part for key in results)]
     if not parts:
         return
@@ -117,10 +126,10 @@ def draw(results: Results, folder: Path) -> None:
         starts = [start for start in _STARTS if any(key[1].start == start for key in of_part)]
         seeds = sorted({key[2] for key in of_part})
         for setting in _shown(of_part, seeds):
-            words, colour, marker = _MARKS[setting.protocol, setting.fraction]
+            words, colour, marker = _MARKS[setting.kind, setting.fraction]
             found = _values(of_part, part, setting, "dice", seeds)
             error = stats.sem(found, nan_policy="omit") if np.isfinite(found).sum() > 1 else 0.0
-            beside = 0.12 * (list(_MARKS).index((setting.protocol, setting.fraction)) - 2)  # so that none is hidden
+            beside = 0.1 * (list(_MARKS).index((setting.kind, setting.fraction)) - 3)  # so that none is hidden
             place = np.nanmean(found), starts.index(setting.start) + beside
             axes.errorbar(*place, xerr=error, color=colour, marker=marker, ms=6, capsize=2, ls="", label=words)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from medsd.networks.classifier import TileClassifier
 from medsd.networks.modes import training
 from medsd.networks.start import save_encoder
 from medsd.networks.weights import ModelCard, save_classifier
-from medsd.segment.network import SegmentationNetwork, standardise_channels
+from medsd.segment.network import Decoder, SegmentationNetwork, standardise_channels
 from medsd.segment.transfer import transfer_weights
 from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation
 from medsd.training.network import parameter_groups
@@ -23,10 +24,10 @@ Trained = Callable[[str], nn.Module]
 CLASSES = ("background", "gland", "nucleus")
 
 
-@pytest.mark.parametrize("decoder", ["linear", "unet", "deeplabv3plus", "fpn"])
+@pytest.mark.parametrize("decoder", get_args(Decoder))
 def test_any_size_goes_in_and_bytes_are_normalised(decoder: str) -> None:
     network = SegmentationNetwork("test_resnet", CLASSES, decoder).eval()  # type: ignore[arg-type]
-    if decoder == "linear":
+    if decoder.startswith("linear"):
         nn.init.normal_(network.model.decoder.convolution.weight)
     images = torch.randint(256, (2, 3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -64,7 +65,9 @@ def test_weights_of_another_encoder_or_input_are_refused(tmp_path: Path, trained
     for name, words in (("vit_tiny_patch16_224", "vit_tiny"), ("resnet17", r"did you mean '.*resnet\w+'\?")):
         with pytest.raises(NetworkError, match=words):
             SegmentationNetwork(name, CLASSES)
-    with pytest.raises(NetworkError, match=r"encoder 'densenet121': does not fit decoder 'linear' \(.*unet or fpn"):
+    with pytest.raises(
+        NetworkError, match=r"encoder 'densenet121': does not fit decoder 'linear' \(.*linear8, unet or fpn"
+    ):
         SegmentationNetwork("densenet121", CLASSES, "linear")
     with pytest.raises(ConfigError, match=r"decoder='unett': use one of .* did you mean 'unet'"):
         SegmentationNetwork("test_resnet", CLASSES, "unett")  # type: ignore[arg-type]
@@ -96,6 +99,24 @@ def test_linear_protocol_leaves_the_encoder_as_it_is() -> None:
     network(torch.rand(4, 3, 32, 32)).square().sum().backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in network.encoder.parameters())
+
+
+@pytest.mark.parametrize(("decoder", "stride"), [("linear8", 8), ("linear16", 16)])
+@pytest.mark.parametrize("encoder", ["test_resnet", "tf_efficientnet_lite0", "test_convnext"])
+def test_a_linear_decoder_may_read_the_encoders_own_map(
+    decoder: Decoder, stride: int, encoder: str, trained_encoder: Trained, tmp_path: Path
+) -> None:
+    whole = trained_encoder(encoder)
+    save_encoder(tmp_path / "encoder.safetensors", whole, encoder, "a test")
+    network = SegmentationNetwork(encoder, CLASSES, decoder, encoder_weights=str(tmp_path / "encoder.safetensors"))
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = network.eval().model.encoder(images)[-1]
+        wanted = whole.forward_intermediates(images, norm=False, intermediates_only=True)
+    assert found.shape[2:] == (64 // stride, 96 // stride)
+    (same,) = (one for one in wanted if one.shape[2:] == found.shape[2:])
+    torch.testing.assert_close(found, same, rtol=0, atol=1e-6)
+    assert network(images).shape == (2, 3, 64, 96)
 
 
 def test_the_linear_decoder_sees_channels_of_unit_variance(trained_encoder: Trained) -> None:
