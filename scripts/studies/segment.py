@@ -56,6 +56,10 @@ class Part:
 
 # 128 steps, for two cores.
 _FEW = {"max_epochs": 4, "val_interval": 2, "samples_per_epoch": 512, "batch_size": 16, "crop_px": 112}
+# On whole images: what a frozen map says near the border of a small square is not what it says inside an image.
+_LINEAR = {"crop_px": None, "lr": 0.02}
+_OWN_MAPS: tuple[Decoder, ...] = ("linear8", "linear16")
+_ON_OWN_MAPS = ("start", "moco", "med-moco", "lite0")
 PARTS = {
     "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", _FEW),
     "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "side_px": 256, "mask_kind": "semantic"}),
@@ -106,15 +110,9 @@ def settings_of(part: str, starts: Sequence[str]) -> list[Setting]:
     """What is trained in a part."""
     if part != "weak":
         kinds: list[tuple[Protocol, float]] = [("linear", 1.0), ("full", 0.1), ("full", 1.0)]
-        own: list[Decoder] = ["linear8", "linear16"]
-        return [
-            setting
-            for start in starts
-            for setting in (
-                *(Setting(start, *kind) for kind in kinds),
-                *(Setting(start, "linear", decoder=decoder) for decoder in own),
-            )
-        ]
+        settings = [Setting(start, *kind) for start in starts for kind in kinds]
+        own = [start for start in starts if start in _ON_OWN_MAPS]
+        return settings + [Setting(start, "linear", decoder=decoder) for decoder in _OWN_MAPS for start in own]
     weak = [Setting("weak", fraction=0, sure=sure) for sure in (1.0, 2.0, 4.0)]
     weak.append(Setting("weak", fraction=0, fill="random_walker"))
     real = [Setting(start, fraction=share) for start in ("masks", "weak then masks") for share in (0.01, 0.1, 1.0)]
@@ -188,6 +186,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
         "version": VERSION,
         "part": asdict(PARTS[job.part]),
         "setting": setting,
+        **({"linear": _LINEAR} if job.setting.protocol == "linear" else {}),
         "encoder": sha256_of(weights) if weights.is_file() else None,
     }
 
@@ -231,6 +230,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     keys = {
         **part.keys,
         "protocol": setting.protocol,
+        **(_LINEAR if setting.protocol == "linear" else {}),
         **({"decoder": setting.decoder} if setting.decoder else {}),
         "label_fraction": setting.fraction or 1.0,
         "encoder_weights": job.encoder,
