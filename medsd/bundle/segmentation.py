@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from medsd.bundle.masks import MaskData
 from medsd.checks import check_choice, check_number
+from medsd.cohort.dataset import evenly
 from medsd.errors import DatasetError, WeightsError
 from medsd.evaluate.mask_scores import UnitScores, joined_scores, rows_of, score_unit, summarise_masks
 from medsd.evaluate.mask_sheet import SheetItem, draw_mask_sheet
@@ -126,8 +127,7 @@ def _network_settings(network: SegmentationNetwork, start_weights: str | None) -
 
 def _some(items: MaskedItems) -> Iterator[Tensor]:
     """Batches of up to 64 of the images, spread over all."""
-    chosen = np.unique(np.linspace(0, len(items) - 1, min(len(items), _MOMENTS_OF)).round().astype(int))
-    subset = Subset(cast("Dataset[MaskedSample]", items), chosen.tolist())
+    subset = Subset(cast("Dataset[MaskedSample]", items), evenly(len(items), _MOMENTS_OF).tolist())
     for batch in DataLoader(subset, _BATCH):
         yield batch["image"]
 
