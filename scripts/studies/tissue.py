@@ -22,9 +22,9 @@ PARTS = {
     "ebhi": Part("ebhi_seg", side_px=224, shrink=1, samples=256, head_lr=1e-3, stain=0.1),
 }
 # A yellow of saffron, which some laboratories put on collagen beside haematoxylin and eosin: optical densities of red,
-# green and blue of a unit, and how much is added where there is tissue: so much that cross-entropy's worst group is near
-# the 40 % of the paper's plain network. On the validation side of seed 0 it is 35 % (`ebhi`) and, of `pcam`, 69, 53, 18
-# and 4 % at 0.1, 0.2, 0.3 and 0.4.
+# green and blue of a unit, and how much is added where there is tissue, so that cross-entropy's worst group is near the
+# 40 % of the paper's plain network: on the validation side of seed 0 it is 35 % (`ebhi`) and, of `pcam`, 69, 53, 18 and
+# 4 % at 0.1, 0.2, 0.3 and 0.4.
 _SAFFRON = (0.1, 0.3, 0.95)
 TINT = {"pcam": 0.25, "ebhi": 0.4}
 # The two that most patients have. Of normal biopsies there are 24; and adenocarcinoma is told from benign tissue so
