@@ -42,6 +42,7 @@ _MARKS = {
     ("full", 0.0): ("no mask", "#636363", "D"),
     ("full", 0.01): ("all learns, 1 % of masks", "#9ecae1", "v"),
     ("full", 0.1): ("all learns, 10 %", "#4292c6", "^"),
+    ("full", 0.5): ("all learns, 50 %", "#2171b5", ">"),
     ("full", 1.0): ("all learns, 100 %", "#08306b", "o"),
 }
 _COLUMNS = (("dice", "Dice", 3), ("pooled", "Dice of all pixels", 3), ("surface_dice", "surface Dice", 3))
