@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 from studies.pretrain_tables import WORDS, difference_of, mean_of
@@ -34,16 +35,23 @@ _STARTS = {
     "weak": "evidence alone",
     "weak then masks": "evidence, then real masks",
 }
-# Words, colour and marker of a protocol (or decoder) and share of masks.
-_MARKS = {
-    ("linear", 1.0): ("linear decoder, last map, dilated to stride 8", "#7f2704", "s"),
-    ("linear8", 1.0): ("linear decoder, own map of stride 8", "#d94801", "X"),
-    ("linear16", 1.0): ("linear decoder, own map of stride 16", "#fd8d3c", "P"),
-    ("full", 0.0): ("no mask", "#636363", "D"),
-    ("full", 0.01): ("all learns, 1 % of masks", "#9ecae1", "v"),
-    ("full", 0.1): ("all learns, 10 %", "#4292c6", "^"),
-    ("full", 0.5): ("all learns, 50 %", "#2171b5", ">"),
-    ("full", 1.0): ("all learns, 100 %", "#08306b", "o"),
+# Colour and marker of a start, and words, colour and marker of a linear decoder.
+_INKS = {
+    "start": ("#888888", "s"),
+    "moco": ("#08519c", "o"),
+    "med-moco": ("#4292c6", "^"),
+    "local-corr-4": ("#9ecae1", "v"),
+    "ce": ("#238b45", "<"),
+    "saliencydecor": ("#74c476", ">"),
+    "lite0": ("#d94801", "D"),
+    "masks": ("#08519c", "o"),
+    "weak": ("#636363", ""),
+    "weak then masks": ("#d94801", "D"),
+}
+_LINEAR = {
+    "linear": ("linear, last map, dilated to stride 8", "#7f2704", "s"),
+    "linear8": ("linear, own map of stride 8", "#d94801", "o"),
+    "linear16": ("linear, own map of stride 16", "#fd8d3c", "D"),
 }
 _COLUMNS = (("dice", "Dice", 3), ("pooled", "Dice of all pixels", 3), ("surface_dice", "surface Dice", 3))
 
@@ -117,41 +125,77 @@ def _values(results: Results, part: str, setting: Any, key: str, seeds: list[int
 
 
 def draw(results: Results, folder: Path) -> None:
-    """`segment.png`: a panel a part, a row a start, a mark a protocol or decoder and share of masks, with errors."""
+    """`segment.png`: a column a part; above Dice by share of masks where all learns, below linear decoders."""
     parts = [part for part in _PARTS if any(key[0] == part for key in results)]
     if not parts:
         return
-    figure = Figure(figsize=(6.4 * len(parts), 4.4), dpi=120, layout="constrained")
-    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(parts))), parts, strict=True):
+    figure = Figure(figsize=(5.6 * len(parts), 7.6), dpi=120, layout="constrained")
+    grid = figure.subplots(2, len(parts), squeeze=False)
+    for (above, below), part in zip(grid.T, parts, strict=True):
         of_part = {key: value for key, value in results.items() if key[0] == part}
-        starts = [start for start in _STARTS if any(key[1].start == start for key in of_part)]
         seeds = sorted({key[2] for key in of_part})
-        for setting in _shown(of_part, seeds):
-            words, colour, marker = _MARKS[setting.kind, setting.fraction]
-            found = _values(of_part, part, setting, "dice", seeds)
-            error = stats.sem(found, nan_policy="omit") if np.isfinite(found).sum() > 1 else 0.0
-            beside = 0.1 * (list(_MARKS).index((setting.kind, setting.fraction)) - 3)  # so that none is hidden
-            place = np.nanmean(found), starts.index(setting.start) + beside
-            axes.errorbar(*place, xerr=error, color=colour, marker=marker, ms=6, capsize=2, ls="", label=words)
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        ordered = [words for words, *_ in _MARKS.values() if words in handles]
-        below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.16), "ncols": 2, "frameon": False}
-        axes.legend([handles[words] for words in ordered], ordered, fontsize="small", **below)
-        axes.set_yticks(range(len(starts)), [_STARTS[start] for start in starts])
-        axes.invert_yaxis()
-        axes.set(xlabel=f"Dice, test part, mean of {len(seeds)} seed(s)", xlim=(None, 1))
-        axes.grid(axis="x", color="#dddddd")
-        axes.set_axisbelow(True)
-        axes.set_title(_PARTS[part], fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
+        _by_share(above, part, of_part, seeds)
+        _frozen(below, part, of_part, seeds)
+        above.set_title(_PARTS[part], fontsize="medium")
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small", frameon=False
+    )
     save_figure(folder / "segment.png", figure, "medsd study of segmentation")
 
 
-def _shown(results: Results, seeds: list[int]) -> list[Any]:
-    """The settings; of masks of evidence alone the one that validation prefers."""
-    settings = list(dict.fromkeys(key[1] for key in results))
-    alone = [one for one in settings if not one.fraction]
-    if not alone:
-        return settings
-    best = max(alone, key=lambda one: float(np.nanmean(_values(results, "weak", one, "validation", seeds))))
-    return [best, *(one for one in settings if one.fraction)]
+def _by_share(axes: Axes, part: str, results: Results, seeds: list[int]) -> None:
+    """A line a start."""
+    settings = [one for one in dict.fromkeys(key[1] for key in results) if one.protocol == "full"]
+    starts = [start for start in _STARTS if any(one.start == start for one in settings)]
+    for number, start in enumerate(starts):
+        own = sorted((one for one in settings if one.start == start), key=lambda one: float(one.fraction))
+        colour, marker = _INKS[start]
+        if not own[0].fraction:  # of masks of evidence alone the one that validation prefers
+            best = max(own, key=lambda one: float(np.nanmean(_values(results, part, one, "validation", seeds))))
+            height = float(np.nanmean(_values(results, part, best, "dice", seeds)))
+            axes.axhline(height, color=colour, ls="--", lw=1, label=f"{_STARTS[start]}, no mask")
+            continue
+        means, errors = _points(results, part, own, seeds)
+        beside = 1 + 0.04 * (number - len(starts) / 2)  # so that none is hidden
+        shares = [100 * beside * one.fraction for one in own]
+        axes.errorbar(shares, means, errors, color=colour, marker=marker, ms=5, capsize=2, lw=1, label=_STARTS[start])
+    axes.set(xscale="log", xlabel="masks that are learnt from, share of patients")
+    ticks = [1, 10, 50, 100] if any(one.fraction < 0.1 for one in settings) else [10, 50, 100]
+    axes.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylabel(f"Dice, test part, mean of {len(seeds)} seed(s)")
+    _finish(axes)
+
+
+def _frozen(axes: Axes, part: str, results: Results, seeds: list[int]) -> None:
+    """A row a start, a mark a decoder."""
+    settings = [one for one in dict.fromkeys(key[1] for key in results) if one.kind in _LINEAR]
+    if not settings:
+        axes.set_axis_off()
+        return
+    starts = [start for start in _STARTS if any(one.start == start for one in settings)]
+    for kind, (words, colour, marker) in _LINEAR.items():
+        own = [one for one in settings if one.kind == kind]
+        means, errors = _points(results, part, own, seeds)
+        rows = [starts.index(one.start) + 0.15 * (list(_LINEAR).index(kind) - 1) for one in own]
+        axes.errorbar(means, rows, xerr=errors, color=colour, marker=marker, ms=5, capsize=2, ls="", label=words)
+    axes.set_yticks(range(len(starts)), [_STARTS[start] for start in starts])
+    axes.invert_yaxis()
+    axes.set_xlabel("Dice, the encoder frozen, a linear decoder")
+    _finish(axes)
+
+
+def _points(results: Results, part: str, settings: list[Any], seeds: list[int]) -> tuple[list[float], list[float]]:
+    """Dice of settings and its standard error, over seeds."""
+    found = [_values(results, part, one, "dice", seeds) for one in settings]
+    errors = [stats.sem(one, nan_policy="omit") if np.isfinite(one).sum() > 1 else 0.0 for one in found]
+    return [float(np.nanmean(one)) for one in found], [float(error) for error in errors]
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
