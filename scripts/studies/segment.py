@@ -86,7 +86,7 @@ class Setting:
             then masks".
         protocol, fraction: keys of the bundle; a fraction of 0 looks at no training mask.
         sure, fill: of weak masks.
-        decoder: key of the bundle; None for the protocol's own.
+        decoder: key of the bundle; None for the paper's linear one, or U-Net.
     """
 
     start: str
@@ -98,7 +98,7 @@ class Setting:
 
     @property
     def kind(self) -> str:
-        """Protocol, or decoder where it is not the protocol's own."""
+        """Protocol, or decoder where there is a choice."""
         return self.decoder or self.protocol
 
     @property
@@ -235,7 +235,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
         **part.keys,
         "protocol": setting.protocol,
         **(_LINEAR if setting.protocol == "linear" else {}),
-        **({"decoder": setting.decoder} if setting.decoder else {}),
+        "decoder": setting.decoder or ("linear" if setting.protocol == "linear" else "unet"),
         "label_fraction": setting.fraction or 1.0,
         "encoder_weights": job.encoder,
         "seed": job.seed,

@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run, small_masks: 
 
 def test_the_linear_protocol_reads_masks_off_the_encoder_it_was_given(finished: Path) -> None:
     network, card, digest = load_segmentation(finished / "out" / "segmentation.safetensors")
-    assert (card.decoder, card.protocol, card.side_px) == ("linear", "linear", 32)
+    assert (card.decoder, card.protocol, card.side_px) == ("linear8", "linear", 32)
     assert card.start.startswith("encoder.safetensors, SHA-256 ")
     given, _ = create_encoder("test_resnet", pretrained=False)
     load_encoder(given, finished / "encoder.safetensors")
@@ -77,7 +77,7 @@ def test_a_finished_training_is_kept_and_another_setting_refused(finished: Path,
     stage(finished, "segment", **same)
     assert path.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match=r"another .*protocol.*; choose another output_dir"):
-        stage(finished, "segment", **{**same, "protocol": "full", "decoder": "linear"})
+        stage(finished, "segment", **{**same, "protocol": "full", "decoder": "linear8"})
     with pytest.raises(SystemExit, match="trained on another split of the data"):
         stage(finished, "evaluate", **same, label_fraction=0.3)
 

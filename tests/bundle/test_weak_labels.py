@@ -63,7 +63,7 @@ def test_evidence_trains_before_masks_do(run_bundle: Callable[..., Any], small_m
     run_bundle(FOLDER, "segment", **few, start_weights=start)
     _, card, _ = load_segmentation(tmp_path / "few" / "segmentation.safetensors")
     assert card.start.startswith("the whole network from segmentation.safetensors, SHA-256 ")
-    with pytest.raises(SystemExit, match=r"segmentation\.safetensors: weights of .*'linear'.*choose the same for both"):
+    with pytest.raises(SystemExit, match=r"segmentation\.safetensors: weights of .*'linear8'.*choose the same for both"):
         other = {**few, "output_dir": str(tmp_path / "other"), "decoder": "fpn"}
         run_bundle(FOLDER, "segment", **other, start_weights=start)
 
