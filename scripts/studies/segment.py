@@ -61,7 +61,7 @@ _LINEAR = {"crop_px": None, "lr": 0.02}
 _OWN_MAPS: tuple[Decoder, ...] = ("linear8", "linear16")
 _ON_OWN_MAPS = ("start", "moco", "med-moco", "lite0")
 # Of EBHI-Seg, whose patients are many enough for a hundredth of them to be one.
-_BY_FRACTION = ("moco", "med-moco", "lite0")
+_FEWEST = ("moco", "med-moco", "lite0")
 PARTS = {
     "ebhi": Part(("configs/ebhi_segmentation.json",), "ebhi_seg", _FEW),
     "nuinsseg": Part(("configs/nuinsseg.json",), "nuinsseg", {**_FEW, "side_px": 256, "mask_kind": "semantic"}),
@@ -115,8 +115,7 @@ def settings_of(part: str, starts: Sequence[str]) -> list[Setting]:
         settings = [Setting(start, *kind) for start in starts for kind in kinds]
         own = [start for start in starts if start in _ON_OWN_MAPS]
         settings += [Setting(start, "linear", decoder=decoder) for decoder in _OWN_MAPS for start in own]
-        few = [start for start in starts if start in _BY_FRACTION and part == "ebhi"]
-        return settings + [Setting(start, fraction=share) for share in (0.01, 0.5) for start in few]
+        return settings + [Setting(start, fraction=0.01) for start in starts if start in _FEWEST and part == "ebhi"]
     weak = [Setting("weak", fraction=0, sure=sure) for sure in (1.0, 2.0, 4.0)]
     weak.append(Setting("weak", fraction=0, fill="random_walker"))
     real = [Setting(start, fraction=share) for start in ("masks", "weak then masks") for share in (0.01, 0.1, 1.0)]

@@ -163,7 +163,7 @@ def _by_share(axes: Axes, part: str, results: Results, seeds: list[int]) -> None
         shares = [100 * beside * one.fraction for one in own]
         axes.errorbar(shares, means, errors, color=colour, marker=marker, ms=5, capsize=2, lw=1, label=_STARTS[start])
     axes.set(xscale="log", xlabel="masks that are learnt from, share of patients")
-    ticks = [1, 10, 50, 100] if any(one.fraction < 0.1 for one in settings) else [10, 50, 100]
+    ticks = [round(100 * share) for share in sorted({one.fraction for one in settings if one.fraction})]
     axes.set_xticks(ticks, [f"{tick} %" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylabel(f"Dice, test part, mean of {len(seeds)} seed(s)")
