@@ -68,6 +68,8 @@ def _command_line() -> dict[str, Any] | None:
     fire.Fire({"run": run}, command=command)
     overrides = given.pop("override", {})
     given = monai.bundle.update_kwargs(given.pop("args_file", None), **given, **overrides)
+    # MONAI has left these out, see `_check_kind`.
+    given |= {key: None for key, value in overrides.items() if value is None}
     for name in inspect.signature(monai.bundle.run).parameters.keys() - {"config_file", "run_id", "override"}:
         given.pop(name, None)
     return given
@@ -150,7 +152,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _check_kind(key: str, before: Any, value: Any) -> None:
-    """Fire reads 2024_05 as a number and 0,5 as a pair; `false` stays a text, which is true."""
+    """Fire reads 2024_05 as a number and 0,5 as a pair; `false` stays a text, which is true; MONAI drops None."""
+    if value is None and before is not None:
+        raise ConfigError(f"{key}=None: MONAI takes that for not given; write --{key} '$None'")
     if isinstance(value, str) and value[:1] in ("@", "$", "%"):
         return
     folder = key.endswith(("_dir", "_root")) and value is not None

@@ -33,7 +33,7 @@ from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.segment.items import MaskedItems, MaskedSample
 from medsd.segment.network import SegmentationNetwork, standardise_channels
-from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_from
+from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_weights_for
 from medsd.tables import write_table
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.training import run_training, settings_of
@@ -72,6 +72,8 @@ def segment(
     """
     check_choice("protocol", protocol, get_args(Protocol))
     network = cast(SegmentationNetwork, trainer.network)
+    # Before anything is written.
+    start = None if start_weights is None else start_weights_for(network, start_weights)
     settings = settings_of(
         trainer,
         **_network_settings(network, start_weights),
@@ -80,10 +82,10 @@ def segment(
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
-    if start_weights is None:
+    if start is None:
         begin = partial(standardise_channels, network, _some(data.part("training")))
     else:
-        begin = partial(start_from, network, start_weights)
+        begin = partial(network.load_state_dict, start)
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, stage="segment", begin=begin)
     if idist.get_rank() > 0:
         return
@@ -195,16 +197,16 @@ def score_masks(
     }
     write_table(folder / TABLE, list(rows_of(units, network.classes)))
     write_json(folder / SCORES, content)
-    first = next(iter(scores.values()))
+    first, few = next(iter(scores.values())), len(worst) < len(items)
     draw_mask_sheet(
         folder / SHEET,
         worst.items(),
         network.classes,
-        f"The {len(worst)} worst of {len(items)} test {data.item}s",
+        f"The {len(worst)} worst of {len(items)} test {data.item}s" if few else f"All {len(items)} test {data.item}s",
         [
             f"{card.encoder} with {card.decoder}, {card.protocol} protocol, trained on {card.trained_on}.",
-            f"These are the worst, not the usual: mean Dice of {first.units} {data.unit}{'s' * (first.units != 1)} "
-            f"{first.dice.value:.2f}.",
+            f"{'These are the worst, not the usual: mean' if few else 'The worst first; mean'} Dice of {first.units} "
+            f"{data.unit}{'s' * (first.units != 1)} {first.dice.value:.2f}.",
             "The mask that was given may be wrong, too. Research use only.",
         ],
     )

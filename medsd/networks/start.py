@@ -156,8 +156,8 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     path = Path(path)
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such encoder weights; check the path, run the stage 'pretrain', or do without it "
-            "(pretrain_epochs 0)"
+            f"{path}: no such encoder weights; check the path; where a bundle pre-trains, run the stage 'pretrain' or "
+            "do without it (pretrain_epochs 0)"
         )
     if path.suffix == ".safetensors":
         state = _read_safetensors(path, encoder, normalise)

@@ -263,6 +263,8 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
         if labels.unseen:
             caveats.append(f"The slide file is damaged: {labels.unseen:.1%} of the tissue could not be decoded.")
         areas = {f"Area of {name}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
+        background = labels.classes[0]
+        areas = {f"Area of {background} (tissue of no other class)": areas.pop(f"Area of {background}"), **areas}
         network = f"{self.card.encoder} with {self.card.decoder}, {labels.method}"
         return MappedSlide(
             name=slide.path.stem,

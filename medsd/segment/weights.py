@@ -63,19 +63,25 @@ def save_segmentation(path: str | Path, network: SegmentationNetwork, card: Segm
     return save_tensors(path, network.state_dict(), SEGMENTATION_FORMAT, asdict(card))
 
 
-def start_from(network: SegmentationNetwork, path: str | Path) -> None:
-    """Give a network the weights of a file, decoder and all.
+def start_weights_for(network: SegmentationNetwork, path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a file for a network to start from, decoder and all.
 
     Raises:
         WeightsError: see `load_segmentation`; or weights of another encoder, decoder, classes or input.
     """
     other, card, _ = load_segmentation(path)
     normalise = network.normalise
-    made = network.encoder_name, network.decoder_name, network.classes, normalise.input_mean, normalise.input_std
-    given = card.encoder, card.decoder, card.classes, card.input_mean, card.input_std
-    if given != made:
-        raise WeightsError(f"{path}: weights of {given}, the network is {made}; choose the same for both")
-    network.load_state_dict(other.state_dict())
+    parts = {
+        "encoder": (card.encoder, network.encoder_name),
+        "decoder": (card.decoder, network.decoder_name),
+        "classes": (card.classes, network.classes),
+        "input_mean": (card.input_mean, normalise.input_mean),
+        "input_std": (card.input_std, normalise.input_std),
+    }
+    for key, (given, made) in parts.items():
+        if given != made:
+            raise WeightsError(f"start_weights={path}: its {key} is {given}, not {made}; choose the same for both")
+    return other.state_dict()
 
 
 def load_segmentation(

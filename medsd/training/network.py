@@ -138,8 +138,10 @@ def parameter_groups(
         ConfigError: a rate or `weight_decay` is negative, or `layer_decay` lies outside 0 to 1.
         NetworkError: the encoder has no such stage, timm does not know its layers, or nothing is left to train.
     """
-    for key, value in (("lr", lr), ("weight_decay", weight_decay), ("head_lr", 0.0 if head_lr is None else head_lr)):
+    for key, value in (("lr", lr), ("weight_decay", weight_decay)):
         check_number(key, value, "[0, inf)")
+    if head_lr is not None:
+        check_number("head_lr", head_lr, "[0, inf)", hint="of a segmentation the key is decoder_lr")
     check_number("layer_decay", layer_decay, "(0, 1]", hint="1 is one rate for all layers")
     for name in frozen:
         for parameter in _stage(network, name):

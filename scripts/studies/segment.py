@@ -56,8 +56,9 @@ class Part:
 
 # 128 steps, for two cores.
 _FEW = {"max_epochs": 4, "val_interval": 2, "samples_per_epoch": 512, "batch_size": 16, "crop_px": 112}
-# On whole images: what a frozen map says near the border of a small square is not what it says inside an image.
-_LINEAR = {"crop_px": None, "lr": 0.02}
+# On whole images, or nearly: what a frozen map says near the border of a small square is not what it says within.
+_LINEAR_CROP_PX = {"ebhi": None, "nuinsseg": 224}
+_LINEAR_LR = 0.02
 _OWN_MAPS: tuple[Decoder, ...] = ("linear8", "linear16")
 _ON_OWN_MAPS = ("start", "moco", "med-moco", "lite0")
 # Of EBHI-Seg, whose patients are many enough for a hundredth of them to be one.
@@ -189,9 +190,15 @@ def recipe_of(job: Job) -> dict[str, Any]:
         "version": VERSION,
         "part": asdict(PARTS[job.part]),
         "setting": setting,
-        **({"linear": _LINEAR} if job.setting.protocol == "linear" else {}),
+        **({"linear": _linear_keys(job.part)} if job.setting.protocol == "linear" else {}),
         "encoder": sha256_of(weights) if weights.is_file() else None,
     }
+
+
+def _linear_keys(part: str) -> dict[str, Any]:
+    """Keys of the bundle where the encoder is frozen; MONAI takes None itself for not given."""
+    crop_px = _LINEAR_CROP_PX[part]
+    return {"crop_px": "$None" if crop_px is None else crop_px, "lr": _LINEAR_LR}
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
@@ -233,7 +240,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     keys = {
         **part.keys,
         "protocol": setting.protocol,
-        **(_LINEAR if setting.protocol == "linear" else {}),
+        **(_linear_keys(job.part) if setting.protocol == "linear" else {}),
         "decoder": setting.decoder or ("linear" if setting.protocol == "linear" else "unet"),
         "label_fraction": setting.fraction or 1.0,
         "encoder_weights": job.encoder,

@@ -130,6 +130,12 @@ def test_values_of_the_same_kind_pass(key, value):
     check_config([BUNDLE], **{key: value})
 
 
+def test_none_is_refused_where_monai_would_leave_it_out():
+    assert refusal(max_epochs=None) == "max_epochs=None: MONAI takes that for not given; write --max_epochs '$None'"
+    check_config([BUNDLE], patience=None)
+    check_config([BUNDLE], max_epochs="$None")
+
+
 RUN = ["run", "prepare", "--config_file", f"['{BUNDLE}']"]
 
 

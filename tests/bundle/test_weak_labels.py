@@ -41,6 +41,7 @@ def dark(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(classes=("normal", "dark"))
     model = SimpleNamespace(engine=Darkness(), card=card, sha256="0" * 64)
     monkeypatch.setattr("medsd.bundle.weak.load_map_model", lambda *_: model)
+    monkeypatch.setattr("medsd.bundle.weak.load_classifier", lambda *_: None)
 
 
 def test_evidence_trains_before_masks_do(run_bundle: Callable[..., Any], small_masks, tmp_path, monkeypatch) -> None:
@@ -63,9 +64,14 @@ def test_evidence_trains_before_masks_do(run_bundle: Callable[..., Any], small_m
     run_bundle(FOLDER, "segment", **few, start_weights=start)
     _, card, _ = load_segmentation(tmp_path / "few" / "segmentation.safetensors")
     assert card.start.startswith("the whole network from segmentation.safetensors, SHA-256 ")
-    with pytest.raises(SystemExit, match=r"segmentation\.safetensors: weights of .*'linear8'.*choose the same for both"):
+    with pytest.raises(
+        SystemExit, match=r"segmentation\.safetensors: its decoder is linear8, not fpn; choose the same"
+    ):
         other = {**few, "output_dir": str(tmp_path / "other"), "decoder": "fpn"}
         run_bundle(FOLDER, "segment", **other, start_weights=start)
+    assert not (tmp_path / "other" / "training" / "settings.json").exists()
+    with pytest.raises(SystemExit, match=r"none\.safetensors: no such weights file"):
+        run_bundle(FOLDER, "segment", **other, start_weights=str(tmp_path / "none.safetensors"))
 
 
 def data_of(classes: tuple[str, ...] = ("background", "dark"), mpp: float | None = 1.0) -> Any:
