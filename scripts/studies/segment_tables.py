@@ -20,7 +20,7 @@ Results = dict[tuple[str, Any, int], dict[str, Any]]
 
 _PARTS = {
     "ebhi": "EBHI-Seg, glands and lesions, patients apart",
-    "nuinsseg": "NuInsSeg, nuclei, organs apart",
+    "nuinsseg": "NuInsSeg, nuclei, stains apart",
     "weak": "Phantom slides, tumour",
 }
 _BASES = {"ebhi": "moco", "nuinsseg": "moco", "weak": "masks"}
