@@ -12,7 +12,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,11 +91,15 @@ def read_mask_table(
     root, seen = folder.resolve(), dict[Path, int]()
     for number in rows.index:
         for name in ("file", "mask"):
+            if not rows[name][number]:
+                raise DatasetError(f"{table}: row {number}: the column '{name}' is empty; name a file in the folder")
             path = folder / rows[name][number]
             if not path.resolve().is_relative_to(root) or not path.is_file():
                 raise DatasetError(
                     f"{table}: row {number}: no file {path} in the folder (column '{name}'); mend the row"
                 )
+            if seen.get(path) == number:
+                raise DatasetError(f"{table}: row {number}: {path.name} is its own mask; name another in column 'mask'")
             if path in seen:
                 raise DatasetError(f"{table}: row {number}: {path.name} is also in row {seen[path]}; keep one")
             seen[path] = number
@@ -150,15 +153,23 @@ class MaskedImages(Dataset[MaskedSample]):
 
     def pixels(self, item: int) -> tuple[RGB, npt.NDArray[np.uint8]]:
         """Pixels (S, S, 3) and class numbers (S, S)."""
+        pixels, mask = self.whole(item)
+        return self.cropped(pixels), self.cropped(mask)
+
+    def cropped(self, array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The square (S, S, ...) in the middle of an array (height, width, ...)."""
+        top, left = ((length - self.side_px) // 2 for length in array.shape[:2])
+        return array[top : top + self.side_px, left : left + self.side_px]
+
+    def whole(self, item: int) -> tuple[RGB, npt.NDArray[np.uint8]]:
+        """Pixels (height, width, 3) and class numbers (height, width) of the whole image, which holds the square."""
         path = self.table.images[item]
         pixels = read_patch(path)
         height, width = pixels.shape[:2]
         mask = read_mask(self.table.masks[item], self.coding, height, width)
         if min(height, width) < self.side_px:
             raise DatasetError(f"{path}: {width} x {height} px is smaller than side_px={self.side_px}; lower side_px")
-        top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
-        square = slice(top, top + self.side_px), slice(left, left + self.side_px)
-        return pixels[square], mask[square]
+        return pixels, mask
 
     def place(self, item: int) -> str:
         """The image of an item."""
@@ -170,24 +181,28 @@ class MaskedImages(Dataset[MaskedSample]):
         return hashlib.sha256(f"{self.side_px} {self.coding} {files}".encode()).hexdigest()
 
 
-def check_masks(items: Any, words: str, progress: Progress = no_progress) -> npt.NDArray[np.int64]:
+def check_masks(items: MaskedImages, words: str, progress: Progress = no_progress) -> npt.NDArray[np.int64]:
     """Read every pair once and tell what is in the masks: nothing is trained on a data set that is half readable.
 
+    Images of which only the middle is used are counted in a warning.
+
     Args:
-        items: such as `MaskedImages`, of `coding.classes`.
+        items: the pairs.
         words: what messages call them, such as "training".
         progress: shows the items.
 
     Returns:
-        Pixels (n, K) of each class.
+        Pixels (n, K) of each class in the squares.
 
     Raises:
         DatasetError: an item cannot be read, or no mask has anything but background.
     """
     classes = items.coding.classes
-    counts = np.zeros((len(items), len(classes)), np.int64)
+    counts, sizes = np.zeros((len(items), len(classes)), np.int64), np.zeros(len(items), np.int64)
     for item in progress(range(len(items)), len(items), "mask"):
-        counts[item] = np.bincount(items.pixels(item)[1].ravel(), minlength=len(classes))
+        mask = items.whole(item)[1]
+        counts[item], sizes[item] = np.bincount(items.cropped(mask).ravel(), minlength=len(classes)), mask.size
+    _tell_cropped(items, sizes, words)
     empty = np.flatnonzero(counts[:, 1:].sum(axis=1) == 0)
     if len(empty) == len(items):
         raise DatasetError(f"{words}: all {len(items)} masks are empty; check the column 'mask' and mask_values")
@@ -201,10 +216,23 @@ def check_masks(items: Any, words: str, progress: Progress = no_progress) -> npt
         )
     for name, count in zip(classes, counts.sum(axis=0), strict=True):
         if not count:
-            logger.warning("%s: no pixel of the class '%s' in any mask", words, name)
+            logger.warning("%s: no pixel of the class '%s' in any mask; check classes and mask_values", words, name)
     shares = ", ".join(
         f"{name} {share:.1%}" for name, share in zip(classes, counts.sum(axis=0) / counts.sum(), strict=True)
     )
     patients = len(np.unique(items.patients))
     logger.info("%s: %d images of %d patients; pixels: %s", words, len(items), patients, shares)
     return counts
+
+
+def _tell_cropped(items: MaskedImages, sizes: npt.NDArray[np.int64], words: str) -> None:
+    """Warn of images whose pixels (n,) are more than those of the square."""
+    used = items.side_px**2
+    larger = np.flatnonzero(sizes > used)
+    if len(larger):
+        logger.warning(
+            "%s: %d of %d images are larger than side_px=%d, the first: %s; only the square in their middle, %.1f %% "
+            "of their pixels, is learnt from and scored; raise side_px, or cut them into tiles",
+            *(words, len(larger), len(items), items.side_px, items.place(int(larger[0]))),
+            100 * used * len(larger) / sizes[larger].sum(),
+        )

@@ -61,6 +61,7 @@ def deal_parts(
     shares: tuple[float, float],
     seed: int,
     strata: npt.NDArray[np.str_] | None = None,
+    source: str = "part",
 ) -> npt.NDArray[np.str_]:
     """The part (n,) of each item; every patient's items are in one part.
 
@@ -73,9 +74,11 @@ def deal_parts(
         shares: of what is not tested on, for validation; of all, for testing.
         seed: shuffles the patients.
         strata: (n,) dealt one by one, so that each part has its share of each; None for one.
+        source: what messages say gives the parts, such as a table and its column.
 
     Raises:
-        DatasetError: a patient in two parts, or too few patients; the message names them.
+        DatasetError: a patient in two parts, or a part that no patient is left for; the message names source and
+            patient or part.
         ConfigError: a share out of its range.
 
     Example:
@@ -87,7 +90,7 @@ def deal_parts(
     names, counts = np.unique(np.unique(np.stack([patients, given]), axis=1)[0], return_counts=True)
     for patient in names[counts > 1]:
         named = " and ".join(part or "no part" for part in np.unique(given[patients == patient]).tolist())
-        raise DatasetError(f"patient '{patient}': in {named}; give all of a patient's items one part")
+        raise DatasetError(f"{source}: patient '{patient}' is in {named}; give all of a patient's items one part")
     parts = np.where(given == "", "training", given).astype("<U10")
     wanted = [
         (part, share)
@@ -103,9 +106,17 @@ def deal_parts(
             parts[free[np.isin(patients[free], names[: min(nearest, len(names) - left_for_others)])]] = part
     for part in PARTS:
         if not (parts == part).any():
-            count = len(np.unique(patients))
-            raise DatasetError(f"{part}: no items; {count} patients are too few for three parts, give some a part")
+            raise DatasetError(f"{source}: {_why_empty(part, patients, given)}")
     return parts
+
+
+def _why_empty(part: str, patients: npt.NDArray[np.str_], given: npt.NDArray[np.str_]) -> str:
+    """Whether those who gave parts left nobody for this one, or there are too few patients for anybody's parts."""
+    count, taken = len(np.unique(patients)), np.isin(given, ("validation", "testing"))
+    if not taken.any():
+        return f"{count} patients are too few for three parts, none is left for {part}; add some, or give each a part"
+    named, held = " and ".join(np.unique(given[taken]).tolist()), len(np.unique(patients[taken]))
+    return f"{held} of {count} patients are given to {named}, none is left for {part}; give some to {part}"
 
 
 def fraction_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,6 +34,7 @@ class MaskCoding:
             background, and all objects are of the second class.
         values: the value of each class in masks, in the order of `classes`; None for 0, 1, and so on, with 255 for 1 in
             masks of two classes that have no 1.
+        key: what messages call `values`.
 
     Raises:
         ConfigError: classes of one name, instances of several classes, or values that are not one for each class.
@@ -42,14 +43,17 @@ class MaskCoding:
     classes: tuple[str, ...]
     kind: Kind = "semantic"
     values: Sequence[int] | None = None
+    key: InitVar[str] = "mask_values"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, key: str) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes))
         check_choice("mask_kind", self.kind, get_args(Kind))
         if self.kind == "instances" and (len(self.classes) != 2 or self.values is not None):
             raise ConfigError("mask_kind='instances': numbers say nothing of classes; give two classes, no mask_values")
         if self.values is not None and not len(self.classes) == len(set(self.values)) == len(self.values):
-            raise ConfigError(f"mask_values={list(self.values)}: give a different one for each of {len(self.classes)}")
+            raise ConfigError(
+                f"{key}={list(self.values)}: give a different one for each of the {len(self.classes)} classes"
+            )
 
     def numbers(self, values: npt.NDArray[np.integer], path: Path) -> Numbers:
         """Class numbers of a mask's values (H, W).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,9 @@ from PIL import Image
 
 from medsd.bundle import check_config
 from medsd.bundle.data import Phantoms
-from medsd.bundle.masks import LabelledVolumes, OutlinedSlides
+from medsd.bundle.masks import LabelledVolumes, MaskFolder, OutlinedSlides
 from medsd.cohort.index import TileGrid
-from medsd.errors import DatasetError
+from medsd.errors import ConfigError, DatasetError
 from medsd.networks.classifier import create_encoder
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.pretrain.volumes import SliceSettings
@@ -129,6 +131,17 @@ def test_phantom_slides_are_data(phantoms: Path, tmp_path: Path, caplog: pytest.
     tile = int(np.argmax(parts["testing"].shares))
     share = float((parts["testing"][tile]["label"] > 0).float().mean())
     assert share == pytest.approx(parts["testing"].shares[tile], abs=0.02)
+    assert "nothing is outlined as" not in caplog.text
+    caplog.clear()
+    replace(data, classes=("background", "tumour", "stroma")).prepare()
+    told = [line for line in caplog.messages if "nothing is outlined as the class 'stroma' on any slide of " in line]
+    assert [line.partition(":")[0] for line in told] == ["training", "validation", "testing"]
+    assert "the class 'tumour'" not in caplog.text and "check classes" in told[0]
+    table = tmp_path / "slides.csv"
+    rows = [f"{path},{path.stem},background,test" for path in sorted(phantoms.rglob("normal_*.tif"))]
+    table.write_text("\n".join(["slide,patient,label,part", *rows]))
+    with pytest.raises(DatasetError, match=r"slides\.csv: column 'part': 2 of 2 patients are given to testing"):
+        replace(data, dataset_dir=str(table)).part("training")
 
 
 def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
@@ -149,6 +162,32 @@ def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
     assert found.shape == mask.shape == (16, 16) and torch.equal(found, mask)
     with pytest.raises(DatasetError, match="no case 9 of test_cases"):
         LabelledVolumes(*given, values=(0, 6), test_cases=(9,)).part("testing")
+    with pytest.raises(DatasetError, match=r"ct: test_cases: 6 of 6 patients are given to testing, none .* training"):
+        LabelledVolumes(*given, values=(0, 6), test_cases=range(1, 7)).part("testing")
+    with pytest.raises(ConfigError, match=r"organs=\[0\]: give a different one for each of the 2 classes"):
+        LabelledVolumes(*given, values=(0,), test_cases=(2,))
+
+
+@pytest.mark.parametrize("mpp", [0, -1, "a", float("nan"), 250, True])
+def test_a_scale_that_no_microscope_has_is_refused(mpp: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"mpp={mpp!r}: must be a number from 0.05 to 20; micrometres per pixel"):
+        MaskFolder("masks", ("background", "gland"), 32, mpp=mpp)
+
+
+def test_parts_of_a_folder_are_told_with_table_and_column(tmp_path: Path) -> None:
+    rows = []
+    for number in range(4):
+        for name in (f"{number}.png", f"{number}m.png"):
+            (tmp_path / name).touch()
+        rows.append(f"{number}.png,{number}m.png,p{number // 2},test")
+    table = tmp_path / "index.csv"
+    table.write_text("\n".join(["file,mask,patient,part", *rows]))
+    source = rf"^{re.escape(str(table))}: column 'part': "
+    with pytest.raises(DatasetError, match=rf"{source}2 of 2 patients are given to testing, none is left for training"):
+        MaskFolder(str(tmp_path), ("background", "gland"), 32).part("training")
+    table.write_text(table.read_text().removesuffix("test") + "train")
+    with pytest.raises(DatasetError, match=rf"{source}patient 'p1' is in testing and training; give all"):
+        MaskFolder(str(tmp_path), ("background", "gland"), 32).part("training")
 
 
 @pytest.mark.parametrize("name", ["ebhi_segmentation", "nuinsseg", "btcv"])

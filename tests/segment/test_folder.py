@@ -104,6 +104,9 @@ def test_a_bad_mask_stops_before_the_training(tmp_path: Path, spoil: Any, words:
         ("extra.png,../outside.png,p9", r"row 8: no file"),
         ("0.png,extra.png,p9", r"row 8: 0\.png is also in row 2; keep one"),
         ("extra.png,extra2.png,", r"row 8: patient is empty"),
+        ("extra.png,,p9", r"index\.csv: row 8: the column 'mask' is empty; name a file"),
+        (",extra.png,p9", r"index\.csv: row 8: the column 'file' is empty; name a file"),
+        ("extra.png,extra.png,p9", r"index\.csv: row 8: extra\.png is its own mask; name another in column 'mask'"),
     ],
 )
 def test_a_bad_row_is_told_with_its_column(tmp_path: Path, row: str, words: str) -> None:
@@ -133,6 +136,27 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         read_mask_table(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="no column 'slide'"):
         read_mask_table(folder, "slide")
+
+
+def test_images_larger_than_the_square_are_told_with_the_share_that_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_pairs(tmp_path, rows=4)
+    for name in ("2.png", "3.png", "2m.png", "3m.png"):
+        Image.new("RGB" if "m" not in name else "L", (32, 32)).save(folder / name)
+    check_masks(items(folder), "training")
+    assert "training: 2 of 4 images are larger than side_px=32, the first: " in caplog.text
+    used = 100 * 32 * 32 / (34 * 40)
+    assert f"0.png; only the square in their middle, {used:.1f} % of their pixels, is learnt from" in caplog.text
+    caplog.clear()
+    table = items(folder).table
+    check_masks(MaskedImages(table.rows(table.patient == "p0"), TWO, 16), "testing")
+    assert f"testing: 2 of 2 images are larger than side_px=16, the first: {folder / '0.png'}; only" in caplog.text
+    for name in ("0.png", "1.png", "0m.png", "1m.png"):
+        Image.new("RGB" if "m" not in name else "L", (32, 32), 1).save(folder / name)
+    caplog.clear()
+    check_masks(items(folder), "training")
+    assert "larger than" not in caplog.text
 
 
 def test_instances_of_sixteen_bits_and_wrong_codings(tmp_path: Path) -> None:
@@ -198,12 +222,28 @@ def test_given_parts_are_kept_and_a_patient_on_two_sides_is_refused(tmp_path: Pa
     assert parts.tolist() == ["training"] * 2 + ["validation"] * 2 + ["testing"] * 2
     (folder / "index.csv").write_text(text.replace("5.png,5m.png,p2,test", "5.png,5m.png,p2,train"))
     table = read_mask_table(folder)
-    with pytest.raises(DatasetError, match="patient 'p2': in testing and training; give all of a patient's items one"):
-        deal_parts(table.patient, table.part, (0.2, 0.2), 0)
+    with pytest.raises(DatasetError, match=r"x\.csv: patient 'p2' is in testing and training; give all of a patient's"):
+        deal_parts(table.patient, table.part, (0.2, 0.2), 0, source="x.csv")
     (folder / "index.csv").write_text(text.replace("p2,test", "p2,tset"))
     with pytest.raises(DatasetError, match="row 6: part 'tset' unknown"):
         read_mask_table(folder)
-    with pytest.raises(DatasetError, match="2 patients are too few for three parts"):
-        deal_parts(np.array(["a", "b"]), np.array(["", ""]), (0.2, 0.2), 0)
     with pytest.raises(ConfigError, match="label_fraction=0"):
         fraction_of(np.array(["a"]), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["", ""], "2 patients are too few for three parts, none is left for testing"),
+        (["testing"] * 3, "3 of 3 patients are given to testing, none is left for training; give some to training"),
+        (
+            ["testing", "validation", "validation"],
+            "3 of 3 patients are given to testing and validation, none .* training",
+        ),
+        (["testing", "testing", "training"], "2 of 3 patients are given to testing, none is left for validation; give"),
+    ],
+)
+def test_a_part_that_nobody_is_left_for_is_told_with_who_left_none(given: list[str], words: str) -> None:
+    patients = np.array([f"p{number}" for number in range(len(given))])
+    with pytest.raises(DatasetError, match=rf"^index\.csv: column 'part': {words}"):
+        deal_parts(patients, np.array(given), (0.2, 0.2), 0, source="index.csv: column 'part'")

@@ -16,9 +16,10 @@ from medsd.checks import check_number
 from medsd.cohort.split import PARTS
 from medsd.errors import ConfigError
 from medsd.progress import progress_bar
-from medsd.segment.folder import MaskedImages, MaskTable, check_masks, read_mask_table
+from medsd.segment.folder import TABLE, MaskedImages, MaskTable, check_masks, read_mask_table
 from medsd.segment.items import MaskedItems, deal_parts
 from medsd.segment.masks import Kind, MaskCoding
+from medsd.slides.mpp import check_mpp
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class MaskFolder(SplitByPatient):
         super().__post_init__()
         check_number("test_share", self.test_share, "(0, 1)")
         check_number("side_px", self.side_px, "[32, inf)", whole=True)
+        if self.mpp is not None:
+            check_mpp("mpp", self.mpp)
         _ = self._coding
 
     @property
@@ -101,4 +104,5 @@ class MaskFolder(SplitByPatient):
     @cached_property
     def _dealt(self) -> npt.NDArray[np.str_]:
         shares = self.validation_share, self.test_share
-        return deal_parts(self._patients, self._table.part, shares, self.seed)
+        source = f"{Path(str(self.dataset_dir)) / TABLE}: column 'part'"
+        return deal_parts(self._patients, self._table.part, shares, self.seed, source=source)

@@ -110,16 +110,26 @@ class OutlinedSlides(SplitByPatient):
             )
             if not outlined:
                 raise DatasetError(f"{part}: nothing is outlined on any tile; check annotations, classes and mpp")
+            for name in self.classes[1:]:
+                if not any(self._outlines[slide].areas[name].area for slide in set(items.units.tolist())):
+                    logger.warning(
+                        "%s: nothing is outlined as the class '%s' on any slide of %s; check classes, and the groups "
+                        "of the outlines",
+                        *(part, name, self._place),
+                    )
 
     def part(self, name: str) -> MaskedTiles:
         patients = {slide.name: slide.patient for slide in self._slides}
         return MaskedTiles(self._index.rows(self._rows(name)), self._outlines, patients, self.cache)
 
+    @property
+    def _place(self) -> Path:
+        return Path(self.dataset_dir or self.phantoms.folder)
+
     @cached_property
     def _all(self) -> list[SlideEntry]:
-        place = Path(self.dataset_dir or self.phantoms.folder)
-        table = manifest_at(place)
-        return find_slides(place) if table is None else read_manifest(table, classes=tuple(self.classes))
+        table = manifest_at(self._place)
+        return find_slides(self._place) if table is None else read_manifest(table, classes=tuple(self.classes))
 
     @cached_property
     def _known(self) -> list[SlideEntry]:
@@ -169,4 +179,6 @@ class OutlinedSlides(SplitByPatient):
         number = {slide.name: row for row, slide in enumerate(self._known)}
         given = part[[number[name] for name in self._index.names]][self._index.slide]
         shares = self.validation_share, self.test_share
-        return deal_parts(self._patients, given, shares, self.seed, self._strata)
+        table = manifest_at(self._place)
+        source = f"{self._place}: training and testing" if table is None else f"{table}: column 'part'"
+        return deal_parts(self._patients, given, shares, self.seed, self._strata, source)

@@ -35,7 +35,8 @@ class LabelledVolumes(SplitByPatient):
         work_dir: where slices are kept.
         slices: how a volume becomes images.
         classes: names of the organs that are asked for, the background's first.
-        values: their numbers in the labels, the background's first; other organs become background.
+        values: their numbers in the labels, the background's first; other organs become background. Messages call them
+            `organs`, which is their key in `configs/btcv.json`.
         test_cases: the cases that are tested on, as numbers; the others are trained and validated on.
         label_fraction: of the training slices, whole volumes, those whose labels are learnt from.
         validation_share: of the volumes that are not tested on.
@@ -66,7 +67,7 @@ class LabelledVolumes(SplitByPatient):
         super().__post_init__()
         if not self.test_cases:
             raise ConfigError("test_cases: empty; name the numbers of the cases to test on")
-        MaskCoding(tuple(self.classes), values=tuple(self.values))
+        _ = self._coding
 
     @property
     def mpp(self) -> None:
@@ -104,10 +105,13 @@ class LabelledVolumes(SplitByPatient):
         return from_square(found, *mask.shape), mask
 
     @cached_property
+    def _coding(self) -> MaskCoding:
+        return MaskCoding(tuple(self.classes), values=tuple(self.values), key="organs")
+
+    @cached_property
     def _files(self) -> list[Path]:
-        coding = MaskCoding(tuple(self.classes), values=tuple(self.values))
         volumes = find_volumes(str(self.dataset_dir))
-        return prepare_labelled(volumes, self.work_dir, self.slices, coding, progress_bar("slices"))
+        return prepare_labelled(volumes, self.work_dir, self.slices, self._coding, progress_bar("slices"))
 
     @cached_property
     def _patients(self) -> npt.NDArray[np.str_]:
@@ -121,4 +125,5 @@ class LabelledVolumes(SplitByPatient):
         if missing:
             raise DatasetError(f"{self.dataset_dir}: no case {missing[0]} of test_cases; it has {sorted(numbers)}")
         tested = [int("".join(filter(str.isdigit, name)) or -1) in set(self.test_cases) for name in names]
-        return deal_parts(names, np.where(tested, "testing", ""), (self.validation_share, 0.5), self.seed)
+        given, source = np.where(tested, "testing", ""), f"{self.dataset_dir}: test_cases"
+        return deal_parts(names, given, (self.validation_share, 0.5), self.seed, source=source)
