@@ -89,7 +89,7 @@ def deal_parts(
         check_number(name, share, "(0, 1)")
     names, counts = np.unique(np.unique(np.stack([patients, given]), axis=1)[0], return_counts=True)
     for patient in names[counts > 1]:
-        named = " and ".join(part or "no part" for part in np.unique(given[patients == patient]).tolist())
+        named = " and in ".join(part or "no part" for part in np.unique(given[patients == patient]).tolist())
         raise DatasetError(f"{source}: patient '{patient}' is in {named}; give all of a patient's items one part")
     parts = np.where(given == "", "training", given).astype("<U10")
     wanted = [

@@ -186,7 +186,7 @@ def test_parts_of_a_folder_are_told_with_table_and_column(tmp_path: Path) -> Non
     with pytest.raises(DatasetError, match=rf"{source}2 of 2 patients are given to testing, none is left for training"):
         MaskFolder(str(tmp_path), ("background", "gland"), 32).part("training")
     table.write_text(table.read_text().removesuffix("test") + "train")
-    with pytest.raises(DatasetError, match=rf"{source}patient 'p1' is in testing and training; give all"):
+    with pytest.raises(DatasetError, match=rf"{source}patient 'p1' is in testing and in training; give all"):
         MaskFolder(str(tmp_path), ("background", "gland"), 32).part("training")
 
 

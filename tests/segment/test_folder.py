@@ -222,7 +222,9 @@ def test_given_parts_are_kept_and_a_patient_on_two_sides_is_refused(tmp_path: Pa
     assert parts.tolist() == ["training"] * 2 + ["validation"] * 2 + ["testing"] * 2
     (folder / "index.csv").write_text(text.replace("5.png,5m.png,p2,test", "5.png,5m.png,p2,train"))
     table = read_mask_table(folder)
-    with pytest.raises(DatasetError, match=r"x\.csv: patient 'p2' is in testing and training; give all of a patient's"):
+    with pytest.raises(
+        DatasetError, match=r"x\.csv: patient 'p2' is in testing and in training; give all of a patient's"
+    ):
         deal_parts(table.patient, table.part, (0.2, 0.2), 0, source="x.csv")
     (folder / "index.csv").write_text(text.replace("p2,test", "p2,tset"))
     with pytest.raises(DatasetError, match="row 6: part 'tset' unknown"):
