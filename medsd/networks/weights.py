@@ -199,7 +199,9 @@ def read_tensors(path: Path) -> TensorFile:
         WeightsError: no such file, not safetensors, values that are no numbers, or medsd's and altered.
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file; train first, or check the path")
+        raise WeightsError(
+            f"{path}: no such weights file; run the stage 'finetune' (of a segmentation 'segment'), or check the path"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
