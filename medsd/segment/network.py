@@ -91,10 +91,9 @@ class SegmentationNetwork(nn.Module):
                 f"encoder '{encoder}': its features have tensors that it lacks as a whole ({moved.in_words()}); choose "
                 "another encoder"
             )
-        if _LINEAR.get(decoder, (5,))[0] < 5:
+        said = moved.in_words()
+        if decoder in ("linear8", "linear16"):
             said = f"{len(moved.loaded)} tensors loaded, {len(moved.unexpected)} left out, of later stages"
-        else:
-            said = moved.in_words()
         logger.info("encoder '%s' in '%s': %s", encoder, decoder, said)
         self._layers = self._layers_by_name(timm_encoder)
 

@@ -262,9 +262,8 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
         caveats = [f"On other material than the network's own ({self.card.trained_on}) its outlines mean little."]
         if labels.unseen:
             caveats.append(f"The slide file is damaged: {labels.unseen:.1%} of the tissue could not be decoded.")
-        areas = {f"Area of {name}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
-        background = labels.classes[0]
-        areas = {f"Area of {background} (tissue of no other class)": areas.pop(f"Area of {background}"), **areas}
+        words = {labels.classes[0]: f"{labels.classes[0]} (tissue of no other class)"}
+        areas = {f"Area of {words.get(name, name)}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
         network = f"{self.card.encoder} with {self.card.decoder}, {labels.method}"
         return MappedSlide(
             name=slide.path.stem,

@@ -80,21 +80,23 @@ def _part(part: str, results: Results) -> Iterator[str]:
         *(title for _, title, _ in _COLUMNS),
         "validation Dice",
         "difference",
+        *(["less no pre-training"] if part != "weak" else []),
     ]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for setting in settings:
         cells = [mean_of(_values(results, part, setting, key, seeds), digits) for key, _, digits in _COLUMNS]
         cells.append(mean_of(_values(results, part, setting, "validation", seeds), 3))
-        paired = ""
-        if setting.start != base and (other := _like(settings, setting, _BASE_OF.get(setting.start, base))) is not None:
-            found = (_values(results, part, one, "dice", seeds) for one in (setting, other))
-            paired = difference_of(next(found) - next(found), 3)
+        for other in (_BASE_OF.get(setting.start, base), *(["start"] if part != "weak" else [])):
+            like = _like(settings, setting, other)
+            compared = like is not None and like != setting
+            found = [_values(results, part, one, "dice", seeds) for one in (setting, like)]
+            cells.append(difference_of(found[0] - found[1], 3) if compared else "")
         words = _STARTS[setting.start]
         if setting.start == "weak":
             words += f", sure {setting.sure:g}, {setting.fill.replace('_', ' ')}"
         share = f"{100 * setting.fraction:g} %"
-        yield "| " + " | ".join([words, setting.kind, share, *cells, paired]) + " |"
+        yield "| " + " | ".join([words, setting.kind, share, *cells]) + " |"
     yield ""
     if part == "weak":
         yield from _weak_masks(settings, results, seeds)
