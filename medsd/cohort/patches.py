@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
+from medsd.checks import check_number
 from medsd.cohort.dataset import Sample, as_sample
-from medsd.errors import DatasetError
+from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
 from medsd.tables import read_table
@@ -140,15 +142,16 @@ class PatchDataset(Dataset[Sample]):
     Args:
         table: the patches.
         side_px: side of the centred square that patches are cropped to; None leaves them whole.
-        shrink: patches are made smaller by this whole number first, each pixel the mean of a square of them.
+        scale: patches are made larger by this whole number first (bilinear), or smaller where it is one over a whole
+            number (0.5 halves them), each pixel the mean of a square of them; see `check_scale`.
 
     Raises (when an item is read):
         DatasetError: a patch cannot be decoded, or is smaller than `side_px`.
     """
 
-    def __init__(self, table: PatchTable, side_px: int | None = None, shrink: int = 1) -> None:
+    def __init__(self, table: PatchTable, side_px: int | None = None, scale: float = 1) -> None:
         self.table = table
-        self.side_px, self.shrink = side_px, shrink
+        self.side_px, self.scale = side_px, scale
         self.labels = table.label
         self.groups = table.group
 
@@ -156,15 +159,13 @@ class PatchDataset(Dataset[Sample]):
         return len(self.table.paths)
 
     def __getitem__(self, item: int) -> Sample:
-        path, pixels = self.table.paths[item], self.table.pixels(item)
-        if self.shrink > 1:
-            pixels = np.array(Image.fromarray(pixels).reduce(self.shrink))
+        path, pixels = self.table.paths[item], scaled(self.table.pixels(item), self.scale)
         if self.side_px is not None:
             height, width = pixels.shape[:2]
             if min(height, width) < self.side_px:
-                shrunk = f" (shrink={self.shrink})" if self.shrink > 1 else ""
+                told = f" (scale={self.scale:g})" if self.scale != 1 else ""
                 raise DatasetError(
-                    f"{path}: {width} x {height} px{shrunk} is smaller than tile_px={self.side_px}; lower tile_px"
+                    f"{path}: {width} x {height} px{told} is smaller than tile_px={self.side_px}; lower tile_px"
                 )
             top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
             pixels = pixels[top : top + self.side_px, left : left + self.side_px]
@@ -177,8 +178,23 @@ class PatchDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """A SHA-256 of which patches these are, whatever their labels."""
         names = [path.name for path in self.table.paths]
-        shrunk = f" {self.shrink}" if self.shrink > 1 else ""
-        return hashlib.sha256(f"{self.side_px}{shrunk} {names}".encode()).hexdigest()
+        told = f" {self.scale:g}" if self.scale != 1 else ""
+        return hashlib.sha256(f"{self.side_px}{told} {names}".encode()).hexdigest()
+
+
+def check_scale(scale: float) -> None:
+    """Raises ConfigError: a scale that is neither a whole number nor one over a whole number."""
+    check_number("scale", scale, "(0, 16]")
+    if not any(math.isclose(each, round(each)) for each in (scale, 1 / scale)):
+        raise ConfigError(f"scale={scale}: must be a whole number, such as 2, or one over a whole number, such as 0.5")
+
+
+def scaled(pixels: RGB, scale: float) -> RGB:
+    """Pixels (height, width, 3) made larger or smaller, see `check_scale`."""
+    image = Image.fromarray(pixels)
+    if scale > 1:
+        return np.array(image.resize([side * round(scale) for side in image.size], Image.Resampling.BILINEAR))
+    return np.array(image.reduce(round(1 / scale))) if scale < 1 else pixels
 
 
 def split_groups(

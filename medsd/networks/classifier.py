@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
+from medsd.networks.cut import end_at
 from medsd.networks.modes import channels_last, encoded_map, evaluating
 from medsd.networks.tokens import check_encoder_options, image_side, token_stride
 from medsd.networks.whitening import WhitenedHead
 
 _PROBE_PX = 64
+_END = "end"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -137,10 +139,12 @@ class TileClassifier(Classifier):
         classes: names of the classes in the order of the logits.
         pretrained: load timm's ImageNet weights (downloads them).
         input_mean, input_std: see `Normalise`.
-        encoder_options: of a vision transformer, as timm makes it: {"img_size": 96}, see `check_encoder_options`.
+        encoder_options: of a vision transformer, as timm makes it: {"img_size": 96}, see `check_encoder_options`. Of a
+            convolutional one {"end": "blocks.6"}: the layer whose map is pooled; what runs after it is left out.
 
     Raises:
-        NetworkError: timm has no such encoder, its features are not a map, or its weights cannot be fetched.
+        NetworkError: timm has no such encoder, its features are not a map, it cannot end where it is asked to, or its
+            weights cannot be fetched.
         WeightsError: timm's weights take another mean or deviation.
         ConfigError: a mean, deviation or option that is none.
 
@@ -185,7 +189,8 @@ def create_encoder(
         hint = nearest(name, timm.list_models())
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
     encoder: nn.Module
-    made_with = check_encoder_options(name, options or {})
+    end = (options or {}).get(_END)
+    made_with = check_encoder_options(name, {key: value for key, value in (options or {}).items() if key != _END})
     try:
         encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **made_with)
     except TypeError as error:
@@ -201,9 +206,11 @@ def create_encoder(
     if isinstance(getattr(encoder, "pre_logits", None), ConvMlp):
         encoder.pre_logits = nn.Identity()
     if options is not None and token_stride(encoder) is not None:
+        if end is not None:
+            raise ConfigError(f"encoder_options: '{name}' is a vision transformer, which ends by 'depth', not '{_END}'")
         return encoder, _token_width(encoder, name)
-    if options:
-        raise ConfigError(f"encoder_options: '{name}' is no vision transformer, which alone has any; leave them out")
+    if made_with:
+        raise ConfigError(f"encoder_options: '{name}' is no vision transformer and takes '{_END}' alone")
     images = torch.zeros(1, 3, _PROBE_PX, 2 * _PROBE_PX)  # not square, to tell its axes apart
     with evaluating(encoder), torch.no_grad():
         try:
@@ -226,6 +233,8 @@ def create_encoder(
             f"encoder '{name}': images of {_PROBE_PX} x {2 * _PROBE_PX} px give {height} x {width} cells, so its "
             "features are not a map of the image; choose a convolutional one such as 'resnet18'"
         )
+    if end is not None:
+        features = end_at(encoder, end, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
     return encoder, features.shape[1]
 
 

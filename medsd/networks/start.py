@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError, NetworkError, WeightsError
 from medsd.files import sha256_of
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
+from medsd.networks.cut import left_out
 from medsd.networks.weights import FORMAT, read_tensors, save_tensors, unreadable_card
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,9 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     Files: `save_encoder`'s, `save_classifier`'s, and other state dicts under timm's names, as .safetensors, .pt or .pth
     (at top level or under "state_dict"; code in them is refused, not run). A leading "module." is taken off the names;
     where some then begin with "encoder.", the encoder is what is below it. Heads are left out by name: fc, head,
-    head_dist, classifier, pre_logits. BatchNorms' counts of batches may be missing, as in old files: nothing reads
-    them. The encoder's name is compared where both the file and timm give one.
+    head_dist, classifier, pre_logits; so is what an encoder that ends early does without. BatchNorms' counts of batches
+    may be missing, as in old files: nothing reads them. The encoder's name is compared where both the file and timm
+    give one.
 
     Args:
         encoder: a timm network without pooling and head.
@@ -168,7 +170,8 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     below = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     state, expected = below or state, encoder.state_dict()
-    heads = [name for name in state if name not in expected and name.startswith(_HEADS)]
+    without = _HEADS + left_out(encoder)
+    heads = [name for name in state if name not in expected and name.startswith(without)]
     for name in heads:
         del state[name]
     if "norm.weight" in expected and "norm.weight" not in state:  # of timm's that pool first; see `TileClassifier`

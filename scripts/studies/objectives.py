@@ -13,7 +13,7 @@ import argparse
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
 from studies.objectives_tables import WORDS, draw, tables
 
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
+from medsd.cohort.patches import scaled
 from medsd.errors import ConfigError, NetworkError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.probes import Labelled, LinearHead, features_of, fit_head
@@ -56,31 +57,33 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Start:
-    """An encoder with its weights' file, the layer of the additive map, and the weights' input."""
+    """An encoder with its weights' file, the layer of the additive map, the weights' input, and how it is used.
+
+    `scale` is by how much images are made larger for it, `end` the layer that it ends at.
+    """
 
     name: str
     file: str
     layer: str
     input_mean: tuple[float, float, float]
     input_std: tuple[float, float, float]
+    scale: int = 1
+    end: str | None = None
 
 
 _PARTS = {
-    "pcam": Part("pcam_patches", side_px=96, shrink=1, samples=256, more="pcam_more"),
-    "ebhi": Part("ebhi_seg", side_px=96, shrink=2, samples=96),
+    "pcam": Part("pcam_patches", side_px=96, scale=1, samples=256, more="pcam_more"),
+    "ebhi": Part("ebhi_seg", side_px=96, scale=0.5, samples=96),
 }
 _HALF, _ONE, _NONE = (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+_LITE0 = ("tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k.fp16.safetensors", "encoder.blocks.4", _HALF, _HALF)
+_BLOCK = "features.denseblock3"
+_DENSENET = ("densenet121", "densenet121.capricorn_pathmnist.fp16.safetensors", f"encoder.{_BLOCK}", _NONE, _ONE)
 STARTS = {
-    "lite0": Start(
-        "tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k.fp16.safetensors", "encoder.blocks.4", _HALF, _HALF
-    ),
-    "densenet": Start(
-        "densenet121",
-        "densenet121.capricorn_pathmnist.fp16.safetensors",
-        "encoder.features.denseblock3",
-        _NONE,
-        _ONE,
-    ),
+    "lite0": Start(*_LITE0),
+    "lite0-x2": Start(*_LITE0, scale=2, end="blocks.6"),
+    "densenet": Start(*_DENSENET, end=_BLOCK),
+    "densenet-x2": Start(*_DENSENET, scale=2, end=_BLOCK),
 }
 
 
@@ -149,7 +152,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
     )
     fixed = {"version": VERSION, "table": sha256_of(table), "start": asdict(STARTS[job.encoder])}
     if job.method == "frozen":
-        return fixed | {"side_px": part.side_px, "shrink": part.shrink}
+        return fixed | {"side_px": part.side_px, "scale": part.scale}
     objective = {name: value for name, value in vars(objective_of(job.method)).items() if not name.startswith("_")}
     return fixed | asdict(part) | {"objective": objective, "explained": asdict(EXPLAINED)}
 
@@ -163,10 +166,12 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of maps that miss their sums, which is measured
     start, part, data = STARTS[job.encoder], _PARTS[job.part], Path(job.data)
-    fit, held, test = split(items_of(job.part, part, data), part, data, job.repeat, job.fold)
+    sides = split(items_of(job.part, part, data), part, data, job.repeat, job.fold)
+    fit, held, test = (_enlarged(side, start.scale) for side in sides)
     torch.manual_seed(job.repeat)
     classes = GRADES if job.part == "ebhi" else ("normal", "tumour")
-    network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std)
+    ends = {} if start.end is None else {"end": start.end}
+    network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std, ends)
     load_encoder(network.encoder, data / "weights_encoders" / start.file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
@@ -270,6 +275,17 @@ def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dic
     return {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known))}
 
 
+def _enlarged(items: Items, scale: int) -> Items:
+    masks = None if items.masks is None else items.masks.repeat(scale, axis=1).repeat(scale, axis=2)
+    return replace(items, images=_larger(items.images, scale), masks=masks)
+
+
+def _larger(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """Images (n, 3, S, S) uint8 made larger as the bundle does."""
+    pixels = [scaled(image, scale) for image in images.permute(0, 2, 3, 1).numpy()]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
 def _normalised(network: TileClassifier, images: torch.Tensor) -> Iterator[torch.Tensor]:
     return (network.normalise(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(_BATCH))
 
@@ -290,7 +306,7 @@ def _masked(test: Items, job: Job) -> Iterator[tuple[torch.Tensor, npt.NDArray[n
             mask = np.asarray(drawn.convert("L").crop(tuple(box))) > 0  # type: ignore[arg-type]
         if 0.05 < mask.mean() < 0.95:
             tiles = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unfold(1, side, side).unfold(2, side, side)
-            yield tiles.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous(), mask
+            yield _larger(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1), STARTS[job.encoder].scale), mask
 
 
 def _stitched(maps: torch.Tensor, side: int) -> npt.NDArray[np.float32]:

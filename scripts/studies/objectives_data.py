@@ -26,7 +26,7 @@ class Part:
 
     folder: str
     side_px: int
-    shrink: int
+    scale: float
     samples: int
     epochs: int = 10
     more: str | None = None
@@ -71,14 +71,14 @@ def masked_items(folder: Path, part: Part, grades: Sequence[str], left_out: Sequ
 
 
 def _read(table: PatchTable, part: Part) -> Items:
-    dataset = PatchDataset(table, part.side_px, part.shrink)
+    dataset = PatchDataset(table, part.side_px, part.scale)
     images = torch.stack([dataset[row]["image"] for row in range(len(dataset))])
     return Items(images, table.label, table.group)
 
 
 def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
     with Image.open(path) as image:
-        small = np.asarray(image.convert("L").reduce(part.shrink)) > 127
+        small = np.asarray(image.convert("L").reduce(round(1 / part.scale))) > 127
     top, left = ((side - part.side_px) // 2 for side in small.shape)
     return small[top : top + part.side_px, left : left + part.side_px]
 

@@ -18,8 +18,8 @@ SIDE_PX = 128
 # Raised whenever a part holds other pixels, so that kept results are never mixed.
 VERSION = 1
 PARTS = {
-    "pcam": Part("pcam_patches", side_px=96, shrink=1, samples=256, more="pcam_more", head_lr=1e-3, stain=0.1),
-    "ebhi": Part("ebhi_seg", side_px=224, shrink=1, samples=256, head_lr=1e-3, stain=0.1),
+    "pcam": Part("pcam_patches", side_px=96, scale=1, samples=256, more="pcam_more", head_lr=1e-3, stain=0.1),
+    "ebhi": Part("ebhi_seg", side_px=224, scale=1, samples=256, head_lr=1e-3, stain=0.1),
 }
 # A yellow of saffron, which some laboratories put on collagen beside haematoxylin and eosin: optical densities of red,
 # green and blue of a unit, and how much is added where there is tissue, so that cross-entropy's worst group is near the

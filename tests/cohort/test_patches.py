@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
-from medsd.errors import DatasetError
+from medsd.cohort.patches import PatchDataset, PatchTable, check_scale, read_patch_table, split_groups
+from medsd.errors import ConfigError, DatasetError
 
 
 @pytest.fixture(scope="session")
@@ -71,12 +71,25 @@ def test_classes_by_name_and_tables_that_name_files(folder: Path) -> None:
 
 
 def test_shrunk_patches_are_means_of_squares(folder: Path) -> None:
-    data = PatchDataset(read_patch_table(folder, "slide"), side_px=4, shrink=2)
+    data = PatchDataset(read_patch_table(folder, "slide"), side_px=4, scale=0.5)
     means = patch(0).reshape(5, 2, 6, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)[:, :4, 1:5]
     np.testing.assert_allclose(data[0]["image"].numpy(), means, atol=0.5)
-    with pytest.raises(DatasetError, match=r"6 x 5 px \(shrink=2\) is smaller than tile_px=6"):
-        PatchDataset(data.table, side_px=6, shrink=2)[0]
+    with pytest.raises(DatasetError, match=r"6 x 5 px \(scale=0.5\) is smaller than tile_px=6"):
+        PatchDataset(data.table, side_px=6, scale=0.5)[0]
     assert data.fingerprint() != PatchDataset(data.table, side_px=4).fingerprint()
+
+
+def test_enlarged_patches_are_interpolated_between_pixels(folder: Path) -> None:
+    table = read_patch_table(folder, "slide")
+    whole = torch.from_numpy(table.pixels(0)).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(whole, scale_factor=2, mode="bilinear")[0]
+    torch.testing.assert_close(PatchDataset(table, scale=2)[0]["image"].float(), expected, atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0, 1.5, 0.4, 17, float("nan"), "2"])
+def test_scales_are_whole_numbers_or_one_over_them(scale: float) -> None:
+    with pytest.raises(ConfigError, match="scale"):
+        check_scale(scale)
 
 
 @given(seed=st.integers(0, 50))

@@ -17,7 +17,7 @@ from medsd.classes import CLASSES, checked_classes, target_number
 from medsd.cohort.apart import may_train
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.manifest import find_slides_at
-from medsd.cohort.patches import PatchDataset, PatchTable, read_patch_table, split_groups
+from medsd.cohort.patches import PatchDataset, PatchTable, check_scale, read_patch_table, split_groups
 from medsd.cohort.split import PARTS
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, class_shares, with_reference
@@ -47,7 +47,8 @@ class PatchData:
         tissue: what is on the patches, in words, for the weights' card.
         classes: names in the order of the labels.
         left_out: labels whose patches are left out.
-        shrink: whole number by which patches are made smaller before they are cropped; `mpp` is that of the smaller.
+        scale: by which patches are made larger (2) or smaller (0.5) before they are cropped, see `check_scale`; `mpp`
+            is theirs afterwards.
         more_dirs: further folders with labels, whose groups nobody knows. Their patches are trained on, but for those
             of a place or a stain that is validated or tested on, see `may_train`.
         stratified: deal the groups class by class, see `split_groups`.
@@ -69,7 +70,7 @@ class PatchData:
     tissue: str = ""
     classes: Sequence[str] = CLASSES
     left_out: Sequence[str] = ()
-    shrink: int = 1
+    scale: float = 1
     more_dirs: Sequence[str] = ()
     stratified: bool = False
     target: str | None = None
@@ -84,7 +85,7 @@ class PatchData:
         check_tile(self.tile_px, self.mpp)
         check_number("validation_share", self.validation_share, "(0, 1)")
         check_number("test_share", self.test_share, "(0, 1)")
-        check_number("shrink", self.shrink, "[1, inf)", whole=True)
+        check_scale(self.scale)
         object.__setattr__(self, "classes", checked_classes(self.classes))
         target_number(self.classes, self.target)
 
@@ -98,8 +99,8 @@ class PatchData:
 
     def fingerprint(self) -> str:
         """A SHA-256 of which patches with which labels play which part."""
-        shrunk = f" {self.shrink}" if self.shrink > 1 else ""
-        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}{shrunk}".encode())
+        told = f" {self.scale:g}" if self.scale != 1 else ""
+        digest = hashlib.sha256(f"{self.tile_px} {self.mpp}{told}".encode())
         for part in PARTS:
             rows = self._parts[part]
             digest.update(f"{part} {[path.name for path in rows.paths]} {rows.label.tolist()}".encode())
@@ -111,7 +112,7 @@ class PatchData:
 
     def part(self, name: str) -> PatchDataset:
         """The patches of the part "training", "validation" or "testing"."""
-        return PatchDataset(self._parts[name], self.tile_px, self.shrink)
+        return PatchDataset(self._parts[name], self.tile_px, self.scale)
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """The patches of the part "training" or "validation", whatever their labels."""
