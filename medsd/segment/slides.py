@@ -178,8 +178,10 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
     def model(self) -> str:
         """What the network is, in words: what every output says first."""
         classes = ", ".join(self.card.classes)
+        scored = "".join(f"; {name.replace('_', ' ')} {value:.2f} of 1" for name, value in self.card.validation.items())
         return (
-            f"Segmentation network ({classes}) trained on {self.card.trained_on}, at {self.segmenter.mpp:g} µm per px."
+            f"Segmentation network ({classes}) trained on {self.card.trained_on}, at {self.segmenter.mpp:g} µm per px"
+            f"{scored}."
         )
 
     def recipe(self, _entry: SlideEntry) -> dict[str, Any]:

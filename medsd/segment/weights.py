@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class SegmentationCard:
         data_sha256: of the items of its training, validation and test parts.
         settings_sha256: of the settings that it was trained with.
         input_mean, input_std: what its images are normalised by.
+        validation: what the best epoch scored on validation images, by name; empty in cards that do not say.
     """
 
     encoder: str
@@ -46,6 +47,7 @@ class SegmentationCard:
     settings_sha256: str = ""
     input_mean: tuple[float, ...] = IMAGENET_MEAN
     input_std: tuple[float, ...] = IMAGENET_STD
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 def save_segmentation(path: str | Path, network: SegmentationNetwork, card: SegmentationCard) -> str:

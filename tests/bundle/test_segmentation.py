@@ -68,6 +68,8 @@ def test_the_linear_protocol_reads_masks_off_the_encoder_it_was_given(finished: 
     assert len(rows) == scores["units"] and set(rows["patient"]) <= {f"p{n}" for n in range(8)}
     history = read_table(finished / "out" / "training" / "history.csv")
     assert list(history.columns) == ["epoch", "loss", "validation_dice"]
+    best = history["validation_dice"].astype(float).max()
+    assert card.validation == {"validation_dice": pytest.approx(best, abs=1e-4)}
     with Image.open(finished / "out" / "sheet.png") as sheet:
         assert sheet.width >= 900
 

@@ -38,7 +38,7 @@ from medsd.tables import read_table
 CLASSES = ("background", "violet", "blue")
 INKS = ((225, 150, 190), (120, 60, 140), (60, 60, 200))
 GREEN = ModelCard("test_resnet", ("normal", "tumour"), 32, 1.0, "")
-CARD = SegmentationCard("test_resnet", "unet", CLASSES, 128, "colours", mpp=1.0)
+CARD = SegmentationCard("test_resnet", "unet", CLASSES, 128, "colours", mpp=1.0, validation={"validation_dice": 0.713})
 MPP, SIDE_PX, BLOCK_PX = 0.5, 2304, 512
 RING = (850, 850, 450, 225)
 """Level-0 centre and radii: the violet ring lies across the border of blocks of 512 px at 1 um; of blue a square."""
@@ -108,6 +108,7 @@ def test_areas_are_those_that_were_drawn(done: SimpleNamespace) -> None:
     assert [float(table.loc["drawn", f"{name}_mm2"]) for name in CLASSES] == list(areas.values())
     assert table.loc["glass", "violet_mm2"] == "" and table.loc["glass", "status"] == "empty"
     record = json.loads((done.folder / "record.json").read_text())
+    assert record["model"].endswith("trained on colours, at 1 µm per px; validation dice 0.71 of 1.")
     assert record["result"]["areas_mm2"] == areas and record["scale"]["mpp"] == MPP
 
 
