@@ -59,8 +59,8 @@ class Part:
 PARTS = {
     # For two cores; the others for a GPU.
     "pcam-resnet10t": Part("pcam", "resnet10t_half", False, "layer2", epochs=15, lr=0.06, queue=768, view_px=64),
+    "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=20, lr=0.015, queue=64, view_px=112),
     "pcam-resnet18": Part("pcam", "resnet18", False, "layer3", epochs=30, lr=0.06, queue=768, view_px=96),
-    "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=60, lr=0.015, queue=64, view_px=112),
     "pcam-lite0": Part("pcam", "tf_efficientnet_lite0", True, "blocks.4", epochs=15, lr=0.015, queue=768, view_px=96),
     "ebhi-resnet18": Part("ebhi", "resnet18", False, "layer3", epochs=120, lr=0.06, queue=64, view_px=112),
 }
