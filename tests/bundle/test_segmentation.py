@@ -154,6 +154,9 @@ def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
             array[4:9, 4:9, 1:] = 6 if word == "label" else 200 + case
             np.save(tmp_path / "ct" / word / f"{word}{case:04d}.npy", array)
     given = (str(tmp_path / "ct"), str(tmp_path / "work"), SliceSettings(every=1, side_px=32), ("background", "liver"))
+    with pytest.raises(DatasetError, match="no case 9 of test_cases"):
+        LabelledVolumes(*given, values=(0, 6), test_cases=(9,)).part("testing")
+    assert not (tmp_path / "work").exists()  # told before any volume is made into slices
     data = LabelledVolumes(*given, values=(0, 6), test_cases=(2, 5), validation_share=0.2)
     data.prepare()
     assert [path.stem for path in data.part("testing").files] == ["0002", "0005"]
@@ -162,8 +165,6 @@ def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
     items = data.part("testing")
     found, mask = data.judged(items, 1, items[1]["label"][0])
     assert found.shape == mask.shape == (16, 16) and torch.equal(found, mask)
-    with pytest.raises(DatasetError, match="no case 9 of test_cases"):
-        LabelledVolumes(*given, values=(0, 6), test_cases=(9,)).part("testing")
     with pytest.raises(DatasetError, match=r"ct: test_cases: 6 of 6 patients are given to testing, none .* training"):
         LabelledVolumes(*given, values=(0, 6), test_cases=range(1, 7)).part("testing")
     with pytest.raises(ConfigError, match=r"organs=\[0\]: give a different one for each of the 2 classes"):

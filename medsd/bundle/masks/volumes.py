@@ -111,6 +111,7 @@ class LabelledVolumes(SplitByPatient):
     @cached_property
     def _files(self) -> list[Path]:
         volumes = find_volumes(str(self.dataset_dir))
+        self._tested([each.name for each in volumes])  # before minutes are spent on them
         return prepare_labelled(volumes, self.work_dir, self.slices, self._coding, progress_bar("slices"))
 
     @cached_property
@@ -119,11 +120,14 @@ class LabelledVolumes(SplitByPatient):
 
     @cached_property
     def _dealt(self) -> npt.NDArray[np.str_]:
-        names = self._patients
-        numbers = {int(digits) for name in names if (digits := "".join(filter(str.isdigit, name)))}
+        given, source = np.where(self._tested(self._patients), "testing", ""), f"{self.dataset_dir}: test_cases"
+        return deal_parts(self._patients, given, (self.validation_share, 0.5), self.seed, source=source)
+
+    def _tested(self, names: Sequence[str]) -> list[bool]:
+        """Whether each case, by its name, is tested on; raises DatasetError: a test case that is not there."""
+        numbers = [int("".join(filter(str.isdigit, name)) or -1) for name in names]
         missing = [case for case in self.test_cases if case not in numbers]
         if missing:
-            raise DatasetError(f"{self.dataset_dir}: no case {missing[0]} of test_cases; it has {sorted(numbers)}")
-        tested = [int("".join(filter(str.isdigit, name)) or -1) in set(self.test_cases) for name in names]
-        given, source = np.where(tested, "testing", ""), f"{self.dataset_dir}: test_cases"
-        return deal_parts(names, given, (self.validation_share, 0.5), self.seed, source=source)
+            known = sorted(number for number in numbers if number >= 0)
+            raise DatasetError(f"{self.dataset_dir}: no case {missing[0]} of test_cases; it has {known}")
+        return [number in self.test_cases for number in numbers]
