@@ -178,7 +178,7 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
         state = {name.replace("fc_norm.", "norm.", 1): tensor for name, tensor in state.items()}
     _compare(path, state, expected)
     encoder.load_state_dict(state, strict=False)
-    logger.info("%s: %d tensors loaded; heads left out: %s", path, len(state), ", ".join(heads) or "none")
+    logger.info("%s: %d tensors loaded; left out: %s", path, len(state), ", ".join(heads) or "none")
 
 
 def _compare(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -24,9 +24,8 @@ import torch
 from studies import data, objectives, objectives_data, tissue
 from studies.data import Items
 from studies.finetune_tables import draw, tables
+from studies.networks import ENCODER
 from studies.objectives import STARTS
-from timm.models import build_model_with_cfg, register_model
-from timm.models.resnet import BasicBlock, ResNet
 
 from medsd.cohort.dataset import Sample
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
@@ -45,24 +44,7 @@ from medsd.training.terms import Objective
 
 __all__ = ["draw", "tables"]
 
-ENCODER = "resnet10t_half"
 NO_SHORTCUT = "no-shortcut"
-
-
-@register_model  # type: ignore[no-untyped-call]
-def resnet10t_half(pretrained: bool = False, pretrained_cfg: None = None, **options: Any) -> ResNet:
-    """timm's ResNet-10-t with half its channels: 1.2 million parameters, for many trainings on a CPU."""
-    made: ResNet = build_model_with_cfg(
-        *(ResNet, ENCODER, pretrained, {"first_conv": "conv1.0", "classifier": "fc"}),
-        block=BasicBlock,
-        layers=(1, 1, 1, 1),
-        channels=(32, 64, 128, 256),
-        stem_width=16,
-        stem_type="deep_tiered",
-        avg_down=True,
-        **options,
-    )
-    return made
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from studies import fields, natural
-from studies.finetune import ENCODER
 from studies.label_free_tables import draw, tables
+from studies.networks import ENCODER
 from torch import Tensor, nn
 
 from medsd.evaluate.scores import auc

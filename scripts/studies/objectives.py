@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from studies.networks import ENCODER
 from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
 from studies.objectives_tables import WORDS, draw, tables
 
@@ -33,7 +34,7 @@ from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
 from medsd.files import sha256_of
-from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
 from medsd.networks.modes import training
 from medsd.networks.start import load_encoder
 from medsd.objectives.saliency_decor import SaliencyDecor
@@ -59,11 +60,12 @@ _BATCH = 64
 class Start:
     """An encoder with its weights' file, the layer of the additive map, the weights' input, and how it is used.
 
-    `scale` is by how much images are made larger for it, `end` the layer that it ends at.
+    Without a file it is trained from scratch. `scale` is by how much images are made larger for it, `end` the layer
+    that it ends at.
     """
 
     name: str
-    file: str
+    file: str | None
     layer: str
     input_mean: tuple[float, float, float]
     input_std: tuple[float, float, float]
@@ -84,7 +86,18 @@ STARTS = {
     "lite0-x2": Start(*_LITE0, scale=2, end="blocks.6"),
     "densenet": Start(*_DENSENET, end=_BLOCK),
     "densenet-x2": Start(*_DENSENET, scale=2, end=_BLOCK),
+    "resnet10t": Start(ENCODER, None, "encoder.layer2", IMAGENET_MEAN, IMAGENET_STD),
 }
+
+
+# Batch statistics must be learnt, and the head has nothing to start from.
+_FROM_SCRATCH: dict[str, Any] = {"epochs": 20, "lr": 2e-3, "head_lr": 2e-3, "layer_decay": 1.0, "frozen": ()}
+
+
+def part_of(job: Job) -> Part:
+    """What a job trains on, and how."""
+    part = _PARTS[job.part]
+    return part if STARTS[job.encoder].file else replace(part, **_FROM_SCRATCH)
 
 
 def objective_of(method: str) -> SaliencyDecor:
@@ -146,7 +159,7 @@ def key_of(job: Job) -> tuple[str, str, str, int, int]:
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
-    part, data = _PARTS[job.part], Path(job.data)
+    part, data = part_of(job), Path(job.data)
     table = next(
         data / part.folder / name for name in ("labels.csv", "index.csv") if (data / part.folder / name).is_file()
     )
@@ -165,19 +178,18 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Train on a fold's training side and score on its test side."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of maps that miss their sums, which is measured
-    start, part, data = STARTS[job.encoder], _PARTS[job.part], Path(job.data)
+    start, part, data = STARTS[job.encoder], part_of(job), Path(job.data)
     sides = split(items_of(job.part, part, data), part, data, job.repeat, job.fold)
     fit, held, test = (_enlarged(side, start.scale) for side in sides)
     torch.manual_seed(job.repeat)
     classes = GRADES if job.part == "ebhi" else ("normal", "tumour")
     ends = {} if start.end is None else {"end": start.end}
     network = TileClassifier(start.name, classes, False, start.input_mean, start.input_std, ends)
-    load_encoder(network.encoder, data / "weights_encoders" / start.file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with torch.no_grad():
+    if start.file is not None:
+        load_encoder(network.encoder, data / "weights_encoders" / start.file)
         head = regression(network, [fit, held] if job.method == "frozen" else [fit])
-        network.head.weight.copy_(torch.from_numpy(head.weight))
-        network.head.bias.copy_(torch.from_numpy(head.bias))
+        network.head.load_state_dict({name: torch.from_numpy(value) for name, value in vars(head).items()})
     if job.method == "frozen":
         network.eval()
         return job, {"auc": scores_of(network, held, test)["auc"]}
