@@ -157,12 +157,12 @@ def fitted(text: str, size: float, width: float | None, bold: bool = False) -> s
     return without_middle(max(0, longer - 1))
 
 
-def wrapped(text: str, size: float, width: float) -> list[str]:
+def wrapped(text: str, size: float, width: float, bold: bool = False) -> list[str]:
     """Lines of at most `width` pixels, broken between words."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if text_width(longer, size) <= width:
+        if text_width(longer, size, bold) <= width:
             lines[-1] = longer
         else:
             lines.append(word)

@@ -24,11 +24,12 @@ def test_letters_that_cannot_be_drawn_are_question_marks():
     assert fitted("", 11, 10) == ""
 
 
-def test_lines_are_broken_between_words():
+@pytest.mark.parametrize("bold", [False, True])
+def test_lines_are_broken_between_words(bold: bool) -> None:
     text = "Contours: tumour probability above 0.50. " * 9
-    lines = wrapped(text, 13, 400)
-    assert " ".join(lines).split() == text.split() and all(text_width(line, 13) <= 400 for line in lines)
-    assert all(text_width(f"{a} {b.split()[0]}", 13) > 400 for a, b in pairwise(lines))
+    lines = wrapped(text, 13, 400, bold)
+    assert " ".join(lines).split() == text.split() and all(text_width(line, 13, bold) <= 400 for line in lines)
+    assert all(text_width(f"{a} {b.split()[0]}", 13, bold) > 400 for a, b in pairwise(lines))
 
 
 def test_text_is_no_markup(tmp_path):

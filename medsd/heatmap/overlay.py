@@ -193,7 +193,7 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     if slide.findings is not None:
         words = f"Slide score {slide.findings.score:.3f}. {' '.join(slide.findings.verdict)}"
         head += [(line, BLACK) for line in wrapped(words, 15, room)]
-    head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room)]
+    head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room, bold=True)]
     foot = _footer(slide, opacity)
     height, width = slide.thumbnail.shape[:2]
     boxes, bottom = layout(1 + len(slide.maps), width / height, head_px(len(head)))

@@ -165,6 +165,9 @@ def test_what_does_not_fit_is_said_in_red_above_the_panels(tmp_path: Path) -> No
         for words in ((), ("Does not fit: too coarse.",))
     ]
     assert red == [False, True]
+    long = draw(tmp_path / "o.png", misfits=("Does not fit: " + "too coarse " * 40,))
+    coloured = np.flatnonzero((np.ptp(long[:150].astype(int), axis=2) > 60).any(axis=0))
+    assert coloured.max() < long.shape[1] - 30  # bold, and still within the margin
 
 
 def test_every_method_has_a_panel(tmp_path: Path) -> None:
