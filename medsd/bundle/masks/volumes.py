@@ -120,7 +120,8 @@ class LabelledVolumes(SplitByPatient):
 
     @cached_property
     def _dealt(self) -> npt.NDArray[np.str_]:
-        given, source = np.where(self._tested(self._patients.tolist()), "testing", ""), f"{self.dataset_dir}: test_cases"
+        given = np.where(self._tested(self._patients.tolist()), "testing", "")
+        source = f"{self.dataset_dir}: test_cases"
         return deal_parts(self._patients, given, (self.validation_share, 0.5), self.seed, source=source)
 
     def _tested(self, names: Sequence[str]) -> list[bool]:
