@@ -22,10 +22,11 @@ from medsd.tables import read_table
 
 _OTHER, _TARGET, _INK = "#1f77b4", "#d62728", "#444444"
 _TERMS = (
-    ("cross_entropy", _INK),
-    ("consistency", "#9467bd"),
-    ("stage_cross_entropy", "#8c564b"),
-    ("mask_loss", "#17becf"),
+    ("cross_entropy", _INK, "cross-entropy"),
+    ("consistency", "#9467bd", "consistency"),
+    ("decorrelation", "#e69f00", "decorrelation (1 at its start)"),
+    ("stage_cross_entropy", "#8c564b", "cross-entropy of the stages"),
+    ("mask_loss", "#17becf", "mask loss"),
 )
 # Okabe and Ito's colours without yellow and black; a marker with each, for those who see no colours.
 RUN_STYLES = (
@@ -73,9 +74,9 @@ def _draw_training(axes: Axes, folder: Path, _scores: dict[str, Any]) -> None:
     history = read_table(folder / "training" / "history.csv", ("epoch", "validation_auc"))
     history = history.replace("", np.nan).astype(float)  # epochs without a term, or not validated
     epochs = history["epoch"]
-    for name, colour in _TERMS:
+    for name, colour, words in _TERMS:
         if name in history:
-            axes.plot(epochs, history[name], "-o", ms=3, color=colour, label=name.replace("_", "-"))
+            axes.plot(epochs, history[name], "-o", ms=3, color=colour, label=words)
     axes.set(xlabel="epoch", ylabel="loss term (training)", title="Training", ylim=(0, None), xticks=epochs)
     other = axes.twinx()
     other.plot(epochs, history["validation_auc"], "--s", ms=3, color="#2ca02c", label="AUC")
