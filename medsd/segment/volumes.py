@@ -174,6 +174,11 @@ class MaskedSlices(Dataset[MaskedSample]):
         mask = to_square(torch.from_numpy(self.label(item)), grey.shape[0])
         return as_masked_sample(np.repeat(grey[..., None], 3, axis=2), mask.numpy())
 
+    def seen(self) -> set[int]:
+        """The class numbers that its volumes hold."""
+        layers = (layer for path in self.files for layer in load_slices(_labels_of(path)))
+        return {int(number) for layer in layers for number in np.flatnonzero(np.bincount(layer.ravel()))}
+
     def label(self, item: int) -> Numbers:
         """Class numbers (height, width) of a slice, at the volume's own size."""
         labels: Numbers = np.array(load_slices(_labels_of(self.files[self._volume[item]]))[self._slice[item]])

@@ -146,7 +146,7 @@ def test_phantom_slides_are_data(phantoms: Path, tmp_path: Path, caplog: pytest.
         replace(data, dataset_dir=str(table)).part("training")
 
 
-def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
+def test_volumes_are_split_by_their_cases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for word in ("img", "label"):
         (tmp_path / "ct" / word).mkdir(parents=True)
         for case in range(1, 7):
@@ -159,6 +159,9 @@ def test_volumes_are_split_by_their_cases(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()  # told before any volume is made into slices
     data = LabelledVolumes(*given, values=(0, 6), test_cases=(2, 5), validation_share=0.2)
     data.prepare()
+    assert "check organs" not in caplog.text
+    replace(data, classes=("background", "liver", "spleen"), values=(0, 6, 1)).prepare()
+    assert "testing: no voxel of its volumes is 'spleen', 1 in the labels; check organs" in caplog.text
     assert [path.stem for path in data.part("testing").files] == ["0002", "0005"]
     assert len(data.part("training").files) + len(data.part("validation").files) == 4
     assert len(data.part("testing")) == 6 and len(data.part("training")) % 2 == 0

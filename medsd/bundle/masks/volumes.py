@@ -90,6 +90,11 @@ class LabelledVolumes(SplitByPatient):
         for part in PARTS:
             items = self.part(part)
             logger.info("%s: %d slices of volumes %s", part, len(items), ", ".join(path.stem for path in items.files))
+            for number in sorted(set(range(len(self.classes))) - items.seen()):
+                logger.warning(
+                    "%s: no voxel of its volumes is '%s', %d in the labels; check organs",
+                    *(part, self.classes[number], self.values[number]),
+                )
 
     def part(self, name: str) -> MaskedSlices:
         files = [path for path, kept in zip(self._files, self._rows(name), strict=True) if kept]
