@@ -103,7 +103,7 @@ def segment(
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         input_mean=network.normalise.input_mean,
         input_std=network.normalise.input_std,
-        validation={str(evaluator.state.key_metric_name): round(state.best_metric, 4)},
+        validation={str(evaluator.state.key_metric_name): round(state.best_metric, 4)} if state.best_epoch else {},
     )
     save_segmentation(path, network, card)
     write_record(record, recipe, [f"../{SEGMENTATION}"], sha256=sha256_of(path))
