@@ -24,6 +24,22 @@ WORDS = {
     "saliencydecor-zca": "SaliencyDecor, `zca`",
     "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
+_SHORT = {
+    "sgt": "SGT",
+    "decorrelation": "decorrelation",
+    "saliencydecor": "SaliencyDecor, cov",
+    "saliencydecor-zca": "SaliencyDecor, zca",
+    "as-built": "as built",
+}
+_TITLES = {
+    "pcam": "PatchCamelyon",
+    "ebhi": "EBHI-Seg",
+    "lite0": "EfficientNet-Lite0",
+    "lite0-x2": "EfficientNet-Lite0, twice as large",
+    "densenet": "DenseNet-121",
+    "densenet-x2": "DenseNet-121, twice as large",
+    "resnet10t": "ResNet-10-t from scratch",
+}
 COLUMNS = {
     "auc": ("AUC", 1.0, 3),
     "accuracy": ("accuracy %", 100.0, 1),
@@ -105,16 +121,23 @@ def _half_width(differences: npt.NDArray[np.float64]) -> float:
 def draw(results: Results, folder: Path) -> None:
     """One figure, `objectives.png`: differences from CE by fold, in AUC, masking gap and pixel AUC."""
     shown = ("auc", "gap", "pixel_auc")
-    groups = list(dict.fromkeys(key[:2] for key in results))
-    if not groups:
+    methods = {
+        group: [m for m in _SHORT if any(key[:3] == (*group, m) for key in results)]
+        for group in dict.fromkeys(key[:2] for key in results)
+    }
+    methods = {group: names for group, names in methods.items() if names}
+    if not methods:
         return
-    figure = Figure(figsize=(4.2 * len(shown), 2.6 * len(groups)), dpi=120, layout="constrained")
+    counts = [len(names) for names in methods.values()]
+    size = 4.2 * len(shown), 0.7 * len(counts) + 0.35 * sum(counts) + 0.6
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(groups), len(shown), squeeze=False)
-    for row, (part, encoder) in zip(grid, groups, strict=True):
-        methods = [m for m in WORDS if m not in ("ce", "frozen") and any(k[:3] == (part, encoder, m) for k in results)]
+    figure.suptitle("Less cross-entropy on the same fold. Ring: a fold. Orange: mean.", fontsize="medium")
+    grid = figure.subplots(len(counts), len(shown), squeeze=False, sharex="col", height_ratios=[n + 1 for n in counts])
+    for row, ((part, encoder), names) in zip(grid, methods.items(), strict=True):
+        row[1].set_title(f"{_TITLES[part]}, {_TITLES[encoder]}", fontsize="medium")
         for axes, column in zip(row, shown, strict=True):
-            for place, method in enumerate(methods):
+            for place, method in enumerate(names):
                 pairs = [
                     (results[key].get(column), results.get((part, encoder, "ce", *key[3:]), {}).get(column))
                     for key in results
@@ -123,13 +146,12 @@ def draw(results: Results, folder: Path) -> None:
                 values = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
                 axes.plot(values, [place] * len(values), "o", color="#333333", mfc="none", ms=4)
                 if values:
-                    axes.plot(np.mean(values), place, "|", color="#D55E00", ms=16, mew=2)
+                    axes.plot(np.mean(values), place, "|", color="#D55E00", ms=14, mew=2)
             axes.axvline(0, color="#999999", ls=":", lw=1)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set(title=f"{part}, {encoder}", xlabel=f"{COLUMNS[column][0]} less CE's (a ring a fold)")
-            axes.set_yticks(
-                range(len(methods)), [WORDS[m].partition(",")[0] if axes is row[0] else "" for m in methods]
-            )
-            axes.invert_yaxis()
+            axes.set_ylim(len(names) - 0.3, -0.7)
+            axes.set_yticks(range(len(names)), [_SHORT[m] if axes is row[0] else "" for m in names])
+    for axes, column in zip(grid[-1], shown, strict=True):
+        axes.set_xlabel(COLUMNS[column][0])
     with atomic_path(folder / "objectives.png") as temporary:
         figure.savefig(temporary)

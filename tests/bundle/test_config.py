@@ -29,8 +29,10 @@ def refusal(*overlays: str, stage: str = "run", **overrides: object) -> str:
     return str(stop.value)
 
 
-@pytest.mark.parametrize("overlays", [[], *([path] for path in CONFIGS)])
-def test_the_default_and_every_overlay_are_accepted(overlays):
+@pytest.mark.parametrize("overlay", [None, *CONFIGS])
+def test_the_default_and_every_overlay_are_accepted(overlay):
+    below = {str(ROOT / "configs" / "lite0.json"): [str(ROOT / "configs" / "pcam.json")]}  # of patches alone
+    overlays = [] if overlay is None else [*below.get(overlay, []), overlay]
     check_config([BUNDLE, *overlays], bundle_root=str(ROOT))
 
 
