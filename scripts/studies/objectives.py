@@ -3,8 +3,9 @@
 (a) `pcam`: PatchCamelyon patches, folds of whole stain clusters; further patches without a cluster are trained on where
 `may_train` lets them. (b) `ebhi`: colorectal biopsies, normal against adenocarcinoma, folds of whole patients. Three
 folds, dealt anew in each repeat, which seeds the training, too. A quarter of the training side, whole groups, fits
-temperature and neutral reference alone. The recipe is that of `configs/lite0.json`, shorter: the head starts from a
-regression, BatchNorm is frozen.
+temperature and neutral reference alone. From given weights the head starts from a regression and BatchNorm
+is frozen; `lite0-x2` is the recipe of `configs/lite0.json`, images twice as large and an encoder that ends early.
+ResNet-10-t is trained from scratch, and its BatchNorm learns.
 """
 
 from __future__ import annotations
