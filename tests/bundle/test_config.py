@@ -50,6 +50,12 @@ def test_on_several_gpus_every_bundle_runs_what_learns_alone(bundle):
     assert words.count("@finetune") == (bundle[-1] == "camelyon") and "prepare" not in words
 
 
+@pytest.mark.parametrize("names", [["pcam"], ["pcam", "lite0"], ["ebhi"]])
+@pytest.mark.parametrize("scale", [2, 0.5])
+def test_patches_can_be_made_larger_and_smaller(names, scale):
+    check_config([BUNDLE, *(str(ROOT / "configs" / f"{name}.json") for name in names)], scale=scale)
+
+
 def test_overlays_are_accepted_together():
     check_config([BUNDLE, *(str(ROOT / "configs" / f"{name}.json") for name in ("aim", "camelyon16", "gpu"))])
 
