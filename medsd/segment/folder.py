@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,14 @@ class MaskTable:
     """Images with masks on disk, one row a pair in every column.
 
     Attributes:
+        folder: holds the table.
         images, masks: their files.
         patient: (n,) str, what must not be split.
         label: (n,) str, empty where the table has no such column.
         part: (n,) str, "training", "validation", "testing", or empty where the table does not say.
     """
 
+    folder: Path
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
     patient: npt.NDArray[np.str_]
@@ -55,7 +58,7 @@ class MaskTable:
     def rows(self, chosen: npt.NDArray[np.bool_]) -> MaskTable:
         """The table with the chosen rows only."""
         images, masks = (tuple(np.array(paths, object)[chosen].tolist()) for paths in (self.images, self.masks))
-        return MaskTable(images, masks, self.patient[chosen], self.label[chosen], self.part[chosen])
+        return MaskTable(self.folder, images, masks, self.patient[chosen], self.label[chosen], self.part[chosen])
 
 
 def read_mask_table(
@@ -93,11 +96,10 @@ def read_mask_table(
         for name in ("file", "mask"):
             if not rows[name][number]:
                 raise DatasetError(f"{table}: row {number}: the column '{name}' is empty; name a file in the folder")
-            path = folder / rows[name][number]
+            path = _placed(folder, rows[name][number])
             if not path.resolve().is_relative_to(root) or not path.is_file():
-                raise DatasetError(
-                    f"{table}: row {number}: no file {path} in the folder (column '{name}'); mend the row"
-                )
+                hint = "; write folders with '/'" if "\\" in path.name else "; mend the row"
+                raise DatasetError(f"{table}: row {number}: no file {path} in the folder (column '{name}'){hint}")
             if seen.get(path) == number:
                 raise DatasetError(f"{table}: row {number}: {path.name} is its own mask; name another in column 'mask'")
             if path in seen:
@@ -114,8 +116,13 @@ def read_mask_table(
         logger.warning("%s: %d pictures in the folder are in no row and are left out", table, unlisted)
     columns = {name: rows[name].to_numpy(str) if name in rows else np.full(len(rows), "") for name in ("label", "part")}
     part = np.array([PART_OF_WORD.get(word.lower(), "") for word in columns["part"]], "<U10")
-    images, masks = (tuple(folder / path for path in rows[name]) for name in ("file", "mask"))
-    return MaskTable(images, masks, rows[column].to_numpy(str), columns["label"], part)
+    images, masks = (tuple(_placed(folder, path) for path in rows[name]) for name in ("file", "mask"))
+    return MaskTable(folder, images, masks, rows[column].to_numpy(str), columns["label"], part)
+
+
+def _placed(folder: Path, name: str) -> Path:
+    """The file that a cell names, one path for all ways to write it."""
+    return folder / os.path.relpath(folder / name, folder)
 
 
 class MaskedImages(Dataset[MaskedSample]):
@@ -143,7 +150,10 @@ class MaskedImages(Dataset[MaskedSample]):
         check_number("side_px", side_px, "[8, inf)", whole=True)
         self.table, self.coding, self.side_px = table, coding, side_px
         self.groups = self.patients = table.patient
-        self.units: npt.NDArray[np.str_] = np.array([str(path) for path in table.images])
+        # By their places in the folder, so that tables mean the same where run or folder were moved.
+        self.units: npt.NDArray[np.str_] = np.array(
+            [path.relative_to(table.folder).as_posix() for path in table.images]
+        )
 
     def __len__(self) -> int:
         return len(self.table)

@@ -65,8 +65,10 @@ def deal_parts(
 ) -> npt.NDArray[np.str_]:
     """The part (n,) of each item; every patient's items are in one part.
 
-    Parts that somebody gave are kept, and who has none is for training; what nobody has is dealt from that: patients
-    whose items come nearest to a share of all for testing, then to one of what is not tested on for validation.
+    Parts that somebody gave are kept. Where nobody is given to testing, patients without a part are dealt to it whose
+    items come nearest to a share of all; then, where nobody is given to validation, patients of what is left, given to
+    training or not, nearest to a share of what is not tested on, and that is said where some were given. The others are
+    for training.
 
     Args:
         patients: (n,).
@@ -99,20 +101,37 @@ def deal_parts(
     ]
     for rows in _by_stratum(strata, len(patients)):
         for number, (part, share) in enumerate(wanted):
-            free = np.flatnonzero((parts == "training") & rows)
+            # Nobody tests on what was given to training; to validate on some of it is usual.
+            free = np.flatnonzero((parts == "training") & rows & ((given == "") | (part != "testing")))
             names, held = _shuffled(patients[free], seed)
-            left_for_others = len(wanted) - number  # one for each part that is still to come, and one to train on
+            given_to_training = np.unique(patients[(given == "training") & rows & (part == "testing")])
+            # One for each part that is still to come, and one to train on, where these are not there already.
+            left_for_others = max(0, len(wanted) - number - len(given_to_training))
             nearest = int(np.abs(held - share * len(free)).argmin()) + 1 if len(free) else 0
             parts[free[np.isin(patients[free], names[: min(nearest, len(names) - left_for_others)])]] = part
     for part in PARTS:
         if not (parts == part).any():
             raise DatasetError(f"{source}: {_why_empty(part, patients, given)}")
+    taken = (given == "training") & (parts == "validation")
+    if taken.any():
+        people = len(np.unique(patients[taken])), len(np.unique(patients[given == "training"]))
+        logger.warning(
+            "%s: nobody is given to validation; %d of the %d patients given to training are taken for it",
+            source,
+            *people,
+        )
     return parts
 
 
 def _why_empty(part: str, patients: npt.NDArray[np.str_], given: npt.NDArray[np.str_]) -> str:
     """Whether those who gave parts left nobody for this one, or there are too few patients for anybody's parts."""
     count, taken = len(np.unique(patients)), np.isin(given, ("validation", "testing"))
+    trained = len(np.unique(patients[given == "training"]))
+    if part == "testing" and trained:
+        return (
+            f"{trained} of {count} patients are given to training, none is left for testing; give some to testing, or "
+            "empty the column to have patients dealt"
+        )
     if not taken.any():
         return f"{count} patients are too few for three parts, none is left for {part}; add some, or give each a part"
     named, held = " and ".join(np.unique(given[taken]).tolist()), len(np.unique(patients[taken]))

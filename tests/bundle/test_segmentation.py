@@ -66,6 +66,8 @@ def test_the_linear_protocol_reads_masks_off_the_encoder_it_was_given(finished: 
     assert found["dice"]["value"] > 0.6 and found["dice"]["low"] <= found["dice"]["value"] <= found["dice"]["high"]
     rows = read_table(finished / "out" / "masks.csv")
     assert len(rows) == scores["units"] and set(rows["patient"]) <= {f"p{n}" for n in range(8)}
+    assert not any(Path(unit).is_absolute() for unit in rows["unit"])
+    assert all((finished / "masks" / unit).is_file() for unit in rows["unit"])
     history = read_table(finished / "out" / "training" / "history.csv")
     assert list(history.columns) == ["epoch", "loss", "validation_dice"]
     best = history["validation_dice"].astype(float).max()

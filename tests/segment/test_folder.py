@@ -119,6 +119,21 @@ def test_a_bad_row_is_told_with_its_column(tmp_path: Path, row: str, words: str)
         read_mask_table(folder)
 
 
+def test_images_are_called_by_their_places_in_the_folder(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "in" / "masks", rows=2)
+    text = (folder / "index.csv").read_text().replace("\n0.png", f"\n{folder}/0.png").replace("\n1.png", "\n./1.png")
+    (folder / "index.csv").write_text(text)
+    found = items(folder)
+    assert found.units.tolist() == ["0.png", "1.png"] and found.place(1) == str(folder / "1.png")
+    for again in ("../masks/1.png", "deep/../1.png", f"{folder}/1.png"):
+        (folder / "index.csv").write_text(f"{text}{again},extra.png,p9\n")
+        with pytest.raises(DatasetError, match=r"row 4: 1\.png is also in row 3; keep one"):
+            read_mask_table(folder)
+    (folder / "index.csv").write_text(text + "deep\\2.png,extra.png,p9\n")
+    with pytest.raises(DatasetError, match=r"row 4: no file .* \(column 'file'\); write folders with '/'"):
+        read_mask_table(folder)
+
+
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_pairs(tmp_path)
     Image.new("RGB", (9, 9)).save(folder / "more.png")
@@ -233,6 +248,22 @@ def test_given_parts_are_kept_and_a_patient_on_two_sides_is_refused(tmp_path: Pa
         fraction_of(np.array(["a"]), 0, 0)
 
 
+def test_what_is_given_to_training_is_never_tested_on(caplog: pytest.LogCaptureFixture) -> None:
+    patients = np.array([f"p{number}" for number in range(8)])
+    given = np.array(["training"] * 5 + ["", "", ""])
+    parts = deal_parts(patients, given, (0.3, 0.4), seed=0, source="index.csv: column 'part'")
+    assert (parts == "testing").sum() == 1 and not (parts[:5] == "testing").any()
+    taken = int((parts[:5] == "validation").sum())
+    assert (parts == "validation").sum() == 2 and taken
+    told = f"index.csv: column 'part': nobody is given to validation; {taken} of the 5 patients given to training are"
+    assert told in caplog.text
+    caplog.clear()
+    one_left = deal_parts(patients, np.array(["training"] * 7 + [""]), (0.3, 0.4), seed=0)
+    assert (one_left == "testing").tolist() == [False] * 7 + [True]  # the others are enough to train on
+    caplog.clear()
+    assert (deal_parts(patients, np.full(8, ""), (0.3, 0.4), seed=0) == "testing").any() and not caplog.text
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -243,6 +274,8 @@ def test_given_parts_are_kept_and_a_patient_on_two_sides_is_refused(tmp_path: Pa
             "3 of 3 patients are given to testing and validation, none .* training",
         ),
         (["testing", "testing", "training"], "2 of 3 patients are given to testing, none is left for validation; give"),
+        (["training"] * 4, "4 of 4 patients are given to training, none is left for testing; give some to testing, or"),
+        (["training"] * 3 + ["validation"], "3 of 4 patients are given to training, none is left for testing; give"),
     ],
 )
 def test_a_part_that_nobody_is_left_for_is_told_with_who_left_none(given: list[str], words: str) -> None:
