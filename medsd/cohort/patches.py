@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
 from medsd.tables import read_table
+
+logger = logging.getLogger(__name__)
 
 # Pillow would try every decoder it has, whatever the file's name says: Ghostscript for one.
 _FORMATS = ("PNG", "TIFF", "WEBP", "JPEG")
@@ -79,20 +83,22 @@ def read_patch(path: Path) -> RGB:
 
 def read_patch_table(
     folder: str | Path,
-    group_column: str,
+    group_column: str | None,
     classes: Sequence[str] = ("normal", "tumour"),
     left_out: Sequence[str] = (),
+    key: str = "dataset_dir",
 ) -> PatchTable:
     """Read `labels.csv` (columns `id`, `label`, and the one named) and find each patch's file below `folder`.
 
     Without `labels.csv` it is `index.csv`, with the column `file`, the patch's path in the folder, in the place of
-    `id`, which is the file's name without its ending.
+    `id`, which is the file's name without its ending. A column `part` is not read, and that is said.
 
     Args:
         folder: holds the table, and the patches at any depth.
-        group_column: of what must not be split.
+        group_column: of what must not be split; None where nobody knows it: each patch is a group of its own.
         classes: their names in the order of the labels, which are these names or numbers from 0 on.
         left_out: labels whose rows are left out.
+        key: what messages call the folder.
 
     Raises:
         DatasetError: no folder or table, a missing column, an unknown label, a patch without a file, in two files
@@ -100,13 +106,16 @@ def read_patch_table(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder; set dataset_dir to a folder with labels.csv and patches")
+        raise DatasetError(f"{folder}: no such folder; set {key} to one with labels.csv and patches")
     table, column = folder / "labels.csv", "id"
     if not table.is_file() and (folder / "index.csv").is_file():
         table, column = folder / "index.csv", "file"
+    wanted = [column, "label", *([] if group_column is None else [group_column.lower()])]
     if not table.is_file():
-        raise DatasetError(f"{table}: missing; it must have the columns id, label, {group_column}")
-    rows = read_table(table, (column, "label", group_column.lower()))
+        raise DatasetError(f"{table}: missing; it must have the columns {', '.join(wanted)}")
+    rows = read_table(table, wanted)
+    if "part" in rows:
+        logger.warning("%s: the column 'part' is not read; which patches are trained or tested on is dealt", table)
     rows = rows[~rows["label"].isin(list(left_out))]
     if rows.empty:
         raise DatasetError(f"{table}: no rows; it must list patches")
@@ -114,7 +123,7 @@ def read_patch_table(
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             files.setdefault(path.stem if column == "id" else path.relative_to(folder).as_posix(), []).append(path)
-    group = rows[group_column.lower()]
+    group = rows[wanted[-1] if group_column else column]
     numbers = {name: number for number, name in enumerate(classes)} | {str(n): n for n in range(len(classes))}
     chosen: dict[Path, Any] = {}
     for number, name in rows[column].items():
@@ -127,13 +136,21 @@ def read_patch_table(
         if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
         if name not in files:
-            raise DatasetError(f"{place}: no patch named '{name}' below {folder}; add the file or delete the row")
+            word = _meant(name, folder, column)
+            hint = f"; did you mean '{word}'?" if word in files else "; add the file or delete the row"
+            raise DatasetError(f"{place}: no patch named '{name}' below {folder}{hint}")
         if len(files[name]) > 1:
             raise DatasetError(f"{place}: '{name}' is both {files[name][0]} and {files[name][1]}; delete one")
         if files[name][0] in chosen:
             raise DatasetError(f"{place}: '{name}' is also in row {chosen[files[name][0]]}; keep one")
         chosen[files[name][0]] = number
     return PatchTable(tuple(chosen), rows["label"].map(numbers).to_numpy(np.int8), group.to_numpy(str))
+
+
+def _meant(name: str, folder: Path, column: str) -> str:
+    """A name without an ending (of the column `id`), with its folders as in `folder`, not as on Windows."""
+    place = Path(os.path.relpath(folder / name.replace("\\", "/"), folder))
+    return place.as_posix() if column == "file" else place.stem
 
 
 class PatchDataset(Dataset[Sample]):
@@ -198,7 +215,11 @@ def scaled(pixels: RGB, scale: float) -> RGB:
 
 
 def split_groups(
-    table: PatchTable, shares: tuple[float, float], seed: int, stratified: bool = False
+    table: PatchTable,
+    shares: tuple[float, float],
+    seed: int,
+    stratified: bool = False,
+    source: str = "labels.csv",
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Training, validation and test rows; every group lies on one side.
 
@@ -210,22 +231,27 @@ def split_groups(
         seed: shuffles the groups.
         stratified: deal the groups of each class in turn, the rarest class first; a side takes a group that brings it
             nearer to its share of the rows of that class.
+        source: what messages say the groups are of, such as a folder and its column.
 
     Raises:
-        DatasetError: too few groups, or a side that lacks a class.
+        DatasetError: too few groups, of all or of a class, or a side that lacks a class.
     """
-    groups = np.unique(table.group)
+    groups, labels = np.unique(table.group), np.unique(table.label)
     if len(groups) < 3:
-        raise DatasetError(f"labels.csv: {len(groups)} group(s); at least 3 are needed to split by group")
+        raise DatasetError(f"{source}: {len(groups)} group(s); at least 3 are needed to split by group")
+    for label in labels:
+        held = len(np.unique(table.group[table.label == label]))
+        if held < 3:
+            raise DatasetError(
+                f"{source}: class {label} is in {held} group(s); at least 3 are needed to split by group"
+            )
     order = [str(groups[i]) for i in np.random.default_rng(seed).permutation(len(groups))]
     validation, test = (_stratified if stratified else _dealt)(table, order, shares)
     training = ~validation & ~test
     for side, word in ((training, "training"), (validation, "validation"), (test, "test")):
         found = np.unique(table.label[side])
-        if len(found) < 2:
-            raise DatasetError(f"labels.csv: the {word} side has one class only; change the seed or the shares")
-        if len(found) < len(np.unique(table.label)):
-            raise DatasetError(f"labels.csv: the {word} side lacks a class; change the seed or the shares")
+        if len(found) < max(2, len(labels)):
+            raise DatasetError(f"{source}: the {word} side lacks a class; change the seed or the shares")
     return training, validation, test
 
 

@@ -92,6 +92,9 @@ def test_further_patches_are_trained_on_unless_held_out(patch_folder, tmp_path):
     Image.fromarray(pixels[:64, :64]).save(more / "turned.png")
     with pytest.raises(DatasetError, match="patches of several sizes"):
         PatchData(str(patch_folder), 64, 1.0, more_dirs=[str(more)]).prepare()
+    Image.fromarray(pixels[:64, :64]).save(more / "copy.png")
+    with pytest.raises(DatasetError, match=r"more: patches of 64 x 64 px, those of .*patches have 96 x 96"):
+        PatchData(str(patch_folder), 64, 1.0, more_dirs=[str(more)]).prepare()
 
 
 def test_grades_are_told_apart_by_patient(patch_folder, tmp_path, run_bundle):

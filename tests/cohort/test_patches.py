@@ -70,6 +70,35 @@ def test_classes_by_name_and_tables_that_name_files(folder: Path) -> None:
         read_patch_table(folder, "patient", classes, ["polyp"])
 
 
+def test_names_written_otherwise_are_told_as_the_folder_has_them(folder: Path) -> None:
+    for name, meant in (("a.png", "a"), ("images\\a.png", "a"), (f"{folder}/d.tif", "d")):
+        (folder / "labels.csv").write_text(f"id,label,slide\n{name},0,s\n")
+        with pytest.raises(DatasetError, match=rf"row 2: no patch named .*; did you mean '{meant}'\?"):
+            read_patch_table(folder, "slide")
+    (folder / "labels.csv").rename(folder / "index.csv")
+    for name in ("images\\a.png", "./images/a.png", f"{folder}/images/a.png", "images/deep/../a.png"):
+        (folder / "index.csv").write_text(f"file,label,slide\n{name},0,s\n")
+        with pytest.raises(DatasetError, match=r"did you mean 'images/a\.png'\?"):
+            read_patch_table(folder, "slide")
+
+
+def test_parts_that_are_not_read_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_patch_table(folder, "slide")
+    assert not caplog.text
+    (folder / "labels.csv").write_text("id,label,slide,part\na,0,s1,train\n")
+    read_patch_table(folder, "slide")
+    assert "labels.csv: the column 'part' is not read" in caplog.text
+
+
+def test_patches_of_no_known_group_are_groups_of_their_own(folder: Path) -> None:
+    assert read_patch_table(folder, None).group.tolist() == ["a", "b", "c", "d"]
+    (folder / "labels.csv").unlink()
+    (folder / "index.csv").write_text("file,label\nimages/a.png,0\nd.tif,1\n")
+    assert read_patch_table(folder, None).group.tolist() == ["images/a.png", "d.tif"]
+    with pytest.raises(DatasetError, match="nowhere: no such folder; set more_dirs to one with"):
+        read_patch_table(folder / "nowhere", None, key="more_dirs")
+
+
 def test_shrunk_patches_are_means_of_squares(folder: Path) -> None:
     data = PatchDataset(read_patch_table(folder, "slide"), side_px=4, scale=0.5)
     means = patch(0).reshape(5, 2, 6, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)[:, :4, 1:5]
@@ -265,5 +294,9 @@ def test_real_clusters_are_dealt_by_share(pcam: PatchTable) -> None:
 def test_what_cannot_be_split() -> None:
     with pytest.raises(DatasetError, match=r"2 group\(s\); at least 3 are needed"):
         split_groups(table_of(["a", "b"] * 4, [0, 1] * 4), (0.2, 0.2), 0)
-    with pytest.raises(DatasetError, match="has one class only; change the seed or the shares"):
-        split_groups(table_of(["a", "b", "c"], [0, 0, 1]), (0.3, 0.3), 0)
+    with pytest.raises(DatasetError, match=r"^data: slide: class 1 is in 1 group\(s\); at least 3 are needed"):
+        split_groups(table_of(list("abcd"), [0, 0, 0, 1]), (0.3, 0.3), 0, source="data: slide")
+    lopsided = table_of(list("aabcdef"), [0, 1, 0, 0, 1, 1, 0])
+    with pytest.raises(DatasetError, match="side lacks a class; change the seed or the shares"):
+        for seed in range(20):
+            split_groups(lopsided, (0.1, 0.1), seed)

@@ -139,14 +139,24 @@ class PatchData:
 
     @cached_property
     def _parts(self) -> dict[str, PatchTable]:
-        table = self._table(str(self.dataset_dir), self.group_column)
-        if len(np.unique(table.label)) < len(self.classes):
-            raise DatasetError(f"{self.dataset_dir}: no patch of some of the classes {', '.join(self.classes)}")
-        sides = split_groups(table, (self.validation_share, self.test_share), self.seed, self.stratified)
+        table = self._table(str(self.dataset_dir), self.group_column, "dataset_dir")
+        missing = [name for number, name in enumerate(self.classes) if number not in table.label]
+        if missing:
+            raise DatasetError(
+                f"{self.dataset_dir}: no patch is of the class {' or '.join(missing)}; take it out of classes"
+            )
+        shares, source = (self.validation_share, self.test_share), f"{self.dataset_dir}: {self.group_column}"
+        sides = split_groups(table, shares, self.seed, self.stratified, source)
         parts = {name: table.rows(side) for name, side in zip(PARTS, sides, strict=True)}
         for folder, name in zip(self.more_dirs, self._more_names, strict=True):
-            more = self._table(folder, "id")  # no group of any size is known: each is its own
-            chosen = may_train(_pixels(more), _pixels(table), ~sides[0])
+            more = self._table(folder, None, "more_dirs")
+            pixels, grouped = _pixels(more), _pixels(table)
+            if pixels.shape[1:] != grouped.shape[1:]:
+                raise DatasetError(
+                    f"{folder}: patches of {pixels.shape[2]} x {pixels.shape[1]} px, those of {self.dataset_dir} have "
+                    f"{grouped.shape[2]} x {grouped.shape[1]}; more_dirs must hold patches of one size with them"
+                )
+            chosen = may_train(pixels, grouped, ~sides[0])
             logger.info("%s: %d of %d patches are trained on", folder, chosen.sum(), len(chosen))
             kept = more.rows(chosen)
             parts["training"] = parts["training"].joined(replace(kept, group=np.char.add(f"{name} ", kept.group)))
@@ -156,8 +166,8 @@ class PatchData:
     def _more_names(self) -> list[str]:
         return [Path(folder).name for folder in self.more_dirs]
 
-    def _table(self, folder: str, group_column: str) -> PatchTable:
-        return read_patch_table(folder, group_column, self.classes, self.left_out)
+    def _table(self, folder: str, group_column: str | None, key: str) -> PatchTable:
+        return read_patch_table(folder, group_column, self.classes, self.left_out, key)
 
 
 def _pixels(table: PatchTable) -> RGB:
