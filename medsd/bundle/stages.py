@@ -88,6 +88,8 @@ def finetune(
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
+    if isinstance(trainer.loss_function, SaliencyDecor):
+        trainer.loss_function.check_fits(data.tile_px, network.feature_dim)
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     weights, regressed = network.encoder_weights, head_start == "regression"
     settings = settings_of(

@@ -190,7 +190,8 @@ def create_encoder(
         raise NetworkError(f"encoder '{name}': timm has no such network{hint or '; see timm.list_models()'}")
     encoder: nn.Module
     end = (options or {}).get(_END)
-    made_with = check_encoder_options(name, {key: value for key, value in (options or {}).items() if key != _END})
+    timms = {key: value for key, value in (options or {}).items() if key != _END}
+    made_with = check_encoder_options(name, timms, also=(_END,))
     try:
         encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **made_with)
     except TypeError as error:
@@ -199,7 +200,8 @@ def create_encoder(
         raise NetworkError(f"encoder '{name}': timm cannot make it without its pooling; choose another one") from error
     except (OSError, RuntimeError) as error:  # no network, or a tag or weights that timm does not have
         reason = str(error).partition("\n")[0]
-        raise NetworkError(f"encoder '{name}': timm cannot make it ({reason}); check name and pretrained") from error
+        fix = "check its name, or give a file of its weights (encoder_weights)" if pretrained else "check its name"
+        raise NetworkError(f"encoder '{name}': timm cannot make it ({reason}); {fix}") from error
     made = getattr(encoder, "pretrained_cfg", None) or {}
     if pretrained and normalise is not None and "mean" in made and "std" in made:
         normalise.check_weights(f"encoder '{name}'", made["mean"], made["std"])

@@ -31,7 +31,10 @@ def end_at(encoder: nn.Module, layer: str, images: Tensor) -> Tensor:
     """
     if not isinstance(layer, str):
         raise ConfigError(f"end={layer!r}: must be the name of a layer, such as 'layer3'")
-    layer = full_name(encoder, layer)
+    try:
+        layer = full_name(encoder, layer)
+    except NetworkError as error:
+        raise NetworkError(f"end: {error}") from error
     started: dict[nn.Module, int] = {}
     steps, ended = 0, -1
 

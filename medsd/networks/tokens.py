@@ -6,7 +6,7 @@ image. They are a path around the map: what saliency methods change is the map, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,15 +123,19 @@ def check_image_px(encoder: nn.Module, name: str, image_px: int) -> None:
         raise NetworkError(f"tile_px={image_px}: must be a multiple of the patches of encoder '{name}', {stride} px")
 
 
-def check_encoder_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_encoder_options(name: str, options: Mapping[str, Any], also: Sequence[str] = ()) -> dict[str, Any]:
     """What timm makes a vision transformer with, of plain values; names of layers become timm's.
+
+    `also` are options that the caller takes itself, for the message.
 
     Raises:
         ConfigError: an option that is not among those known here, or a value that it does not take.
     """
     made: dict[str, Any] = {}
     for key, value in options.items():
-        check_choice(f"encoder_options of '{name}'", key, (*_NUMBERS, *_SWITCHES, *_NAMES))
+        known = (*_NUMBERS, *_SWITCHES, *_NAMES)
+        if key not in known:
+            check_choice(f"encoder_options of '{name}'", key, (*also, *known))
         if key in _NUMBERS:
             check_number(key, value, "[0, inf)" if key == "reg_tokens" else "(0, inf)", whole=_NUMBERS[key])
         elif key in _SWITCHES:

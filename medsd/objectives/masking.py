@@ -75,22 +75,32 @@ def mask_lowest(
         (B, C, H, W), detached.
 
     Raises:
-        ConfigError: the share lies outside 0 to 1, or leaves nothing to mask although it is not 0.
+        ConfigError: see `masked_count`.
     """
     height, width = x.shape[2:]
+    count = masked_count(share, height, width, block_px)
     blocks = _block_means(scores, block_px)
-    count = int(share * blocks[0].numel()) if 0 <= share < 1 else 0
-    if share != 0 and count == 0:
-        what = "pixels" if block_px == 1 else f"blocks of {block_px} px"
-        raise ConfigError(
-            f"masked_share={share}: must be 0, or mask at least 1 of {blocks.shape[1]} x {blocks.shape[2]} {what}, "
-            "below 1"
-        )
     lowest = blocks.flatten(1).topk(count, dim=1, largest=False, sorted=False).indices
     chosen = torch.zeros_like(blocks, dtype=torch.bool).flatten(1).scatter(1, lowest, True).view_as(blocks)
     pixels = chosen.repeat_interleave(block_px, dim=1).repeat_interleave(block_px, dim=2)[:, :height, :width]
     x = x.detach()
     return torch.where(pixels[:, None], _filling(x, fill, generator), x)
+
+
+def masked_count(share: float, height: int, width: int, block_px: int = 1) -> int:
+    """How many pixels of an image, or blocks of them, are masked.
+
+    Raises:
+        ConfigError: the share lies outside 0 to 1, or leaves nothing to mask although it is not 0.
+    """
+    rows, columns = -(-height // block_px), -(-width // block_px)
+    count = int(share * (rows * columns)) if 0 <= share < 1 else 0
+    if share != 0 and count == 0:
+        what, fix = ("pixels", "") if block_px == 1 else (f"blocks of {block_px} px", "; raise it or lower block_px")
+        raise ConfigError(
+            f"masked_share={share}: must be 0, or mask at least 1 of {rows} x {columns} {what}, below 1{fix}"
+        )
+    return count
 
 
 def _block_means(scores: Tensor, block_px: int) -> Tensor:

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError, TrainingError
 from medsd.networks.modes import keeping_statistics
-from medsd.networks.moments import feature_moments, first_of_processes
+from medsd.networks.moments import feature_moments, first_of_processes, group_channels
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss, default_group_size
-from medsd.objectives.masking import Fill, Ranking, SaliencyPass, mask_lowest, pixel_scores, scores_of
+from medsd.objectives.masking import (
+    Fill,
+    Ranking,
+    SaliencyPass,
+    mask_lowest,
+    masked_count,
+    pixel_scores,
+    scores_of,
+)
 from medsd.training.terms import Terms
 
 Mode = Literal["cov", "zca", "corr", "layer"]
@@ -115,6 +123,21 @@ class SaliencyDecor:
         check_choice("decorrelated", self.decorrelated, get_args(Decorrelated))
         check_choice("saliency_pass", self.saliency_pass, get_args(SaliencyPass))
         check_choice("bn", self.bn, get_args(BatchNormUse))
+
+    def check_fits(self, side_px: int, feature_dim: int) -> None:
+        """Told before any step, since warm epochs may be hours.
+
+        Args:
+            side_px: of the images.
+            feature_dim: channels of the features.
+
+        Raises:
+            ConfigError: nothing would be masked of such images, or `group_size` is above the channels.
+        """
+        if self.consistency > 0:
+            masked_count(self.masked_share, side_px, side_px, self.block_px)
+        if self.decorrelation > 0 and self.mode != "layer":
+            group_channels(torch.arange(feature_dim), self.group_size)
 
     def __call__(
         self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None

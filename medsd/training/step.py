@@ -41,7 +41,8 @@ class ObjectiveStep(OptimiserStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("stain", self.stain, "[0, 1)")
+        for name in ("stain", "stain_apart"):
+            check_number(name, getattr(self, name), "[0, 1)")
         self._restain = StainAugment(self.stain_apart, self.stain_apart / 4) if self.stain_apart else None
 
     def __call__(self, engine: SupervisedTrainer, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from scipy.special import logsumexp
 
 from medsd.bundle.head import start_head
-from medsd.bundle.stages import tell_of_warm_epochs
+from medsd.bundle.stages import finetune, tell_of_warm_epochs
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
+from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.saliency_decor import SaliencyDecor
@@ -77,3 +78,11 @@ def test_an_objective_that_never_comes_in_is_told(
 ) -> None:
     tell_of_warm_epochs(objective, epochs)
     assert ("warm_epochs=2 of max_epochs=2" in caplog.text) == told
+
+
+def test_an_objective_that_cannot_be_used_is_told_before_any_epoch() -> None:
+    objective = SaliencyDecor(warm_epochs=3, block_px=64)
+    trainer: Any = SimpleNamespace(network=TileClassifier("test_resnet"), loss_function=objective)
+    data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
+    with pytest.raises(ConfigError, match="raise it or lower block_px"):
+        finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]

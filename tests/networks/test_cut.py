@@ -76,7 +76,8 @@ def test_layers_are_counted_from_its_end() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("resnet18", {"end": "layer9"}, NetworkError, "did you mean 'layer4'"),
+        ("resnet18", {"end": "layer9"}, NetworkError, "end: layer 'layer9': .* did you mean 'layer4'"),
+        ("resnet18", {"ends": "layer3"}, ConfigError, "encoder_options of 'resnet18'='ends': .* did you mean 'end'"),
         ("resnet18", {"end": 3}, ConfigError, "end=3: must be the name of a layer"),
         ("resnet18", {"end": "layer3.0.conv2"}, NetworkError, "end='layer3.0.conv2': the encoder cannot end there"),
         # A shortcut is added to this map in place; to that one's, which random weights make 0, something else.

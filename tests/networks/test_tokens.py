@@ -82,7 +82,7 @@ def test_a_classifier_is_its_head_on_the_mean_of_the_patches() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"checkpoint_path": "x.pt"}, "use one of img_size"),
+        ({"checkpoint_path": "x.pt"}, "use one of end, img_size"),
         ({"img_size": "64"}, "img_size='64': must be a whole number"),
         ({"class_token": 1}, "class_token=1: must be true or false"),
         ({"mlp_layer": "Sequential"}, "mlp_layer='Sequential': use one of Mlp"),

@@ -190,6 +190,25 @@ def test_settings_are_checked(name: str, value: object) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ""),
+        ({"block_px": 64}, r"masked_share=0\.2: .* of 1 x 1 blocks of 64 px, below 1; raise it or lower block_px"),
+        ({"masked_share": 0.001}, r"masked_share=0\.001: must be 0, or mask at least 1 of 16 x 16 pixels"),
+        ({"group_size": 9}, "group_size=9: must lie in 2 to 8"),
+        ({"block_px": 64, "group_size": 9, "consistency": 0.0, "decorrelation": 0.0}, ""),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_any_step(settings: dict[str, Any], words: str) -> None:
+    objective = SaliencyDecor(**settings)
+    if words:
+        with pytest.raises(ConfigError, match=words):
+            objective.check_fits(side_px=16, feature_dim=8)
+    else:
+        objective.check_fits(side_px=16, feature_dim=8)
+
+
 def test_the_mode_of_the_network_stays() -> None:
     model, (x, labels) = network().train(), data()
     model.body[1].eval()
