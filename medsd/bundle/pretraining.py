@@ -56,13 +56,14 @@ def pretrain(
         checkpoint: of the network, the optimiser, the schedule and the step.
 
     Raises:
-        ConfigError: a queue that is no multiple of the batch of all processes, or larger than a quarter of the images.
+        ConfigError: a queue that is no multiple of the batch of all processes, or larger than a quarter of the images,
+            or `separate_slides` of one slide.
     """
     if trainer is None or checkpoint is None:
         return
     network, loader = cast(MedMoCo, trainer.network), cast("DataLoader[Unlabelled]", trainer.data_loader)
     images = cast(UnlabelledImages, loader.dataset)
-    _check_queue(network, len(images), cast(int, loader.batch_size))
+    check_negatives(network, images, cast(int, loader.batch_size))
     weights = start.weights and weights_sha256(start.weights)
     settings = settings_of(
         trainer,
@@ -97,11 +98,21 @@ def _write_encoder(folder: Path, network: MedMoCo, name: str, recipe: dict[str, 
         write_record(record, recipe, [f"../{ENCODER}"], sha256=sha256_of(path))
 
 
-def _check_queue(network: MedMoCo, images: int, batch_size: int) -> None:
+def check_negatives(network: MedMoCo, images: UnlabelledImages, batch_size: int) -> None:
+    """Refuse a queue that does not fit the batch (of one process) or the images, and slides of which there is one.
+
+    Raises:
+        ConfigError: see `pretrain`.
+    """
     network.queue.check_batch(batch_size * idist.get_world_size())
-    queue = network.settings.queue
-    if 4 * queue > images:
+    queue, items = network.settings.queue, len(images)
+    if 4 * queue > items:
         raise ConfigError(
-            f"queue={queue}: more than a quarter of the {images} images, so that the keys told apart would often be of "
-            f"the image itself; at most {images // 4}"
+            f"queue={queue}: more than a quarter of the {items} images, so that the keys told apart would often be of "
+            f"the image itself; at most {items // 4}"
+        )
+    if network.settings.separate_slides and len(set(images.groups.tolist())) < 2:
+        raise ConfigError(
+            f"separate_slides: all {items} images to train on are of one slide or volume, so that there is no key to "
+            "tell apart; set it to False, or give more slides"
         )

@@ -126,7 +126,7 @@ class CtVolumes:
         dataset_dir: the folder.
         work_dir: where slices are kept.
         slices: how a volume becomes images.
-        held_out: share of the volumes' slices that is measured on and not trained on.
+        held_out: share of the volumes that is measured on and not trained on.
         seed: draws the held-out volumes.
 
     Raises:

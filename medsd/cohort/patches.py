@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -119,24 +120,45 @@ def read_patch_table(
     rows = rows[~rows["label"].isin(list(left_out))]
     if rows.empty:
         raise DatasetError(f"{table}: no rows; it must list patches")
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            files.setdefault(path.stem if column == "id" else path.relative_to(folder).as_posix(), []).append(path)
     group = rows[wanted[-1] if group_column else column]
     numbers = {name: number for number, name in enumerate(classes)} | {str(n): n for n in range(len(classes))}
-    chosen: dict[Path, Any] = {}
-    for number, name in rows[column].items():
+    for number, label in rows["label"].items():
         place = f"{table}: row {number}"
-        if rows["label"][number] not in numbers:
+        if label not in numbers:
             raise DatasetError(
-                f"{place}: label '{rows['label'][number]}' unknown; use {' or '.join(map(str, range(len(classes))))}, "
+                f"{place}: label '{label}' unknown; use {' or '.join(map(str, range(len(classes))))}, "
                 f"or a class ({', '.join(classes)})"
             )
         if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
+    chosen = patches_of(table, rows[column])
+    return PatchTable(chosen, rows["label"].map(numbers).to_numpy(np.int8), group.to_numpy(str))
+
+
+def patch_files(folder: Path) -> list[Path]:
+    """The images at any depth of a folder, in the order of their paths."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+
+
+def patches_of(table: Path, names: pd.Series) -> tuple[Path, ...]:
+    """The file of every row of a table, below the table's folder.
+
+    Args:
+        table: the table's file.
+        names: by the number of the row; in a column "file" paths in the folder, in one "id" names without ending.
+
+    Raises:
+        DatasetError: a row without a file, or a file in two rows, or two files of one name; the message names the row.
+    """
+    folder = table.parent
+    files: dict[str, list[Path]] = {}
+    for path in patch_files(folder):
+        files.setdefault(path.relative_to(folder).as_posix() if names.name == "file" else path.stem, []).append(path)
+    chosen: dict[Path, Any] = {}
+    for number, name in names.items():
+        place = f"{table}: row {number}"
         if name not in files:
-            word = _meant(name, folder, column)
+            word = _meant(name, folder, str(names.name))
             hint = f"; did you mean '{word}'?" if word in files else "; add the file or delete the row"
             raise DatasetError(f"{place}: no patch named '{name}' below {folder}{hint}")
         if len(files[name]) > 1:
@@ -144,7 +166,7 @@ def read_patch_table(
         if files[name][0] in chosen:
             raise DatasetError(f"{place}: '{name}' is also in row {chosen[files[name][0]]}; keep one")
         chosen[files[name][0]] = number
-    return PatchTable(tuple(chosen), rows["label"].map(numbers).to_numpy(np.int8), group.to_numpy(str))
+    return tuple(chosen)
 
 
 def _meant(name: str, folder: Path, column: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample
-from medsd.cohort.patches import SUFFIXES, PatchTable
+from medsd.cohort.patches import SUFFIXES, PatchTable, patch_files, patches_of
 from medsd.errors import DatasetError
 from medsd.tables import read_table
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "folder"
 _TABLES = ("labels.csv", "index.csv")
+_KEYS = ("id", "file")
 _IN_A_ROW = 64
 
 
@@ -66,7 +67,8 @@ class UnlabelledImages(Dataset[Unlabelled]):
     def __init__(self, images: Images) -> None:
         self.images, self.groups = images, images.groups
         self._codes = np.unique(images.groups, return_inverse=True)[1]
-        self._told: set[int] = set()
+        # Shared, since worker processes start anew each epoch.
+        self._told = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,8 +79,8 @@ class UnlabelledImages(Dataset[Unlabelled]):
             image = self.images[number]["image"]
             if (image != image[:, :1, :1]).any():
                 return {"image": image, "group": torch.tensor(int(self._codes[number]))}
-            if number not in self._told:
-                self._told.add(number)
+            if not self._told[number]:
+                self._told[number] = True
                 logger.warning("%s: one colour throughout; left out, the next one takes its place", self.place(number))
         raise DatasetError(f"{self.place(item)}: {_IN_A_ROW} images from here on are of one colour each")
 
@@ -94,8 +96,9 @@ class UnlabelledImages(Dataset[Unlabelled]):
 def read_images(folders: Sequence[str | Path], group_columns: Sequence[str] = ()) -> PatchTable:
     """All images below some folders, with the groups that their tables name; no label is read (all are -1).
 
-    A folder may hold a table `labels.csv` or `index.csv` with the column `id` (file names without ending) and others,
-    as in `medsd.cohort.patches.read_patch_table`; with a table, its images are those that it lists.
+    A folder may hold a table `labels.csv` or `index.csv` with the column `id` (file names without ending) or `file`
+    (paths in the folder) and others, as in `medsd.cohort.patches.read_patch_table`; with a table, its images are those
+    that it lists, and no masks beside them.
 
     Args:
         folders: searched with all that is below them.
@@ -104,39 +107,45 @@ def read_images(folders: Sequence[str | Path], group_columns: Sequence[str] = ()
             is a group of its own.
 
     Raises:
-        DatasetError: no such folder, no image, a row without a file, or a table without any of the columns.
+        DatasetError: no such folder, no image, a row without a file or group, a file in two rows or below two of the
+            folders, or a table without any of the columns.
     """
     paths: list[Path] = []
     groups: list[str] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise DatasetError(f"{folder}: no such folder of images; check image_dirs")
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
         table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
-        of_folder = _listed(table, files, group_columns) if table else _found(files, group_columns)
+        of_folder = _listed(table, group_columns) if table else _found(folder, group_columns)
         if not of_folder:
             raise DatasetError(f"{folder}: no images ({', '.join(SUFFIXES)}); check image_dirs")
         paths += of_folder
         groups += of_folder.values()
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:  # trained on and held out, and its own negative
+            raise DatasetError(f"{path}: below two of the folders; name each folder once in image_dirs")
+        seen.add(path.resolve())
     return PatchTable(tuple(paths), np.full(len(paths), -1, np.int8), np.array(groups))
 
 
-def _found(files: Sequence[Path], group_columns: Sequence[str]) -> dict[Path, str]:
-    return {path: str(path.parent if FOLDER in group_columns else path) for path in files}
+def _found(folder: Path, group_columns: Sequence[str]) -> dict[Path, str]:
+    return {path: str(path.parent if FOLDER in group_columns else path) for path in patch_files(folder)}
 
 
-def _listed(table: Path, files: Sequence[Path], group_columns: Sequence[str]) -> dict[Path, str]:
-    rows = read_table(table, ("id",))
+def _listed(table: Path, group_columns: Sequence[str]) -> dict[Path, str]:
+    rows = read_table(table)
+    key = next((name for name in _KEYS if name in rows), None)
+    if key is None:
+        raise DatasetError(f"{table}: no column {' or '.join(_KEYS)}; the first row names the columns")
     wanted = [name.lower() for name in group_columns]
     column = next((name for name in wanted if name in rows or name == FOLDER), None)
     if wanted and column is None:
         raise DatasetError(f"{table}: no column {' or '.join(wanted)}; check group_columns")
-    by_name = {path.stem: path for path in files}
     listed = {}
-    for number, name in rows["id"].items():
-        if name not in by_name:
-            raise DatasetError(f"{table}: row {number}: no image named '{name}'; add the file or delete the row")
-        path = by_name[name]
+    for number, path in zip(rows.index, patches_of(table, rows[key]), strict=True):
+        if column in rows and not rows[column][number]:
+            raise DatasetError(f"{table}: row {number}: {column} is empty; give every image a group")
         in_table = f"{column}: {rows[column][number]}" if column in rows else ""
         listed[path] = in_table or str(path.parent if column == FOLDER else path)
     return listed

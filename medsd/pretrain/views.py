@@ -52,7 +52,7 @@ class ViewSettings:
 
     def __post_init__(self) -> None:
         check_number("size_px", self.size_px, "[8, inf)", whole=True)
-        if len(self.scale) != 2:
+        if not isinstance(self.scale, list | tuple) or len(self.scale) != 2:
             raise ConfigError(f"scale={self.scale}: give the least and the largest share of the area, such as 0.2, 1")
         check_number("scale", self.scale[0], "(0, 1]")
         check_number("scale", self.scale[1], f"[{self.scale[0]}, 1]", hint="the least share comes first")

@@ -49,7 +49,8 @@ class SliceSettings:
     side_px: int = 512
 
     def __post_init__(self) -> None:
-        if len(self.window) != 2 or not self.window[0] < self.window[1]:
+        ends = self.window if isinstance(self.window, list | tuple) else ()
+        if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not ends[0] < ends[1]:
             raise ConfigError(f"window={self.window}: give two Hounsfield units, the lower first, such as -125, 275")
         check_number("every", self.every, "[1, inf)", whole=True)
         check_number("side_px", self.side_px, "[8, inf)", whole=True)
@@ -102,9 +103,11 @@ def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], tuple[float, floa
         array: Any = image if bare else Orientation(axcodes="LPS")(image)
         steps = (1.0, 1.0, 1.0) if bare else tuple(float(step) for step in array.pixdim)
     except DAMAGED as error:
-        reason = printable(" ".join(str(error).split()))[:200]
+        reason = printable(str(error).strip().partition("\n")[0])[:200]  # MONAI goes on about libraries to install
         raise DatasetError(f"{path}: cannot be read as a volume ({reason}); copy it again") from error
     values: npt.NDArray[np.floating] = np.asarray(array[0])
+    if len(array) > 1:
+        raise DatasetError(f"{path}: {len(array)} volumes in one file (times or channels); give a CT volume")
     if values.ndim != 3 or not np.isfinite(values).all():
         raise DatasetError(f"{path}: shape {values.shape}, all finite: {np.isfinite(values).all()}; give a CT volume")
     return values, (steps[0], steps[1], steps[2])
@@ -139,9 +142,10 @@ def prepare_volumes(
     """
     made: list[Path] = []
     for path in progress([Path(path) for path in paths], len(paths), "volume"):
-        target = Path(folder) / f"{path.name.partition('.')[0]}.npy"
+        stem = path.name.removesuffix(".gz").rpartition(".")[0]
+        target = Path(folder) / f"{stem}.npy"
         if target in made:
-            raise DatasetError(f"{path}: another volume has the name {target.stem}, too; rename one")
+            raise DatasetError(f"{path}: another volume has the name {stem}, too; rename one")
         try:
             recipe: dict[str, Any] = {"volume": identity(path), "slices": asdict(settings)}
             if read_record(target.with_suffix(".json"), recipe) is None:

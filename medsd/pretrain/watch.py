@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from medsd.checks import check_number
+from medsd.errors import DatasetError, TrainingError
 from medsd.networks.modes import evaluating
 from medsd.pretrain.collapse import Spectrum, alignment, collapse_warning, spectrum, uniformity
 from medsd.pretrain.images import UnlabelledImages
@@ -23,6 +24,8 @@ from medsd.pretrain.views import ViewSettings, draw_views
 from medsd.tables import write_table
 
 logger = logging.getLogger(__name__)
+
+_MORE = "hold more out (held_out, or validation_share where there are labels)"
 
 
 class CollapseHandler:
@@ -45,6 +48,7 @@ class CollapseHandler:
 
     Raises:
         ConfigError: a number out of its range.
+        DatasetError: fewer than two images.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class CollapseHandler:
         check_number("batch_size", batch_size, "[1, inf)", whole=True)
         self.views, self.seed, self.folder = views, seed, folder
         chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:images])
+        if len(chosen) < 2:
+            raise DatasetError(f"held-out images: {len(chosen)}; at least 2 are needed, {_MORE}")
         kept = Subset(dataset, cast(list[int], chosen.tolist()))
         # The embeddings of "w2" are whitened by their batch, for which what is left over may be too few.
         self.loader: DataLoader[Any] = DataLoader(kept, batch_size, drop_last=len(kept) >= batch_size)
@@ -68,6 +74,7 @@ class CollapseHandler:
 
     def attach(self, engine: Engine) -> None:
         """Measure after every epoch of the engine, and warn after the last."""
+        engine.add_event_handler(Events.STARTED, self._try)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._warn)
 
@@ -75,6 +82,11 @@ class CollapseHandler:
         """Measure now."""
         network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
         features, first, second = self._embedded(network)
+        if not all(each.isfinite().all() for each in (features, first, second)):
+            raise TrainingError(
+                f"features are not finite after epoch {engine.state.epoch}; lower the learning rate (pretrain_lr) in "
+                "another output_dir; this one keeps its last checkpoint"
+            )
         of_features, of_embeddings = spectrum(features), spectrum(first)
         measured = {"features": of_features, "embeddings": of_embeddings}
         self._warnings = [collapse_warning(found, what, self._ranks.get(what)) for what, found in measured.items()]
@@ -94,6 +106,21 @@ class CollapseHandler:
         for warning in filter(None, self._warnings):
             if idist.get_rank() == 0:
                 logger.warning("%s", warning)
+
+    def _try(self, engine: Engine) -> None:
+        """Refuse too few images before anything is trained, and not after the first epoch.
+
+        Raises:
+            DatasetError: fewer samples than are whitened together.
+        """
+        network = cast(MedMoCo, engine.network)  # type: ignore[attr-defined]
+        images = next(iter(self.loader))["image"].to(next(network.parameters()).device)
+        views = draw_views(images, torch.Generator().manual_seed(self.seed), self.views).images
+        with evaluating(network), torch.inference_mode():
+            try:
+                network.embed(network.normalise(views))
+            except TrainingError as error:
+                raise DatasetError(f"held-out images: {len(images)} are too few ({error}); {_MORE}") from error
 
     def _embedded(self, network: MedMoCo) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the images, and embeddings of two views of each."""

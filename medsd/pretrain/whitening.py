@@ -69,11 +69,17 @@ class ShuffledWhitening:
         moments = feature_moments(features)
         if moments.count < features.shape[2]:
             raise TrainingError(
-                f"group_size={self.group_size}: a batch gives {moments.count} samples, fewer than the channels that "
-                "are whitened together; raise pretrain_batch_size or lower group_size"
+                f"group_size={self.group_size}: a batch gives {moments.count} samples at once, fewer than the channels "
+                "that are whitened together; raise pretrain_batch_size, or lower accumulation or group_size"
             )
-        whitened = (features - moments.mean) @ inverse_root(moments.covariance, self.eps)
-        return whitened.movedim(0, 1).flatten(1)
+        try:
+            root = inverse_root(moments.covariance, self.eps)
+        except TrainingError as error:
+            raise TrainingError(
+                "features: not finite any more, so that they cannot be whitened; lower the learning rate (pretrain_lr) "
+                "in another output_dir; this one keeps its last checkpoint"
+            ) from error
+        return ((features - moments.mean) @ root).movedim(0, 1).flatten(1)
 
 
 class IterNorm(nn.Module):

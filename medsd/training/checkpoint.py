@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from medsd.checks import check_number
 from medsd.errors import OutputError, TrainingError
@@ -98,7 +99,16 @@ class Checkpoint:
 
         Raises:
             OutputError: the file cannot be written.
+            TrainingError: weights are not finite; the checkpoint before stays.
         """
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        finite = [weights.isfinite().all() for network in networks for weights in network.parameters()]
+        if finite and not torch.stack(finite).all():
+            # A loss may be finite and its gradient not: what can never go on would take the place of what can.
+            raise TrainingError(
+                f"{self.path}: weights are not finite after step {state.steps} and are not saved; lower the learning "
+                "rate in another output_dir; this one keeps its last checkpoint"
+            )
         content = {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_path(self.path) as temporary:
             try:

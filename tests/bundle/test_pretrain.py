@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders import get_encoder
 
 from medsd.bundle.data import SlideData
+from medsd.bundle.pretraining import check_negatives
 from medsd.bundle.unlabelled import CtVolumes, UnlabelledFolders, UnlabelledSlides
 from medsd.cohort.index import TileGrid
-from medsd.errors import NoTissueError
+from medsd.errors import ConfigError, NoTissueError
 from medsd.explain.model import load_model
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.start import load_encoder, save_encoder, weights_sha256
@@ -224,6 +225,7 @@ def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Pat
         ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such encoder weights"]),
         ({"pretraining::views::kind": "ct"}, ["kind='ct'"]),
         ({"output_dir": "alone", "pretraining::settings::group_size": 64}, ["group_size=64"]),
+        ({"pretraining::views::scale": 0.5}, ["scale=0.5", "largest share"]),
         pytest.param({"mlflow": True}, ["MLFlowHandler: ", "mlflow"], marks=WITHOUT_MLFLOW),
     ],
 )
@@ -242,6 +244,18 @@ def test_a_wrong_choice_is_told_in_a_line(
         stage(finished, "pretrain", **overrides)
     assert all(word in str(stop.value) for word in words), stop.value
     assert checkpoint.read_bytes() == before
+
+
+def test_one_slide_alone_leaves_no_key_to_tell_apart(tmp_path: Path) -> None:
+    write_patches(tmp_path / "patches", 32)
+    images = UnlabelledFolders([str(tmp_path / "patches")], 32, ["label"], 0.1).unlabelled(
+        "training"
+    )  # label 0 or 1 alone
+    network = EncoderStart("test_resnet").network(MedMoCoSettings(queue=4, separate_slides=True), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"separate_slides: all 16 images .* one slide"):
+        check_negatives(network, images, 4)
+    several = UnlabelledFolders([str(tmp_path / "patches")], 32, ["stain_cluster"], 0.1).unlabelled("training")
+    check_negatives(network, several, 4)
 
 
 def test_segmentation_models_pytorch_and_explain_take_the_encoder(tmp_path: Path) -> None:

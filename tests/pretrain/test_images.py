@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from medsd.cohort.patches import PatchDataset
 from medsd.errors import DatasetError
@@ -44,8 +45,10 @@ def test_tables_name_groups_across_folders(tmp_path: Path) -> None:
     ("table", "columns", "words"),
     [
         ("id,label\na,1\n", ["slide"], r"labels\.csv: no column slide; check group_columns"),
-        ("id,label\nz,1\n", [], r"labels\.csv: row 2: no image named 'z'"),
-        ("name,label\na,1\n", [], "id"),
+        ("id,label\nz,1\n", [], r"labels\.csv: row 2: no patch named 'z'"),
+        ("name,label\na,1\n", [], "no column id or file"),
+        ("id,label\na,1\na,1\n", [], r"row 3: 'a' is also in row 2"),
+        ("id,slide\na,\n", ["slide"], r"row 2: slide is empty; give every image a group"),
     ],
 )
 def test_mistakes_in_a_table_are_named(tmp_path: Path, table: str, columns: list[str], words: str) -> None:
@@ -54,6 +57,25 @@ def test_mistakes_in_a_table_are_named(tmp_path: Path, table: str, columns: list
     with pytest.raises(DatasetError, match=words) as caught:
         read_images([tmp_path], columns)
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_may_name_files_and_masks_are_none_of_the_images(tmp_path: Path) -> None:
+    for name in ("images/x/a.png", "images/y/a.png", "masks/x/a.png"):
+        image(tmp_path / name)
+    (tmp_path / "index.csv").write_text("file,mask,patient\nimages/y/a.png,m,7\nimages/x/a.png,masks/x/a.png,8\n")
+    table = read_images([tmp_path], ["patient"])
+    assert [path.parent.name for path in table.paths] == ["y", "x"]
+    assert table.group.tolist() == ["patient: 7", "patient: 8"]
+    (tmp_path / "index.csv").write_text("id,patient\na,7\n")
+    with pytest.raises(DatasetError, match=r"row 2: 'a' is both .*; delete one"):
+        read_images([tmp_path])
+
+
+def test_an_image_below_two_of_the_folders_would_be_held_out_and_trained_on(tmp_path: Path) -> None:
+    image(tmp_path / "one" / "a.png")
+    for folders in ([tmp_path / "one", tmp_path], [tmp_path / "one"] * 2):
+        with pytest.raises(DatasetError, match=r"a\.png: below two of the folders; .* image_dirs"):
+            read_images(folders)
 
 
 def test_folders_without_images_are_named(tmp_path: Path) -> None:
@@ -75,6 +97,17 @@ def test_images_of_one_colour_are_left_out_and_named_once(tmp_path: Path, caplog
         str(tmp_path / name) for name in ("1/1.png", "2/2.png")
     ]
     assert images[0]["image"].shape == (3, 8, 8) and int(images[0]["group"]) == 0
+
+
+def test_what_a_worker_told_is_not_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Workers start anew each epoch."""
+    image(tmp_path / "a.png", colour=3)
+    image(tmp_path / "b.png")
+    images = UnlabelledImages(PatchDataset(read_images([tmp_path])))
+    assert len(list(DataLoader(images, 2, num_workers=1))) == 1
+    with caplog.at_level(logging.WARNING):
+        _ = images[0]
+    assert not caplog.records
 
 
 def test_nothing_but_one_colour_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import csv
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from monai.handlers import LrScheduleHandler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medsd.errors import ConfigError, TrainingError
+from medsd.errors import ConfigError, DatasetError, TrainingError
 from medsd.pretrain import watch
 from medsd.pretrain.images import UnlabelledImages
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
@@ -30,6 +32,7 @@ from medsd.pretrain.start import EncoderStart
 from medsd.pretrain.step import PretrainStep
 from medsd.pretrain.views import ViewSettings
 from medsd.pretrain.watch import CollapseHandler
+from medsd.pretrain.whitening import ShuffledWhitening
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.distributed import UnlabelledSampler
 from medsd.training.training import run_training
@@ -48,7 +51,7 @@ class Noise(Dataset[dict[str, Tensor]]):
         self.groups = np.array([f"slide{i // 6}" for i in range(24)])
 
     def __len__(self) -> int:
-        return 24
+        return len(self.images)
 
     def __getitem__(self, item: int) -> Any:
         return {"image": self.images[item], "label": torch.tensor(-1)}
@@ -235,6 +238,14 @@ def test_a_loss_that_is_not_finite_leaves_no_keys_behind() -> None:
     assert "\n" not in str(caught.value) and int(moco.queue.filled) == 0
 
 
+def test_features_that_cannot_be_whitened_name_the_key_of_pretraining() -> None:
+    moco = network(replace(SETTINGS, decorrelation="w2"))
+    with torch.no_grad():
+        next(moco.encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"^features: not finite .*; lower the learning rate \(pretrain_lr\)"):
+        PretrainStep(views=VIEWS)(engine(moco), batch())
+
+
 def test_more_pieces_than_images_is_refused() -> None:
     with pytest.raises(TrainingError, match="pretrain_batch_size=8: less than accumulation=9"):
         PretrainStep(views=VIEWS, accumulation=9)(engine(network()), batch())
@@ -274,6 +285,37 @@ def test_a_collapse_is_told_once_in_the_end(
     assert [what for what, _ in told] == ["features", "embeddings"]
     for (_, before), column in zip(told, ("effective_rank", "embedding_rank"), strict=True):
         assert float(before) == pytest.approx(float(first[column]), rel=1e-5)
+
+
+def test_too_few_held_out_images_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    data, trainer = UnlabelledImages(Noise()), trainer_of()
+    trainer.network.settings = replace(SETTINGS, decorrelation="w2")
+    trainer.network._whitening = ShuffledWhitening(24)
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
+    CollapseHandler(data, 3, 8, VIEWS).attach(trainer)
+    with pytest.raises(DatasetError, match=r"held-out images: 3 are too few \(group_size=24: .*; hold more") as told:
+        pretrain(trainer, tmp_path)
+    assert "\n" not in str(told.value)
+    data.images.images = data.images.images[:1]
+    with pytest.raises(DatasetError, match=r"held-out images: 1; .*, hold more out \(held_out"):
+        CollapseHandler(data, 2, 8, VIEWS)
+
+
+def test_weights_that_are_not_finite_take_the_place_of_no_checkpoint(tmp_path: Path) -> None:
+    """The loss of the step was finite, its gradient not."""
+
+    def spoil(when: int, trainer: SupervisedTrainer) -> None:
+        if trainer.state.iteration == when:
+            next(trainer.network.encoder.parameters()).data.fill_(torch.nan)
+
+    for when, words in ((2, "weights are not finite"), (3, "features are not finite after epoch 1; .*_lr")):
+        trainer = trainer_of()
+        trainer.network.settings = replace(SETTINGS, decorrelation="none")  # nothing else looks at features
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, partial(spoil, when, trainer))
+        with pytest.raises(TrainingError, match=words):
+            pretrain(trainer, tmp_path / str(when), save_every=1)
+        kept = checkpoint(tmp_path / str(when))
+        assert kept["state"]["steps"] == when - 1 and kept["network"]["encoder.conv1.0.weight"].isfinite().all()
 
 
 def test_measures_of_no_images_are_refused() -> None:

@@ -96,7 +96,10 @@ def test_a_volume_is_a_group_and_its_slices_are_grey(tmp_path: Path) -> None:
         SliceDataset([tmp_path / "none.npy"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", (275, -125)), ("window", (1,)), ("every", 0), ("side_px", 4)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("window", window) for window in ((275, -125), (1,), 5, ("a", "b"), "12")), ("every", 0), ("side_px", 4)],
+)
 def test_settings_are_checked(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{name}="):
         SliceSettings(**{name: value})  # type: ignore[arg-type]
@@ -113,6 +116,25 @@ def test_a_nifti_is_turned_to_left_and_back(tmp_path: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(flipped, affine), tmp_path / f"{name}.nii.gz")
         found = slices_of(tmp_path / f"{name}.nii.gz", SMALL)
         np.testing.assert_array_equal(found, slices_of(tmp_path / "a.npy", SMALL), err_msg=name)
+
+
+def test_several_volumes_in_a_file_are_refused(tmp_path: Path) -> None:
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.full((8, 8, 8, 2), 50, np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(DatasetError, match=r"a\.nii\.gz: 2 volumes in one file"):
+        slices_of(tmp_path / "a.nii.gz", SMALL)
+    (tmp_path / "b.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(DatasetError, match=r"b\.nii\.gz: cannot be read as a volume \([^.]*b\.nii\.gz\.?\); copy"):
+        slices_of(tmp_path / "b.nii.gz", SMALL)
+
+
+def test_names_with_dots_are_names(tmp_path: Path) -> None:
+    """Those of DICOM series are nothing else."""
+    paths = [tmp_path / f"1.2.840.{number}.npy" for number in (1, 2)]
+    for path in paths:
+        volume(path)
+    assert [path.name for path in prepare_volumes(paths, tmp_path / "out", SMALL)] == [path.name for path in paths]
 
 
 def test_without_nibabel_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_half_precision_is_whitened_in_single() -> None:
 
 def test_a_batch_smaller_than_a_group_in_words() -> None:
     with pytest.raises(
-        TrainingError, match=r"group_size=8: a batch gives 6 samples, .*; raise pretrain_batch_size or lower"
+        TrainingError, match=r"group_size=8: a batch gives 6 samples .*; raise pretrain_batch_size, or lower acc"
     ) as caught:
         ShuffledWhitening(8)(features(6, 16), torch.arange(16))
     assert "\n" not in str(caught.value)
