@@ -37,10 +37,10 @@ ShardOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(help="Processes that read a slide at once; where the network waits for them, more help."),
+    typer.Option(help="Processes that read a slide at once, one when not given; more help where the network waits."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where the network runs: cpu or cuda; the GPU where there is one.")
+    str | None, typer.Option(help="Where the network runs: cpu or cuda; when not given, the GPU where there is one.")
 ]
 
 

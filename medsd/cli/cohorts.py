@@ -21,7 +21,9 @@ def tiles(
     out: Annotated[Path, typer.Option(help="Folder to write; a run into it goes on where another one ended.")],
     manifest: Annotated[
         Path | None,
-        typer.Option(help="Table of the slides in SOURCE: slide,mpp,label,annotation; empty cells are fine."),
+        typer.Option(
+            help="Table of the slides in SOURCE: slide, perhaps label, annotation, mpp, part, patient, or empty cells."
+        ),
     ] = None,
     annotations: Annotated[
         Path | None,
@@ -111,6 +113,8 @@ def submit(
     ] = None,
 ) -> None:
     """Run 'tiles ...', 'heatmap ...', 'segment ...' or 'features ...', given last, as jobs of a cluster; then gather.
+
+    Such as: medsd submit --jobs 40 heatmap SLIDES --weights model.safetensors --out maps
 
     On Slurm: an array, and a job behind it that gathers. Preempted jobs are queued again and go on.
     """

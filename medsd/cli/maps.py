@@ -124,7 +124,10 @@ def segment(
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
-    """Segment slides: class of each pixel, contours, areas, overlay, report. Exit code 1 when one failed."""
+    """Segment slides: class of each pixel, contours, areas, overlay, report.
+
+    Exit code 1 when one failed or none has tissue.
+    """
     from medsd.cohort.runner import Sharing
     from medsd.progress import progress_bar
     from medsd.segment.slides import SegmentRequest, segment_slides
@@ -172,7 +175,10 @@ def features(
     device: DeviceOption = None,
     shard: ShardOption = None,
 ) -> None:
-    """Features of slides' tiles, a SLIDE.h5 a slide in TRIDENT's layout. Exit code 1 when one failed."""
+    """Features of slides' tiles, a SLIDE.h5 a slide in TRIDENT's layout.
+
+    Exit code 1 when one failed or none has tissue.
+    """
     from medsd.cohort.runner import Sharing
     from medsd.features.encoder import FeatureRequest
     from medsd.features.slides import write_features
@@ -299,7 +305,9 @@ def explain(
     surrogate: Annotated[
         Path | None, typer.Option(help="Trained networks (.safetensors) for --smoothing surrogate.")
     ] = None,
-    explained: Annotated[str, typer.Option(help="Of the class: evidence (above others) or logit.")] = "evidence",
+    explained: Annotated[
+        str, typer.Option(help="What is explained: evidence for the class above the others, or its logit.")
+    ] = "evidence",
     masks: Annotated[
         Path | None,
         typer.Option(help="Folder of PNG masks named as the images, 0 is background, to measure localisation."),

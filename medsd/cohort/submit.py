@@ -55,9 +55,12 @@ def out_of(words: Sequence[str]) -> Path:
     Raises:
         ConfigError: another verb, no `--out`, or a shard of its own.
     """
-    if not words or words[0] not in VERBS:
-        given = words[0] if words else "nothing"
-        raise ConfigError(f"submit: {given!r} has no shards{nearest(given, VERBS)}; give one of {', '.join(VERBS)}")
+    if not words:
+        raise ConfigError(f"submit: no verb; behind its own options give one of {', '.join(VERBS)} with its own")
+    if words[0] not in VERBS:
+        raise ConfigError(
+            f"submit: {words[0]!r} has no shards{nearest(words[0], VERBS)}; give one of {', '.join(VERBS)}"
+        )
     named = dict(zip(words, [*words[1:], ""], strict=True)) | {
         word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--") and "=" in word
     }

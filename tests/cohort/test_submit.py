@@ -82,7 +82,7 @@ def test_local_jobs_share_slides_and_the_tables_are_whole(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "'nothing' has no shards"),
+        ([], "submit: no verb; behind its own options give one of tiles, heatmap"),
         (["explain", "a"], "'explain' has no shards; give one of tiles, heatmap, segment, features"),
         (["heatmp", "a"], "did you mean 'heatmap'"),
         (["tiles", "a"], "tiles needs --out FOLDER"),
