@@ -83,6 +83,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, weights, images, tmp_path):
         (["--target", "tumor"], "did you mean 'tumour'"),
         (["--smoothing", "backward_hok"], "did you mean 'backward_hook'"),
         (["--layer", "layer9"], "has no such layer"),
+        (["--explained", "logits"], "explained='logits': use one of"),
         (["--device", "cuda:99"], "cannot be used here"),
     ):
         out = tmp_path / "out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
@@ -318,11 +318,13 @@ def explain(
     device: DeviceOption = None,
 ) -> None:
     """Lay saliency methods side by side on images, with their measures. Exit code 1 when an image failed."""
+    from medsd.checks import check_choice
     from medsd.explain.explain import explain_images
     from medsd.explain.settings import ExplainSettings, ImageSmoothing, method_names
     from medsd.progress import progress_bar
     from medsd.saliency.method import Output
 
+    check_choice("explained", explained, get_args(Output))  # a bundle calls it 'output'
     kind, output = cast(ImageSmoothing, smoothing), cast(Output, explained)
     trained = str(surrogate) if surrogate else None
     settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)

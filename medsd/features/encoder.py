@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from medsd.checks import check_number
-from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, Normalise
 from medsd.networks.modes import encoded_map, evaluating
 from medsd.networks.start import load_encoder, open_encoder, weights_sha256
 from medsd.networks.tokens import check_encoder_options, check_image_px, image_side, token_stride
-from medsd.networks.weights import load_classifier
+from medsd.networks.weights import load_classifier, read_tensors
 from medsd.slides.mpp import check_mpp
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,8 @@ def load_feature_encoder(weights: str | Path, request: FeatureRequest, device: t
     if encoder is not None:
         network = _Pooled(encoder.network, encoder.normalise, pools=False)
         return _checked(_sized(encoder.name, encoder.network, network, encoder.sha256, request), device)
+    if not read_tensors(Path(weights)).kind:
+        raise WeightsError(f"{weights}: weights of no network of medsd; name their encoder, --encoder with timm's name")
     classifier, card, digest = load_classifier(weights)
     for name, given in (("network_mpp", request.network_mpp), ("tile_px", request.tile_px)):
         if given is not None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from medsd import cli
 from medsd.cohort import runner
 from medsd.cohort.entry import SlideEntry
-from medsd.errors import ConfigError, DatasetError, MedsdError
+from medsd.errors import ConfigError, DatasetError, MedsdError, WeightsError
 from medsd.features.encoder import FeatureRequest
 from medsd.features.slides import gather_features, write_features
 from medsd.networks.classifier import Normalise, TileClassifier
@@ -192,6 +192,8 @@ def test_what_cannot_be_used_is_told_in_a_line(
     told(MedsdError, "more than tensors", tmp_path / "code.pt", named)
     without = FeatureRequest("test_vit", {"class_token": False}, network_mpp=1.0)
     told(ConfigError, "encoder 'test_vit': timm cannot make it with encoder_options", encoder, without)
+    save_file(made.classifier.encoder.state_dict(), tmp_path / "timm.safetensors")
+    told(WeightsError, "no network of medsd; name their encoder", tmp_path / "timm.safetensors", FeatureRequest())
     told(MedsdError, "timm has no such network", encoder, FeatureRequest("test_vitt", network_mpp=1.0))
     told(DatasetError, "outputs of another verb", made.weights, FeatureRequest(), "mapped")
     assert not (tmp_path / "out").exists()
