@@ -24,7 +24,8 @@ def with_parts(
     labels are; a patient with slides of several counts to the last of them.
 
     Raises:
-        DatasetError: a slide has no label, or a class too few slides.
+        DatasetError: a slide has no label, a class too few slides, or all slides are given to other parts than training
+            or testing.
     """
     unlabelled = next((slide for slide in slides if slide.label is None), None)
     if unlabelled is not None:
@@ -36,7 +37,14 @@ def with_parts(
     if free and not any(slide.part == "testing" for slide in known):
         dealt = _dealt(free, test_share, seed, "testing", classes)
     parts = {True: "testing", False: "training"}
-    return [replace(slide, part=slide.part or parts[slide.name in dealt]) for slide in known]
+    whole = [replace(slide, part=slide.part or parts[slide.name in dealt]) for slide in known]
+    for part in parts.values():
+        if not any(slide.part == part for slide in whole):
+            raise DatasetError(
+                f"part: all {len(whole)} slides are given to other parts than {part}; give some to it, or leave their "
+                "cells empty in the manifest's column 'part'"
+            )
+    return whole
 
 
 def split_validation(

@@ -57,6 +57,12 @@ def test_parts_that_somebody_said_are_kept_and_leaks_told() -> None:
         split_validation([*found[:3], *found[4:]], 0.5, 0)
 
 
+@pytest.mark.parametrize(("given_part", "missing"), [("training", "testing"), ("testing", "training")])
+def test_a_part_that_no_slide_is_left_for_is_told(given_part: str, missing: str) -> None:
+    with pytest.raises(DatasetError, match=f"all 8 slides are given to other parts than {missing}; give some to it"):
+        with_parts(entries([], given_part), 0.5, 0)
+
+
 def test_slides_without_label_or_too_few() -> None:
     with pytest.raises(DatasetError, match="s1: has no label; give every slide one in the manifest's column"):
         with_parts([replace(slide, label=None) if slide.name == "s001" else slide for slide in entries([])], 0.5, 0)
