@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.checks import check_number
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, MaskScores, decoder_dice, maps_of
 from medsd.explain.images import read_image, read_png_mask
 from medsd.networks.classifier import Normalise
@@ -86,8 +86,13 @@ class MaskedFolder:
             yield torch.from_numpy(np.stack([pixels for pixels, _ in read])).movedim(3, 1)
 
     def _squares(self, image: Path, mask: Path) -> tuple[RGB, Bools]:
-        pixels = read_image(image, self.side_px)
+        pixels = read_image(image)
         height, width = pixels.shape[:2]
+        if min(height, width) < self.side_px:
+            raise DatasetError(
+                f"{image}: {width} x {height} px is smaller than the square that masks are decoded on "
+                f"(masked::side_px={self.side_px}); lower it"
+            )
         top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
         square = slice(top, top + self.side_px), slice(left, left + self.side_px)
         return pixels[square], read_png_mask(mask, height, width)[square]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,9 @@ def spectrum(
 
     for run in compare_spectra(runs, out):
         rank, dimensions = run.measures["effective_rank"], len(run.singular_values["features"])
-        print(f"{run.label}: effective rank {rank:.1f} of {dimensions}")
+        images = run.measures["held_out_images"]
+        told = "" if math.isnan(images) else f", on {images:.0f} held-out images"
+        print(f"{run.label}: effective rank {rank:.1f} of {dimensions} dimensions{told}")
     print(f"see {out / 'spectrum.md'} and {out / 'spectrum.png'}")
 
 

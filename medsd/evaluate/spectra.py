@@ -29,6 +29,7 @@ _MEASURES = {
     "alignment": "alignment of two views, 0 where they agree",
     "uniformity": "uniformity, lower is more even",
 }
+_IMAGES = "held_out_images"
 # Of the first; what lies below is rounding, and all that is left where images are fewer than dimensions.
 _LEAST = 1e-8
 _NOTES = """\
@@ -90,6 +91,7 @@ def _read(folder: Path) -> SpectrumRun:
         history = read_table(kept / "history.csv").to_dict("records")
         last: dict[str, Any] = history[-1]
         measures = {name: float(last[name] or "nan") for name in _MEASURES}
+        measures[_IMAGES] = float(last.get(_IMAGES, "nan"))  # runs before it was kept lack it
         settings = read_json(kept / "settings.json")["network"]
         label = f"{folder.name}: decorrelation {settings['decorrelation']}, local {settings['local']:g}"
         return SpectrumRun(folder, label, int(last["epoch"]), singular, measures)
@@ -102,6 +104,7 @@ def _read(folder: Path) -> SpectrumRun:
 def _markdown(runs: Sequence[SpectrumRun]) -> str:
     lines = [table_row("", *(run.label for run in runs)), "|---|" + "---|" * len(runs)]
     lines.append(table_row("epoch", *(str(run.epoch) for run in runs)))
+    lines.append(table_row("held-out images", *(f"{run.measures[_IMAGES]:.0f}" for run in runs)))
     for kind in ("features", "embeddings"):
         lines.append(table_row(f"dimensions of {kind}", *(str(len(run.singular_values[kind])) for run in runs)))
     for name, title in _MEASURES.items():
@@ -110,7 +113,7 @@ def _markdown(runs: Sequence[SpectrumRun]) -> str:
 
 
 def _draw(path: Path, runs: Sequence[SpectrumRun]) -> None:
-    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.4 + 0.18 * len(runs)), dpi=120, layout="constrained")
     for axes, kind, rank in zip(
         figure.subplots(1, 2), ("features", "embeddings"), ("effective_rank", "embedding_rank"), strict=True
     ):
@@ -118,18 +121,25 @@ def _draw(path: Path, runs: Sequence[SpectrumRun]) -> None:
     save_figure(path, figure, "medsd singular spectra of pre-training runs")
 
 
+def _most(run: SpectrumRun, kind: str) -> str:
+    """What the rank can be at most, where the number of images is known."""
+    images = run.measures[_IMAGES]
+    return "" if math.isnan(images) else f" of at most {min(len(run.singular_values[kind]), images - 1):.0f}"
+
+
 def _draw_panel(axes: Axes, runs: Sequence[SpectrumRun], kind: str, rank: str) -> None:
     for number, run in enumerate(runs):
         colour, marker = RUN_STYLES[number % len(RUN_STYLES)]
+        style = ("-", "--", ":")[number // len(RUN_STYLES) % 3]
         values = run.singular_values[kind]
         if not values.size or not values[0] > 0:
+            axes.plot([], [], style, color=colour, marker=marker, ms=4, label=f"{run.label} (nothing varies: no curve)")
             continue
-        style = ("-", "--", ":")[number // len(RUN_STYLES) % 3]
         shares = values[values > _LEAST * values[0]] / values[0]
         every = max(1, math.ceil(len(shares) / 12))
         axes.plot(
             np.arange(1, len(shares) + 1), shares, style, color=colour, marker=marker, markevery=every, ms=4,
-            label=f"{run.label} (rank {number_text(run.measures[rank])})",
+            label=f"{run.label} (rank {number_text(run.measures[rank])}{_most(run, kind)})",
         )  # fmt: skip
     axes.set(
         yscale="log",
@@ -138,5 +148,5 @@ def _draw_panel(axes: Axes, runs: Sequence[SpectrumRun], kind: str, rank: str) -
     )
     axes.set_title(f"{kind}: a curve that falls early has collapsed")
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(fontsize="x-small", frameon=False)
+    # Below, where it hides no curve.
+    axes.legend(fontsize="x-small", frameon=False, handlelength=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))

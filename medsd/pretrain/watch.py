@@ -33,9 +33,10 @@ class CollapseHandler:
 
     Of the query encoder's pooled features in evaluation mode, before whitening: `effective_rank`,
     `participation_ratio`, `mean_abs_correlation`; of the embeddings `embedding_rank`, `alignment` of two views and
-    `uniformity`. See `medsd.pretrain.collapse`. Held-out images are taken whole and unchanged, but for the views. A
-    rank that is below a tenth of the dimensions after the last epoch is told in words, once. Of several processes all
-    measure the same images, since whitening takes its moments over all of them.
+    `uniformity`; and `held_out_images`, less one of which a rank can be at most. See `medsd.pretrain.collapse`.
+    Held-out images are taken whole and unchanged, but for the views. A rank that is below a tenth of the dimensions
+    after the last epoch is told in words, once. Of several processes all measure the same images, since whitening
+    takes its moments over all of them.
 
     Args:
         dataset: images that are not trained on.
@@ -100,6 +101,7 @@ class CollapseHandler:
             "embedding_rank": of_embeddings.effective_rank,
             "alignment": alignment(first, second),
             "uniformity": uniformity(first),
+            "held_out_images": len(features),
         }
 
     def _warn(self, _engine: Engine) -> None:

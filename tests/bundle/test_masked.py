@@ -53,7 +53,10 @@ def test_a_mask_that_is_the_colour_is_found_in_groups_that_were_not_learnt_from(
         ("gone.png,masks/0.png,p9", r"row 12: no file .*gone\.png in the folder"),
         ("../outside.png,masks/0.png,p9", r"row 12: no file .*outside\.png in the folder"),
         ("extra.png,small.png,p9", r"small\.png: 8 x 8 px, its image 38 x 38"),
-        ("small.png,small2.png,p9", r"small\.png: 8 x 8 px; the network takes images from 32 px"),
+        (
+            "small.png,small2.png,p9",
+            r"small\.png: 8 x 8 px is smaller than the square .*masked::side_px=32\); lower it",
+        ),
     ],
 )
 def test_a_bad_row_is_told_in_a_line(tmp_path: Path, row: str, message: str) -> None:

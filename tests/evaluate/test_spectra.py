@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from medsd.errors import DatasetError
-from medsd.evaluate.spectra import compare_spectra
+from medsd.evaluate.spectra import _draw_panel, compare_spectra
 from medsd.tables import read_table, write_table
 
 
@@ -29,6 +30,8 @@ def pretrained(folder: Path, values: list[float], rank: float | None = 2.5) -> P
 
 def test_runs_side_by_side(tmp_path):
     folders = [pretrained(tmp_path / "moco", [1.0, 0.1, 1e-12]), pretrained(tmp_path / "med", [0.0, 0.0], None)]
+    history = folders[0] / "pretraining" / "history.csv"
+    write_table(history, [{**row, "held_out_images": 40} for row in read_table(history).to_dict("records")])
     first, second = compare_spectra(folders, tmp_path / "out")
     assert first.label == "moco: decorrelation w2, local 0.5" and first.epoch == 2
     assert first.singular_values["features"].tolist() == [1.0, 0.1, 1e-12]
@@ -38,6 +41,13 @@ def test_runs_side_by_side(tmp_path):
     assert table["effective_rank"].tolist() == ["2.5", ""]
     text = (tmp_path / "out" / "spectrum.md").read_text("utf-8")
     assert "| dimensions of embeddings | 2 | 2 |" in text and "| effective rank of features | 2.500 |" in text
+    figure = Figure()
+    _draw_panel(figure.subplots(), [first, second], "features", "effective_rank")
+    assert [text.get_text().rpartition("(")[2] for text in figure.axes[0].get_legend().get_texts()] == [
+        "rank 2.500 of at most 3)",
+        "nothing varies: no curve)",
+    ]
+    assert "| held-out images | 40 | nan |" in text  # one of before it was kept
     assert (tmp_path / "out" / "spectrum.png").stat().st_size > 10_000
 
 
