@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import pydoc
 import re
 import sys
@@ -17,6 +18,8 @@ import monai.bundle
 from monai.bundle import ConfigParser
 
 from medsd.errors import ConfigError, MedsdError, nearest
+
+logger = logging.getLogger(__name__)
 
 _REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:::\w+)*)")
 # Keys that MONAI itself looks up or adds (metadata, experiment tracking).
@@ -78,7 +81,8 @@ def _command_line() -> dict[str, Any] | None:
 def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -> None:
     """Refuse keys that nothing uses, arguments that a component does not take, and values of the wrong kind.
 
-    MONAI adds a misspelt key silently.
+    MONAI adds a misspelt key silently. A key that a laid file sets in vain, since what used it is not in this bundle or
+    was replaced, is told in a warning.
 
     Args:
         files: the bundle's file and what is laid on it.
@@ -110,6 +114,10 @@ def check_config(files: str | list[str], stage: str = "run", **overrides: Any) -
     for key in _keys(config):
         if key not in known:
             raise ConfigError(f"config key '{key}': nothing uses it{nearest(key, known)}")
+    for file in [] if isinstance(files, str) else files[1:]:
+        for key in ConfigParser.load_config_file(file):
+            if re.fullmatch(r"\w+", key) and key not in used and key not in stages:
+                logger.warning("%s: its '%s' does nothing here, nothing that is left uses it", file, key)
     for key, value in overrides.items():
         if "::" not in key and key not in used and key not in stages:
             raise ConfigError(f"config key '{key}': what used it was replaced by another file; leave it out")

@@ -96,6 +96,16 @@ def test_a_key_that_an_overlay_left_without_use_is_refused():
     check_config([BUNDLE], consistency=0.5)
 
 
+def test_what_an_overlay_sets_in_vain_is_said(caplog):
+    files = {name: str(ROOT / "configs" / f"{name}.json") for name in ("pcam", "lite0", "aim")}
+    check_config([BUNDLE, files["pcam"], files["lite0"]])
+    check_config([BUNDLE, files["aim"]])
+    assert not caplog.messages
+    check_config([BUNDLE, *files.values()])  # AIM's network ends nowhere
+    (told,) = caplog.messages
+    assert told.startswith(f"{files['lite0']}: its 'encoder_options' does nothing here")
+
+
 def test_a_component_that_does_not_exist_is_refused():
     assert "medsd.bundle.data.SlideDat" in refusal(**{"data::_target_": "medsd.bundle.data.SlideDat"})
 
