@@ -236,9 +236,9 @@ class _Epochs:
         state, metrics = self.state, self.trainer.state.metrics
         state.epoch = self.trainer.state.epoch
         row: dict[str, float | None] = {"epoch": state.epoch, **state.sums, **metrics, **self._validated()}
-        logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
         state.sums = {}
-        if idist.get_rank() == 0:
+        if idist.get_rank() == 0:  # of several processes each has its own sums, and BatchNorm's averages; one is told
+            logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None))
             # History first: an epoch whose checkpoint a killed run did not save is done again, and so is its row.
             _append_row(self.checkpoint.folder / "history.csv", row)
             # In a file of its own: a resumed training's history equals the whole one's, its pace does not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def run_process(number: int, meeting: Path, out: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=number, world_size=2, timeout=timedelta(seconds=120)
     )
+    logging.basicConfig(filename=out / f"{number}.log", level=logging.INFO)
     trainer = trainer_of(noise=number)
     pretrain(trainer, out / "run")
     torch.save(trainer.network.state_dict(), out / f"{number}.pt")
@@ -164,6 +166,8 @@ def test_two_processes_train_one_network_and_one_queue(tmp_path: Path, run_apart
     assert int(one["queue.filled"]) == 16 and checkpoint(tmp_path / "run")["state"]["steps"] == 6
     with open(tmp_path / "run" / "history.csv", newline="", encoding="utf-8") as handle:
         assert "effective_rank" in list(csv.DictReader(handle))[1]
+    told = [(tmp_path / f"{number}.log").read_text("utf-8").count("epoch 2, loss") for number in (0, 1)]
+    assert told == [1, 0]
 
 
 def engine(moco: MedMoCo, iteration: int = 1, lr: float = 0.05) -> Any:
