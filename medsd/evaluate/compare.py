@@ -40,6 +40,7 @@ METRICS = (
     Metric("auc", "patch AUC", "tiles.patch_auc", "higher"),
     Metric("ece", "calibration error (ECE)", "calibration.ece", "lower"),
     Metric("ece_before", "the same, before calibration", "calibration.ece_before", "lower"),
+    Metric("ece_by_chance", "calibration error of true probabilities (chance)", "calibration.ece_by_chance", ""),
     Metric("brier", "Brier score", "calibration.brier", "lower"),
     Metric("masking_area", "accuracy under masking, most salient first", f"{_MAPS}.gradient.masking_area", "lower"),
     Metric("random_area", "accuracy under masking, random control", "explanations.random.masking_area", ""),

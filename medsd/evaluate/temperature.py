@@ -30,6 +30,7 @@ class CalibrationScores:
     Attributes:
         ece: expected calibration error of the calibrated probabilities, see `calibration_error`.
         ece_before: that of softmax(logits).
+        ece_by_chance: what true probabilities of these sizes would show, see `calibration_error_by_chance`.
         brier: Brier score of the calibrated probabilities, see `brier_score`.
         temperature: that divides the logits, fitted on validation data.
         threshold: probability from which a tile counts as the target, from validation data.
@@ -37,6 +38,7 @@ class CalibrationScores:
 
     ece: float
     ece_before: float
+    ece_by_chance: float
     brier: float
     temperature: float
     threshold: float
@@ -67,8 +69,14 @@ def score_calibration(
     has = truth == target
     before = softmax(values)[:, target]
     after = softmax(calibrated(torch.from_numpy(values), temperature, offset).numpy())[:, target]
-    errors = calibration_error(has, after), calibration_error(has, before), brier_score(has, after)
-    return CalibrationScores(*errors, temperature, threshold)
+    return CalibrationScores(
+        ece=calibration_error(has, after),
+        ece_before=calibration_error(has, before),
+        ece_by_chance=calibration_error_by_chance(after),
+        brier=brier_score(has, after),
+        temperature=temperature,
+        threshold=threshold,
+    )
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, offset: Sequence[float] = ()) -> float:
@@ -176,9 +184,38 @@ def calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
     """
     check_number("bins", bins, "[1, inf)", whole=True)
     truth, values = _probabilities(labels, probabilities)
-    number = np.searchsorted(np.linspace(0.0, 1.0, bins + 1)[1:-1], values, side="left")
-    gaps = np.bincount(number, truth - values, minlength=bins)
+    gaps = np.bincount(_bins(values, bins), truth - values, minlength=bins)
     return float(np.abs(gaps).sum() / len(values))
+
+
+def calibration_error_by_chance(probabilities: npt.ArrayLike, bins: int = 15, draws: int = 200, seed: int = 0) -> float:
+    """The calibration error that chance leaves to probabilities that are true: a mean over labels drawn from them.
+
+    A bin of few items is off by chance, and the error adds up what bins are off by whichever the sign. So an error is
+    read against this one, not against 0 (consistency resampling, Bröcker and Smith 2007).
+
+    Args:
+        probabilities, bins: as of `calibration_error`.
+        draws: of all labels.
+        seed: of the draws.
+
+    Raises:
+        DatasetError, ConfigError: as `calibration_error`; no draws.
+
+    Example:
+        >>> round(calibration_error_by_chance([0.5] * 100), 2), round(calibration_error_by_chance([0.5] * 10000), 3)
+        (0.04, 0.004)
+    """
+    check_number("bins", bins, "[1, inf)", whole=True)
+    check_number("draws", draws, "[1, inf)", whole=True)
+    values = _in_range(np.asarray(probabilities, np.float64))
+    random, number = np.random.default_rng(seed), _bins(values, bins)
+    drawn = (np.bincount(number, (random.random(len(values)) < values) - values, bins) for _ in range(draws))
+    return float(np.mean([np.abs(gaps).sum() for gaps in drawn]) / len(values))
+
+
+def _bins(probabilities: Floats, count: int) -> npt.NDArray[np.intp]:
+    return np.searchsorted(np.linspace(0.0, 1.0, count + 1)[1:-1], probabilities, side="left")
 
 
 def brier_score(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
@@ -209,6 +246,10 @@ def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[
 
 def _probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[Floats, Floats]:
     truth, values = check_scores(labels, probabilities)
-    if not len(values) or not ((values >= 0) & (values <= 1)).all():
+    return truth.astype(np.float64), _in_range(values)
+
+
+def _in_range(probabilities: Floats) -> Floats:
+    if not probabilities.size or not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise DatasetError("scores: no probabilities, or outside 0 to 1; give those of one class")
-    return truth.astype(np.float64), values
+    return probabilities

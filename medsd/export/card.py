@@ -17,6 +17,7 @@ _SCORES = (
     ("slides.slide_auc", "Slide AUC"),
     ("lesions.maps.model.froc", "Lesion FROC (CAMELYON16)"),
     ("calibration.ece", "Expected calibration error"),
+    ("calibration.ece_by_chance", "the same of true probabilities (chance)"),
 )
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError, DatasetError, MedsdError
 from medsd.evaluate.temperature import (
     HIGHEST,
     LOWEST,
     brier_score,
     calibration_error,
+    calibration_error_by_chance,
     fit_scaling,
     fit_temperature,
     score_calibration,
@@ -96,6 +98,30 @@ def test_bounds():
 def test_bad_logits_are_named(logits, labels, words):
     with pytest.raises(DatasetError, match=words):
         fit_temperature(logits, labels)
+
+
+@pytest.mark.parametrize(("items", "p"), [(1, 0.5), (4, 0.3), (50, 0.9)])
+def test_error_by_chance_of_one_bin_is_the_mean_deviation_of_a_binomial(items, p):
+    counts = np.arange(items + 1)
+    expected = np.abs(counts / items - p) @ binom.pmf(counts, items, p)
+    assert calibration_error_by_chance([p] * items, draws=40_000) == pytest.approx(expected, abs=0.005)
+
+
+def test_error_by_chance_is_what_true_probabilities_show():
+    random = np.random.default_rng(0)
+    p = random.beta(0.5, 0.8, 400)
+    errors = [calibration_error(random.random(400) < p, p) for _ in range(200)]
+    found = calibration_error_by_chance(p)
+    assert found == pytest.approx(np.mean(errors), abs=0.003)
+    assert found > 0.03 > 2 * calibration_error_by_chance(np.tile(p, 25))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "draws", "words"), [([], 1, "no"), ([1.5], 1, "outside"), ([0.5], 0, "draws")]
+)
+def test_bad_probabilities_by_chance_are_named(probabilities, draws, words):
+    with pytest.raises(MedsdError, match=words):
+        calibration_error_by_chance(probabilities, draws=draws)
 
 
 def error_by_loops(labels: list[int], probabilities: list[float], bins: int) -> float:
