@@ -20,6 +20,8 @@ from studies.finetune import Recipe, start_worker, train
 from studies.pretrain_data import Images, Sides, sides_of
 from studies.pretrain_tables import draw, tables
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, decoder_dice, maps_of
 from medsd.evaluate.probes import features_of, knn_probe, linear_probe, score_probe
@@ -43,7 +45,10 @@ IMAGENET = "tf_efficientnet_lite0.in1k.fp16.safetensors"
 
 @dataclass(frozen=True)
 class Part:
-    """A data set and an encoder: what all variants share."""
+    """A data set and an encoder: what all variants share.
+
+    `adamw` takes the place of SGD with momentum; its first epoch is a warm-up. `blur` and `grey` are shares of views.
+    """
 
     data: str
     encoder: str
@@ -54,11 +59,21 @@ class Part:
     queue: int
     view_px: int
     batch_size: int = 64
+    adamw: bool = False
+    weight_decay: float = 1e-4
+    blur: float = 0.5
+    grey: float = 0.2
 
 
+_ADAMW: dict[str, Any] = {"adamw": True, "lr": 1e-3, "weight_decay": 0.05}
+_COLOUR: dict[str, Any] = {"blur": 0.0, "grey": 0.0}
+_HALF = Part("pcam", "resnet10t_half", False, "layer2", epochs=15, lr=0.06, queue=768, view_px=64)
 PARTS = {
-    # For two cores; the others for a GPU.
-    "pcam-resnet10t": Part("pcam", "resnet10t_half", False, "layer2", epochs=15, lr=0.06, queue=768, view_px=64),
+    # For two cores, with `ebhi-lite0`; the others for a GPU.
+    "pcam-resnet10t": _HALF,
+    "pcam-resnet10t-colour": replace(_HALF, **_COLOUR),
+    "pcam-resnet10t-adamw": replace(_HALF, **_ADAMW),
+    "pcam-resnet10t-adamw-colour": replace(_HALF, **_ADAMW, **_COLOUR),
     "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=20, lr=0.015, queue=64, view_px=112),
     "pcam-resnet18": Part("pcam", "resnet18", False, "layer3", epochs=30, lr=0.06, queue=768, view_px=96),
     "pcam-lite0": Part("pcam", "tf_efficientnet_lite0", True, "blocks.4", epochs=15, lr=0.015, queue=768, view_px=96),
@@ -206,15 +221,13 @@ def _encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str,
         return encoder, {}
     settings = replace(VARIANTS[job.variant], queue=part.queue, local_layer=part.local_layer)
     network = start.network(settings, torch.device(job.device))
-    learnt = [each for each in network.parameters() if each.requires_grad]
-    optimizer = torch.optim.SGD(learnt, part.lr, momentum=0.9, weight_decay=1e-4)
     steps = len(images) // part.batch_size
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, part.epochs * steps)
+    optimizer, schedule = _optimiser(part, [each for each in network.parameters() if each.requires_grad], steps)
     state = SimpleNamespace(
         device=torch.device(job.device), iteration=0, epoch=1, epoch_length=steps, max_epochs=part.epochs
     )
     engine: Any = SimpleNamespace(state=state, network=network, optimizer=optimizer)
-    step = PretrainStep(seed=job.seed, views=ViewSettings(part.view_px))
+    step = PretrainStep(seed=job.seed, views=ViewSettings(part.view_px, blur=part.blur, grey=part.grey))
     rows, last = _batches(len(images), part, job.seed), []
     for chosen in rows:
         state.iteration += 1
@@ -227,6 +240,16 @@ def _encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str,
         seen = [network.normalise(batch.to(state.device)) for batch in images[:512].split(64)]
         embeddings = torch.cat([network.embed(batch)[1] for batch in seen])
     return network.plain_encoder().eval(), {"end": end, "embedding_rank": spectrum(embeddings).effective_rank}
+
+
+def _optimiser(part: Part, learnt: list[nn.Parameter], steps: int) -> tuple[Optimizer, LRScheduler]:
+    """The optimiser, and its rate by the step: a cosine, after AdamW's warm-up of an epoch of `steps`."""
+    if not part.adamw:
+        momentum = torch.optim.SGD(learnt, part.lr, momentum=0.9, weight_decay=part.weight_decay)
+        return momentum, CosineAnnealingLR(momentum, part.epochs * steps)
+    adamw = torch.optim.AdamW(learnt, part.lr, weight_decay=part.weight_decay)
+    rates = [LinearLR(adamw, 0.05, total_iters=steps), CosineAnnealingLR(adamw, (part.epochs - 1) * steps)]
+    return adamw, SequentialLR(adamw, rates, [steps])
 
 
 def _batches(images: int, part: Part, seed: int) -> Iterator[Tensor]:

@@ -39,6 +39,9 @@ WORDS = {
 _BASE = "moco"
 _PARTS = {
     "pcam-resnet10t": "PatchCamelyon, half-width ResNet-10-t from random weights",
+    "pcam-resnet10t-colour": "the same, views in colour and sharp",
+    "pcam-resnet10t-adamw": "the same, AdamW",
+    "pcam-resnet10t-adamw-colour": "the same, AdamW, views in colour and sharp",
     "pcam-resnet18": "PatchCamelyon, ResNet-18 from random weights",
     "pcam-lite0": "PatchCamelyon, EfficientNet-Lite0 from ImageNet",
     "ebhi-resnet18": "EBHI-Seg, ResNet-18 from random weights",
