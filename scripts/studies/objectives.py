@@ -33,7 +33,7 @@ from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.probes import Labelled, LinearHead, features_of, fit_head
 from medsd.evaluate.scores import auc
 from medsd.evaluate.summary import as_json
-from medsd.evaluate.temperature import calibration_error, fit_temperature, softmax
+from medsd.evaluate.temperature import calibration_error, calibration_error_by_chance, fit_temperature, softmax
 from medsd.files import sha256_of
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
 from medsd.networks.modes import training
@@ -193,7 +193,8 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
         network.head.load_state_dict({name: torch.from_numpy(value) for name, value in vars(head).items()})
     if job.method == "frozen":
         network.eval()
-        return job, {"auc": scores_of(network, held, test)["auc"]}
+        # The held-out side fitted the head, so nothing is left to fit a temperature on.
+        return job, scores_of(network, None, test)
     train(network, objective_of(job.method), fit, part, job.repeat)
     scores = scores_of(network, held, test)
     return job, scores | explained(network, test) | pointing(network, held, test, job)
@@ -229,22 +230,30 @@ def train(network: Classifier, objective: Objective, items: Items, part: Part, s
     network.eval()
 
 
-def scores_of(network: TileClassifier, held: Items, test: Items) -> dict[str, float]:
-    """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side."""
-    sides = []
-    for items in (held, test):
-        with torch.inference_mode():
-            sides.append(torch.cat([network(batch) for batch in items.images.split(_BATCH)]).numpy())
-    temperature = fit_temperature(sides[0], held.labels)
-    logits = sides[1]
-    before, after = (softmax(logits / divisor)[:, 1] for divisor in (1.0, temperature))
+def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[str, float]:
+    """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side.
+
+    `ece_oracle` is of the temperature that the test side itself asks for: no honest one does better but by luck.
+    """
+    temperature = 1.0 if held is None else fit_temperature(_logits(network, held), held.labels)
+    logits = _logits(network, test)
+    divisors = 1.0, temperature, fit_temperature(logits, test.labels)
+    before, after, oracle = (softmax(logits / divisor)[:, 1] for divisor in divisors)
     return {
         "accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
         "auc": auc(test.labels, logits[:, 1] - logits[:, 0]),
         "ece_before": calibration_error(test.labels, before),
         "ece": calibration_error(test.labels, after),
+        "ece_oracle": calibration_error(test.labels, oracle),
+        "ece_by_chance": calibration_error_by_chance(after),
         "temperature": temperature,
     }
+
+
+@torch.inference_mode()
+def _logits(network: TileClassifier, items: Items) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = torch.cat([network(batch) for batch in items.images.split(_BATCH)]).numpy()
+    return found
 
 
 def explained(network: TileClassifier, test: Items) -> dict[str, Any]:

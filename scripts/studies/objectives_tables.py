@@ -16,7 +16,7 @@ from studies.objectives_data import FOLDS
 from medsd.files import atomic_path
 
 WORDS = {
-    "frozen": "frozen features, logistic regression",
+    "frozen": "frozen features, logistic regression, no temperature",
     "ce": "cross-entropy (CE)",
     "sgt": "SGT",
     "decorrelation": "CE + decorrelation, `cov`",
@@ -44,6 +44,8 @@ COLUMNS = {
     "auc": ("AUC", 1.0, 3),
     "accuracy": ("accuracy %", 100.0, 1),
     "ece": ("ECE, tempered", 1.0, 3),
+    "ece_oracle": ("ECE, temperature of the test side", 1.0, 3),
+    "ece_by_chance": ("ECE by chance", 1.0, 3),
     "masking_area": ("masking area", 1.0, 3),
     "gap": ("masking gap", 1.0, 3),
     "insertion": ("insertion", 1.0, 3),
