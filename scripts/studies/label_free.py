@@ -81,9 +81,13 @@ LAYERS = {
 }
 
 
+NETWORKS = tuple(dict.fromkeys(network for _, network in LAYERS))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
     parser.add_argument("data", type=Path, help="Holds pcam_patches, camelyon_tiles_tumour_masks, weights_encoders.")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument(
         "--pretrained",
         type=Path,
@@ -93,11 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
-    """The parts asked for, every network and layer."""
+    """The parts and networks asked for, every layer."""
     return [
         Job(part, network, layer, str(arguments.data), str(_weights(arguments, folder, network)))
         for (part, network), layers in LAYERS.items()
-        if part in arguments.part
+        if part in arguments.part and network in arguments.networks
         for layer in layers
     ]
 
@@ -126,7 +130,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     """Train the heads that are missing."""
     for name in ("lite0", "densenet"):
         path = _weights(arguments, folder, name)
-        if "tissue" in arguments.part and not path.is_file():
+        if "tissue" in arguments.part and name in arguments.networks and not path.is_file():
             fields.with_head(arguments.data, name, path)
 
 
