@@ -25,6 +25,7 @@ from PIL import Image
 from studies.networks import ENCODER
 from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
 from studies.objectives_tables import WORDS, draw, tables
+from torch import Tensor, nn
 
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.cohort.patches import scaled
@@ -45,7 +46,7 @@ from medsd.saliency.registry import make_method
 from medsd.tables import read_table
 from medsd.training.augment import augment
 from medsd.training.network import parameter_groups
-from medsd.training.terms import Objective
+from medsd.training.terms import Objective, Terms
 
 __all__ = ["draw", "tables"]
 
@@ -101,10 +102,31 @@ def part_of(job: Job) -> Part:
     return part if STARTS[job.encoder].file else replace(part, **_FROM_SCRATCH)
 
 
-def objective_of(method: str) -> SaliencyDecor:
+@dataclass
+class Mixup:
+    """Cross-entropy of images mixed in pairs by a share from Beta(`alpha`, `alpha`) a batch (Zhang et al., 2018)."""
+
+    alpha: float = 0.2
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
+    ) -> Terms:
+        """See `Objective`."""
+        assert generator is not None
+        share = np.random.default_rng(int(torch.randint(2**31, (), generator=generator))).beta(self.alpha, self.alpha)
+        order = torch.randperm(len(x), generator=generator)
+        logits = network(x.lerp(x[order], 1 - share))
+        losses = [torch.nn.functional.cross_entropy(logits, each) for each in (labels, labels[order])]
+        total = share * losses[0] + (1 - share) * losses[1]
+        return Terms(total, {"cross_entropy": total.detach()}, logits.detach())
+
+
+def objective_of(method: str) -> Objective:
     """The objective of a method; one a training."""
     if method == "ce":
         return SaliencyDecor(0, 0)
+    if method == "mixup":
+        return Mixup()
     if method == "sgt":
         return SaliencyDecor(1, 0)
     if method == "decorrelation":
@@ -302,17 +324,17 @@ def _enlarged(items: Items, scale: int) -> Items:
     return replace(items, images=_larger(items.images, scale), masks=masks)
 
 
-def _larger(images: torch.Tensor, scale: int) -> torch.Tensor:
+def _larger(images: Tensor, scale: int) -> Tensor:
     """Images (n, 3, S, S) uint8 made larger as the bundle does."""
     pixels = [scaled(image, scale) for image in images.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
-def _normalised(network: TileClassifier, images: torch.Tensor) -> Iterator[torch.Tensor]:
+def _normalised(network: TileClassifier, images: Tensor) -> Iterator[Tensor]:
     return (network.normalise(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(_BATCH))
 
 
-def _masked(test: Items, job: Job) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.bool_]]]:
+def _masked(test: Items, job: Job) -> Iterator[tuple[Tensor, npt.NDArray[np.bool_]]]:
     """Fields as the tiles (n, 3, S, S) that they are cut into, row by row, and their masks (H, H)."""
     if test.masks is not None:
         for row in np.flatnonzero(test.labels == 1):
@@ -331,7 +353,7 @@ def _masked(test: Items, job: Job) -> Iterator[tuple[torch.Tensor, npt.NDArray[n
             yield _larger(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1), STARTS[job.encoder].scale), mask
 
 
-def _stitched(maps: torch.Tensor, side: int) -> npt.NDArray[np.float32]:
+def _stitched(maps: Tensor, side: int) -> npt.NDArray[np.float32]:
     """Maps (n * n, h, w) of tiles, row by row, as one map at the pixels of their field (side, side)."""
     count = math.isqrt(len(maps))
     whole = maps.unflatten(0, (count, count)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)

@@ -18,6 +18,7 @@ from medsd.files import atomic_path
 WORDS = {
     "frozen": "frozen features, logistic regression, no temperature",
     "ce": "cross-entropy (CE)",
+    "mixup": "CE, images mixed in pairs",
     "sgt": "SGT",
     "decorrelation": "CE + decorrelation, `cov`",
     "saliencydecor": "SaliencyDecor, `cov`",
@@ -25,6 +26,7 @@ WORDS = {
     "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
 _SHORT = {
+    "mixup": "mixup",
     "sgt": "SGT",
     "decorrelation": "decorrelation",
     "saliencydecor": "SaliencyDecor, cov",
