@@ -36,12 +36,12 @@ WORDS = {
     "med-moco-g16": "Med-MoCo, groups of 16",
     "med-moco-g32": "Med-MoCo, groups of 32",
 }
-_BASE = "moco"
+_START, _BASE = "start", "moco"
 _PARTS = {
     "pcam-resnet10t": "PatchCamelyon, half-width ResNet-10-t from random weights",
-    "pcam-resnet10t-colour": "the same, views in colour and sharp",
-    "pcam-resnet10t-adamw": "the same, AdamW",
-    "pcam-resnet10t-adamw-colour": "the same, AdamW, views in colour and sharp",
+    "pcam-resnet10t-colour": "PatchCamelyon, half-width ResNet-10-t, views in colour and sharp",
+    "pcam-resnet10t-adamw": "PatchCamelyon, half-width ResNet-10-t, AdamW",
+    "pcam-resnet10t-adamw-colour": "PatchCamelyon, half-width ResNet-10-t, AdamW, views in colour and sharp",
     "pcam-resnet18": "PatchCamelyon, ResNet-18 from random weights",
     "pcam-lite0": "PatchCamelyon, EfficientNet-Lite0 from ImageNet",
     "ebhi-resnet18": "EBHI-Seg, ResNet-18 from random weights",
@@ -77,9 +77,32 @@ COLUMNS = (
 
 
 def tables(results: Results) -> str:
-    """Tables in Markdown: means over seeds, then differences to each MoCo v2 that was run, paired by seed."""
+    """Tables in Markdown: means over seeds, then differences to each MoCo v2 that was run, paired by seed.
+
+    At the end each other schedule of the first part, see `_schedules`.
+    """
     parts = list(dict.fromkeys(part for part, _, _ in results))
-    return "\n\n".join("\n".join(_part(part, results)) for part in parts) + "\n"
+    pieces = ["\n".join(_part(part, results)) for part in parts]
+    others = [part for part in parts[1:] if part.startswith(parts[0])]
+    if others:
+        pieces.append("\n".join(_schedules(parts[0], others, results)))
+    return "\n\n".join(pieces) + "\n"
+
+
+def _schedules(first: str, others: list[str], results: Results) -> Iterator[str]:
+    """What MoCo v2 has more by another schedule, on the same images from the same weights, seed by seed."""
+    compared = [column for column in COLUMNS if column.compared]
+    yield "### MoCo v2 by another schedule, less MoCo v2 by the first, paired by seed"
+    yield ""
+    yield "| " + " | ".join(["", "seeds", *(column.title for column in compared)]) + " |"
+    yield "|---" * (len(compared) + 2) + "|"
+    for part in others:
+        seeds = [seed for at, name, seed in results if (at, name) == (part, _BASE) and (first, _BASE, seed) in results]
+        pairs = [[_values(results, at, _BASE, column.key, seeds) for at in (part, first)] for column in compared]
+        cells = [
+            difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
+        ]
+        yield "| " + " | ".join([_PARTS[part], str(len(seeds)), *cells]) + " |"
 
 
 def _part(part: str, results: Results) -> Iterator[str]:
@@ -152,18 +175,18 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _panel(axes: Axes, part: str, results: Results) -> None:
-    for number, (variant, words) in enumerate(WORDS.items()):
+    shown = [variant for variant in WORDS if any(key[:2] == (part, variant) for key in results)]
+    # What learnt nothing comes first, and is none of the runs.
+    numbers = range(0 if _START in shown else 1, len(WORDS) + 1)
+    for number, variant in zip(numbers, shown, strict=False):
         found = [each["singular"] for (at, name, _), each in results.items() if (at, name) == (part, variant)]
-        if not found:
-            continue
         shares = np.exp(np.mean([np.log(np.maximum(each, 1e-12) / each[0]) for each in found], axis=0))
         shares = shares[shares > 1e-6]
-        # What learnt nothing comes first, and is none of the runs.
         colour, marker = RUN_STYLES[(number - 1) % len(RUN_STYLES)] if number else ("#444444", "")
         style = "-" if number else ":"
         axes.plot(
             np.arange(1, len(shares) + 1), shares, style, color=colour, marker=marker, markevery=(number * 4, 40), ms=4,
-            label=words,
+            label=WORDS[variant],
         )  # fmt: skip
     axes.set(yscale="log", xlabel="direction, strongest first", ylabel="singular value, share of the first")
     axes.set_title(_PARTS[part], fontsize="medium")
