@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import monai.bundle
+import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from medsd.bundle import check, check_config, mistake
@@ -54,6 +56,25 @@ def test_on_several_gpus_every_bundle_runs_what_learns_alone(bundle):
 @pytest.mark.parametrize("scale", [2, 0.5])
 def test_patches_can_be_made_larger_and_smaller(names, scale):
     check_config([BUNDLE, *(str(ROOT / "configs" / f"{name}.json") for name in names)], scale=scale)
+
+
+@pytest.mark.parametrize("stage", ["pretraining", None])
+def test_every_number_of_steps_has_rates_that_rise_and_fall(stage):
+    """torch divides by 0 where the warm-up's share of the steps is one step exactly."""
+    config = json.loads(Path(BUNDLE).read_text("utf-8"))
+    shape = (config if stage is None else config[stage])["scheduler"]
+    options = {key: shape[key] for key in ("pct_start", "cycle_momentum") if key in shape}
+    for steps in range(2, 200):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, steps, **options)
+        rates = [optimizer.param_groups[0]["lr"]]
+        for _ in range(steps - 1):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        top = int(np.argmax(rates))
+        assert sorted(rates[: top + 1]) == rates[: top + 1] and sorted(rates[top:], reverse=True) == rates[top:]
+        assert top < steps / 2 and rates[top] > 0.5 and rates[-1] < 0.01
 
 
 def test_overlays_are_accepted_together():
