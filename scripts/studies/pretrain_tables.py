@@ -50,7 +50,7 @@ _PARTS = {
 
 
 class Column(NamedTuple):
-    """A measure: its key, its title, the digits that are shown, and whether it is compared with MoCo v2."""
+    """A measure: its key, its title, the digits that are shown, and whether variants are compared by it."""
 
     key: str
     title: str
@@ -64,7 +64,7 @@ COLUMNS = (
     Column("correlation", "mean abs correlation", 2, compared=False),
     Column("embedding_rank", "rank of embeddings", 1, compared=False),
     Column("probe", "probe AUC", 3),
-    Column("probe_white", "probe AUC, whitened", 3, compared=False),
+    Column("probe_white", "probe AUC, whitened", 3),
     Column("knn", "k-NN AUC", 3),
     Column("knn_white", "k-NN AUC, whitened", 3, compared=False),
     Column("dice", "decoder Dice", 3),
@@ -77,7 +77,7 @@ COLUMNS = (
 
 
 def tables(results: Results) -> str:
-    """Tables in Markdown: means over seeds, then differences to each MoCo v2 that was run, paired by seed.
+    """Tables in Markdown: means over seeds, then differences to the start and to each MoCo v2 that was run.
 
     At the end each other schedule of the first part, see `_schedules`.
     """
@@ -117,17 +117,21 @@ def _part(part: str, results: Results) -> Iterator[str]:
     for variant in variants:
         cells = [mean_of(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
         held = sum((part, variant, seed) in results for seed in seeds)
-        words = WORDS[variant] + (f" ({held} seeds)" if held < len(seeds) else "")
+        words = _words(part, variant) + (f" ({held} seeds)" if held < len(seeds) else "")
         yield "| " + " | ".join([words, *cells]) + " |"
-    for base in (variant for variant in variants if variant.startswith(_BASE)):
+    for base in (variant for variant in variants if variant.startswith((_START, _BASE))):
         yield from _differences(part, results, base, [variant for variant in variants if variant != base], seeds)
+
+
+def _words(part: str, variant: str) -> str:
+    return "ImageNet alone" if variant == _START and "from ImageNet" in _PARTS[part] else WORDS[variant]
 
 
 def _differences(part: str, results: Results, base: str, variants: list[str], seeds: list[int]) -> Iterator[str]:
     """A table of what variants have more than a base."""
     compared = [column for column in COLUMNS if column.compared]
     yield ""
-    yield f"Difference to {WORDS[base]}, paired by seed, with the 95 % interval of Student's t; ratio of ranks:"
+    yield f"Difference to {_words(part, base)}, paired by seed, with the 95 % interval of Student's t; ratio of ranks:"
     yield ""
     yield "| " + " | ".join(["", *(column.title for column in compared), "times its rank"]) + " |"
     yield "|---" * (len(compared) + 2) + "|"
@@ -137,7 +141,9 @@ def _differences(part: str, results: Results, base: str, variants: list[str], se
             difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
         ]
         ours, theirs = pairs[0]
-        yield "| " + " | ".join([WORDS[variant], *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
+        yield (
+            "| " + " | ".join([_words(part, variant), *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
+        )
 
 
 def _values(results: Results, part: str, variant: str, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
@@ -186,7 +192,7 @@ def _panel(axes: Axes, part: str, results: Results) -> None:
         style = "-" if number else ":"
         axes.plot(
             np.arange(1, len(shares) + 1), shares, style, color=colour, marker=marker, markevery=(number * 4, 40), ms=4,
-            label=WORDS[variant],
+            label=_words(part, variant),
         )  # fmt: skip
     axes.set(yscale="log", xlabel="direction, strongest first", ylabel="singular value, share of the first")
     axes.set_title(_PARTS[part], fontsize="medium")
