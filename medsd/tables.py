@@ -39,18 +39,18 @@ def read_table(
     """
     rows = [[_plain(cell.strip()) for cell in row] for row in _rows(Path(path))]
     heads = [cell.lower() for cell in rows[0]] if rows else []
+    # Rows without a word may be longer than the first, as spreadsheets leave them.
+    found = {number: row for number, row in enumerate(rows, start=1) if any(row) and not (header and number == 1)}
     if header:
         _check_header(f"{path}: row 1", heads, columns, known)
-        for number, row in enumerate(rows, start=1):
-            if any(row) and len(row) != len(heads):
+        for number, row in found.items():
+            if len(row) != len(heads):
                 raise DatasetError(
                     f"{path}: row {number}: {len(row)} cells where the first row has {len(heads)}; "
                     "quote cells that hold a comma"
                 )
-    frame = pd.DataFrame(rows, range(1, len(rows) + 1), dtype=object).fillna("")
-    if header:
-        frame = frame.iloc[1:].set_axis(heads, axis=1) if rows else frame
-    return frame[(frame != "").any(axis=1)]
+    names = heads if header else None
+    return pd.DataFrame(list(found.values()), list(found), names, dtype=object).fillna("")
 
 
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -34,6 +34,15 @@ def test_rows_keep_their_numbers_and_short_ones_are_filled_up_without_a_header(t
     assert read_table(tmp_path / "t.csv", header=False).T.to_dict("list") == {1: ["a", "b", "c"], 3: ["d", "", ""]}
 
 
+@pytest.mark.parametrize("text", ["slide,mpp\n,,,\na,1\n", "slide,mpp\na,1\n,,,", "slide,mpp\n\na,1\n,\n"])
+def test_rows_without_a_word_are_no_rows_however_long(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    assert read_table(path, ["slide"]).to_numpy().tolist() == [["a", "1"]]
+    path.write_text("slide\n,")
+    assert read_table(path, ["slide"]).empty
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
