@@ -70,6 +70,9 @@ PARTS = {
 }
 Protocol = Literal["linear", "full"]
 PRETRAINED = ("start", "moco", "med-moco", "local-corr-4")
+# By the schedule that the study of pre-training chose.
+_ADAMW = "-adamw"
+PRETRAINED_SO = ("moco-adamw", "med-moco-adamw")
 _PRETRAINED_ON, _HALF = "pcam-resnet10t", "resnet10t_half"
 # From MoCo's encoder, with the labels of the training side of PatchCamelyon.
 TUNED = {"ce": (0.0, 0.0), "saliencydecor": (1.0, 0.1)}
@@ -82,9 +85,9 @@ class Setting:
     """One training of a part, but for its seed.
 
     Attributes:
-        start: of the encoder: a variant of the study of pre-training, one of `TUNED`, "lite0" (ImageNet), or, in the
-            part "weak", of the classifier's encoder: "masks" alone, "weak" (evidence in the place of masks), or "weak
-            then masks".
+        start: of the encoder: a variant of the study of pre-training (by SGD, or "-adamw"), one of `TUNED`, "lite0"
+            (ImageNet), or, in the part "weak", of the classifier's encoder: "masks" alone, "weak" (evidence in the
+            place of masks), or "weak then masks".
         protocol, fraction: keys of the bundle; a fraction of 0 looks at no training mask.
         sure, fill: of weak masks.
         decoder: key of the bundle; None for the paper's linear one, or U-Net.
@@ -145,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this study alone."""
     parser.add_argument("data", type=Path, help="Holds ebhi_seg, nuinsseg, pcam_patches and weights_encoders.")
     parser.add_argument("--seeds", type=int, default=3)
-    starts = [*PRETRAINED, *TUNED, "lite0"]
+    starts = [*PRETRAINED, *PRETRAINED_SO, *TUNED, "lite0"]
     parser.add_argument("--starts", choices=starts, nargs="+", default=starts)
     protocols = list(get_args(Protocol))
     parser.add_argument("--protocols", choices=protocols, nargs="+", default=protocols)
@@ -156,14 +159,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
     """Seed by seed, so that a study that is stopped has whole comparisons."""
-    kept = folder.parent / "pretrain" / "encoders" / _PRETRAINED_ON
+    kept = folder.parent / "pretrain" / "encoders"
     jobs = []
     for part in arguments.part:
         for seed in range(arguments.seeds):
             for setting in settings_of(part, arguments.starts):
                 if setting.protocol not in arguments.protocols:
                     continue
-                encoder = kept / f"{setting.start}-{seed}.safetensors"
+                schedule = _ADAMW if setting.start in PRETRAINED_SO else ""
+                variant = setting.start.removesuffix(schedule)
+                encoder = kept / f"{_PRETRAINED_ON}{schedule}" / f"{variant}-{seed}.safetensors"
                 if setting.start in TUNED:
                     encoder = _tuned(folder, setting.start, seed)
                 elif setting.start == "lite0":
@@ -208,7 +213,9 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
         tuned = job.setting.start in TUNED
         needed = kept / "encoders" / _PRETRAINED_ON / f"{_TUNED_FROM}-{job.seed}.safetensors" if tuned else job.encoder
         if not Path(needed).is_file():
-            hint = "run the bundle" if job.part == "weak" else f"run the study 'pretrain', part {_PRETRAINED_ON}"
+            hint = (
+                "run the bundle" if job.part == "weak" else f"run the study 'pretrain', part {_PRETRAINED_ON}[{_ADAMW}]"
+            )
             raise DatasetError(f"{needed}: no such file; {hint} first, with the same --out")
         if tuned and not Path(job.encoder).is_file():
             _tune(Path(needed), Path(job.encoder), job, make_folder(kept / "images"))

@@ -25,9 +25,11 @@ _PARTS = {
 }
 _BASES = {"ebhi": "moco", "nuinsseg": "moco", "weak": "masks"}
 # What a start is compared with, if not with its part's base.
-_BASE_OF = {"saliencydecor": "ce"}
+_BASE_OF = {"saliencydecor": "ce", "med-moco-adamw": "moco-adamw"}
 _STARTS = {
     **WORDS,
+    "moco-adamw": "MoCo v2, by AdamW",
+    "med-moco-adamw": "Med-MoCo, by AdamW",
     "ce": "MoCo v2, then CE on labels",
     "saliencydecor": "MoCo v2, then SaliencyDecor on labels",
     "lite0": "EfficientNet-Lite0, ImageNet",
@@ -41,6 +43,8 @@ _INKS = {
     "moco": ("#08519c", "o"),
     "med-moco": ("#4292c6", "^"),
     "local-corr-4": ("#9ecae1", "v"),
+    "moco-adamw": ("#54278f", "o"),
+    "med-moco-adamw": ("#9e9ac8", "^"),
     "ce": ("#238b45", "<"),
     "saliencydecor": ("#74c476", ">"),
     "lite0": ("#d94801", "D"),
@@ -67,7 +71,8 @@ def _part(part: str, results: Results) -> Iterator[str]:
     base = _BASES[part]
     yield f"### {_PARTS[part]}"
     yield ""
-    to = f"'{_STARTS[base]}'" + ", of SaliencyDecor to CE," * (part != "weak")
+    others = ", of SaliencyDecor to CE, of Med-MoCo by AdamW to MoCo v2 so," if part != "weak" else ""
+    to = f"'{_STARTS[base]}'{others}"
     yield (
         f"Mean and standard error over {len(seeds)} seed(s), each with its own split; differences of Dice to {to} of "
         "the same protocol, decoder and share, paired by seed, with the 95 % interval of Student's t."
