@@ -24,7 +24,7 @@ HeadStart = Literal["random", "regression"]
 _ITEMS, _BATCH = 4096, 64
 
 
-def start_head(network: Classifier, training: TileDataset | PatchDataset, workers: int = 0, seed: int = 0) -> None:
+def start_head(network: Classifier, training: TileDataset | PatchDataset, workers: int = 0) -> None:
     """Set the head to a logistic regression on the encoder as it is, before any training.
 
     A new head moves the encoder by gradients that mean nothing yet; one that already separates the classes does not
@@ -35,7 +35,6 @@ def start_head(network: Classifier, training: TileDataset | PatchDataset, worker
         network: its head is changed in place.
         training: the items to be trained on.
         workers: processes that read.
-        seed: draws the items.
 
     Raises:
         ConfigError: the head whitens its features.
@@ -44,7 +43,7 @@ def start_head(network: Classifier, training: TileDataset | PatchDataset, worker
     head = network.head
     if not isinstance(head, nn.Linear):
         raise ConfigError("head_start='regression': a head that whitens has no such start; set whitening to false")
-    chosen = even_draw(training.labels, _ITEMS, seed)
+    chosen = even_draw(training.labels, _ITEMS, seed=0)
     loader = DataLoader(Subset(training, chosen), _BATCH, num_workers=workers)
     features, labels = collect(network, loader, progress_bar("head"), network.features)
     try:

@@ -54,6 +54,7 @@ from medsd.record import read_record, write_record
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import collect
+from medsd.training.step import ObjectiveStep
 from medsd.training.training import run_training, settings_of
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,12 @@ def finetune(
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
     make_engine(network, data.tile_px, data.mpp, settings=map_settings)
+    loader = cast("DataLoader[Any]", trainer.data_loader)
     if isinstance(trainer.loss_function, SaliencyDecor):
-        trainer.loss_function.check_fits(data.tile_px, network.feature_dim)
+        step = checkpoint.parts.get("step")
+        pieces = step.accumulation if isinstance(step, ObjectiveStep) else 1
+        batch = (loader.batch_size or 0) // pieces * idist.get_world_size()
+        trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     weights, regressed = network.encoder_weights, head_start == "regression"
     settings = settings_of(
@@ -110,7 +115,7 @@ def finetune(
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
-    begin = partial(start_head, network, data.part("training")) if regressed else None
+    begin = partial(start_head, network, data.part("training"), loader.num_workers) if regressed else None
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
     if idist.get_rank() > 0:
         return

@@ -21,7 +21,8 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
     """How much each pixel matters to the logit of its image's true class.
 
     The gradient is taken in eval mode and without a parameter graph: no parameter gradient and no BatchNorm buffer
-    is touched. It is that of the logit, free of any scale that a half-precision loss may carry.
+    is touched. It is that of the logit, free of any scale that a half-precision loss may carry, and of float32 within
+    autocast, too (our choice): the order of the smallest gradients is what half precision loses first.
 
     Args:
         network: offers `features(x)` (B, d) and `head`.
@@ -37,7 +38,7 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with evaluating(network), torch.enable_grad():
+        with evaluating(network), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             logits = network.head(network.features(x))  # type: ignore[operator]
             (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), x)
     finally:

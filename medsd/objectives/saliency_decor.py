@@ -76,8 +76,9 @@ class SaliencyDecor:
             batch where that is less than all needs (`default_group_size`).
         decorrelated: features of the "clean" images, or the mean of the term over "both" batches.
         saliency_pass: where the ranking's gradient comes from. "eval": a pass of its own with BatchNorm's running
-            statistics (the parent). "shared": the clean batch's own pass, which saves one of three forward passes (our
-            choice); for networks without BatchNorm and dropout it is the same gradient.
+            statistics (the parent), in float32. "shared": the clean batch's own pass, which saves one of three forward
+            passes (our choice); for networks without BatchNorm and dropout it is the same gradient, but for autocast's
+            rounding, which changes the order of the smallest.
         bn: running averages of BatchNorm (and of a whitening head) are the clean batches' "own", or "shared" with the
             masked ones (the parent). The masked pass normalises by its own batch in both.
 
@@ -124,20 +125,26 @@ class SaliencyDecor:
         check_choice("saliency_pass", self.saliency_pass, get_args(SaliencyPass))
         check_choice("bn", self.bn, get_args(BatchNormUse))
 
-    def check_fits(self, side_px: int, feature_dim: int) -> None:
+    def check_fits(self, side_px: int, feature_dim: int, batch: int) -> None:
         """Told before any step, since warm epochs may be hours.
 
         Args:
             side_px: of the images.
             feature_dim: channels of the features.
+            batch: images at once, of all processes.
 
         Raises:
-            ConfigError: nothing would be masked of such images, or `group_size` is above the channels.
+            ConfigError: nothing would be masked of such images, `group_size` is above the channels, or features of
+                single images would be decorrelated.
         """
         if self.consistency > 0:
             masked_count(self.masked_share, side_px, side_px, self.block_px)
         if self.decorrelation > 0 and self.mode != "layer":
             group_channels(torch.arange(feature_dim), self.group_size)
+            if batch < 2:
+                raise ConfigError(
+                    "decorrelation: needs at least 2 images at once; raise batch_size or lower accumulation"
+                )
 
     def __call__(
         self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None

@@ -18,6 +18,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.step import ObjectiveStep
 
 
 class Items(torch.utils.data.Dataset[Any]):
@@ -80,9 +81,17 @@ def test_an_objective_that_never_comes_in_is_told(
     assert ("warm_epochs=2 of max_epochs=2" in caplog.text) == told
 
 
-def test_an_objective_that_cannot_be_used_is_told_before_any_epoch() -> None:
-    objective = SaliencyDecor(warm_epochs=3, block_px=64)
-    trainer: Any = SimpleNamespace(network=TileClassifier("test_resnet"), loss_function=objective)
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (SaliencyDecor(warm_epochs=3, block_px=64), "raise it or lower block_px"),
+        (SaliencyDecor(warm_epochs=3), "decorrelation: needs at least 2 images at once; .*lower accumulation"),
+    ],
+)
+def test_an_objective_that_cannot_be_used_is_told_before_any_epoch(objective: SaliencyDecor, words: str) -> None:
+    loader = torch.utils.data.DataLoader(Items(2), batch_size=4)
+    trainer: Any = SimpleNamespace(network=TileClassifier("test_resnet"), loss_function=objective, data_loader=loader)
     data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
-    with pytest.raises(ConfigError, match="raise it or lower block_px"):
-        finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]
+    checkpoint: Any = SimpleNamespace(parts={"step": ObjectiveStep(accumulation=4)})
+    with pytest.raises(ConfigError, match=words):
+        finetune(data, trainer, None, checkpoint, MapSettings())  # type: ignore[arg-type]

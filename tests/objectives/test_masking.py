@@ -214,6 +214,14 @@ def test_the_saliency_pass_leaves_no_trace(training: bool) -> None:
     assert x.grad is None
 
 
+def test_autocast_does_not_change_the_order() -> None:
+    torch.manual_seed(0)
+    network, x, labels = ConvNet(), torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    scores = pixel_scores(network, x, labels, "absolute")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pixel_scores(network, x, labels, "absolute"), scores)
+
+
 def test_the_saliency_pass_ignores_dropout_and_batch_mates(network: ConvNet) -> None:
     network.train()
     x, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])

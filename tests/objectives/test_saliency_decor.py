@@ -204,9 +204,9 @@ def test_what_cannot_be_used_is_told_before_any_step(settings: dict[str, Any], w
     objective = SaliencyDecor(**settings)
     if words:
         with pytest.raises(ConfigError, match=words):
-            objective.check_fits(side_px=16, feature_dim=8)
+            objective.check_fits(side_px=16, feature_dim=8, batch=2)
     else:
-        objective.check_fits(side_px=16, feature_dim=8)
+        objective.check_fits(side_px=16, feature_dim=8, batch=2)
 
 
 def test_the_mode_of_the_network_stays() -> None:
