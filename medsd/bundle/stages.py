@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.handlers import EarlyStopping
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from scipy.special import logsumexp
 from torch.utils.data import DataLoader
 
-from medsd.bundle.card import card_of, input_of
-from medsd.bundle.config import command_config
 from medsd.bundle.data import Data
-from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.inference import FoundSlides
 from medsd.bundle.masks import MaskData
 from medsd.bundle.pretraining import ENCODER
-from medsd.checks import check_choice
 from medsd.classes import folded
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
@@ -38,24 +28,14 @@ from medsd.evaluate.summary import as_json, score_slides, score_tiles
 from medsd.evaluate.temperature import score_calibration, softmax
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
-from medsd.export.source import CONFIG
-from medsd.files import atomic_path, make_folder, sha256_of, write_json
+from medsd.files import atomic_path, make_folder, write_json
 from medsd.heatmap.cohort import map_slides, read_results
-from medsd.heatmap.engine import make_engine
-from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.model import MapRequest
 from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import Classifier
-from medsd.networks.start import weights_sha256
-from medsd.networks.weights import ModelCard, load_classifier, save_classifier
-from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.networks.weights import ModelCard, load_classifier
 from medsd.progress import progress_bar
-from medsd.record import read_record, write_record
-from medsd.training.checkpoint import Checkpoint
-from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.predict import collect
-from medsd.training.step import ObjectiveStep
-from medsd.training.training import run_training, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,81 +47,6 @@ def prepare(data: Data, output_dir: str) -> None:
     """Stage prepare: phantoms if wanted, tissue, tiles, labels."""
     make_folder(output_dir)
     data.prepare()
-
-
-def finetune(
-    data: Data,
-    trainer: SupervisedTrainer,
-    evaluator: SupervisedEvaluator,
-    checkpoint: Checkpoint,
-    map_settings: MapSettings,
-    early_stop: EarlyStopping | None = None,
-    hard_negatives: HardNegativeRound | None = None,
-    head_start: HeadStart = "random",
-) -> None:
-    """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
-
-    The weights go beside the checkpoint's folder. Prevalence, temperature, thresholds and colour scale are the
-    validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
-    `start_head`.
-    """
-    check_choice("head_start", head_start, get_args(HeadStart))
-    network = cast(Classifier, trainer.network)
-    # Before hours of training: a layer or tile size that the network lacks is told now.
-    make_engine(network, data.tile_px, data.mpp, settings=map_settings)
-    loader = cast("DataLoader[Any]", trainer.data_loader)
-    if isinstance(trainer.loss_function, SaliencyDecor):
-        step = checkpoint.parts.get("step")
-        pieces = step.accumulation if isinstance(step, ObjectiveStep) else 1
-        batch = (loader.batch_size or 0) // pieces * idist.get_world_size()
-        trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
-    tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
-    weights, regressed = network.encoder_weights, head_start == "regression"
-    settings = settings_of(
-        trainer,
-        network={
-            "encoder": network.encoder_name,
-            "architecture": network.architecture,
-            "options": network.options,
-            **input_of(network),
-        },
-        # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
-        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
-        | ({"head": head_start} if regressed else {}),
-        head=network.head,
-        # Training patches of one split are test patches of another: a training belongs to its split.
-        data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
-        hard_negatives=hard_negatives,
-        patience=early_stop and early_stop.patience,
-        **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
-    )
-    begin = partial(start_head, network, data.part("training"), loader.num_workers) if regressed else None
-    state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
-    if idist.get_rank() > 0:
-        return
-    if (config := command_config()) is not None:
-        write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
-    path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
-    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
-    written = read_record(record, recipe)
-    if written is not None and sha256_of(path) == written["sha256"]:
-        return
-    network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not compiled
-    save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
-    write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
-
-
-def tell_of_warm_epochs(objective: object, max_epochs: int) -> None:
-    """Warn where a training would be plain cross-entropy though its objective asks for more."""
-    if not isinstance(objective, SaliencyDecor) or objective.warm_epochs < max_epochs:
-        return
-    if objective.consistency or objective.decorrelation:
-        logger.warning(
-            "warm_epochs=%d of max_epochs=%d: all of the training is plain cross-entropy, its other terms never come "
-            "in; lower warm_epochs, or set consistency and decorrelation to 0",
-            objective.warm_epochs,
-            max_epochs,
-        )
 
 
 def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, ModelCard, str]:

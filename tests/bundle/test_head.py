@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from medsd.bundle.finetuning import finetune, tell_of_warm_epochs
 from medsd.bundle.head import start_head
-from medsd.bundle.stages import finetune, tell_of_warm_epochs
 from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
 from medsd.heatmap.maps import MapSettings
