@@ -68,15 +68,17 @@ class Part:
 _ADAMW: dict[str, Any] = {"adamw": True, "lr": 1e-3, "weight_decay": 0.05}
 _COLOUR: dict[str, Any] = {"blur": 0.0, "grey": 0.0}
 _HALF = Part("pcam", "resnet10t_half", False, "layer2", epochs=15, lr=0.06, queue=768, view_px=64)
+_LITE0 = Part("pcam", "tf_efficientnet_lite0", True, "blocks.2", epochs=5, lr=0.015, queue=768, view_px=64)
 PARTS = {
-    # For two cores, with `ebhi-lite0`; the others for a GPU.
     "pcam-resnet10t": _HALF,
     "pcam-resnet10t-colour": replace(_HALF, **_COLOUR),
     "pcam-resnet10t-adamw": replace(_HALF, **_ADAMW),
     "pcam-resnet10t-adamw-colour": replace(_HALF, **_ADAMW, **_COLOUR),
+    "pcam-lite0": _LITE0,
+    "pcam-lite0-adamw": replace(_LITE0, adamw=True, lr=1e-4, weight_decay=0.05),
     "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=20, lr=0.015, queue=64, view_px=112),
+    # For a GPU; those above for two cores.
     "pcam-resnet18": Part("pcam", "resnet18", False, "layer3", epochs=30, lr=0.06, queue=768, view_px=96),
-    "pcam-lite0": Part("pcam", "tf_efficientnet_lite0", True, "blocks.4", epochs=15, lr=0.015, queue=768, view_px=96),
     "ebhi-resnet18": Part("ebhi", "resnet18", False, "layer3", epochs=120, lr=0.06, queue=64, view_px=112),
 }
 START = "start"
