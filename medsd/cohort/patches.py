@@ -242,6 +242,7 @@ def split_groups(
     seed: int,
     stratified: bool = False,
     source: str = "labels.csv",
+    classes: Sequence[str] = ("normal", "tumour"),
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Training, validation and test rows; every group lies on one side.
 
@@ -254,6 +255,7 @@ def split_groups(
         stratified: deal the groups of each class in turn, the rarest class first; a side takes a group that brings it
             nearer to its share of the rows of that class.
         source: what messages say the groups are of, such as a folder and its column.
+        classes: their names in the order of the labels.
 
     Raises:
         DatasetError: too few groups, of all or of a class, or a side that lacks a class.
@@ -265,15 +267,15 @@ def split_groups(
         held = len(np.unique(table.group[table.label == label]))
         if held < 3:
             raise DatasetError(
-                f"{source}: class {label} is in {held} group(s); at least 3 are needed to split by group"
+                f"{source}: class {classes[label]} is in {held} group(s); at least 3 are needed to split by group"
             )
     order = [str(groups[i]) for i in np.random.default_rng(seed).permutation(len(groups))]
     validation, test = (_stratified if stratified else _dealt)(table, order, shares)
     training = ~validation & ~test
     for side, word in ((training, "training"), (validation, "validation"), (test, "test")):
-        found = np.unique(table.label[side])
-        if len(found) < max(2, len(labels)):
-            raise DatasetError(f"{source}: the {word} side lacks a class; change the seed or the shares")
+        lacking = [name for number, name in enumerate(classes) if number not in table.label[side]]
+        if lacking:
+            raise DatasetError(f"{source}: the {word} side lacks {', '.join(lacking)}; change the seed or the shares")
     return training, validation, test
 
 

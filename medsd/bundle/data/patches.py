@@ -146,7 +146,7 @@ class PatchData:
                 f"{self.dataset_dir}: no patch is of the class {' or '.join(missing)}; take it out of classes"
             )
         shares, source = (self.validation_share, self.test_share), f"{self.dataset_dir}: {self.group_column}"
-        sides = split_groups(table, shares, self.seed, self.stratified, source)
+        sides = split_groups(table, shares, self.seed, self.stratified, source, self.classes)
         parts = {name: table.rows(side) for name, side in zip(PARTS, sides, strict=True)}
         for folder, name in zip(self.more_dirs, self._more_names, strict=True):
             more = self._table(folder, None, "more_dirs")
