@@ -68,7 +68,7 @@ def pretrain(
     settings = settings_of(
         trainer,
         network=network.settings,
-        start={**asdict(start), "weights": weights},
+        start={name: value for name, value in {**asdict(start), "weights": weights}.items() if value != {}},
         data=images.fingerprint(),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
@@ -78,7 +78,7 @@ def pretrain(
         before = start_in_words(start)
         done = f"{state.epoch} epochs of {state.epoch_length} steps"
         recipe = {"settings": settings, "source": f"Med-MoCo from {before}, {done} on {data.description}"}
-        _write_encoder(checkpoint.folder, network, start.encoder, recipe)
+        _write_encoder(checkpoint.folder, network, start, recipe)
     idist.barrier()  # the other processes read it next
 
 
@@ -89,12 +89,13 @@ def start_in_words(start: EncoderStart) -> str:
     return "ImageNet" if start.pretrained else "random weights"
 
 
-def _write_encoder(folder: Path, network: MedMoCo, name: str, recipe: dict[str, Any]) -> None:
+def _write_encoder(folder: Path, network: MedMoCo, start: EncoderStart, recipe: dict[str, Any]) -> None:
     """Write the encoder, unless it is there and what the same training gave."""
     path, record = folder.parent / ENCODER, folder / "encoder.json"
     written = read_record(record, recipe)
     if written is None or sha256_of(path) != written["sha256"]:
-        save_encoder(path, network.plain_encoder(), name, recipe["source"], network.normalise)
+        made = start.encoder, recipe["source"], network.normalise, start.encoder_options
+        save_encoder(path, network.plain_encoder(), *made)
         write_record(record, recipe, [f"../{ENCODER}"], sha256=sha256_of(path))
 
 

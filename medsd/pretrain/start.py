@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medsd.errors import NetworkError
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
 from medsd.networks.start import load_encoder
+from medsd.networks.tokens import token_stride
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
 
 
@@ -25,6 +28,7 @@ class EncoderStart:
         channels_last: keep weights as NHWC, which half-precision convolutions on GPUs want.
         seed: draws the other weights.
         input_mean, input_std: see `medsd.networks.classifier.Normalise`.
+        encoder_options: {"end": "layer3"} for an encoder that ends early, see `TileClassifier`.
 
     Raises:
         ConfigError: a mean or deviation that is none.
@@ -37,6 +41,7 @@ class EncoderStart:
     seed: int = 0
     input_mean: Sequence[float] = IMAGENET_MEAN
     input_std: Sequence[float] = IMAGENET_STD
+    encoder_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.normalise()
@@ -54,7 +59,7 @@ class EncoderStart:
         """Query and key encoder with their heads, on the device; torch's own generators are left as they were.
 
         Raises:
-            NetworkError: timm has no such encoder, or its features are not a map.
+            NetworkError: timm has no such encoder, its features are not a map, or it is a vision transformer.
             WeightsError: the file holds no weights of it, or of other input.
         """
         with torch.random.fork_rng([]):  # made on the CPU
@@ -68,7 +73,12 @@ class EncoderStart:
             return self._made()
 
     def _made(self) -> nn.Module:
-        encoder, _ = create_encoder(self.encoder, self.pretrained, self.normalise())
+        encoder, _ = create_encoder(self.encoder, self.pretrained, self.normalise(), self.encoder_options)
+        if token_stride(encoder) is not None:
+            raise NetworkError(
+                f"encoder '{self.encoder}': vision transformers are not pre-trained here; choose a convolutional one "
+                "such as 'resnet18'"
+            )
         if self.weights is not None:
             load_encoder(encoder, self.weights, self.normalise())
         if self.channels_last:

@@ -104,6 +104,17 @@ def test_the_encoder_is_plain_and_says_where_it_comes_from(finished: Path) -> No
         assert torch.equal(tensor, checkpoint[f"encoder.{name}"]), name
 
 
+def test_an_encoder_that_ends_early_does_so_in_every_stage(finished: Path, tmp_path: Path, stage: Run) -> None:
+    shutil.copytree(finished / "patches", tmp_path / "patches")
+    short = {"encoder_options": {"end": "layer3"}, "pretrain_epochs": 1, "pretrain_samples": 8}
+    stage(tmp_path, "pretrain", "finetune", "probe", **short)
+    encoder = load_model(tmp_path / "out" / "encoder.safetensors").network
+    _, card, _ = load_classifier(tmp_path / "out" / "model.safetensors")
+    for cut in (encoder, TileClassifier("test_resnet", encoder_options=card.options["encoder_options"]).encoder):
+        assert not any(name.startswith("layer4") for name in cut.state_dict())
+    assert len(read_table(tmp_path / "out" / "probe.csv")) == 8
+
+
 def test_the_stage_finetune_starts_from_it(finished: Path, tmp_path: Path, stage: Run) -> None:
     _, card, _ = load_classifier(finished / "out" / "model.safetensors")
     assert card.start.startswith("encoder.safetensors, SHA-256 ")
@@ -220,7 +231,8 @@ def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Pat
         ({"pretraining::settings::temperature": 0}, ["temperature=0"]),
         ({"pretraining::settings::decorrelation": "w3"}, ["decorrelation='w3'"]),
         ({"local_layer": "layr2"}, ["layr2", "layer2"]),
-        ({"encoder": "vit_tiny_patch16_224"}, ["vit_tiny_patch16_224"]),
+        ({"encoder": "test_vit"}, ["test_vit", "not pre-trained here"]),
+        ({"encoder_options": {"end": "layr3"}}, ["end: layer 'layr3'", "layer3"]),
         ({"save_every": 0}, ["save_every=0"]),
         ({"encoder_weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such encoder weights"]),
         ({"pretraining::views::kind": "ct"}, ["kind='ct'"]),
