@@ -112,6 +112,8 @@ def checked_ranks(ranks: Ranks, shape: tuple[int, ...]) -> tuple[int, int, int]:
         return most, height, width
     if ranks == "half":
         rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+        # Of few channels or a long strip even half is more than the vectors of the other two can fill.
+        rows, columns = min(rows, most * columns), min(columns, most * rows)
         ranks = min(most, rows * columns), rows, columns
     if not isinstance(ranks, tuple | list) or len(ranks) != 3 or not all(isinstance(rank, int) for rank in ranks):
         raise ConfigError(f"ranks={ranks!r}: use None, 'half' or three whole numbers (channels, rows, columns)")

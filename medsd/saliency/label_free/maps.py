@@ -168,9 +168,7 @@ def _weighted(components: Components, channels: int, weights: Weights) -> Tensor
         return (values * magnitudes).sum(dim=1) / channels
     if weights == "b":
         return magnitudes.sum(dim=1) / channels
-    # Each in units of its root mean square, so that the small constant in norm does not see the features' unit.
-    strength = magnitudes.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    shapes = unit_range((magnitudes / torch.where(strength > 0, strength, 1.0)).flatten(0, 1))
+    shapes = unit_range(magnitudes.flatten(0, 1))
     return (values * shapes.reshape_as(magnitudes)).sum(dim=1)
 
 

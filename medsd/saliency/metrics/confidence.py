@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medsd.errors import DatasetError
 from medsd.networks.modes import evaluating
-from medsd.saliency.method import Method, Target
+from medsd.saliency.method import Method, Target, check_images
 from medsd.saliency.metrics.agreement import correlation
 from medsd.saliency.metrics.perturb import Resize, at_pixels, check_maps, unit_range
 from medsd.saliency.metrics.scoring import Score, held_target, reader, scores
@@ -59,7 +59,7 @@ def drop_and_increase(
 
     Raises:
         ConfigError: a target outside the classes, or no such score.
-        DatasetError: shares that are not in 0 to 1, or not of the images' size.
+        DatasetError: images that are not (B, C, H, W) float, shares that are not in 0 to 1, or not of their size.
         NetworkError: the network's output does not fit the score.
     """
     read, kept = reader(score), _times(x, shares)
@@ -85,7 +85,7 @@ def coherency(method: Method, x: Tensor, shares: Tensor, target: Target = None, 
 
     Raises:
         ConfigError: a target outside the classes, or no such way to resize.
-        DatasetError: shares that are not in 0 to 1, or not of the images' size.
+        DatasetError: images that are not (B, C, H, W) float, shares that are not in 0 to 1, or not of their size.
         NetworkError: as the method.
     """
     kept = _times(x, shares)
@@ -123,6 +123,7 @@ def adcc(
     Raises:
         ConfigError, DatasetError, NetworkError: as the parts.
     """
+    check_images(x)
     target = held_target(network if score == "probability" else method.network, x, target)
     given = method(x, target) if maps is None else maps
     shares = at_pixels(unit_range(given), x, resize)
@@ -135,6 +136,7 @@ def adcc(
 
 
 def _times(x: Tensor, shares: Tensor) -> Tensor:
+    check_images(x)
     check_maps(shares)
     if shares.amin() < 0 or shares.amax() > 1:
         found = f"from {float(shares.amin()):.3g} to {float(shares.amax()):.3g}"

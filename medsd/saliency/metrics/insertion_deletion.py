@@ -29,7 +29,7 @@ def deletion_curve(
 
     Raises:
         ConfigError: `step_px` below 1, no such baseline or score, or a class that the network does not have.
-        DatasetError: maps that are not finite or not of the images' size.
+        DatasetError: images that are not (B, C, H, W) float, or maps that are not finite or not of their size.
         NetworkError: the network's output does not fit the score.
 
     Example:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medsd.checks import check_number
 from medsd.errors import ConfigError
 from medsd.saliency.method import targets_of
-from medsd.saliency.metrics.perturb import perturbed_logits, pixel_ranks
+from medsd.saliency.metrics.perturb import check_maps, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.scoring import PLAIN, Perturbation, check_several
 
 SHARES = tuple(step / 10 for step in range(10))
@@ -62,17 +62,20 @@ def masking_curve(
 
     Raises:
         ConfigError: shares that do not rise within 0 to 1, or labels outside the classes.
-        DatasetError: maps that are not finite or not of the images' size.
+        DatasetError: images that are not (B, C, H, W) float, or maps that are not finite or not of their size.
         NetworkError: the output is no logits (B, K), or a single one.
     """
-    rising = len(shares) > 1 and all(low < high for low, high in pairwise(shares))
-    if not rising or not 0 <= shares[0] < shares[-1] <= 1:
+    for share in shares:
+        check_number("shares", share, "[0, 1]")
+    if len(shares) < 2 or any(low >= high for low, high in pairwise(shares)):
         raise ConfigError(f"shares={tuple(shares)}: give at least two that rise within 0 to 1")
+    substitute = how.replacement(x, "mean")
     pixels = x.shape[2] * x.shape[3]
     # 0.7 * 10 is a little less than 7; a share means the whole number that it nearly gives.
     counts = [int(share * pixels + 1e-6) for share in shares]
+    check_maps(saliency)
     ranks = pixel_ranks(saliency.abs(), how.generator)
-    logits = perturbed_logits(network, x, how.replacement(x, "mean"), ranks, counts, how.batch_size)
+    logits = perturbed_logits(network, x, substitute, ranks, counts, how.batch_size)
     check_several(logits[:, 0])
     labels = targets_of(logits[:, 0], labels)
     correct = (logits.argmax(dim=2) == labels[:, None]).float()

@@ -13,7 +13,7 @@ from medsd.checks import check_choice, check_number
 from medsd.errors import DatasetError
 from medsd.networks.blur import blurred
 from medsd.networks.modes import evaluating
-from medsd.saliency.method import check_logits
+from medsd.saliency.method import check_images, check_logits
 
 Baseline = Literal["zero", "mean", "blur"]
 Resize = Literal["nearest", "bilinear"]
@@ -29,6 +29,7 @@ def baseline_image(x: Tensor, kind: Baseline) -> Tensor:
         kind: "zero": 0, which is the mean colour where inputs are normalised; "mean": the mean of that image and
             channel; "blur": the image under RISE's kernel, see `blurred`.
     """
+    check_images(x)
     check_choice("baseline", kind, get_args(Baseline))
     if kind == "zero":
         return torch.zeros_like(x)
@@ -94,14 +95,19 @@ def perturbed_logits(
 
 
 def at_pixels(maps: Tensor, like: Tensor, resize: Resize = "nearest") -> Tensor:
-    """Maps (B, h, w) of a layer at the size of images (B, C, H, W), (B, H, W); those of that size are left alone."""
+    """Maps (B, h, w) of a layer at the size of images (B, C, H, W), (B, H, W); those of that size are left alone.
+
+    No value leaves the range of its map.
+    """
     check_maps(maps)
     if len(maps) != len(like):
         raise DatasetError(f"saliency: {len(maps)} maps of {len(like)} images; give one an image")
     if maps.shape[1:] == like.shape[2:]:
         return maps
     check_choice("resize", resize, get_args(Resize))
-    return F.interpolate(maps[:, None], like.shape[2:], mode=resize)[:, 0]
+    resized = F.interpolate(maps[:, None], like.shape[2:], mode=resize)[:, 0]
+    # Bilinear weights add up to 1 but for rounding.
+    return resized.clamp(maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True))
 
 
 def _layout(x: Tensor, substitute: Tensor) -> torch.memory_format:
@@ -112,7 +118,10 @@ def _layout(x: Tensor, substitute: Tensor) -> torch.memory_format:
 
 
 def check_maps(maps: Tensor) -> None:
-    """Raises DatasetError: maps that are not (B, H, W), hold no pixel, or are not finite everywhere."""
+    """Raises DatasetError: maps that are not (B, H, W) float, hold no pixel, or are not finite everywhere."""
+    if not isinstance(maps, Tensor) or not maps.is_floating_point():
+        kind = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
+        raise DatasetError(f"saliency: {kind}; give a tensor (B, H, W) of floats, of a mask `mask.float()`")
     if maps.ndim != 3 or not maps.shape[1] * maps.shape[2]:
         raise DatasetError(f"saliency: shape {tuple(maps.shape)}; give (B, H, W)")
     if not torch.isfinite(maps).all():
@@ -129,20 +138,21 @@ def unit_strength(maps: Tensor) -> Tensor:
 
 
 def unit_range(maps: Tensor) -> Tensor:
-    """(map - min) / (max - min + 1e-7) of each map, (B, H, W); 0 everywhere where max - min is below 1e-7.
+    """(map - min) / (max - min) of each map, (B, H, W); 0 everywhere where max - min is within 1e-7 of the greatest.
 
-    The bound is pytorch-grad-cam's, the zeros are our choice. How many maps were flat:
-    `(unit_range(maps).amax(dim=(1, 2)) == 0).sum()`. A map in a unit so small that its range is below 1e-5 comes out
-    visibly below 1; scale it first.
+    That little is what rounding leaves of a constant map, and a map's unit does not matter (both our choice:
+    pytorch-grad-cam adds 1e-7 to max - min, which takes gradients in small units for nothing). How many maps were flat:
+    `(unit_range(maps).amax(dim=(1, 2)) == 0).sum()`.
 
     Args:
         maps: (B, H, W), signed.
     """
     check_maps(maps)
-    least, greatest = maps.aminmax(dim=2)
-    least, greatest = least.amin(dim=1)[:, None, None], greatest.amax(dim=1)[:, None, None]
-    extent = greatest - least
-    return torch.where(extent < _LEAST_RANGE, 0.0, (maps - least) / (extent + _LEAST_RANGE))
+    # In float64: max - min may be beyond the maps' own type.
+    wide = unit_strength(maps.double())
+    least, greatest = wide.amin(dim=(1, 2), keepdim=True), wide.amax(dim=(1, 2), keepdim=True)
+    flat = greatest - least < _LEAST_RANGE
+    return torch.where(flat, 0.0, (wide - least) / torch.where(flat, 1.0, greatest - least)).to(maps.dtype)
 
 
 def check_region(maps: Tensor, region: Tensor) -> None:

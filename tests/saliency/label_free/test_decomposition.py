@@ -172,6 +172,9 @@ def test_ranks_in_numbers() -> None:
     assert checked_ranks("half", (1, 2048, 7, 7)) == (16, 4, 4)
     assert checked_ranks("half", (1, 3, 8, 6)) == (3, 4, 3)
     assert checked_ranks("half", (1, 5, 1, 1)) == (1, 1, 1)
+    # Half of a long strip, or of a single channel, is more than the other two can fill.
+    assert checked_ranks("half", (1, 1, 5, 3)) == (1, 2, 2)
+    assert checked_ranks("half", (1, 2, 20, 1)) == (2, 2, 1)
     assert checked_ranks((3, 7, 7), (1, 2048, 7, 7)) == (3, 7, 7)
 
 

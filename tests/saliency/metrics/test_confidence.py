@@ -107,13 +107,34 @@ def test_drop_and_increase_are_grad_cams(network, x):
 
 def test_unit_range_and_how_many_are_flat():
     maps = torch.stack([torch.tensor([[-3.0, 1.0], [0.0, 5.0]]), torch.full((2, 2), 4.0), torch.zeros(2, 2)])
-    maps[2, 0, 0] = 9e-8
+    maps[1, 0, 0] -= 3e-7  # below 1e-7 of it: rounding
     scaled = unit_range(maps)
-    np.testing.assert_allclose(scaled[0], [[0, 0.5], [0.375, 1]], atol=1e-6)
+    assert scaled.dtype == torch.float32 and scaled[0].tolist() == [[0, 0.5], [0.375, 1]]
     assert not scaled[1:].any() and int((scaled.amax(dim=(1, 2)) == 0).sum()) == 2
     values = torch.randn(1, 5, 5, dtype=torch.float64)
-    expected = (values - values.min()) / (values.max() - values.min() + 1e-7)
-    assert torch.equal(unit_range(values), expected)
+    expected = (values - values.min()) / (values.max() - values.min())
+    torch.testing.assert_close(unit_range(values), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1e-6, 3e37])
+def test_a_maps_unit_does_not_matter(network, x, unit):
+    """Gradients are small, and the range of what fits float32 may not fit it."""
+    network.eval()
+    values = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(5)).clamp(-9, 9)
+    given, scaled = (adcc(network, Fixed(network, maps), x, LABELS) for maps in (values, values * unit))
+    for name in ("adcc", "average_drop", "coherency", "complexity"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(given, name), rtol=0, atol=1e-5)
+    assert given.adcc.min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_resized_map_stays_in_its_range(dtype):
+    """Weights of 1 but for rounding: a binary mask left 0 to 1, and was refused."""
+    generator = torch.Generator().manual_seed(0)
+    for side in range(3, 23):
+        maps = (torch.rand(8, 7, 5, generator=generator) < 0.7).to(dtype)
+        resized = at_pixels(maps, torch.empty(8, 1, 10 * side + 1, 7 * side), "bilinear")
+        assert resized.amin() >= 0 and resized.amax() <= 1
 
 
 def test_all_and_nothing(network, x):
@@ -185,6 +206,9 @@ def test_bad_input_is_named(network, x):
             drop_and_increase(network, x, wrong)
     with pytest.raises(DatasetError, match="at_pixels"):
         drop_and_increase(network, x, shares[:, :6])
+    for odd in (x.byte(), x[0], x[:0]):
+        with pytest.raises(DatasetError, match=r"^images"):
+            adcc(network, Fixed(network, shares), odd)
     with pytest.raises(DatasetError, match="3 maps of 4 images"):
         adcc(network, Fixed(network, shares[:3]), x)
     with pytest.raises(ConfigError, match="did you mean 'similarity'"):

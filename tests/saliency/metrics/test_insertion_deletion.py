@@ -254,3 +254,13 @@ def test_a_batch_of_none_is_refused():
     two = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ConfigError, match="batch_size=0: must be a whole number from 1 on"):
         deletion_curve(two, torch.rand(2, 3, 8, 8), 0, torch.rand(2, 8, 8), Perturbation(batch_size=0))
+
+
+@pytest.mark.parametrize("curve", [deletion_curve, insertion_curve, masking_curve])
+def test_what_is_no_image_and_no_map_is_named(network, x, saliency, curve):
+    for odd in (x.byte(), x[0], x[:0], x.numpy()):
+        with pytest.raises(DatasetError, match=r"^images"):
+            curve(network, odd, LABELS, saliency)
+    for odd in (saliency > 0, saliency.long(), saliency.numpy()):
+        with pytest.raises(DatasetError, match=r"^saliency"):
+            curve(network, x, LABELS, odd)

@@ -151,7 +151,9 @@ def test_blur_is_rises_kernel():
     np.testing.assert_allclose(kernel, np.outer(reflected, reflected), atol=1e-6)
 
 
-@pytest.mark.parametrize("shares", [(), (0.5,), (0.5, 0.5), (0.5, 0.1), (-0.1, 0.5), (0.0, 1.1), (0.0, float("nan"))])
+@pytest.mark.parametrize(
+    "shares", [(), (0.5,), (0.5, 0.5), (0.5, 0.1), (-0.1, 0.5), (0.0, 1.1), (0.0, float("nan")), ("0", "1")]
+)
 def test_shares_must_rise_within_0_to_1(shares):
     network, x, labels, saliency = network_and_images()
     with pytest.raises(ConfigError, match="shares"):
