@@ -55,6 +55,7 @@ class OutputError(MedsdError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The words ``; did you mean 'x'?`` for the known name closest to `name`, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    """The words ``; did you mean 'x'?`` for the known name closest to `name`, whatever its case, or an empty string."""
+    spelt = {word.casefold(): word for word in known}
+    match = difflib.get_close_matches(name.casefold(), spelt, n=1)
+    return f"; did you mean '{spelt[match[0]]}'?" if match else ""

@@ -80,7 +80,7 @@ def test_images_are_explained(monkeypatch, capsys, caplog, weights, images, tmp_
 def test_a_mistake_is_one_line(monkeypatch, capsys, weights, images, tmp_path):
     for arguments, words in (
         (["--methods", "gradientt"], "did you mean 'gradient'"),
-        (["--target", "tumor"], "did you mean 'tumour'"),
+        (["--target", "tumur"], "did you mean 'tumour'"),
         (["--smoothing", "backward_hok"], "did you mean 'backward_hook'"),
         (["--layer", "layer9"], "has no such layer"),
         (["--explained", "logits"], "explained='logits': use one of"),

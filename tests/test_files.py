@@ -114,6 +114,7 @@ def test_sha256(tmp_path: Path) -> None:
 
 def test_nearest() -> None:
     assert nearest("layr2", ["layer1", "layer2", "fc"]) == "; did you mean 'layer2'?"
+    assert nearest("TSM", ["gradcam", "tsm", "mtsm"]) == "; did you mean 'tsm'?"
     assert nearest("zzz", ["layer1", "layer2"]) == ""
 
 

@@ -329,7 +329,8 @@ def explain(
     trained = str(surrogate) if surrogate else None
     settings = ExplainSettings(method_names(methods), layer, target, kind, trained, output, measured)
     summary = explain_images(images, weights, out, settings, masks, computing_on(device), progress_bar("explain"))
-    print(summary.in_words())
+    if words := summary.in_words():
+        print(words)
     failed = f", {len(summary.failed)} failed" if summary.failed else ""
     print(f"{summary.images} image(s){failed}; see {out}")
     if summary.failed:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from medsd.classes import class_number
 from medsd.errors import ConfigError, nearest
 from medsd.networks.calibrated import calibrated
 from medsd.networks.modes import full_name, usable_device
@@ -91,10 +92,13 @@ class Model:
         """
         if name == "predicted":
             return None
-        numbers = tuple(map(str, range(len(self.classes))))
-        for names in (self.classes, numbers):
-            if name in names:
-                return names.index(name)
+        number = class_number(self.classes, name)
+        if number is not None:
+            return number
+        if name in (numbers := [str(number) for number in range(len(self.classes))]):
+            return numbers.index(name)
+        if not self.classes:
+            raise ConfigError(f"target '{name}': {self.path} is an encoder, which has no classes; leave it out")
         known = ["predicted", *self.classes]
         hint = nearest(name, known) or f"; use one of {', '.join(known)}"
         raise ConfigError(f"target '{name}': {self.path} has no such class{hint}")

@@ -37,6 +37,15 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
                 "Rows explain different classes, so orange changes its meaning from row to row: name one class as "
                 "target to compare them."
             )
+    free = [method_card(name) for name in settings.methods if not method_card(name).needs_label]
+    if free:
+        colours = "yellow is above 0, violet below" if any(card.signed for card in free) else "yellow is strong"
+        yield (
+            f"For no class {colours}. Each image is taken apart for itself: what is strong in one row may be something "
+            "else than in the next, and blank glass may be strongest."
+        )
+        if settings.smoothing == "backward_hook":
+            yield "backward_hook smooths gradients: maps for no class are as without it."
     if "eigencam_reference" in settings.methods:
         yield "The sign of eigencam_reference is arbitrary, image by image."
     yield (
@@ -66,7 +75,7 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
         if settings.target == "predicted":
             yield "Masks are compared with maps of the predicted class; name the masks' class as target."
     if explained.failed:
-        yield f"{len(explained.failed)} image(s) could not be read and are left out."
+        yield f"{len(explained.failed)} image(s) could not be used and are left out."
 
 
 def additivity(explained: ExplainedImages) -> str:

@@ -13,7 +13,7 @@ from medsd.saliency.method import Output, check_output
 ImageSmoothing = Literal["none", "backward_hook", "forward_hook", "surrogate"]
 
 CLASS_METHODS = ("gradient", "gradient_x_activation", "gradcam", "tsm")
-LABEL_FREE_METHODS = ("eigencam", "tsm", "mtsm")
+LABEL_FREE_METHODS = ("eigencam", "tsm", "mtsm_b")
 MEASURED = (
     "insertion", "deletion", "masking_gap", "variation", "nyquist",
     "energy_pointing", "pointing_game", "best_iou", "area_share",

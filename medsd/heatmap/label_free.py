@@ -20,7 +20,7 @@ from medsd.saliency.label_free.maps import LEAST_GAP
 
 _CENTRED = ("eigencam", "multivec_eigencam")
 _FIRST = ("eigencam", "tsm")
-LABEL_FREE = (*_CENTRED, "tsm", "mtsm", "mean_map", "channel_energy")
+LABEL_FREE = (*_CENTRED, "tsm", "mtsm", "mtsm_b", "mean_map", "channel_energy")
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def _projected(name: str, features: Tensor, found: _Components) -> Tensor:
     if name in _FIRST:
         drawn = torch.tensordot(vectors[:, 0], features - mean[:, None, None], dims=1)
         return drawn if name == "eigencam" else drawn.abs() / len(features)
-    drawn = torch.tensordot(vectors.T, features - mean[:, None, None], dims=1)
-    drawn = torch.tensordot(values, drawn.abs(), dims=1) / len(features)
+    weights = torch.ones_like(values) if name == "mtsm_b" else values
+    drawn = torch.tensordot(vectors.T, features - mean[:, None, None], dims=1).abs()
+    drawn = torch.tensordot(weights, drawn, dims=1) / len(features)
     return drawn

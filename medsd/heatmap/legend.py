@@ -22,6 +22,7 @@ _NAMES = {
     "multivec_eigencam": "Multivec-EigenCAM",
     "tsm": "TSM",
     "mtsm": "MTSM",
+    "mtsm_b": "MTSM b",
 }
 _UNITS = {
     ADDITIVE: "log-odds",

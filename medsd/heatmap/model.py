@@ -26,7 +26,7 @@ from medsd.saliency.registry import check_label_free
 from medsd.slides.mpp import check_mpp
 
 ALSO = ("overlay.tif", "tiles.geojson", "dicom")
-_OF_ENCODER = ("tsm",)
+_OF_ENCODER = ("mtsm_b",)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MapRequest:
     """What is asked of slides' maps beside what the weights say.
 
     Attributes:
-        methods: see `MapSettings`; none for those of the weights, and "tsm" of an encoder alone. The scale of a method
+        methods: see `MapSettings`; none for those of the weights, "mtsm_b" of an encoder alone. The scale of a method
             that was not calibrated ends at the 99.5th percentile of the slide itself.
         layer: hidden layer, of an encoder alone, whose weights name none; None for its last stage.
         network_mpp: micrometres per pixel that an encoder alone takes.

@@ -176,6 +176,13 @@ METHODS: dict[str, MethodCard] = {
         ),
         _of_features("tsm", "magnitude of the first Tucker map", _FREE + "tsm", signed=False),
         _of_features("mtsm", "all Tucker maps, magnitudes summed", _FREE + "mtsm", signed=False),
+        _of_features(
+            "mtsm_b",
+            "MTSM in which a map's singular value counts once",
+            _FREE + "mtsm",
+            signed=False,
+            options={"weights": "b"},
+        ),
         _of_features("mean_map", "mean of the channels", _FREE + "mean_map"),
         _of_features("channel_energy", "sum of the squared channels", _FREE + "channel_energy", signed=False),
     )

@@ -144,7 +144,7 @@ def test_nothing_is_left_when_nothing_could_be_done(folder, weights, tmp_path):
 
 def test_an_encoder_is_explained_without_classes(folder, encoder_weights, tmp_path):
     summary = explain_images([folder], encoder_weights, tmp_path / "out")
-    assert list(summary.measures) == ["eigencam", "tsm", "mtsm"]
+    assert list(summary.measures) == ["eigencam", "tsm", "mtsm_b"]
     assert set(summary.measures["tsm"]) == {"insertion", "deletion", "variation", "nyquist"}
     assert 0 <= summary.measures["tsm"]["insertion"].value <= 1
     assert rows_of(tmp_path / "out")[0]["predicted"] == ""
@@ -193,7 +193,7 @@ def test_what_a_reader_must_know_is_said(folder, weights, tmp_path):
         ({"layer": "layer33"}, NetworkError, "did you mean 'layer3"),
         ({"layer": "input"}, ConfigError, "needs a hidden layer"),
         ({"layer": "head"}, NetworkError, "head"),
-        ({"target": "tumor"}, ConfigError, "did you mean 'tumour'"),
+        ({"target": "tumur"}, ConfigError, "did you mean 'tumour'"),
         ({"smoothing": "surrogate", "surrogate": "none.safetensors"}, WeightsError, "none.safetensors"),
     ],
 )
@@ -265,6 +265,13 @@ def test_colours_for_a_class_are_no_others(folder, weights, tmp_path):
     assert colours["gradcam"] not in (colours["eigencam"], colours["tsm"])
     assert summary.scales["eigencam"]["vmin"] == -summary.scales["eigencam"]["vmax"]
     assert summary.scales["tsm"]["vmin"] == 0
+    (said,) = [note for note in summary.notes if "blank glass" in note]
+    assert "yellow is above 0, violet below" in said and "taken apart for itself" in said
+    unsigned = replace(settings, methods=("tsm", "mtsm_b"), smoothing="backward_hook")
+    unsigned = explain_images([folder], weights, tmp_path / "out", unsigned)
+    assert any("smooths gradients: maps for no class are as without it" in note for note in unsigned.notes)
+    assert any("yellow is strong" in note for note in unsigned.notes) and "violet" not in " ".join(unsigned.notes)
+    assert {scale["unit"] for scale in unsigned.scales.values()} == {"activation"}
 
 
 def test_rows_of_different_classes_and_empty_masks_are_told(folder, weights, classifier, tmp_path):

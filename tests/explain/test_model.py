@@ -45,9 +45,10 @@ def test_layers_are_found_in_the_network_and_in_its_encoder(tmp_path, classifier
 
 def test_classes_go_by_name_and_number(tmp_path, classifier):
     model = saved(tmp_path / "c.safetensors", classifier)
-    assert [model.target(name) for name in ("predicted", "normal", "tumour", "0", "1")] == [None, 0, 1, 0, 1]
+    known = {"predicted": None, "normal": 0, "tumour": 1, "Tumor": 1, "0": 0, "1": 1}
+    assert {name: model.target(name) for name in known} == known
     for wrong, words in (
-        ("tumor", "did you mean 'tumour'"),
+        ("tumur", "did you mean 'tumour'"),
         ("2", "use one of predicted, normal, tumour"),
         ("-1", ""),
         (5000 * "9", "use"),
@@ -62,6 +63,8 @@ def test_an_encoder_has_no_classes(tmp_path, classifier):
     assert model.classes == () and model.card is None and model.layer(None) == "layer4" and model.temperature == 1.0
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     torch.testing.assert_close(model.network(model.normalise(images)), classifier.feature_map(images))
+    with pytest.raises(ConfigError, match=r"target '1'.*an encoder, which has no classes; leave it out"):
+        model.target("1")
 
 
 def test_weights_that_cannot_be_used_are_named(tmp_path, classifier):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.partition import Rect
 from medsd.heatmap.store import BlockStore
 from medsd.saliency import label_free
+from medsd.saliency.registry import METHODS
 from medsd.slides.tissue import TissueMask
 from tests.heatmap.made_up import all_tissue, noise, trained_looking
 
@@ -25,12 +29,17 @@ def features(channels: int = 12, side: int = 10) -> torch.Tensor:
     return values * torch.linspace(3, 0.1, channels)[:, None, None] + 1
 
 
+def of_one_image(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    card = METHODS[name]
+    return partial(getattr(label_free, card.home.rpartition(".")[2]), **card.options)
+
+
 @pytest.mark.parametrize("name", LABEL_FREE)
 def test_parts_equal_the_whole(name):
     whole = features()
     parts = [(part, torch.ones(part.shape[1:], dtype=torch.bool)) for part in whole.split((3, 5, 2), dim=2)]
     found = np.concatenate(slide_maps([name], parts)[name], axis=1)
-    expected = getattr(label_free, name)(whole[None])[0].numpy()
+    expected = of_one_image(name)(whole[None])[0].numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -76,7 +85,7 @@ def test_a_slide_equals_the_decomposition_of_its_stitched_features(array_slide, 
     place = Rect(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1).times(scale)
     inside = place.within(size.times(scale))
     for name, found in engine._label_free(plan, FeatureStore(store, 0)).items():
-        expected = getattr(label_free, name)(stitched[..., *inside].double())[0].numpy()
+        expected = of_one_image(name)(stitched[..., *inside].double())[0].numpy()
         np.testing.assert_allclose(found[inside], expected, atol=1e-4 * np.abs(expected).max())
         shown = maps.explanations[name].values
         drawn = grids[1].placed(found, engine._shifts[1])

@@ -79,7 +79,7 @@ def test_the_last_stage_is_mapped_unasked_and_another_scale_is_another_map(encod
     for mpp in (1.0, 2.0):
         map_slides([SlideEntry("slide", slide)], encoder, tmp_path, MapRequest(network_mpp=mpp), isolate=False)
         assert read_ome_tiff(tmp_path / "slide" / "saliency.ome.tif").mpp == 32 * mpp
-    assert "TSM at layer4" in read_slide_record(tmp_path / "slide")["methods"][0]
+    assert "MTSM b at layer4" in read_slide_record(tmp_path / "slide")["methods"][0]
 
 
 def test_what_does_not_fit_is_one_line(encoder, green_weights, slide, tmp_path):

@@ -14,7 +14,7 @@ from medsd.saliency.registry import METHODS, make_method, table
 
 NAMES = (
     "gradient gradient_x_activation deeplift integrated_gradients gradcam smoothgrad eigencam eigencam_reference "
-    "multivec_eigencam tsm mtsm mean_map channel_energy"
+    "multivec_eigencam tsm mtsm mtsm_b mean_map channel_energy"
 )
 CLASS_METHODS = [name for name, card in METHODS.items() if card.needs_label]
 
