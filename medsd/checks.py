@@ -46,6 +46,12 @@ def check_number(name: str, value: object, interval: str, whole: bool = False, h
     raise ConfigError(f"{name}={value!r}: must be {noun} {words}{'; ' if hint else ''}{hint}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises ConfigError: the value is neither True nor False; "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: must be true or false")
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse what is none of the choices, such as `get_args` of a Literal; the message names the nearest.
 

@@ -223,6 +223,11 @@ def mean_of_known(values: npt.ArrayLike, seed: int = 0) -> Interval:
 
 
 def agreement(maps: Mapping[str, Tensor]) -> Tensor:
-    """Spearman's correlation of every two maps of an image, (B, M, M); nan where one of them is constant."""
-    rows = [torch.stack([rank_correlation(first, second) for second in maps.values()]) for first in maps.values()]
+    """Spearman's correlation of every two maps of an image, (B, M, M); nan where one of them is constant.
+
+    Maps of several sizes are brought to that of the largest by nearest neighbour.
+    """
+    largest = max(maps.values(), key=lambda values: values.shape[1:].numel())
+    full = [at_pixels(values, largest[:, None]) for values in maps.values()]
+    rows = [torch.stack([rank_correlation(first, second) for second in full]) for first in full]
     return torch.stack(rows).permute(2, 0, 1)

@@ -10,13 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from PIL.Image import Resampling
-from torch import Tensor
+from torch import Tensor, nn
 
-from medsd.errors import DatasetError, MedsdError
+from medsd.errors import ConfigError, DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
@@ -27,11 +28,12 @@ from medsd.explain.settings import CLASS_METHODS, LABEL_FREE_METHODS, MEASURED, 
 from medsd.explain.sheet import small_picture
 from medsd.explain.surrogates import load_surrogate
 from medsd.files import make_folder
-from medsd.heatmap.legend import ADDITIVE
+from medsd.heatmap.legend import ADDITIVE, MASK
+from medsd.networks.aim import AimClassifier
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
-from medsd.saliency.method import Method, check_logits, explained_output, targets_of
+from medsd.saliency.method import Method, Target, check_logits, explained_output, finite, targets_of
 from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free, make_method
 from medsd.slides.readers.base import RGB, Bools
@@ -111,6 +113,18 @@ class _Loaded:
     mask: Bools | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Masks:
+    """A `Method`: the mean of an AIM network's masks, 0 to 1, at the size of its finest stage, whatever the class."""
+
+    network: nn.Module
+    layer: str | None = None
+
+    def __call__(self, x: Tensor, target: Target = None) -> Tensor:
+        with evaluating(self.network), torch.no_grad():
+            return finite(cast(AimClassifier, self.network).masked(x).mean_mask(), MASK)
+
+
 @dataclass(frozen=True)
 class _Explainer:
     model: Model
@@ -184,6 +198,7 @@ def _with_methods(model: Model, settings: ExplainSettings) -> ExplainSettings:
     names = settings.methods or LABEL_FREE_METHODS
     if model.classes and not settings.methods:
         names = CLASS_METHODS if known_reference(model, settings) is None else (ADDITIVE, *CLASS_METHODS)
+        names = (*names, MASK) if _masks_itself(model) else names
     model.target(settings.target)
     if not model.classes:
         check_label_free(names, model.path)
@@ -195,10 +210,18 @@ def _with_methods(model: Model, settings: ExplainSettings) -> ExplainSettings:
 def _methods(model: Model, settings: ExplainSettings, reference: NeutralReference | None) -> dict[str, Method]:
     layer = model.layer(settings.layer)
     vector = None if reference is None else torch.tensor(reference.vector, device=model.device)
+    if MASK in settings.methods and not _masks_itself(model):
+        raise ConfigError(f"method '{MASK}': {model.path} is no network that masks itself (AIM); leave it out")
     return {
-        name: make_method(name, model.network, layer, settings.output, reference=vector if name == ADDITIVE else None)
+        name: _Masks(model.network)
+        if name == MASK
+        else make_method(name, model.network, layer, settings.output, reference=vector if name == ADDITIVE else None)
         for name in settings.methods
     }
+
+
+def _masks_itself(model: Model) -> bool:
+    return isinstance(model.network, AimClassifier) and bool(model.network.options["masking"])
 
 
 def _smoothing(model: Model, settings: ExplainSettings) -> Callable[[], AbstractContextManager[None]]:

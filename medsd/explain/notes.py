@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from medsd import RESEARCH_USE_ONLY
 from medsd.explain.explained import ExplainedImages
 from medsd.heatmap.findings import prevalence_words
-from medsd.heatmap.legend import ADDITIVE, meaning
+from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, meaning
 from medsd.heatmap.scale import OPACITY
 from medsd.saliency.registry import method_card
 
@@ -30,14 +30,16 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
     yield from (f"{', '.join(names)}: {words[0].lower()}{words[1:]}" for words, names in methods.items())
     if explained.reference is not None:
         yield additivity(explained)
-    if any(method_card(name).needs_label for name in settings.methods):
+    if any(explains_class(name) for name in settings.methods):
         yield "Orange is above 0, blue below."
         if len({image.explained for image in images}) > 1:
             yield (
                 "Rows explain different classes, so orange changes its meaning from row to row: name one class as "
                 "target to compare them."
             )
-    free = [method_card(name) for name in settings.methods if not method_card(name).needs_label]
+    if MASK in settings.methods:
+        yield "Green is open."
+    free = [method_card(name) for name in settings.methods if name != MASK and not explains_class(name)]
     if free:
         colours = "yellow is above 0, violet below" if any(card.signed for card in free) else "yellow is strong"
         yield (

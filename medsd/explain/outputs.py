@@ -24,25 +24,12 @@ from medsd.explain.notes import additivity, reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
-from medsd.heatmap.legend import ADDITIVE
+from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, unit_of
 from medsd.heatmap.scale import explanation_scale
 from medsd.networks.weights import save_tensors
-from medsd.saliency import CAPTUM
-from medsd.saliency.registry import method_card
 from medsd.tables import write_table
 
 MAPS_FORMAT = "medsd-maps-1"
-_UNITS = {
-    "gradient": "{output} per unit of {layer}",
-    "smoothgrad": "{output} per unit of {layer}",
-    "gradient_x_activation": "{output}, mean of channels",
-    ADDITIVE: "{output}",
-    "integrated_gradients": "{output}, mean of channels",
-    "gradcam": "{output}, sum of channels",
-    "multivec_eigencam": "activation squared",
-    "mtsm": "activation squared",
-    "channel_energy": "activation squared",
-}
 _COLUMNS = 100
 _SIGNS = {"higher": " +", "lower": " -", "": ""}
 
@@ -164,12 +151,12 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
     That limit holds for two classes, the calibrated layer, method and smoothing, and images of the tile's size:
     a gradient of pooled features is smaller where more is pooled. Otherwise the scale ends at the 99.5th percentile of
     |map|. Maps for and against a class diverge from 0; of label-free ones the signed are centred there, the others
-    start.
+    start. Masks end at 1, where all are open.
     """
     settings = explained.settings
-    unit = _UNITS.get(name, "as captum gives it" if name.startswith(CAPTUM) else "activation").format(
-        output=explained.output, layer="input" if settings.layer == "input" else "activation"
-    )
+    unit = unit_of(name, explained.output, "input" if settings.layer == INPUT else "activation")
+    if name == MASK:
+        return SheetColumn(name, explanation_scale(name, 1.0, unit), "limit: all masks open", "")
     strengths = np.abs(np.concatenate([image.maps[name].ravel() for image in explained.images]))
     limit, source = _calibrated_limit(name, explained), "limit: kept with the weights"
     if limit is None:
@@ -178,7 +165,7 @@ def _column(name: str, explained: ExplainedImages) -> SheetColumn:
     if not limit > 0:
         limit, source = float(strengths.max()) or 1.0, "limit: the greatest value of all images"
     of_class = "orange: for" if name == ADDITIVE else "explains"
-    caption = of_class if method_card(name).needs_label else ""
+    caption = of_class if explains_class(name) else ""
     return SheetColumn(name, explanation_scale(name, limit, unit), source, caption)
 
 

@@ -26,9 +26,9 @@ class ExplainSettings:
     """How images are explained.
 
     Attributes:
-        methods: names that `make_method` takes ("gradient", "captum.LayerConductance"), each once; none takes
-            `CLASS_METHODS` for a classifier, "deeplift" before them where the weights hold its reference, and
-            `LABEL_FREE_METHODS` for an encoder.
+        methods: names that `make_method` takes ("gradient", "captum.LayerConductance"), each once, and "mask" of a
+            network that masks itself (AIM); none takes `CLASS_METHODS` for a classifier, "deeplift" before them where
+            the weights hold its reference, "mask" after them, and `LABEL_FREE_METHODS` for an encoder.
         layer: in the network or its encoder; "input"; None takes the calibrated one or else the last stage.
         target: the class that is explained, by name or number, or "predicted": each image's own.
         smoothing: "none", or a variant of Smooth Deep Saliency at strided convolutions, borders mirrored so that maps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from medsd.networks.calibrated import Smoothing
+from medsd.saliency import CAPTUM
 from medsd.saliency.registry import method_card
 
 ADDITIVE = "deeplift"
@@ -24,10 +25,17 @@ _NAMES = {
     "mtsm": "MTSM",
     "mtsm_b": "MTSM b",
 }
+_SLOPE, _MEAN = "{output} per unit of {layer}", "{output}, mean of channels"
 _UNITS = {
-    ADDITIVE: "log-odds",
-    "gradient": "log-odds per unit activation",
-    "gradient_x_activation": "log-odds per channel",
+    ADDITIVE: "{output}",
+    "gradient": _SLOPE,
+    "smoothgrad": _SLOPE,
+    "gradient_x_activation": _MEAN,
+    "integrated_gradients": _MEAN,
+    "gradcam": "{output}, sum of channels",
+    "multivec_eigencam": "activation squared",
+    "mtsm": "activation squared",
+    "channel_energy": "activation squared",
     MASK: "share of masks open",
 }
 _MEANINGS = {
@@ -67,16 +75,21 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
     """
     if method == MASK:
         # A mask is drawn before there is an answer, and belongs to none.
-        return Legend("mask", "all classes", f"mean of the stages' masks, {tiles}", _UNITS[MASK], _MEANINGS[MASK])
+        return Legend("mask", "all classes", f"mean of the stages' masks, {tiles}", unit_of(MASK, ""), _MEANINGS[MASK])
     card = method_card(method)
     name = name_of(method) + (" against a neutral reference" if method == ADDITIVE else "")
     smoothed = ", smoothed at strided convolutions" if smoothing == "backward_hook" and card.needs_gradient else ""
     where = tiles if card.needs_label else "of the slide's features as a whole"
     made, word = f"{name} at {layer}{smoothed}, {where}", evidence_word(classes)
-    unit = _UNITS.get(method, "arbitrary").replace("log-odds", word)
+    unit = unit_of(method, word)
     output = word if classes <= 2 else f"{word}, its logit above the mean of the others'"
     words = meaning(method, target, output=output)
     return Legend("saliency", target if card.needs_label else NO_CLASS, made, unit, words)
+
+
+def explains_class(method: str) -> bool:
+    """Whether a method's map is of one class, so that another class has another."""
+    return method != MASK and method_card(method).needs_label
 
 
 def name_of(method: str) -> str:
@@ -84,15 +97,27 @@ def name_of(method: str) -> str:
     return _NAMES.get(method, method.replace("_", " "))
 
 
+def unit_of(method: str, output: str, layer: str = "activation") -> str:
+    """The unit of a method's map.
+
+    Args:
+        method: a saliency method or "mask".
+        output: what a class method explains: "log-odds", "logit".
+        layer: what its slopes are taken by: "activation", or "input".
+    """
+    other = "as captum gives it" if method.startswith(CAPTUM) else "activation"
+    return _UNITS.get(method, other).format(output=output, layer=layer)
+
+
 def meaning(method: str, target: str, whole: str = "a tile", output: str = "log-odds") -> str:
     """What a reader may take a map's values for, in sentences: what their sign says, and whether they add up.
 
     Args:
-        method: a saliency method.
+        method: a saliency method or "mask".
         target: the class, in words.
         whole, output: what an additive map adds up over, and to.
     """
-    if not method_card(method).needs_label:
+    if method != MASK and not explains_class(method):
         return "What the network's features hold, whatever the class: no evidence for or against any."
     other = "What the model reacts to. Its sign is no evidence for or against {target}, and the values do not add up."
     return _MEANINGS.get(method, other).format(target=target, whole=whole, output=output)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.checks import check_choice, check_number
+from medsd.checks import check_choice, check_flag, check_number
 from medsd.errors import NetworkError
 from medsd.networks.aim_parts import FeatureBranch, MaskEstimator, gumbel_mask, hard_mask
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, create_encoder
@@ -30,7 +30,8 @@ class AimOutput:
     Attributes:
         logits: (B, classes), of the merged map.
         stage_logits: (B, classes) of each stage on its own.
-        masks: (B, 1, h_l, w_l) of each stage, float32, 0 or 1: in training with the gradient of the sigmoid.
+        masks: (B, 1, h_l, w_l) of each stage, float32 (float64 of such a network), 0 or 1: in training with the
+            gradient of the sigmoid.
         merged: (B, d, h, w), the sum of the masked stages at the size of the finest.
     """
 
@@ -82,7 +83,7 @@ class AimClassifier(Classifier):
     Raises:
         NetworkError: timm has no such encoder, it has no pyramid of feature maps, or its weights cannot be fetched.
         WeightsError: timm's weights take another mean or deviation.
-        ConfigError: stage, temperature, widths, direction, mean or deviation are not possible.
+        ConfigError: stage, temperature, widths, direction, masking, mean or deviation are not possible.
     """
 
     architecture = "aim"
@@ -107,6 +108,7 @@ class AimClassifier(Classifier):
         for name, width in (("feature_width", feature_width), ("mask_width", mask_width)):
             check_number(name, width, "[1, inf)", whole=True)
         check_choice("direction", direction, get_args(Direction))
+        check_flag("masking", masking)
         self.options = {
             "end_stage": end_stage,
             "feature_width": feature_width,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsd.checks import check_choice, check_number
-from medsd.errors import ConfigError, NetworkError
+from medsd.checks import check_choice, check_flag, check_number
+from medsd.errors import NetworkError
 
 # Of timm's vision transformers, what weights of others are made with beside a name: UNI's are
 # {"init_values": 1e-5, "dynamic_img_size": True} of vit_large_patch16_224. None of them names a file or code.
@@ -139,8 +139,7 @@ def check_encoder_options(name: str, options: Mapping[str, Any], also: Sequence[
         if key in _NUMBERS:
             check_number(key, value, "[0, inf)" if key == "reg_tokens" else "(0, inf)", whole=_NUMBERS[key])
         elif key in _SWITCHES:
-            if not isinstance(value, bool):
-                raise ConfigError(f"{key}={value!r}: must be true or false")
+            check_flag(key, value)
         else:
             check_choice(key, value, _NAMES[key])
         made[key] = value

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from medsd.errors import ConfigError
-from medsd.evaluate.measures import MEASURES, MeasureSettings, measure_maps
+from medsd.evaluate.measures import MEASURES, MeasureSettings, agreement, measure_maps
 
 SIDE = 16
 QUICK = MeasureSettings(draws=1, steps=5, seed=2)
@@ -79,3 +79,10 @@ def test_small_maps_are_measured_as_large_ones(network, x):
         for scale in (1.0, 1e-12)
     )
     torch.testing.assert_close(small, large, equal_nan=True)
+
+
+def test_maps_of_two_sizes_agree_where_the_larger_repeats_the_smaller():
+    small = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    found = agreement({"small": small, "large": large, "inverse": -small})
+    torch.testing.assert_close(found[:, 0], torch.tensor([[1.0, 1, -1]] * 2, dtype=torch.float64))

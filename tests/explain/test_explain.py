@@ -17,7 +17,9 @@ from medsd.errors import ConfigError, DatasetError, NetworkError, WeightsError
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.explain import explain as module
 from medsd.explain.explain import explain_images
-from medsd.explain.settings import ExplainSettings, method_names
+from medsd.explain.settings import CLASS_METHODS, ExplainSettings, method_names
+from medsd.networks.aim import AimClassifier
+from medsd.networks.weights import ModelCard, save_classifier
 from medsd.saliency import smooth
 from medsd.saliency.metrics.insertion_deletion import curve_area, insertion_curve
 from medsd.saliency.metrics.perturb import at_pixels
@@ -129,7 +131,7 @@ def test_a_bad_image_costs_itself_only(folder, weights, tmp_path, caplog):
     summary = explain_images([folder], weights, tmp_path / "out", QUICK, folder.parent / "masks")
     assert sorted(summary.failed) == ["a.png", "b.png"] and summary.images == 2
     assert "its image 64 x 64" in summary.failed["a.png"] and str(folder / "b.png") in summary.failed["b.png"]
-    assert any("2 image(s) could not be read" in note for note in summary.notes)
+    assert any("2 image(s) could not be used" in note for note in summary.notes)
     assert sum(record.levelname == "ERROR" for record in caplog.records) == 2
     assert {row["image"] for row in rows_of(tmp_path / "out")} == {"c.png", "d.png"}
 
@@ -294,3 +296,26 @@ def test_rows_of_different_classes_and_empty_masks_are_told(folder, weights, cla
 def test_a_single_image_has_no_interval(folder, weights, tmp_path):
     summary = explain_images([folder / "a.png"], weights, tmp_path / "out", ExplainSettings(("tsm",), "layer3"))
     assert "(" not in summary.in_words().partition("Means (")[0]
+
+
+def test_a_network_that_masks_itself_shows_its_masks(folder, weights, tmp_path):
+    torch.manual_seed(0)
+    network = AimClassifier("test_resnet", feature_width=8, mask_width=4).eval()
+    for estimator in network.mask_estimators.values():
+        torch.nn.init.normal_(estimator.spatial.weight)
+        torch.nn.init.zeros_(estimator.spatial.bias)
+    card = ModelCard("test_resnet", network.classes, 64, 0.5, "noise", architecture="aim", options=network.options)
+    save_classifier(tmp_path / "aim.safetensors", network, card)
+    settings = ExplainSettings(measured=False)
+    summary = explain_images([folder], tmp_path / "aim.safetensors", tmp_path / "out", settings)
+    assert list(summary.scales) == [*CLASS_METHODS, "mask"]
+    scale = summary.scales["mask"]
+    assert (scale["vmin"], scale["vmax"], scale["unit"]) == (0.0, 1.0, "share of masks open")
+    assert any(note.startswith("mask: which of its features the model used") for note in summary.notes)
+    found = read_maps(tmp_path / "out")[0]["a.png/mask"]
+    with torch.no_grad():
+        deep, fine = network.masked(image(folder, "a", network)).masks
+    expected = (deep.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) + fine)[0, 0] / 2
+    assert torch.equal(found, expected) and 0 < found.mean() < 1
+    with pytest.raises(ConfigError, match=r"method 'mask': .*model.safetensors is no network that masks itself"):
+        explain_images([folder], weights, tmp_path / "none", replace(settings, methods=("mask",)))

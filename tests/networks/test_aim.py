@@ -316,6 +316,7 @@ def test_stages_of_one_size_are_no_pyramid(monkeypatch: pytest.MonkeyPatch, side
         ({"feature_width": 0}, ConfigError, "feature_width=0"),
         ({"mask_width": 0}, ConfigError, "mask_width=0"),
         ({"direction": "sideways"}, ConfigError, "direction='sideways'"),
+        ({"masking": "no"}, ConfigError, "masking='no': must be true or false"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], error: type[Exception], words: str) -> None:

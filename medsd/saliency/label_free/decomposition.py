@@ -115,7 +115,7 @@ def checked_ranks(ranks: Ranks, shape: tuple[int, ...]) -> tuple[int, int, int]:
         # Of few channels or a long strip even half is more than the vectors of the other two can fill.
         rows, columns = min(rows, most * columns), min(columns, most * rows)
         ranks = min(most, rows * columns), rows, columns
-    if not isinstance(ranks, tuple | list) or len(ranks) != 3 or not all(isinstance(rank, int) for rank in ranks):
+    if not isinstance(ranks, tuple | list) or len(ranks) != 3 or not all(type(rank) is int for rank in ranks):
         raise ConfigError(f"ranks={ranks!r}: use None, 'half' or three whole numbers (channels, rows, columns)")
     first, rows, columns = ranks
     if not (1 <= first <= most and 1 <= rows <= height and 1 <= columns <= width):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsd.checks import check_choice
+from medsd.checks import check_choice, check_flag
 from medsd.saliency.label_free.decomposition import Components, Ranks, check_features, decompose, tucker
 from medsd.saliency.metrics.perturb import unit_range
 
@@ -77,8 +77,9 @@ def multivec_eigencam(features: Tensor, centred: bool = True, weights: Weights =
 
     Raises:
         DatasetError: not (B, C, H, W) float, empty, or not finite.
-        ConfigError: other weights.
+        ConfigError: other weights, or `centred` neither True nor False.
     """
+    check_flag("centred", centred)
     return _weighted(decompose(features, centred), features.shape[1], weights)
 
 

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError
 from medsd.networks.modes import layer_named
 from medsd.saliency.method import Method, Target
@@ -64,10 +65,11 @@ def randomised_cascade(
         seed: of the weights.
 
     Raises:
-        ConfigError: no stages, or one named twice.
+        ConfigError: no stages, one named twice, or a seed below 0.
         NetworkError: no such module, one without weights, or weights that their module cannot draw anew.
     """
     names = _default_stages(network) if stages is None else tuple(stages)
+    check_number("seed", seed, "[0, inf)", whole=True)
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"stages={names}: name at least one module, none of them twice")
     for name in names:

@@ -40,7 +40,7 @@ class Noise:
         batch_size: images in one pass, at least one sample of all of a batch.
 
     Raises:
-        ConfigError: a size that is not above 0, or samples below 1.
+        ConfigError: a size that is not above 0, samples or batch size below 1, or a seed below 0.
     """
 
     size: float
@@ -50,7 +50,9 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_number("size", self.size, "(0, inf)")
-        check_number("samples", self.samples, "[1, inf)", whole=True)
+        for name in ("samples", "batch_size"):
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        check_number("seed", self.seed, "[0, inf)", whole=True)
 
     def changes(self, x: Tensor, normal: bool) -> Callable[[Tensor], Tensor]:
         """Gives the next changes for images (B * n, C, H, W), of which each of `x` comes n times in a row."""

@@ -182,7 +182,7 @@ def test_ranks_in_numbers() -> None:
     "ranks",
     [
         *((50, 7, 7), (2048, 7, 7), (0, 3, 3), (4, 8, 3), (4, 3, 8), (-1, 2, 2), (10, 3, 3), (1, 2, 3)),
-        *("quarter", (3, 3), (3.0, 3, 3), (1, 2, 3, 4), 5),
+        *("quarter", (3, 3), (3.0, 3, 3), (True, 3, 3), (1, 2, 3, 4), 5),
     ],
 )
 def test_ranks_that_cannot_be_are_told(ranks: object) -> None:

@@ -240,6 +240,8 @@ def test_a_small_gap_is_logged(function: MapFunction, caplog: pytest.LogCaptureF
 
 def test_options_that_do_not_exist_are_told() -> None:
     features = features_of((1, 8, 3, 3))
+    with pytest.raises(ConfigError, match="centred='no': must be true or false"):
+        multivec_eigencam(features, centred="no")
     with pytest.raises(ConfigError, match="variant='fixed'"):
         eigencam(features, variant="fixed")
     for function in (mtsm, multivec_eigencam):

@@ -160,6 +160,10 @@ def test_bad_input_is_named(network, x):
         Noise(0)
     with pytest.raises(ConfigError, match="samples=0"):
         Noise(0.1, samples=0)
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        Noise(0.1, batch_size=0)
+    with pytest.raises(ConfigError, match="seed='a'"):
+        Noise(0.1, seed="a")
     with pytest.raises(DatasetError, match="images"):
         sensitivity(method, x[0])
     with pytest.raises(DatasetError, match="2 maps of 3 images"):
