@@ -2,14 +2,21 @@
 """What a step of each objective costs, against plain cross-entropy in the same run.
 
 python scripts/bench_finetune.py --encoder resnet18 --tile-px 96 --batch-size 32
+python scripts/bench_finetune.py --memory --encoder tf_efficientnet_lite0 --tile-px 192 --channels-last
+
+With --memory, on the CPU: a step of cross-entropy whose freed memory is kept, as in a training, against one whose
+memory goes back to the system; processes of their own in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -17,6 +24,7 @@ from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.training.memory import freed_memory_kept
 from medsd.training.terms import Objective
 
 BASE = "cross-entropy"
@@ -36,6 +44,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice.")
+    parser.add_argument("--memory", action="store_true", help="What it is worth that freed memory is kept.")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -45,18 +54,48 @@ def main() -> None:
         f"{name}; tiles {options.tile_px} px, batch {options.batch_size}, amp {options.amp}, torch {torch.__version__}"
     )
     for encoder in options.encoder:
-        compare(encoder, device, options)
+        (compare_memory if options.memory else compare)(encoder, device, options)
+
+
+def compare_memory(encoder: str, device: torch.device, options: argparse.Namespace) -> None:
+    """Processes of their own, since what a process did before decides what its C library gives back."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    peaks: dict[bool, list[float]] = {True: [], False: []}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(options.rounds):
+        for kept in seconds:
+            with context.Pool(1) as pool:
+                took, peak = pool.apply(step_in_process, (encoder, device, options, kept))
+            seconds[kept].append(took)
+            peaks[kept].append(peak)
+    ratios = sorted(given / kept for kept, given in zip(seconds[True], seconds[False], strict=True))
+    print(f"\n{encoder}\n{'freed memory':<20}{'images/s':>10}{'times as long (range)':>26}{'peak GiB':>10}")
+    for kept, words in ((True, "kept"), (False, "given back")):
+        span = "" if kept else f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        speed = options.batch_size / statistics.median(seconds[kept])
+        print(f"{words:<20}{speed:>10.0f}{span:>26}{statistics.median(peaks[kept]):>10.2f}")
+
+
+def step_in_process(encoder: str, device: torch.device, options: argparse.Namespace, kept: bool) -> tuple[float, float]:
+    """Seconds a step of cross-entropy, after a first one, and the process's peak memory in GiB."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run = Steps(*objectives(encoder)[BASE], device, options)
+    with freed_memory_kept() if kept else nullcontext():
+        run()
+        return run(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def compare(encoder: str, device: torch.device, options: argparse.Namespace) -> None:
     cases = objectives(encoder)
     runs = {words: Steps(network, objective, device, options) for words, (network, objective) in cases.items()}
-    for run in runs.values():
-        run()  # kernels are chosen, and compiled, at the first
     seconds: dict[str, list[float]] = {words: [] for words in runs}
-    for _ in range(options.rounds):
-        for words, run in runs.items():
-            seconds[words].append(run())
+    with freed_memory_kept():
+        for run in runs.values():
+            run()  # kernels are chosen, and compiled, at the first
+        for _ in range(options.rounds):
+            for words, run in runs.items():
+                seconds[words].append(run())
     print(f"\n{encoder}\n{'objective':<42}{'images/s':>10}{'times CE (range)':>24}{'peak share':>12}")
     for words, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds[BASE], strict=True))

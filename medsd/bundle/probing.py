@@ -30,6 +30,7 @@ from medsd.pretrain.collapse import spectrum
 from medsd.pretrain.start import EncoderStart, settle
 from medsd.progress import progress_bar
 from medsd.tables import write_table
+from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _BATCH = 64
 _PROBES: dict[str, Callable[..., Floats]] = {"linear": linear_probe, "k-NN": knn_probe}
 
 
+@freed_memory_kept()
 def probe(
     data: object,
     start: EncoderStart,

@@ -36,6 +36,7 @@ from medsd.segment.network import SegmentationNetwork, standardise_channels
 from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_weights_for
 from medsd.tables import write_table
 from medsd.training.checkpoint import Checkpoint
+from medsd.training.memory import freed_memory_kept
 from medsd.training.training import run_training, settings_of
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ def _start_of(network: SegmentationNetwork, start_weights: str | None) -> str:
     return f"{Path(network.encoder_weights).name}, SHA-256 {weights_sha256(network.encoder_weights)}"
 
 
+@freed_memory_kept()
 def score_masks(
     data: MaskData,
     output_dir: str,

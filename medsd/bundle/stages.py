@@ -35,6 +35,7 @@ from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import Classifier
 from medsd.networks.weights import ModelCard, load_classifier
 from medsd.progress import progress_bar
+from medsd.training.memory import freed_memory_kept
 from medsd.training.predict import collect
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, 
     return network, card, digest
 
 
+@freed_memory_kept()
 def evaluate(
     data: Data, output_dir: str, device: torch.device, explained_tiles: int = 64, workers: int = 0, seed: int = 0
 ) -> None:

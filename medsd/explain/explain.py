@@ -38,6 +38,7 @@ from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free, make_method
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
+from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ _MOST_IN_BATCH = 64
 _DEFAULT = ExplainSettings()
 
 
+@freed_memory_kept()
 def explain_images(
     places: Sequence[str | Path],
     weights: str | Path,

@@ -28,6 +28,7 @@ from medsd.files import make_folder
 from medsd.tables import read_table, write_table
 from medsd.training.checkpoint import Checkpoint, TrainingState
 from medsd.training.hard_negatives import HardNegativeRound
+from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def _is_settings(value: object) -> bool:
     return isinstance(value, _PLAIN) or dataclasses.is_dataclass(value)
 
 
+@freed_memory_kept()
 def run_training(
     trainer: SupervisedTrainer,
     evaluator: SupervisedEvaluator | None,

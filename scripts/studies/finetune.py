@@ -39,6 +39,7 @@ from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.training.augment import augment
+from medsd.training.memory import freed_memory_kept
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
 
@@ -178,6 +179,7 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
+@freed_memory_kept()
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Train, and score on the test side (and on the validation side, which recipes and tint are chosen on)."""
     start_worker()

@@ -47,6 +47,7 @@ from medsd.saliency.neutral import neutral_from_images
 from medsd.saliency.registry import make_method
 from medsd.tables import read_table
 from medsd.training.augment import augment
+from medsd.training.memory import freed_memory_kept
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective, Terms
 
@@ -199,6 +200,7 @@ def prepare(_arguments: argparse.Namespace, _folder: Path) -> None:
     """Nothing is shared between trainings."""
 
 
+@freed_memory_kept()
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Train on a fold's training side and score on its test side."""
     torch.set_num_threads(1)

@@ -36,6 +36,7 @@ from medsd.pretrain.med_moco import MedMoCoSettings
 from medsd.pretrain.start import EncoderStart, settle
 from medsd.pretrain.step import PretrainStep
 from medsd.pretrain.views import ViewSettings
+from medsd.training.memory import freed_memory_kept
 
 __all__ = ["draw", "tables"]
 
@@ -179,6 +180,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
         sides_of(data, arguments.data, make_folder(folder / "images"), 0)
 
 
+@freed_memory_kept()
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     """Pre-train, then measure."""
     start_worker()
