@@ -51,6 +51,7 @@ class ExplanationSettings(MeasureSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("items", self.items, "[1, inf)", whole=True)
+        check_number("target", self.target, "[0, inf)", whole=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def score_explanations(
     Raises:
         DatasetError: fewer than two tiles, labels that are no class, a region of another size, or maps that are not
             finite.
-        ConfigError: no such fill.
+        ConfigError: no such fill, or a target that is no class.
 
     Example:
         >>> from medsd.networks.classifier import TileClassifier
@@ -120,6 +121,7 @@ def score_explanations(
     """
     if len(cast(Sized, dataset)) < 2:
         raise DatasetError(f"explanations: {len(cast(Sized, dataset))} tile(s); at least 2 are needed")
+    check_number("target", settings.target, f"[0, {len(classifier.classes) - 1}]", whole=True, hint="a class's number")
     device = next(classifier.parameters()).device
     with evaluating(classifier):
         loader = DataLoader(cast(Dataset[Sample], dataset), settings.batch_size)

@@ -38,12 +38,12 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
                 "target to compare them."
             )
     if MASK in settings.methods:
-        yield "Green is open."
+        yield "Green is open, which speaks for no class; masks lie at the network's stages, whatever the layer above."
     free = [method_card(name) for name in settings.methods if name != MASK and not explains_class(name)]
     if free:
         colours = "yellow is above 0, violet below" if any(card.signed for card in free) else "yellow is strong"
         yield (
-            f"For no class {colours}. Each image is taken apart for itself: what is strong in one row may be something "
+            f"In maps for no class {colours}. Each image is taken apart for itself: what is strong in one row may be something "
             "else than in the next, and blank glass may be strongest."
         )
         if settings.smoothing == "backward_hook":

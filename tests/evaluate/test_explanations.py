@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,10 @@ def test_bad_input_is_named():
         score_explanations(Corner(), wrong, SETTINGS)
     with pytest.raises(DatasetError, match=r"tile 0 is \(16, 16\) px, its region \(8, 8\)"):
         score_explanations(Corner(), tiles(6), SETTINGS, lambda _: np.ones((8, 8), bool))
+    with pytest.raises(ConfigError, match="target=2: must be a whole number from 0 to 1; a class's number"):
+        score_explanations(Corner(), tiles(4), replace(SETTINGS, target=2))
+    with pytest.raises(ConfigError, match="target='tumour'"):
+        replace(SETTINGS, target="tumour")
     for name in ("items", "draws", "steps", "batch_size"):
         with pytest.raises(ConfigError, match=f"{name}=0"):
             ExplanationSettings(**{name: 0})

@@ -34,7 +34,7 @@ def normalised_entropy(maps: Tensor) -> Tensor:
     if count == 1:
         return torch.ones_like(shares[:, 0])
     entropy: Tensor = torch.special.entr(shares).sum(dim=1)
-    return entropy / math.log(count)
+    return (entropy / math.log(count)).clamp(max=1)
 
 
 def total_variation(maps: Tensor) -> Tensor:
