@@ -43,8 +43,8 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
     if free:
         colours = "yellow is above 0, violet below" if any(card.signed for card in free) else "yellow is strong"
         yield (
-            f"In maps for no class {colours}. Each image is taken apart for itself: what is strong in one row may be something "
-            "else than in the next, and blank glass may be strongest."
+            f"In maps for no class {colours}. Each image is taken apart for itself: what is strong in one row may be "
+            "something else than in the next, and blank glass may be strongest."
         )
         if settings.smoothing == "backward_hook":
             yield "backward_hook smooths gradients: maps for no class are as without it."
