@@ -34,6 +34,7 @@ from medsd.segment.weights import SegmentationCard, load_segmentation
 from medsd.slides.mpp import check_mpp
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import find_tissue
+from medsd.training.memory import freed_memory_kept
 
 LABELS, PROBABILITIES, CONTOURS = "labels.ome.tif", "probabilities.ome.tif", "regions.geojson"
 # highdicom takes an array whole.
@@ -85,6 +86,7 @@ class SegmentedSlide(ReportedSlide):
     regions: int = 0
 
 
+@freed_memory_kept()
 def segment_slides(
     slides: Sequence[SlideEntry],
     weights: str | Path,
