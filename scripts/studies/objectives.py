@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from monai.transforms import MixUp
 from PIL import Image
+from studies.fields import camelyon16_patches
 from studies.networks import ENCODER
 from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
 from studies.objectives_tables import WORDS, draw, tables
@@ -302,8 +303,11 @@ def explained(network: TileClassifier, test: Items) -> dict[str, Any]:
     }
 
 
-def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dict[str, float]:
-    """Where the additive map (DeepLift against the neutral reference) lies in real masks; nothing without a map."""
+def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dict[str, Any]:
+    """Where the additive map (DeepLift against the neutral reference) lies in real masks; nothing without a map.
+
+    Of lymph nodes also on fields of other slides, `pixel_auc_other`, with the single fields' values.
+    """
     layer = STARTS[job.encoder].layer
     try:
         found = neutral_from_images(network, layer, _normalised(network, held.images), "evidence", 1)
@@ -311,16 +315,26 @@ def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dic
         return {}
     network.neutral = asdict(found)
     method = make_method("deeplift", network, layer, "evidence", {"reference": "neutral"})
-    areas, energies = [], []
-    for images, mask in _masked(test, job):
-        with torch.no_grad():
-            maps = torch.cat([method(batch, 1) for batch in _normalised(network, images)])
-        values = _stitched(maps, mask.shape[0])
-        areas.append(auc(mask.ravel(), values.ravel()))
-        scaled = torch.from_numpy(values / max(np.abs(values).max(), 1e-12))[None].double()
-        energies.append(float(energy_pointing(scaled, torch.from_numpy(mask)[None])))
+
+    def scored(fields: Iterator[_Field]) -> tuple[list[float], list[float]]:
+        areas, energies = [], []
+        for images, mask, margin in fields:
+            with torch.no_grad():
+                maps = torch.cat([method(batch, 1) for batch in _normalised(network, images)])
+            inside = slice(margin, margin + len(mask))
+            values = _stitched(maps, len(mask) + 2 * margin)[inside, inside]
+            areas.append(auc(mask.ravel(), values.ravel()))
+            scaled = torch.from_numpy(values / max(np.abs(values).max(), 1e-12))[None].double()
+            energies.append(float(energy_pointing(scaled, torch.from_numpy(mask)[None])))
+        return areas, energies
+
+    areas, energies = scored(_masked(test, job))
     known = [energy for energy in energies if math.isfinite(energy)]
-    return {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known))}
+    measures = {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known)), "pixel_auc_each": areas}
+    if job.part == "pcam":
+        areas, _ = scored(_other_slides(job))
+        measures |= {"pixel_auc_other": float(np.mean(areas)), "pixel_auc_other_each": areas}
+    return measures
 
 
 def _enlarged(items: Items, scale: int) -> Items:
@@ -338,12 +352,15 @@ def _normalised(network: TileClassifier, images: Tensor) -> Iterator[Tensor]:
     return (network.normalise(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(_BATCH))
 
 
-def _masked(test: Items, job: Job) -> Iterator[tuple[Tensor, npt.NDArray[np.bool_]]]:
-    """Fields as the tiles (n, 3, S, S) that they are cut into, row by row, and their masks (H, H)."""
+# Tiles (n, 3, S, S) that a field is cut into, row by row, its mask (H, H), and the pixels around it, not judged.
+_Field = tuple[Tensor, npt.NDArray[np.bool_], int]
+
+
+def _masked(test: Items, job: Job) -> Iterator[_Field]:
     if test.masks is not None:
         for row in np.flatnonzero(test.labels == 1):
             if 0 < test.masks[row].mean() < 1:
-                yield test.images[row : row + 1], test.masks[row]
+                yield test.images[row : row + 1], test.masks[row], 0
         return
     folder, side = Path(job.data) / "camelyon_tiles_tumour_masks", _PARTS[job.part].side_px
     table = read_table(folder / "index.csv", ("file", "mask"))
@@ -354,7 +371,20 @@ def _masked(test: Items, job: Job) -> Iterator[tuple[Tensor, npt.NDArray[np.bool
             mask = np.asarray(drawn.convert("L").crop(tuple(box))) > 0  # type: ignore[arg-type]
         if 0.05 < mask.mean() < 0.95:
             tiles = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unfold(1, side, side).unfold(2, side, side)
-            yield _larger(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1), STARTS[job.encoder].scale), mask
+            yield _larger(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1), STARTS[job.encoder].scale), mask, 0
+
+
+def _other_slides(job: Job) -> Iterator[_Field]:
+    """Patches of CAMELYON16 (62 um), each a tile in its mirrored margin, at the network's scale."""
+    scale, side = STARTS[job.encoder].scale, _PARTS[job.part].side_px * STARTS[job.encoder].scale
+    for field in camelyon16_patches(Path(job.data)):
+        small = Image.fromarray(field.image).reduce(4 // scale)
+        mask = np.asarray(Image.fromarray(field.tumour).convert("L").reduce(4 // scale)) > 127
+        if not 0.01 < mask.mean() < 0.99:
+            continue
+        margin = (side - len(mask)) // 2
+        tile = np.pad(np.asarray(small), ((margin, margin), (margin, margin), (0, 0)), "reflect")
+        yield torch.from_numpy(tile).permute(2, 0, 1)[None], mask, margin
 
 
 def _stitched(maps: Tensor, side: int) -> npt.NDArray[np.float32]:

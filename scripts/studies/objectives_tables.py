@@ -56,6 +56,7 @@ COLUMNS = {
     "rank": ("effective rank", 1.0, 1),
     "pixel_auc": ("pixel AUC in masks", 1.0, 3),
     "energy": ("energy in masks %", 100.0, 1),
+    "pixel_auc_other": ("pixel AUC, CAMELYON16", 1.0, 3),
 }
 
 Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
