@@ -47,7 +47,7 @@ from medsd.saliency.metrics.pointing import energy_pointing
 from medsd.saliency.neutral import neutral_from_images
 from medsd.saliency.registry import make_method
 from medsd.tables import read_table
-from medsd.training.augment import augment
+from medsd.training.augment import augment, turn
 from medsd.training.memory import freed_memory_kept
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective, Terms
@@ -261,14 +261,19 @@ def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[
     """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side.
 
     `ece_oracle` is of the temperature that the test side itself asks for: no honest one does better but by luck.
+    `auc_turned` is of log-odds averaged over the eight symmetries of the square.
     """
     temperature = 1.0 if held is None else fit_temperature(_logits(network, held), held.labels)
     logits = _logits(network, test)
     divisors = 1.0, temperature, fit_temperature(logits, test.labels)
     before, after, oracle = (softmax(logits / divisor)[:, 1] for divisor in divisors)
+    whole = torch.ones(len(test.labels), dtype=torch.int64)
+    sides = (replace(test, images=turn(test.images, number * whole)) for number in range(8))
+    turned = np.sum([_logits(network, side) for side in sides], axis=0)
     return {
         "accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
         "auc": auc(test.labels, logits[:, 1] - logits[:, 0]),
+        "auc_turned": auc(test.labels, turned[:, 1] - turned[:, 0]),
         "ece_before": calibration_error(test.labels, before),
         "ece": calibration_error(test.labels, after),
         "ece_oracle": calibration_error(test.labels, oracle),

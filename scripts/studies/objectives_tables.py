@@ -44,6 +44,7 @@ _TITLES = {
 }
 COLUMNS = {
     "auc": ("AUC", 1.0, 3),
+    "auc_turned": ("AUC, mean of 8 symmetries", 1.0, 3),
     "accuracy": ("accuracy %", 100.0, 1),
     "ece": ("ECE, tempered", 1.0, 3),
     "ece_oracle": ("ECE, temperature of the test side", 1.0, 3),
