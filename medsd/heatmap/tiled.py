@@ -315,6 +315,6 @@ def _total_stride(classifier: Classifier) -> int:
 
 def _finest_stage(classifier: Classifier) -> str:
     """Name of the encoder's layer that gives the finest stage with a mask."""
-    if not isinstance(classifier, AimClassifier):
+    if not isinstance(classifier, AimClassifier) or not classifier.options["masking"]:
         raise NetworkError("method 'mask': this classifier has no masks; use 'deeplift'")
     return stage_layer(classifier.encoder, classifier.stages[-1])

@@ -291,6 +291,8 @@ def test_bad_requests_are_named(green_classifier, squeezing, masking):
         make_engine(masking, 64, 1.0, settings=MapSettings(("mask",), way="dense"))
     with pytest.raises(NetworkError, match=r"did you mean 'blocks\.2'"):
         make_engine(squeezing, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "block.2"))
+    with pytest.raises(NetworkError, match="no masks"):
+        make_engine(AimClassifier("test_resnet", masking=False), 64, 1.0, settings=MASK)
     for network in (green_classifier, squeezing):
         with pytest.raises(NetworkError, match="no masks"):
             make_engine(network, 64, 1.0, settings=MASK)
