@@ -117,15 +117,19 @@ def _part(part: str, results: Results) -> Iterator[str]:
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for variant in variants:
         cells = [mean_of(_values(results, part, variant, column.key, seeds), column.digits) for column in COLUMNS]
-        held = sum((part, variant, seed) in results for seed in seeds)
-        words = _words(part, variant) + (f" ({held} seeds)" if held < len(seeds) else "")
-        yield "| " + " | ".join([words, *cells]) + " |"
+        yield "| " + " | ".join([_words_seeds(part, variant, results, seeds), *cells]) + " |"
     for base in (variant for variant in variants if variant.startswith((_START, _BASE))):
         yield from _differences(part, results, base, [variant for variant in variants if variant != base], seeds)
 
 
 def _words(part: str, variant: str) -> str:
     return "ImageNet alone" if variant == _START and "from ImageNet" in _PARTS[part] else WORDS[variant]
+
+
+def _words_seeds(part: str, variant: str, results: Results, seeds: list[int]) -> str:
+    """A variant's words, with its seeds where they are fewer than those of others."""
+    held = sum((part, variant, seed) in results for seed in seeds)
+    return _words(part, variant) + (f" ({held} seeds)" if held < len(seeds) else "")
 
 
 def _differences(part: str, results: Results, base: str, variants: list[str], seeds: list[int]) -> Iterator[str]:
@@ -142,9 +146,8 @@ def _differences(part: str, results: Results, base: str, variants: list[str], se
             difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
         ]
         ours, theirs = pairs[0]
-        yield (
-            "| " + " | ".join([_words(part, variant), *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
-        )
+        words = _words_seeds(part, variant, results, seeds)
+        yield "| " + " | ".join([words, *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
 
 
 def _values(results: Results, part: str, variant: str, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
