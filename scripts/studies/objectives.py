@@ -311,7 +311,7 @@ def explained(network: TileClassifier, test: Items) -> dict[str, Any]:
 def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dict[str, Any]:
     """Where the additive map (DeepLift against the neutral reference) lies in real masks; nothing without a map.
 
-    Of lymph nodes also on fields of other slides, `pixel_auc_other`, with the single fields' values.
+    Of lymph nodes also on fields of other slides, `pixel_auc_other`, and of each field, which are those of every fold.
     """
     layer = STARTS[job.encoder].layer
     try:
@@ -335,10 +335,11 @@ def pointing(network: TileClassifier, held: Items, test: Items, job: Job) -> dic
 
     areas, energies = scored(_masked(test, job))
     known = [energy for energy in energies if math.isfinite(energy)]
-    measures = {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known)), "pixel_auc_each": areas}
+    measures: dict[str, Any] = {"pixel_auc": float(np.mean(areas)), "energy": float(np.mean(known))}
     if job.part == "pcam":
-        areas, _ = scored(_other_slides(job))
-        measures |= {"pixel_auc_other": float(np.mean(areas)), "pixel_auc_other_each": areas}
+        others, _ = scored(_other_slides(job))
+        measures |= {"pixel_auc_other": float(np.mean(others))}
+        measures |= {"pixel_auc_each": areas, "pixel_auc_other_each": others}
     return measures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def tables(results: Results) -> str:
                 continue
             cells = [_cell(_differences(of, method, folds, column), column, paired=True) for column in COLUMNS]
             lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
+        lines += ["", *(line for method in done if method != "ce" for line in _by_field(of, method))]
         missing = [WORDS[method] for method in WORDS if method not in done]
-        lines += ["", f"Not run: {', '.join(missing) or 'nothing'}.", ""]
+        lines += [f"Not run: {', '.join(missing) or 'nothing'}.", ""]
     return "\n".join(lines)
 
 
@@ -96,6 +98,23 @@ def _differences(
     """Each training's difference from CE on the same fold."""
     pairs = [[of[(name, *key)].get(column) for name in (method, "ce")] for key in trained]
     return [None if None in pair else float(pair[0]) - float(pair[1]) for pair in pairs]
+
+
+def _by_field(of: dict[tuple[str, int, int], dict[str, Any]], method: str) -> Iterator[str]:
+    """What a method's map gains in each field with a mask, in the mean of trainings; the interval is over fields."""
+    for column, words in (("pixel_auc_each", "fields"), ("pixel_auc_other_each", "fields of CAMELYON16")):
+        folds = [key[1:] for key in of if key[0] == method and column in of[key]]
+        pairs = [[of.get((name, *key), {}).get(column) for name in (method, "ce")] for key in folds]
+        known = [np.subtract(*pair) for pair in pairs if None not in pair]
+        if not known:
+            continue
+        gains = np.mean(known, axis=0)
+        low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
+        yield (
+            f"{WORDS[method]} less CE, pixel AUC in each of {len(gains)} {words}, mean of {len(known)} trainings: "
+            f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f}) over fields, above 0 in {(gains > 0).sum()}."
+        )
+        yield ""
 
 
 def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
