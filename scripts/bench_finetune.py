@@ -22,9 +22,9 @@ import torch
 
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
-from medsd.training.memory import freed_memory_kept
 from medsd.training.terms import Objective
 
 BASE = "cross-entropy"

@@ -25,12 +25,12 @@ from medsd.evaluate.mask_probe import MaskScores
 from medsd.evaluate.probes import Labelled, ProbeScores, features_of, knn_probe, linear_probe, score_probe, standardise
 from medsd.evaluate.scores import Floats
 from medsd.networks.classifier import Normalise
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.start import load_encoder
 from medsd.pretrain.collapse import spectrum
 from medsd.pretrain.start import EncoderStart, settle
 from medsd.progress import progress_bar
 from medsd.tables import write_table
-from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 

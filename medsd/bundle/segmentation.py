@@ -27,6 +27,7 @@ from medsd.evaluate.mask_scores import UnitScores, joined_scores, rows_of, score
 from medsd.evaluate.mask_sheet import SheetItem, draw_mask_sheet
 from medsd.evaluate.summary import as_json
 from medsd.files import sha256_of, write_json
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
 from medsd.networks.start import weights_sha256
 from medsd.progress import progress_bar
@@ -36,7 +37,6 @@ from medsd.segment.network import SegmentationNetwork, standardise_channels
 from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_weights_for
 from medsd.tables import write_table
 from medsd.training.checkpoint import Checkpoint
-from medsd.training.memory import freed_memory_kept
 from medsd.training.training import run_training, settings_of
 
 logger = logging.getLogger(__name__)

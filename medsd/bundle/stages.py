@@ -33,9 +33,9 @@ from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.model import MapRequest
 from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import Classifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.weights import ModelCard, load_classifier
 from medsd.progress import progress_bar
-from medsd.training.memory import freed_memory_kept
 from medsd.training.predict import collect
 
 logger = logging.getLogger(__name__)

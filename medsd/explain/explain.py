@@ -30,6 +30,7 @@ from medsd.explain.surrogates import load_surrogate
 from medsd.files import make_folder
 from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.networks.aim import AimClassifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
 from medsd.saliency import smooth
@@ -38,7 +39,6 @@ from medsd.saliency.neutral import NeutralReference
 from medsd.saliency.registry import check_label_free, make_method
 from medsd.slides.readers.base import RGB, Bools
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
-from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 

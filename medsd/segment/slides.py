@@ -25,6 +25,7 @@ from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, wr
 from medsd.heatmap.scale import share_scale
 from medsd.heatmap.value_map import ValueMap
 from medsd.heatmap.zoom import cut_tiles
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
 from medsd.segment.contours import class_regions, class_shares, write_class_regions
@@ -34,7 +35,6 @@ from medsd.segment.weights import SegmentationCard, load_segmentation
 from medsd.slides.mpp import check_mpp
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import find_tissue
-from medsd.training.memory import freed_memory_kept
 
 LABELS, PROBABILITIES, CONTOURS = "labels.ome.tif", "probabilities.ome.tif", "regions.geojson"
 # highdicom takes an array whole.

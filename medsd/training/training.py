@@ -25,10 +25,10 @@ from medsd.claims import claimed
 from medsd.cohort.dataset import GroupedSampler, SlideGroupedSampler
 from medsd.errors import TrainingError
 from medsd.files import make_folder
+from medsd.networks.memory import freed_memory_kept
 from medsd.tables import read_table, write_table
 from medsd.training.checkpoint import Checkpoint, TrainingState
 from medsd.training.hard_negatives import HardNegativeRound
-from medsd.training.memory import freed_memory_kept
 
 logger = logging.getLogger(__name__)
 

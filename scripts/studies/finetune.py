@@ -34,12 +34,12 @@ from medsd.evaluate.summary import as_json
 from medsd.files import sha256_of
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.aim import AimObjective
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.training.augment import augment
-from medsd.training.memory import freed_memory_kept
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
 

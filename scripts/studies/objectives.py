@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.transforms import MixUp
 from PIL import Image
 from studies.fields import camelyon16_patches
 from studies.networks import ENCODER
 from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
+from studies.objectives_methods import objective_of
 from studies.objectives_tables import WORDS, draw, tables
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch import Tensor
 
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.cohort.patches import scaled
@@ -40,17 +39,16 @@ from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, calibration_error_by_chance, fit_temperature, softmax
 from medsd.files import sha256_of
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import training
 from medsd.networks.start import load_encoder
-from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.saliency.metrics.pointing import energy_pointing
 from medsd.saliency.neutral import neutral_from_images
 from medsd.saliency.registry import make_method
 from medsd.tables import read_table
 from medsd.training.augment import augment, turn
-from medsd.training.memory import freed_memory_kept
 from medsd.training.network import parameter_groups
-from medsd.training.terms import Objective, Terms
+from medsd.training.terms import Objective
 
 __all__ = ["draw", "tables"]
 
@@ -104,40 +102,6 @@ def part_of(job: Job) -> Part:
     """What a job trains on, and how."""
     part = _PARTS[job.part]
     return part if STARTS[job.encoder].file else replace(part, **_FROM_SCRATCH)
-
-
-@dataclass
-class Mixup:
-    """Cross-entropy of images mixed in pairs, each by a share from Beta(`alpha`, `alpha`) (Zhang et al., 2018)."""
-
-    alpha: float = 0.2
-
-    def __call__(
-        self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
-    ) -> Terms:
-        """See `Objective`."""
-        mix = MixUp(len(x), self.alpha)
-        mix.set_random_state(int(torch.randint(2**31, (), generator=generator)))
-        logits = network(mix(x))
-        # It mixes images alone: a class is a channel of one pixel.
-        shares = mix.apply(one_hot(labels, logits.shape[1]).float()[..., None, None]).flatten(1)
-        loss = cross_entropy(logits, shares)
-        return Terms(loss, {"cross_entropy": loss.detach()}, logits.detach())
-
-
-def objective_of(method: str) -> Objective:
-    """The objective of a method; one a training."""
-    if method == "ce":
-        return SaliencyDecor(0, 0)
-    if method == "mixup":
-        return Mixup()
-    if method == "sgt":
-        return SaliencyDecor(1, 0)
-    if method == "decorrelation":
-        return SaliencyDecor(0, 0.1)
-    if method == "as-built":
-        return SaliencyDecor(1, 0.1, masked_share=0.5, fill="noise", bn="shared", warm_epochs=0)
-    return SaliencyDecor(1, 0.1, mode="zca" if method == "saliencydecor-zca" else "cov")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from medsd.evaluate.probes import features_of, knn_probe, linear_probe, score_pr
 from medsd.evaluate.scores import auc
 from medsd.files import make_folder, sha256_of, write_json
 from medsd.networks.classifier import TileClassifier, create_encoder
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
 from medsd.objectives.saliency_decor import SaliencyDecor
@@ -36,7 +37,6 @@ from medsd.pretrain.med_moco import MedMoCoSettings
 from medsd.pretrain.start import EncoderStart, settle
 from medsd.pretrain.step import PretrainStep
 from medsd.pretrain.views import ViewSettings
-from medsd.training.memory import freed_memory_kept
 
 __all__ = ["draw", "tables"]
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from medsd.training.memory import freed_memory_kept
+from medsd.networks.memory import freed_memory_kept
 
 GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 # In a process of its own, for what one did before decides where a block comes from.
 COUNTED = """
 import json, resource
 from pathlib import Path
-from medsd.training.memory import freed_memory_kept
+from medsd.networks.memory import freed_memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
