@@ -68,6 +68,7 @@ def pretrain(
     settings = settings_of(
         trainer,
         network=network.settings,
+        # Options only where there are some: runs from before there were any go on.
         start={name: value for name, value in {**asdict(start), "weights": weights}.items() if value != {}},
         data=images.fingerprint(),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
