@@ -225,16 +225,22 @@ def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[
     """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side.
 
     `ece_oracle` is of the temperature that the test side itself asks for: no honest one does better but by luck.
-    `auc_turned` is of log-odds averaged over the eight symmetries of the square.
+    `auc_held` is the held-out side's, for choices that the test side must not make. `auc_turned` is of log-odds
+    averaged over the eight symmetries of the square.
     """
-    temperature = 1.0 if held is None else fit_temperature(_logits(network, held), held.labels)
+    chosen_by: dict[str, float] = {}
+    temperature = 1.0
+    if held is not None:
+        logits = _logits(network, held)
+        temperature = fit_temperature(logits, held.labels)
+        chosen_by = {"auc_held": auc(held.labels, logits[:, 1] - logits[:, 0])}
     logits = _logits(network, test)
     divisors = 1.0, temperature, fit_temperature(logits, test.labels)
     before, after, oracle = (softmax(logits / divisor)[:, 1] for divisor in divisors)
     whole = torch.ones(len(test.labels), dtype=torch.int64)
     sides = (replace(test, images=turn(test.images, number * whole)) for number in range(8))
     turned = np.sum([_logits(network, side) for side in sides], axis=0)
-    return {
+    return chosen_by | {
         "accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
         "auc": auc(test.labels, logits[:, 1] - logits[:, 0]),
         "auc_turned": auc(test.labels, turned[:, 1] - turned[:, 0]),

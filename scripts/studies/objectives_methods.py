@@ -44,4 +44,7 @@ def objective_of(method: str) -> Objective:
         return SaliencyDecor(0, 0.1)
     if method == "as-built":
         return SaliencyDecor(1, 0.1, masked_share=0.5, fill="noise", bn="shared", warm_epochs=0)
-    return SaliencyDecor(1, 0.1, mode="zca" if method == "saliencydecor-zca" else "cov")
+    if method == "saliencydecor-zca":
+        return SaliencyDecor(1, 0.1, mode="zca")
+    # "saliencydecor", or with the weight of its decorrelation behind it.
+    return SaliencyDecor(1, float(method.partition("-")[2] or 0.1))

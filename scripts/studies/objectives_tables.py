@@ -23,6 +23,9 @@ WORDS = {
     "sgt": "SGT",
     "decorrelation": "CE + decorrelation, `cov`",
     "saliencydecor": "SaliencyDecor, `cov`",
+    "saliencydecor-0.3": "SaliencyDecor, `cov`, weight 0.3",
+    "saliencydecor-1": "SaliencyDecor, `cov`, weight 1",
+    "saliencydecor-3": "SaliencyDecor, `cov`, weight 3",
     "saliencydecor-zca": "SaliencyDecor, `zca`",
     "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
@@ -31,6 +34,9 @@ _SHORT = {
     "sgt": "SGT",
     "decorrelation": "decorrelation",
     "saliencydecor": "SaliencyDecor, cov",
+    "saliencydecor-0.3": "SaliencyDecor, cov 0.3",
+    "saliencydecor-1": "SaliencyDecor, cov 1",
+    "saliencydecor-3": "SaliencyDecor, cov 3",
     "saliencydecor-zca": "SaliencyDecor, zca",
     "as-built": "as built",
 }
@@ -45,6 +51,7 @@ _TITLES = {
 }
 COLUMNS = {
     "auc": ("AUC", 1.0, 3),
+    "auc_held": ("AUC, held-out side", 1.0, 3),
     "auc_turned": ("AUC, mean of 8 symmetries", 1.0, 3),
     "accuracy": ("accuracy %", 100.0, 1),
     "ece": ("ECE, tempered", 1.0, 3),
