@@ -45,17 +45,21 @@ def finetune(
     early_stop: EarlyStopping | None = None,
     hard_negatives: HardNegativeRound | None = None,
     head_start: HeadStart = "random",
+    test_time_augmentation: bool = False,
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
     The weights go beside the checkpoint's folder. Prevalence, temperature, thresholds and colour scale are the
     validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
-    `start_head`.
+    `start_head`. `test_time_augmentation`: see `Classifier.augment_at_test_time`. Training and its validation see tiles
+    as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew.
     """
     check_choice("head_start", head_start, get_args(HeadStart))
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
-    make_engine(network, data.tile_px, data.mpp, settings=map_settings)
+    answering = copy.copy(network)
+    answering.augment_at_test_time(test_time_augmentation)
+    make_engine(answering, data.tile_px, data.mpp, settings=map_settings)
     if isinstance(trainer.loss_function, SaliencyDecor):
         batch = _images_at_once(trainer, checkpoint.parts.get("step"))
         trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
@@ -88,9 +92,11 @@ def finetune(
         write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
     recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
+    recipe |= {"test_time_augmentation": True} if test_time_augmentation else {}
     written = read_record(record, recipe)
     if written is None or sha256_of(path) != written["sha256"]:
         network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not
+        network.augment_at_test_time(test_time_augmentation)
         save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
         write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 

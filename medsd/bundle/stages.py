@@ -86,8 +86,11 @@ def evaluate(
     calibration, items = found or card.calibration, data.part("testing")
     loader = DataLoader(items, batch_size=_BATCH, num_workers=workers)
     features, labels = collect(network, loader, progress_bar("evaluate"), network.features)
-    with torch.inference_mode():
-        logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
+    if network.test_time_augmentation:
+        logits, _ = collect(network, loader, progress_bar("evaluate, turned"))
+    else:
+        with torch.inference_mode():
+            logits = network.head(torch.from_numpy(features).to(device)).cpu().numpy()
     adjusted = calibrated(torch.from_numpy(logits), calibration.temperature, calibration.offset).numpy()
     probabilities = softmax(adjusted)[:, target].astype(np.float32)
     log_odds = adjusted[:, target] - logsumexp(np.delete(adjusted, target, axis=1), axis=1)

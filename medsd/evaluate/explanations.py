@@ -160,7 +160,7 @@ def explanation_maps(classifier: Classifier, x: Tensor, labels: Tensor) -> dict[
     maps = {"gradient": make_method("gradient", classifier, None, "evidence")(x, labels).abs()}
     if isinstance(classifier, AimClassifier):
         with torch.no_grad():
-            maps["mask"] = classifier.masked(x, noise=False).mean_mask(x.shape[2:])
+            _, maps["mask"] = classifier.open_share(x, whole=True)
     return maps
 
 

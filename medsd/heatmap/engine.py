@@ -177,8 +177,8 @@ def make_engine(
 
     Methods that look at whole tiles are then mapped tile by tile beside the others; by the way "tiled" all methods are,
     but for label-free ones, which take features of the slide as a whole. An `AimClassifier`, whose masks
-    depend on the whole tile, and a network with global operations (squeeze-excite, attention) have no dense map and are
-    mapped tile by tile. The maps name the way that was taken.
+    depend on the whole tile, a symmetric classifier, which turns tiles, and a network with global operations
+    (squeeze-excite, attention) have no dense map and are mapped tile by tile. The maps name the way that was taken.
 
     Args:
         classifier, tile_px, mpp, target, settings, temperature, reference, offset: as `Engine` takes them.
@@ -191,6 +191,10 @@ def make_engine(
     settings = settings or MapSettings()
     if settings.way == "dense" and not isinstance(classifier, TileClassifier):
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
+    if classifier.test_time_augmentation:
+        if settings.way == "dense":
+            raise NetworkError("way 'dense': a symmetric classifier turns tiles, not slides; use 'tiled'")
+        settings = replace(settings, way="tiled")
     rest = classifier, tile_px, mpp, target, settings, temperature, reference, offset
     of_tiles, free = _of_tiles(settings), set(LABEL_FREE).intersection(settings.methods)
     if not isinstance(classifier, TileClassifier) or (settings.way == "tiled" and not free):

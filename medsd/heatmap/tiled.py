@@ -90,7 +90,9 @@ class TiledEngine(Engine):
         self.step_px = math.ceil(cells / 2) * self.hidden.stride
         # Where a tile starts whose first cell looks at the middle of the first map pixel; whole pixels, or every tile
         # would be read between pixels.
-        self._aligned_px = round(self.hidden.stride / 2 - self.hidden.centre)
+        # The mean over the symmetries looks square on its cell.
+        off_centre = 0.0 if self.classifier.test_time_augmentation else self.hidden.stride / 2 - self.hidden.centre
+        self._aligned_px = round(off_centre)
         # The first tile starts at the slide's edge or just before it.
         self.origin_px = min(self._aligned_px, -(-self._aligned_px % self.hidden.stride))
 
@@ -100,7 +102,8 @@ class TiledEngine(Engine):
 
     @property
     def tiles(self) -> str:
-        return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px"
+        turns = ", mean of the square's 8 symmetries" if self.classifier.test_time_augmentation else ""
+        return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px{turns}"
 
     def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
         blocks = BlockStore(store / "blocks")
@@ -174,8 +177,8 @@ class TiledEngine(Engine):
         if self.settings.methods == (MASK,):
             assert isinstance(self.classifier, AimClassifier)
             with evaluating(self.classifier), torch.no_grad():
-                output = self.classifier.masked(images)
-            return as_array(self.probability(output.logits)), {MASK: as_array(output.mean_mask())}, moved
+                logits, share = self.classifier.open_share(images)
+            return as_array(self.probability(logits)), {MASK: as_array(share)}, moved
         found, normal = {}, self.classifier.normalise(images)
         for name in self.settings.methods:
             method = self.method(name, self.classifier, f"encoder.{self.settings.layer}", plane=False)

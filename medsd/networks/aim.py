@@ -16,6 +16,7 @@ from medsd.errors import NetworkError
 from medsd.networks.aim_parts import FeatureBranch, MaskEstimator, gumbel_mask, hard_mask
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, create_encoder
 from medsd.networks.modes import evaluating, layer_named
+from medsd.networks.symmetry import mean_answer
 
 Direction = Literal["top_down", "bottom_up"]
 
@@ -76,9 +77,10 @@ class AimClassifier(Classifier):
         masking: False leaves every mask open and has no estimators: the plain feature pyramid classifier to compare
             with, whose weights go by the same names.
         input_mean, input_std: see `medsd.networks.classifier.Normalise`.
+        test_time_augmentation: see `Classifier`; holds for `open_share`, too.
 
     Attributes:
-        options: the arguments from `end_stage` to `masking`, as a model card keeps them.
+        options: the arguments from `end_stage` to `masking`, and `test_time_augmentation`, as a model card keeps them.
 
     Raises:
         NetworkError: timm has no such encoder, it has no pyramid of feature maps, or its weights cannot be fetched.
@@ -101,6 +103,7 @@ class AimClassifier(Classifier):
         masking: bool = True,
         input_mean: Sequence[float] = IMAGENET_MEAN,
         input_std: Sequence[float] = IMAGENET_STD,
+        test_time_augmentation: bool = False,
     ) -> None:
         super().__init__(encoder, classes, input_mean, input_std)
         check_number("end_stage", end_stage, "[0, 3]", whole=True, hint="3 is the deepest stage")
@@ -117,6 +120,7 @@ class AimClassifier(Classifier):
             "direction": direction,
             "masking": masking,
         }
+        self.augment_at_test_time(test_time_augmentation)
         self.stages = tuple(range(_STAGES - 1, end_stage - 1, -1))
         self.feature_dim, self.temperature, self.direction = feature_width, temperature, direction
         (self.encoder, _), self.pretrained = create_encoder(encoder, pretrained, self.normalise), pretrained
@@ -155,6 +159,20 @@ class AimClassifier(Classifier):
         assert merged is not None
         logits = self.head(merged.mean(dim=(2, 3)))
         return AimOutput(logits, tuple(stage_logits), tuple(masks[stage] for stage in self.stages), merged)
+
+    def open_share(self, x: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) of images as in `masked`, and the share (B, h, w) of stages' masks that is open.
+
+        Args:
+            x: the images.
+            whole: the shares at the images' size, not at that of the finest stage.
+        """
+
+        def run(images: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.masked(images, noise=False)
+            return output.logits, output.mean_mask(images.shape[2:] if whole else None)
+
+        return mean_answer(run, x, self.test_time_augmentation and not self.training)
 
     def feature_map(self, x: Tensor) -> Tensor:
         """Masked, merged features (B, d, h, w) of images as in `masked`; in training mode under noisy masks."""

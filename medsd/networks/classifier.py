@@ -11,10 +11,11 @@ from timm.models import group_parameters
 from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 
-from medsd.checks import check_number
+from medsd.checks import check_flag, check_number
 from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
 from medsd.networks.cut import end_at
 from medsd.networks.modes import channels_last, encoded_map, evaluating
+from medsd.networks.symmetry import SYMMETRIES, MayBeSymmetric, turned
 from medsd.networks.tokens import check_encoder_options, image_side, token_stride
 from medsd.networks.whitening import WhitenedHead
 
@@ -60,7 +61,7 @@ class Normalise(nn.Module):
             )
 
 
-class Classifier(nn.Module):
+class Classifier(MayBeSymmetric, nn.Module):
     """A tile classifier: an encoder, features pooled from a map, a linear head. The kinds differ in `feature_map`.
 
     Attributes:
@@ -71,6 +72,8 @@ class Classifier(nn.Module):
         normalise: images (B, 3, H, W) uint8 as the network's float input.
         feature_dim: channels of the features.
         head: linear, features to logits.
+        test_time_augmentation: in eval mode its logits are means over the eight symmetries of the square, at eight
+            times the cost, see `augment_at_test_time`; features are always of the image as it is.
         pretrained, encoder_weights: whether it was made with timm's weights, and the file it started from.
         neutral: fields of a layer's `medsd.saliency.neutral.NeutralReference`, as a model card keeps them.
     """
@@ -115,8 +118,20 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of images as in `feature_map`."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
+        numbers = SYMMETRIES if self.test_time_augmentation and not self.training else range(1)
+        logits = [self.head(self.features(turned(x, number))) for number in numbers]
+        return torch.stack(logits).mean(dim=0) if len(logits) > 1 else logits[0]
+
+    def augment_at_test_time(self, augmented: bool) -> None:
+        """Make the answer in eval mode, and all maps of a class, the mean over the square's symmetries, or end that.
+
+        Logits are averaged (our choice), so that maps that add up to them still do. A model card keeps it among the
+        `options`.
+        """
+        check_flag("test_time_augmentation", augmented)
+        self.test_time_augmentation = augmented
+        others = {name: value for name, value in self.options.items() if name != "test_time_augmentation"}
+        self.options = others | ({"test_time_augmentation": True} if augmented else {})
 
 
 class TileClassifier(Classifier):
@@ -141,6 +156,7 @@ class TileClassifier(Classifier):
         input_mean, input_std: see `Normalise`.
         encoder_options: of a vision transformer, as timm makes it: {"img_size": 96}, see `check_encoder_options`. Of a
             convolutional one {"end": "blocks.6"}: the layer whose map is pooled; what runs after it is left out.
+        test_time_augmentation: see `Classifier`.
 
     Raises:
         NetworkError: timm has no such encoder, its features are not a map, it cannot end where it is asked to, or its
@@ -164,9 +180,11 @@ class TileClassifier(Classifier):
         input_mean: Sequence[float] = IMAGENET_MEAN,
         input_std: Sequence[float] = IMAGENET_STD,
         encoder_options: Mapping[str, Any] | None = None,
+        test_time_augmentation: bool = False,
     ) -> None:
         super().__init__(encoder, classes, input_mean, input_std)
         self.options = {"encoder_options": dict(encoder_options)} if encoder_options else {}
+        self.augment_at_test_time(test_time_augmentation)
         self.pretrained = pretrained
         self.encoder, self.feature_dim = create_encoder(encoder, pretrained, self.normalise, encoder_options or {})
         self.head = nn.Linear(self.feature_dim, len(self.classes))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError, nearest
+from medsd.networks.symmetry import upright
 from medsd.networks.tokens import TokenGrid, token_grid
 
 
@@ -155,7 +156,10 @@ def channels_last(output: Tensor, images: Tensor) -> bool:
 
 @contextmanager
 def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
-    """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran."""
+    """Inside the block the list holds what a layer gave last, (B, C, h, w), with its graph; nothing before it ran.
+
+    A symmetric network sees images as they are there.
+    """
     outputs: list[Tensor] = []
     grid: list[TokenGrid | None] = [None]
 
@@ -167,7 +171,8 @@ def recorded(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 
     handles = [network.register_forward_pre_hook(start), layer_named(network, layer).register_forward_hook(record)]
     try:
-        yield outputs
+        with upright(network):
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()

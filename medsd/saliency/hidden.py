@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medsd.errors import NetworkError
 from medsd.networks.modes import map_of_layer, uncompiled
+from medsd.networks.symmetry import upright
 from medsd.networks.tokens import TokenGrid, token_grid
 
 
@@ -49,8 +50,8 @@ class HiddenLayer:
 def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]:
     """Cut the graph at a layer: what lies below runs without one, what lies above is differentiable from there.
 
-    No parameter receives a gradient; compiled networks run uncompiled. Hooks and `requires_grad` flags are put back at
-    the end, also after an error.
+    No parameter receives a gradient; compiled networks run uncompiled, symmetric ones see images as they are. Hooks and
+    `requires_grad` flags are put back at the end, also after an error.
 
     Args:
         network: any module.
@@ -91,6 +92,7 @@ def tapped(network: nn.Module, layer: nn.Module | None) -> Iterator[HiddenLayer]
                 stack.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
         stack.enter_context(uncompiled())
+        stack.enter_context(upright(network))
         yield tap
 
 

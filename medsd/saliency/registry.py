@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from medsd.saliency.method import Method, Output
+    from medsd.saliency.method import ClassMethod, Method, Output
 
 _ONE_PASS = "1 forward, 1 backward"
 
@@ -84,8 +84,10 @@ def make_method(
         >>> method(torch.zeros(1, 3, 64, 64), target=1).shape
         torch.Size([1, 2, 2])
     """
+    from medsd.networks.symmetry import is_symmetric
     from medsd.saliency.label_free import LabelFree
     from medsd.saliency.method import check_output
+    from medsd.saliency.symmetric import SymmetricMethod
 
     card = method_card(name)
     if layer is None and not card.at_input:
@@ -94,15 +96,16 @@ def make_method(
     chosen = {**card.options, **(options or {})} | ({} if reference is None else {"reference": reference})
     module, _, kind = card.home.rpartition(".")
     made: Any = getattr(import_module(f"medsd.saliency.{module}"), kind)
-    if name.startswith(CAPTUM):
-        method: Method = made(name, network, layer, output, chosen)
-        return method
-    check_options(name, chosen, set(signature(made).parameters) - {"network", "layer", "output", "features"})
-    return (
-        made(network, layer, output, **chosen)
-        if card.needs_label
-        else LabelFree(network, layer, partial(made, **chosen))
+    if not name.startswith(CAPTUM):
+        check_options(name, chosen, set(signature(made).parameters) - {"network", "layer", "output", "features"})
+    if not card.needs_label:
+        return LabelFree(network, layer, partial(made, **chosen))
+    method: ClassMethod = (
+        made(name, network, layer, output, chosen)
+        if name.startswith(CAPTUM)
+        else made(network, layer, output, **chosen)
     )
+    return SymmetricMethod(network, layer, output, of=method) if is_symmetric(network) else method
 
 
 def method_card(name: str) -> MethodCard:

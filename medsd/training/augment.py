@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medsd.networks.symmetry import SYMMETRIES, turned
+
 
 def augment(images: Tensor, generator: torch.Generator, stain: float = 0.1) -> Tensor:
     """Turn, mirror and restain every image of a batch on its own.
@@ -26,7 +28,7 @@ def augment(images: Tensor, generator: torch.Generator, stain: float = 0.1) -> T
 
 def symmetries(batch: int, generator: torch.Generator) -> Tensor:
     """Symmetries of the square (B,) for `turn`, drawn evenly on the CPU."""
-    return torch.randint(8, (batch,), generator=generator)
+    return torch.randint(len(SYMMETRIES), (batch,), generator=generator)
 
 
 def restain(images: Tensor, generator: torch.Generator, stain: float) -> Tensor:
@@ -37,13 +39,9 @@ def restain(images: Tensor, generator: torch.Generator, stain: float) -> Tensor:
 
 
 def turn(images: Tensor, symmetry: Tensor) -> Tensor:
-    """Images (B, C, S, S) under symmetries of the square, a number of 0 to 7 each (B,): new ones of the same kind.
-
-    A number k below 4 is k quarter turns counter-clockwise; k + 4 is the same, then mirrored left to right.
-    """
-    turned = images.clone()
-    for number in range(8):
+    """Images (B, C, S, S), each under the one of `SYMMETRIES` that its number (B,) says: new ones of the same kind."""
+    found = images.clone()
+    for number in SYMMETRIES:
         chosen = (symmetry == number).nonzero()[:, 0].to(images.device)  # a mask on a GPU would have to be waited for
-        part = images[chosen].rot90(number % 4, dims=(2, 3))
-        turned[chosen] = part.flip(3) if number >= 4 else part
-    return turned
+        found[chosen] = turned(images[chosen], number)
+    return found

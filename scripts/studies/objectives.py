@@ -11,6 +11,7 @@ ResNet-10-t is trained from scratch, and its BatchNorm learns.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -186,9 +187,11 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
         network.eval()
         # The held-out side fitted the head, so nothing is left to fit a temperature on.
         return job, scores_of(network, None, test)
+    before = copy.deepcopy(network.state_dict())
     train(network, objective_of(job.method), fit, part, job.repeat)
     scores = scores_of(network, held, test)
-    return job, scores | explained(network, test) | pointing(network, held, test, job)
+    scores |= explained(network, test) | pointing(network, held, test, job)
+    return job, scores | ({} if start.file is None else halfway(network, before, held, test))
 
 
 def regression(network: TileClassifier, sides: list[Items]) -> LinearHead:
@@ -250,6 +253,18 @@ def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[
         "ece_by_chance": calibration_error_by_chance(after),
         "temperature": temperature,
     }
+
+
+def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, test: Items) -> dict[str, float]:
+    """Scores of the mean of the weights before and after the training (WiSE-FT, Wortsman et al. 2022), the last ones.
+
+    Head and BatchNorm are the start's, too, so that the two lie on one path.
+    """
+    after = network.state_dict()
+    floats = [name for name, value in after.items() if value.is_floating_point()]
+    network.load_state_dict(after | {name: torch.lerp(before[name], after[name], 0.5) for name in floats})
+    scores = scores_of(network, held, test)
+    return {f"{name}_half": scores[name] for name in ("accuracy", "auc", "auc_held", "auc_turned", "ece")}
 
 
 @torch.inference_mode()

@@ -19,10 +19,12 @@ from medsd.errors import DatasetError
 from medsd.heatmap.cohort import map_slides
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
+from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, load_classifier, save_classifier
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
+from medsd.training.predict import predict_logits
 
 FILES = "bundles/camelyon.json,configs/pcam.json"
 SMALL = {"encoder": "test_resnet", "pretrained": False, "layer": "layer3", "local_layer": "layer2"}
@@ -118,6 +120,21 @@ def test_grades_are_told_apart_by_patient(patch_folder, tmp_path, run_bundle):
     assert (card.classes, card.input_mean, card.tile_px) == (tuple(grades["classes"]), (0.5, 0.5, 0.5), 32)
     with pytest.raises(SystemExit, match=r"row 5: label 'other' unknown; use 0 or 1 or 2, or a class"):
         run_bundle("bundles/camelyon.json,configs/ebhi.json", "prepare", **places, **grades | {"left_out": []})
+    # A finished training may answer by the mean over the symmetries without another one: it is calibrated anew.
+    checkpoint = tmp_path / "out" / "training" / "checkpoint.pt"
+    trained = checkpoint.stat().st_mtime_ns
+    symmetric = small | places | grades | {"test_time_augmentation": True}
+    for stage in ("finetune", "evaluate"):
+        workflow = run_bundle("bundles/camelyon.json,configs/ebhi.json", stage, **symmetric)
+    assert checkpoint.stat().st_mtime_ns == trained
+    network, turning, _ = load_classifier(tmp_path / "out" / "model.safetensors")
+    assert network.test_time_augmentation
+    assert turning.settings_sha256 == card.settings_sha256
+    assert turning.calibration.temperature != card.calibration.temperature
+    logits = predict_logits(network, workflow.parser.get_parsed_content("data").part("testing"))
+    with np.load(tmp_path / "out" / "test_tiles.npz") as kept:
+        answers = calibrated(torch.from_numpy(logits), turning.calibration.temperature, turning.calibration.offset)
+        np.testing.assert_allclose(kept["probability"], answers.softmax(dim=1)[:, 1].numpy(), atol=1e-5)
 
 
 def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):

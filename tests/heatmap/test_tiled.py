@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
@@ -18,6 +19,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.tiled import TiledEngine, blend_window
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
+from medsd.networks.symmetry import turned, turned_back
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
 from tests.heatmap.made_up import spread
@@ -220,12 +222,14 @@ def test_what_cannot_be_decoded_is_not_judged(squeezing, array_slide):
     assert (~maps.probability.seen)[3, 2:4].all() and (~maps.probability.seen).sum() == 2
 
 
-@pytest.mark.parametrize("tile_px", [32, 64])
-def test_fiducials_are_at_their_place(green_classifier, fiducial_slide, fiducials, tile_px):
+@pytest.mark.parametrize(("tile_px", "symmetric"), [(32, False), (64, False), (64, True)])
+def test_fiducials_are_at_their_place(green_classifier, fiducial_slide, fiducials, tile_px, symmetric):
     from medsd.slides.slide import open_slide
 
+    network = copy.deepcopy(green_classifier)
+    network.augment_at_test_time(symmetric)
     engine = make_engine(
-        green_classifier,
+        network,
         tile_px,
         1.0,
         settings=MapSettings(("gradient_x_activation",), "layer2", smoothing="none", way="tiled"),
@@ -245,7 +249,58 @@ def test_fiducials_are_at_their_place(green_classifier, fiducial_slide, fiducial
             assert values[near].max() > 0.5 * values.max()
             weight = values * near
             found = [(axis * weight).sum() / weight.sum() for axis in (across, down)]
-            assert np.abs(found).max() <= value_map.level0_px
+            # What a mean over the symmetries looks at lies square on its pixel.
+            off = value_map is maps.probability or not symmetric
+            assert np.abs(found).max() <= value_map.level0_px * (1 if off else 0.25)
+
+
+def test_a_symmetric_network_maps_a_turned_slide_to_the_turned_map(squeezing, array_slide):
+    pixels, symmetric = noise(128, 128), copy.deepcopy(squeezing)
+    symmetric.augment_at_test_time(True)
+    settings = MapSettings(("gradient_x_activation",), "blocks.2")
+    change = {}
+    for words, network in (("alone", squeezing), ("symmetric", symmetric)):
+        engine = make_engine(network, 64, 1.0, settings=settings)
+        found = []
+        for number in (0, 5):
+            slide = array_slide(turned(torch.from_numpy(pixels).permute(2, 0, 1), number).permute(1, 2, 0).numpy())
+            maps = engine.map(slide, all_tissue(slide))
+            values = (maps.probability.values, maps.saliency.values)
+            found.append([turned_back(torch.from_numpy(each), number).numpy() for each in values])
+        change[words] = [np.abs(one - other).max() / np.abs(one).max() for one, other in zip(*found, strict=True)]
+    assert max(change["symmetric"]) < 1e-4
+    assert min(change["alone"]) > 1e-2
+
+
+def test_the_additive_map_of_a_symmetric_network_sums_to_its_answer(squeezing):
+    network = copy.deepcopy(squeezing)
+    network.augment_at_test_time(True)
+    images = torch.from_numpy(np.stack([noise(64, 64, seed) for seed in range(6)])).permute(0, 3, 1, 2)
+    settings = MapSettings(("deeplift",), "blocks.2", "none")
+    engine = make_engine(network, 64, 1.0, settings=settings, temperature=0.05)
+    with torch.no_grad():
+        odds = engine.evidence(network(images))
+        network.head.bias += odds.median() * 0.05 * torch.tensor([0.5, -0.5])
+        odds = engine.evidence(network(images))
+    engine.reference = engine.neutral([images[odds < 0]], [images[odds > 0]], "noise")
+    probability, maps = engine.run(images)
+    assert odds.abs().max() > 0.1
+    np.testing.assert_allclose(probability, odds.sigmoid().numpy(), atol=1e-5)
+    np.testing.assert_allclose(maps.sum(axis=(1, 2)), odds.numpy(), atol=1e-4)
+
+
+def test_a_symmetric_network_is_mapped_tile_by_tile_and_says_so(green_classifier):
+    network = copy.deepcopy(green_classifier)
+    network.augment_at_test_time(True)
+    engine = make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2"))
+    assert isinstance(engine, TiledEngine)
+    assert engine.settings.way == "tiled"
+    assert engine.tiles.endswith("mean of the square's 8 symmetries")
+    both = make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation", "mtsm_b"), "layer2"))
+    assert both.tiles == engine.tiles
+    assert "symmetries" not in both.maker_of("mtsm_b").tiles
+    with pytest.raises(NetworkError, match="a symmetric classifier turns tiles"):
+        make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2", way="dense"))
 
 
 def test_both_engines_give_the_same_values(green_classifier, array_slide):

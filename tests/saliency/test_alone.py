@@ -25,6 +25,7 @@ def test_needs_no_slides_and_no_bundles() -> None:
         "medsd.networks",
         "medsd.networks.blur",
         "medsd.networks.modes",
+        "medsd.networks.symmetry",
         "medsd.networks.tokens",
     }
     assert not heavy
