@@ -172,6 +172,7 @@ def _of_classifier(trained: TrainedClassifier) -> dict[str, Any]:
         "thresholds": thresholds,
         "calibration": None if card.calibration is None else _plain(card.calibration),
         "stain_target": card.stain_target,
+        "test_time_augmentation": trained.network.test_time_augmentation,
     }
 
 

@@ -191,7 +191,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     train(network, objective_of(job.method), fit, part, job.repeat)
     scores = scores_of(network, held, test)
     scores |= explained(network, test) | pointing(network, held, test, job)
-    return job, scores | ({} if start.file is None else halfway(network, before, held, test))
+    return job, scores | ({} if start.file is None else halfway(network, before, held, test, job))
 
 
 def regression(network: TileClassifier, sides: list[Items]) -> LinearHead:
@@ -255,7 +255,7 @@ def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[
     }
 
 
-def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, test: Items) -> dict[str, float]:
+def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, test: Items, job: Job) -> dict[str, float]:
     """Scores of the mean of the weights before and after the training (WiSE-FT, Wortsman et al. 2022), the last ones.
 
     Head and BatchNorm are the start's, too, so that the two lie on one path.
@@ -263,8 +263,9 @@ def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, tes
     after = network.state_dict()
     floats = [name for name, value in after.items() if value.is_floating_point()]
     network.load_state_dict(after | {name: torch.lerp(before[name], after[name], 0.5) for name in floats})
-    scores = scores_of(network, held, test)
-    return {f"{name}_half": scores[name] for name in ("accuracy", "auc", "auc_held", "auc_turned", "ece")}
+    scores = scores_of(network, held, test) | pointing(network, held, test, job)
+    kept = ("accuracy", "auc", "auc_held", "auc_turned", "ece", "pixel_auc", "pixel_auc_other")
+    return {f"{name}_half": scores[name] for name in kept if name in scores}
 
 
 @torch.inference_mode()

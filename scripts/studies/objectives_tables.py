@@ -59,6 +59,8 @@ COLUMNS = {
     "auc_turned_half": ("AUC, halfway, mean of 8 symmetries", 1.0, 3),
     "accuracy_half": ("accuracy %, halfway", 100.0, 1),
     "ece_half": ("ECE, tempered, halfway", 1.0, 3),
+    "pixel_auc_half": ("pixel AUC in masks, halfway", 1.0, 3),
+    "pixel_auc_other_half": ("pixel AUC, CAMELYON16, halfway", 1.0, 3),
     "ece_oracle": ("ECE, temperature of the test side", 1.0, 3),
     "ece_by_chance": ("ECE by chance", 1.0, 3),
     "masking_area": ("masking area", 1.0, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from medsd.export.portable import Portable, portable
 from medsd.export.source import TrainedClassifier, TrainedSegmentation, open_trained
 from medsd.export.torchscript import check_traced, trace, write_torchscript
 from medsd.export.wsinfer import CONFIG, MODEL
+from medsd.export.zoo_configs import network_config
 from medsd.networks.calibrated import Calibration, calibrated
 from medsd.networks.start import save_encoder
 from medsd.networks.weights import save_classifier
@@ -133,6 +135,32 @@ def test_torchscript_says_the_same_and_describes_itself(
     with zipfile.ZipFile(tmp_path / "a.ts") as archive:
         places = str(Path(torch.__file__).parent).encode()
         assert not [name for name in archive.namelist() if places in archive.read(name)]
+
+
+def test_test_time_augmentation_is_inside(run_folder: Path, tmp_path: Path, trained: TrainedClassifier) -> None:
+    network = copy.deepcopy(trained.network)
+    network.augment_at_test_time(True)
+    (tmp_path / "run").mkdir()
+    save_classifier(
+        tmp_path / "run" / "model.safetensors",
+        network,
+        replace(trained.card, options=network.options, calibration=None),
+    )
+    again = open_trained(tmp_path / "run")
+    assert isinstance(again, TrainedClassifier)
+    assert network_config(again)["test_time_augmentation"] is True
+    export_run(tmp_path / "run", tmp_path / "a.onnx")
+    export_run(tmp_path / "run", tmp_path / "a.ts")
+    scripted, description = load_torchscript(tmp_path / "a.ts")
+    assert description["test_time_augmentation"] is True
+    for images in (tiles(3, 64, 64), tiles(2, 96, 160)):
+        with torch.no_grad():
+            logits, alone = network(images), trained.network(images)
+            assert (logits - alone).abs().max() > 1e-2
+            torch.testing.assert_close(scripted(images)[1], logits, rtol=1e-4, atol=1e-4)
+        given, described = answers_of_onnx(tmp_path / "a.onnx", images)
+        torch.testing.assert_close(torch.from_numpy(given["logits"]), logits, rtol=1e-3, atol=1e-4)
+    assert described["test_time_augmentation"] is True
 
 
 class OneSize(torch.nn.Module):
