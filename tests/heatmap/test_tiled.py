@@ -295,10 +295,10 @@ def test_a_symmetric_network_is_mapped_tile_by_tile_and_says_so(green_classifier
     engine = make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2"))
     assert isinstance(engine, TiledEngine)
     assert engine.settings.way == "tiled"
-    assert engine.tiles.endswith("mean of the square's 8 symmetries")
+    assert engine.tiles.endswith("each seen 8 ways, turned and mirrored")
     both = make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation", "mtsm_b"), "layer2"))
     assert both.tiles == engine.tiles
-    assert "symmetries" not in both.maker_of("mtsm_b").tiles
+    assert "turned" not in both.maker_of("mtsm_b").tiles
     with pytest.raises(NetworkError, match="a symmetric classifier turns tiles"):
         make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2", way="dense"))
 
