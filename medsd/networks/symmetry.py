@@ -17,8 +17,11 @@ SYMMETRIES = range(8)
 
 def turned(images: Tensor, symmetry: int) -> Tensor:
     """Images or maps (..., H, W) under one of `SYMMETRIES`, under 0 themselves; odd quarter turns swap their sides."""
-    images = images.rot90(symmetry % 4, dims=(-2, -1)) if symmetry % 4 else images
-    return images.flip(-1) if symmetry >= 4 else images
+    found = images.rot90(symmetry % 4, dims=(-2, -1)) if symmetry % 4 else images
+    found = found.flip(-1) if symmetry >= 4 else found
+    if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        found = found.contiguous(memory_format=torch.channels_last)  # else convolutions are slower
+    return found
 
 
 def turned_back(maps: Tensor, symmetry: int) -> Tensor:

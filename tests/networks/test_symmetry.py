@@ -47,6 +47,12 @@ def test_symmetries_are_numpys_and_are_undone() -> None:
         assert np.array_equal(turned_back(found, number).numpy(), values)
 
 
+def test_images_that_are_nhwc_stay_so() -> None:
+    images = torch.rand(2, 8, 8, 3).permute(0, 3, 1, 2)
+    for number in SYMMETRIES:
+        assert turned(images, number).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_eight_differ() -> None:
     values = torch.arange(9).view(3, 3)
     assert len({tuple(turned(values, number).flatten().tolist()) for number in SYMMETRIES}) == 8
