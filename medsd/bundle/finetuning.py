@@ -19,6 +19,7 @@ from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.stages import WEIGHTS
 from medsd.checks import check_choice
+from medsd.errors import ConfigError
 from medsd.export.source import CONFIG
 from medsd.files import sha256_of, write_json
 from medsd.heatmap.engine import make_engine
@@ -57,6 +58,10 @@ def finetune(
     check_choice("head_start", head_start, get_args(HeadStart))
     network = cast(Classifier, trainer.network)
     # Before hours of training: a layer or tile size that the network lacks is told now.
+    if network.test_time_augmentation:
+        raise ConfigError(
+            "network_def::test_time_augmentation: trains as well; set the key test_time_augmentation alone"
+        )
     answering = copy.copy(network)
     answering.augment_at_test_time(test_time_augmentation)
     make_engine(answering, data.tile_px, data.mpp, settings=map_settings)

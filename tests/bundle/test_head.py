@@ -95,3 +95,11 @@ def test_an_objective_that_cannot_be_used_is_told_before_any_epoch(objective: Sa
     checkpoint: Any = SimpleNamespace(parts={"step": ObjectiveStep(accumulation=4)})
     with pytest.raises(ConfigError, match=words):
         finetune(data, trainer, None, checkpoint, MapSettings())  # type: ignore[arg-type]
+
+
+def test_augmentation_of_the_network_to_be_trained_is_refused() -> None:
+    network = TileClassifier("test_resnet", test_time_augmentation=True)
+    trainer: Any = SimpleNamespace(network=network)
+    data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
+    with pytest.raises(ConfigError, match="set the key test_time_augmentation alone"):
+        finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]
