@@ -142,9 +142,10 @@ def ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> s
     return f"x{pairs[0].mean() / pairs[1].mean():.2f} ({low:.2f} to {high:.2f})"
 
 
-def interval(values: Floats, groups: npt.NDArray[np.int64], digits: int) -> str:
+def interval(values: Floats, groups: npt.NDArray[np.int64], digits: int, sign: str = "") -> str:
     found = bootstrap_mean(by_group(values, groups), _RESAMPLES)
-    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    value, low, high = (f"{each:{sign}.{digits}f}" for each in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
 
 
 def _cascade(found: dict[str, dict[str, Any]]) -> str:

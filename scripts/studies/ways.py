@@ -127,7 +127,7 @@ def tables(results: dict[tuple[str, str], dict[str, Any]]) -> str:
         gains = {
             kind: np.array([one["ways"][after][kind] - one["ways"][before][kind] for one in found]) for kind in MEASURES
         }
-        cells = [f"{interval(gain, groups, 3)}, above 0 in {(gain > 0).sum()}" for gain in gains.values()]
+        cells = [f"{interval(gain, groups, 3, sign='+')}, above 0 in {(gain > 0).sum()}" for gain in gains.values()]
         lines.append(f"| | *augmented less tiled* | | | {' | '.join(cells)} | |")
     return "\n".join(lines) + f"\n\n{len(results)} maps of fields; intervals over fields.\n"
 
