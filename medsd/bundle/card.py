@@ -22,6 +22,7 @@ from medsd.heatmap.faithfulness import randomised_card
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.calibrated import Calibration, class_offset
 from medsd.networks.classifier import Classifier
+from medsd.networks.memory import freed_memory_kept
 from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard
 from medsd.progress import progress_bar
@@ -39,7 +40,8 @@ def card_of(
     settings: dict[str, Any],
 ) -> ModelCard:
     """What goes with the weights of the stage finetune, with what validation data fix."""
-    logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
+    with freed_memory_kept():
+        logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
     sampler = cast(DataLoader[Any], trainer.data_loader).sampler
     drawn, tissue = cast(SlideGroupedSampler, sampler).class_shares, data.tissue_shares()
     if tissue:

@@ -23,6 +23,7 @@ from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.calibration import calibrate_on_patches, class_shares, with_reference
 from medsd.heatmap.engine import Engine
 from medsd.networks.calibrated import Calibration
+from medsd.networks.memory import freed_memory_kept
 from medsd.pretrain.images import UnlabelledImages
 from medsd.slides.mpp import check_tile
 from medsd.slides.readers.base import RGB
@@ -122,6 +123,7 @@ class PatchData:
         """Each class's share of the validation patches; none if it is 0."""
         return class_shares(self.part("validation").labels, len(self.classes))
 
+    @freed_memory_kept()
     def calibrate(self, engine: Engine) -> Calibration:
         """Threshold and scales from the validation patches, see `with_reference`."""
         validation = self.part("validation")

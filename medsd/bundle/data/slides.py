@@ -26,6 +26,7 @@ from medsd.errors import ConfigError, DatasetError
 from medsd.evaluate.calibration import calibrate_on_slides, class_shares, with_reference
 from medsd.heatmap.engine import Engine
 from medsd.networks.calibrated import Calibration
+from medsd.networks.memory import freed_memory_kept
 from medsd.phantom import write_phantom_dataset
 from medsd.pretrain.images import UnlabelledImages
 from medsd.progress import progress_bar
@@ -178,7 +179,8 @@ class SlideData:
     def calibrate(self, engine: Engine) -> Calibration:
         """Threshold, cut-off and scales from the validation slides' maps, see `with_reference`."""
         prepared = self._prepared
-        engine = with_reference(engine, self.part("validation"))
+        with freed_memory_kept():
+            engine = with_reference(engine, self.part("validation"))
         slides = [prepared.entry(name) for name in prepared.validation]
         return calibrate_on_slides(engine, slides, progress_bar("calibrate"), self._normaliser)
 
