@@ -25,7 +25,6 @@ WORDS = {
     "saliencydecor": "SaliencyDecor, `cov`",
     "saliencydecor-0.3": "SaliencyDecor, `cov`, weight 0.3",
     "saliencydecor-1": "SaliencyDecor, `cov`, weight 1",
-    "saliencydecor-3": "SaliencyDecor, `cov`, weight 3",
     "saliencydecor-zca": "SaliencyDecor, `zca`",
     "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
@@ -36,7 +35,6 @@ _SHORT = {
     "saliencydecor": "SaliencyDecor, cov",
     "saliencydecor-0.3": "SaliencyDecor, cov 0.3",
     "saliencydecor-1": "SaliencyDecor, cov 1",
-    "saliencydecor-3": "SaliencyDecor, cov 3",
     "saliencydecor-zca": "SaliencyDecor, zca",
     "as-built": "as built",
 }
