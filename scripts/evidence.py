@@ -20,6 +20,7 @@ import io
 import json
 import multiprocessing
 import re
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -116,6 +117,8 @@ def is_done(study: ModuleType, job: Job, folder: Path) -> bool:
 def run(study: ModuleType, jobs: list[Job], folder: Path, processes: int) -> None:
     """Run the jobs, one thread each."""
     context = multiprocessing.get_context("spawn")
+    # As by Ctrl-C: the pool ends its processes, which else work on to the end of their jobs, for nobody.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
         for job, scores in tqdm(pool.imap_unordered(study.run_job, jobs), total=len(jobs), unit="job"):
             write_json(path_of(job, folder), {"recipe": study.recipe_of(job), "scores": scores})
