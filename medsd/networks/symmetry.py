@@ -33,7 +33,7 @@ def turned_back(maps: Tensor, symmetry: int) -> Tensor:
 def mean_answer(
     run: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits (B, K) and maps (B, h, w) of images (B, C, H, W), of a symmetric network the means over `SYMMETRIES`."""
+    """Logits (B, K) and maps (B, ..., h, w) of images (B, C, H, W), where symmetric the means over `SYMMETRIES`."""
     numbers = SYMMETRIES if symmetric else range(1)
     logits, maps = zip(*(run(turned(images, number)) for number in numbers), strict=True)
     upright_maps = [turned_back(each, number) for number, each in zip(numbers, maps, strict=True)]

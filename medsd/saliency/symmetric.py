@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from medsd.networks.symmetry import SYMMETRIES, turned, turned_back, upright
+from medsd.networks.symmetry import mean_answer, upright
 from medsd.saliency.method import Attribution, ClassMethod, Target, targets_of
 
 
@@ -30,11 +30,14 @@ class SymmetricMethod(ClassMethod):
         if target is None:
             with torch.no_grad():
                 target = targets_of(self.logits(images), None)
+
+        def run(view: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.of.attributed(view, target)
+            return found.logits, found.values
+
         with upright(self.network):
-            found = [self.of.attributed(turned(images, number), target) for number in SYMMETRIES]
-        values = [turned_back(each.values, number) for number, each in zip(SYMMETRIES, found, strict=True)]
-        logits = torch.stack([each.logits for each in found]).mean(dim=0)
-        return Attribution(torch.stack(values).mean(dim=0), logits, found[0].target)
+            logits, values = mean_answer(run, images, symmetric=True)
+        return Attribution(values, logits, targets_of(logits, target))
 
     def over_channels(self, values: Tensor) -> Tensor:
         return self.of.over_channels(values)
