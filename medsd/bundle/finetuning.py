@@ -57,11 +57,11 @@ def finetune(
     """
     check_choice("head_start", head_start, get_args(HeadStart))
     network = cast(Classifier, trainer.network)
-    # Before hours of training: a layer or tile size that the network lacks is told now.
     if network.test_time_augmentation:
         raise ConfigError(
-            "network_def::test_time_augmentation: trains as well; set the key test_time_augmentation alone"
+            "network_def::test_time_augmentation: training sees tiles as they are; set the key test_time_augmentation"
         )
+    # Before hours of training: a layer or tile size that the network lacks is told now.
     answering = copy.copy(network)
     answering.augment_at_test_time(test_time_augmentation)
     make_engine(answering, data.tile_px, data.mpp, settings=map_settings)

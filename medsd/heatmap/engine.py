@@ -193,7 +193,7 @@ def make_engine(
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")
     if classifier.test_time_augmentation:
         if settings.way == "dense":
-            raise NetworkError("way 'dense': a symmetric classifier turns tiles, not slides; use 'tiled'")
+            raise NetworkError("way 'dense': test_time_augmentation turns tiles, not slides; use 'tiled'")
         settings = replace(settings, way="tiled")
     rest = classifier, tile_px, mpp, target, settings, temperature, reference, offset
     of_tiles, free = _of_tiles(settings), set(LABEL_FREE).intersection(settings.methods)

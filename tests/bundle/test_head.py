@@ -101,5 +101,5 @@ def test_augmentation_of_the_network_to_be_trained_is_refused() -> None:
     network = TileClassifier("test_resnet", test_time_augmentation=True)
     trainer: Any = SimpleNamespace(network=network)
     data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
-    with pytest.raises(ConfigError, match="set the key test_time_augmentation alone"):
+    with pytest.raises(ConfigError, match="set the key test_time_augmentation"):
         finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]

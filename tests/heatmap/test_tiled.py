@@ -299,7 +299,7 @@ def test_a_symmetric_network_is_mapped_tile_by_tile_and_says_so(green_classifier
     both = make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation", "mtsm_b"), "layer2"))
     assert both.tiles == engine.tiles
     assert "turned" not in both.maker_of("mtsm_b").tiles
-    with pytest.raises(NetworkError, match="a symmetric classifier turns tiles"):
+    with pytest.raises(NetworkError, match="test_time_augmentation turns tiles"):
         make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer2", way="dense"))
 
 
