@@ -306,7 +306,10 @@ def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     parts = ["Grey stripes: could not be decoded, not judged."] if slide.damaged else []
     if (found := slide.findings) is not None:
         above = f"{found.probability.target} probability above {found.threshold:.2f} ({found.threshold_source})"
-        where = "light on their inner side, numbered by size as in report and GeoJSON where there is room"
+        where = (
+            "none smaller than a tile of the network, light on their inner side, numbered by size as in report and "
+            "GeoJSON where there is room"
+        )
         parts.insert(0, f"Outlines ({len(found.regions)}): {above}, {where}.")
     parts.append(f"Slide: {slide.mpp:.4g} µm per pixel ({slide.mpp_source}).")
     warning = (

@@ -278,7 +278,10 @@ def test_a_slide_without_regions_or_sight_has_a_report(tmp_path: Path) -> None:
     blind = replace(judged().probability, values=np.full((60, 80), np.nan, np.float32))
     found = replace(judged(), probability=blind, regions=[], region_pictures=[])
     text, parsed = write(tmp_path, replace(content(), findings=found))
-    assert "No region has a probability above 0.5." in parsed.words
+    assert (
+        "No region as large as a tile of the network has a probability above 0.5; smaller ones are left out."
+        in parsed.words
+    )
     assert np.isnan(unpack(data_of(text)["layers"]["probability"])).all()
 
 
