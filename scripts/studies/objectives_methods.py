@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from monai.transforms import MixUp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from medsd.objectives.saliency_decor import SaliencyDecor
+from medsd.objectives.saliency_decor import Mode, SaliencyDecor
 from medsd.training.terms import Objective, Terms
 
 
@@ -44,7 +45,8 @@ def objective_of(method: str) -> Objective:
         return SaliencyDecor(0, 0.1)
     if method == "as-built":
         return SaliencyDecor(1, 0.1, masked_share=0.5, fill="noise", bn="shared", warm_epochs=0)
-    if method == "saliencydecor-zca":
-        return SaliencyDecor(1, 0.1, mode="zca")
-    # "saliencydecor", or with the weight of its decorrelation behind it.
-    return SaliencyDecor(1, float(method.partition("-")[2] or 0.1))
+    # "saliencydecor", with the form of its decorrelation behind it, or the weight, or both.
+    behind = method.split("-")[1:]
+    mode: Mode = next((word for word in get_args(Mode) if word in behind), "cov")
+    weight = next((float(word) for word in behind if word != mode), 0.1)
+    return SaliencyDecor(1, weight, mode=mode)

@@ -26,6 +26,8 @@ WORDS = {
     "saliencydecor-0.3": "SaliencyDecor, `cov`, weight 0.3",
     "saliencydecor-1": "SaliencyDecor, `cov`, weight 1",
     "saliencydecor-zca": "SaliencyDecor, `zca`",
+    "saliencydecor-corr": "SaliencyDecor, `corr`",
+    "saliencydecor-corr-1": "SaliencyDecor, `corr`, weight 1",
     "as-built": "SaliencyDecor, `cov`, noise, share 0.5, `bn` shared",
 }
 _SHORT = {
@@ -36,6 +38,8 @@ _SHORT = {
     "saliencydecor-0.3": "SaliencyDecor, cov 0.3",
     "saliencydecor-1": "SaliencyDecor, cov 1",
     "saliencydecor-zca": "SaliencyDecor, zca",
+    "saliencydecor-corr": "SaliencyDecor, corr",
+    "saliencydecor-corr-1": "SaliencyDecor, corr 1",
     "as-built": "as built",
 }
 _TITLES = {
