@@ -16,6 +16,7 @@ from medsd.tables import write_table
 
 _DASH = "–"
 _MAPS = "explanations.maps"
+_FEATURES = "explanations.features"
 _LESIONS = "lesions.maps.model"
 
 
@@ -68,9 +69,12 @@ METRICS = (
     Metric("mask_slide_area", "mask: the class's share of the tissue (chance)", "slide_pointing.mask.area_share", ""),
     Metric("mask_slide_ratio", "mask: energy pointing over chance, slides", "slide_pointing.mask.ratio", "higher"),
     Metric("mask_share", "mask: share left open (small masks point well)", f"{_MAPS}.mask.magnitude", ""),
-    Metric("correlation", "mean |correlation| of features", "explanations.features.mean_abs_correlation", "lower"),
-    Metric("effective_rank", "effective rank of features", "explanations.features.effective_rank", "higher"),
-    Metric("dead_channels", "dead channels", "explanations.features.dead_channels", "lower"),
+    Metric("correlation", "mean |correlation| of features", f"{_FEATURES}.mean_abs_correlation", "lower"),
+    Metric(
+        "correlation_by_chance", "that of independent features, by chance", f"{_FEATURES}.correlation_by_chance", ""
+    ),
+    Metric("effective_rank", "effective rank of features", f"{_FEATURES}.effective_rank", "higher"),
+    Metric("dead_channels", "dead channels", f"{_FEATURES}.dead_channels", "lower"),
     Metric("seconds_per_step", "training, seconds a step", "training.seconds_per_step", "lower"),
 )
 

@@ -24,14 +24,18 @@ class FeatureHealth:
     """Redundancy of features over a data set; nan where nothing varies.
 
     Attributes:
-        mean_abs_correlation: mean |correlation| of two different channels, 0 to 1, dead ones left out; N independent
-            normal samples give sqrt(2 / (pi N)) by chance, so take the whole test set. nan for fewer than two.
+        mean_abs_correlation: mean |correlation| of two different channels, 0 to 1, dead ones left out; nan for fewer
+            than two.
+        correlation_by_chance: what N samples of independent normal channels would have on average, about
+            sqrt(2 / (pi N)): no objective lowers `mean_abs_correlation` further, so take the whole test set. nan for
+            two samples or where nothing varies.
         effective_rank: exp of the entropy of the covariance's eigenvalues, 1 to d: the number of directions in use.
         top_eigenvalue_share: share of the variance in the first direction, 0 to 1.
         dead_channels: channels that hardly vary; a network can lower the correlation by letting channels die.
     """
 
     mean_abs_correlation: float
+    correlation_by_chance: float
     effective_rank: float
     top_eigenvalue_share: float
     dead_channels: int
@@ -56,11 +60,19 @@ def feature_health(features: Tensor | npt.NDArray[np.floating]) -> FeatureHealth
     living = living_channels(mean, variances)
     dead = len(variances) - len(living)
     if constant_channels(mean, variances).all():
-        return FeatureHealth(math.nan, math.nan, math.nan, dead)
+        return FeatureHealth(math.nan, math.nan, math.nan, math.nan, dead)
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     return FeatureHealth(
         mean_abs_correlation=mean_abs_correlation(covariance, living),
+        correlation_by_chance=_correlation_by_chance(len(values)),
         effective_rank=float(effective_rank(eigenvalues)),
         top_eigenvalue_share=float(eigenvalues.max() / eigenvalues.sum()),
         dead_channels=dead,
     )
+
+
+def _correlation_by_chance(samples: int) -> float:
+    """E|r| of independent normal samples, whose r^2 is Beta(1/2, (N - 2) / 2); nan for two, whose |r| is always 1."""
+    if samples < 3:
+        return math.nan
+    return math.exp(math.lgamma((samples - 1) / 2) - math.lgamma(samples / 2)) / math.sqrt(math.pi)

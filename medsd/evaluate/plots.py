@@ -192,11 +192,13 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
     pointing, chance, of = "explanations.maps.gradient.pointing", "explanations.area_share", "tiles"
     if not any(run.estimate(pointing) for run in runs):
         pointing, chance, of = "slide_pointing.saliency.positive_inside", "slide_pointing.saliency.area_share", "slides"
+    features = "explanations.features"
+    by_chance = f"{features}.correlation_by_chance"
     panels = (
         ("patch AUC\n(dotted: chance)", "tiles.patch_auc", "higher", None),
         ("masking gap", "explanations.maps.gradient.gap", "higher", None),
         (f"energy pointing, {of}\n(dotted: chance)", pointing, "higher", chance),
-        ("|correlation|\nof features", "explanations.features.mean_abs_correlation", "lower", None),
+        ("|correlation| of features\n(dotted: chance)", f"{features}.mean_abs_correlation", "lower", by_chance),
         ("training,\nseconds a step", "training.seconds_per_step", "lower", None),
     )
     heights = (1.4 + 2.4 * -(-len(runs) // _COLUMNS), 1.3 + 0.6 * len(runs))

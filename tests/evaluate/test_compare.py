@@ -43,7 +43,12 @@ def scores(auc: float = 0.8) -> dict[str, Any]:
             "area_share": interval(0.25),
             "random": {"masking_area": interval(0.85), "accuracy": curve},
             "maps": {"gradient": maps},
-            "features": {"mean_abs_correlation": 0.21, "effective_rank": 12.34, "dead_channels": 3},
+            "features": {
+                "mean_abs_correlation": 0.21,
+                "correlation_by_chance": 0.08,
+                "effective_rank": 12.34,
+                "dead_channels": 3,
+            },
         },
         "slides": {"pointing": pointing, "mean_pointing_ratio": 2.125},
     }

@@ -50,7 +50,9 @@ def test_chance_correlation_of_independent_features(samples: int) -> None:
     """|r| of independent normals: r^2 is Beta(1/2, (N - 2) / 2), hence E|r| by gamma functions."""
     f = np.random.default_rng(1).normal(size=(samples, 300)) * np.linspace(1, 5, 300)
     expected = math.exp(math.lgamma((samples - 1) / 2) - math.lgamma(samples / 2)) / math.sqrt(math.pi)
-    assert feature_health(f).mean_abs_correlation == pytest.approx(expected, rel=0.02)
+    health = feature_health(f)
+    assert health.mean_abs_correlation == pytest.approx(expected, rel=0.02)
+    assert health.correlation_by_chance == pytest.approx(expected)
     if samples == 200:
         assert expected == pytest.approx(math.sqrt(2 / (math.pi * samples)), rel=0.01)
 
@@ -97,7 +99,7 @@ def test_ranges_and_invariances(seed: int, dim: int, scale: float) -> None:
 def test_a_collapsed_network_has_no_values(value: float) -> None:
     health = feature_health(torch.full((20, 4), value) * (1 + 1e-7 * torch.rand(20, 4)))
     assert health.dead_channels == 4
-    assert math.isnan(health.mean_abs_correlation)
+    assert math.isnan(health.mean_abs_correlation) and math.isnan(health.correlation_by_chance)
     assert math.isnan(health.effective_rank) and math.isnan(health.top_eigenvalue_share)
 
 
@@ -111,7 +113,7 @@ def test_tensors_of_any_kind_and_plain_floats_out() -> None:
     expected = feature_health(f.double().numpy())
     health = feature_health(f.requires_grad_())
     assert health == expected
-    assert [type(value) for value in vars(health).values()] == [float, float, float, int]
+    assert [type(value) for value in vars(health).values()] == [float, float, float, float, int]
 
 
 def test_bad_features_in_words() -> None:
@@ -121,3 +123,8 @@ def test_bad_features_in_words() -> None:
         feature_health(np.zeros(4))
     with pytest.raises(DatasetError, match="features: not all are finite"):
         feature_health(np.array([[1.0, np.nan], [1, 2]]))
+
+
+def test_two_samples_correlate_in_full_and_have_no_chance() -> None:
+    health = feature_health(np.array([[0.0, 1.0], [1.0, 3.0]]))
+    assert health.mean_abs_correlation == pytest.approx(1) and math.isnan(health.correlation_by_chance)
