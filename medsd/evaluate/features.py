@@ -26,9 +26,9 @@ class FeatureHealth:
     Attributes:
         mean_abs_correlation: mean |correlation| of two different channels, 0 to 1, dead ones left out; nan for fewer
             than two.
-        correlation_by_chance: what N samples of independent normal channels would have on average, about
-            sqrt(2 / (pi N)): no objective lowers `mean_abs_correlation` further, so take the whole test set. nan for
-            two samples or where nothing varies.
+        correlation_by_chance: what N independent samples of independent normal channels show on average, about
+            sqrt(2 / (pi N)): `mean_abs_correlation` of held-out samples can hardly be less, so take the whole test
+            set. nan for two samples or where nothing varies.
         effective_rank: exp of the entropy of the covariance's eigenvalues, 1 to d: the number of directions in use.
         top_eigenvalue_share: share of the variance in the first direction, 0 to 1.
         dead_channels: channels that hardly vary; a network can lower the correlation by letting channels die.

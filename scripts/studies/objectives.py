@@ -288,6 +288,7 @@ def explained(network: TileClassifier, test: Items) -> dict[str, Any]:
         "deletion": gradient["deletion"]["value"],
         "insertion": gradient["insertion"]["value"],
         "correlation": features["mean_abs_correlation"],
+        "correlation_by_chance": features["correlation_by_chance"],
         "rank": features["effective_rank"],
         "curve": [step["value"] for step in gradient["accuracy"]],
         "random_curve": [step["value"] for step in found["random"]["accuracy"]],

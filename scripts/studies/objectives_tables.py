@@ -70,6 +70,7 @@ COLUMNS = {
     "insertion": ("insertion", 1.0, 3),
     "deletion": ("deletion", 1.0, 3),
     "correlation": ("mean abs. correlation", 1.0, 3),
+    "correlation_by_chance": ("correlation by chance", 1.0, 3),
     "rank": ("effective rank", 1.0, 1),
     "pixel_auc": ("pixel AUC in masks", 1.0, 3),
     "energy": ("energy in masks %", 100.0, 1),

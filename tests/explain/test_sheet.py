@@ -69,7 +69,7 @@ def test_many_images_take_pages_and_old_pages_go(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet-notes.png", "sheet.png"]
 
 
-def test_names_are_no_markup_and_fit(tmp_path):
+def test_names_are_no_markup(tmp_path):
     draw_sheets(tmp_path, [row("$x$\n" + 200 * "y")], COLUMNS, "$t$", ["$\\frac$"])
 
 
