@@ -71,7 +71,10 @@ METRICS = (
     Metric("mask_share", "mask: share left open (small masks point well)", f"{_MAPS}.mask.magnitude", ""),
     Metric("correlation", "mean |correlation| of features", f"{_FEATURES}.mean_abs_correlation", "lower"),
     Metric(
-        "correlation_by_chance", "that of independent features, by chance", f"{_FEATURES}.correlation_by_chance", ""
+        "correlation_by_chance",
+        "mean |correlation| of independent features (chance)",
+        f"{_FEATURES}.correlation_by_chance",
+        "",
     ),
     Metric("effective_rank", "effective rank of features", f"{_FEATURES}.effective_rank", "higher"),
     Metric("dead_channels", "dead channels", f"{_FEATURES}.dead_channels", "lower"),
