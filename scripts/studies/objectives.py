@@ -228,31 +228,38 @@ def scores_of(network: TileClassifier, held: Items | None, test: Items) -> dict[
     """Accuracy and AUC of the test side, and its calibration before and after the temperature of the held-out side.
 
     `ece_oracle` is of the temperature that the test side itself asks for: no honest one does better but by luck.
-    `auc_held` is the held-out side's, for choices that the test side must not make. `auc_turned` is of log-odds
-    averaged over the eight symmetries of the square.
+    `auc_held` is the held-out side's, for choices that the test side must not make. `auc_turned` and `ece_turned` are
+    of log-odds averaged over the eight symmetries of the square, whose temperature is fitted to such log-odds.
     """
     chosen_by: dict[str, float] = {}
-    temperature = 1.0
+    temperature = turned_temperature = 1.0
     if held is not None:
         logits = _logits(network, held)
         temperature = fit_temperature(logits, held.labels)
+        turned_temperature = fit_temperature(_turned_logits(network, held), held.labels)
         chosen_by = {"auc_held": auc(held.labels, logits[:, 1] - logits[:, 0])}
-    logits = _logits(network, test)
+    logits, turned = _logits(network, test), _turned_logits(network, test)
     divisors = 1.0, temperature, fit_temperature(logits, test.labels)
     before, after, oracle = (softmax(logits / divisor)[:, 1] for divisor in divisors)
-    whole = torch.ones(len(test.labels), dtype=torch.int64)
-    sides = (replace(test, images=turn(test.images, number * whole)) for number in range(8))
-    turned = np.sum([_logits(network, side) for side in sides], axis=0)
     return chosen_by | {
         "accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
         "auc": auc(test.labels, logits[:, 1] - logits[:, 0]),
         "auc_turned": auc(test.labels, turned[:, 1] - turned[:, 0]),
         "ece_before": calibration_error(test.labels, before),
         "ece": calibration_error(test.labels, after),
+        "ece_turned": calibration_error(test.labels, softmax(turned / turned_temperature)[:, 1]),
         "ece_oracle": calibration_error(test.labels, oracle),
         "ece_by_chance": calibration_error_by_chance(after),
         "temperature": temperature,
     }
+
+
+def _turned_logits(network: TileClassifier, items: Items) -> npt.NDArray[np.float32]:
+    """Their mean over the eight symmetries, as the bundle's `test_time_augmentation`."""
+    whole = torch.ones(len(items.labels), dtype=torch.int64)
+    sides = (replace(items, images=turn(items.images, number * whole)) for number in range(8))
+    found: npt.NDArray[np.float32] = np.mean([_logits(network, side) for side in sides], axis=0)
+    return found
 
 
 def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, test: Items, job: Job) -> dict[str, float]:
@@ -264,7 +271,7 @@ def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, tes
     floats = [name for name, value in after.items() if value.is_floating_point()]
     network.load_state_dict(after | {name: torch.lerp(before[name], after[name], 0.5) for name in floats})
     scores = scores_of(network, held, test) | pointing(network, held, test, job)
-    kept = ("accuracy", "auc", "auc_held", "auc_turned", "ece", "pixel_auc", "pixel_auc_other")
+    kept = ("accuracy", "auc", "auc_held", "auc_turned", "ece", "ece_turned", "pixel_auc", "pixel_auc_other")
     return {f"{name}_half": scores[name] for name in kept if name in scores}
 
 
