@@ -18,7 +18,7 @@ from medsd.bundle.config import command_config
 from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.stages import WEIGHTS
-from medsd.checks import check_choice
+from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError
 from medsd.export.source import CONFIG
 from medsd.files import sha256_of, write_json
@@ -33,6 +33,7 @@ from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.step import ObjectiveStep
 from medsd.training.training import run_training, settings_of
+from medsd.training.wise_ft import weight_space_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -47,29 +48,27 @@ def finetune(
     hard_negatives: HardNegativeRound | None = None,
     head_start: HeadStart = "random",
     test_time_augmentation: bool = False,
+    wise_ft_alpha: float = 1.0,
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
     The weights go beside the checkpoint's folder. Prevalence, temperature, thresholds and colour scale are the
     validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
     `start_head`. `test_time_augmentation`: see `Classifier.augment_at_test_time`. Training and its validation see tiles
-    as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew.
+    as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew; so
+    may `wise_ft_alpha`, see `weight_space_ensemble`, which needs given weights and a head from the regression.
     """
     check_choice("head_start", head_start, get_args(HeadStart))
-    network = cast(Classifier, trainer.network)
-    if network.test_time_augmentation:
+    check_number("wise_ft_alpha", wise_ft_alpha, "[0, 1]")
+    network, regressed = cast(Classifier, trainer.network), head_start == "regression"
+    weights = network.encoder_weights
+    if wise_ft_alpha < 1 and not (regressed and (weights or network.pretrained)):
         raise ConfigError(
-            "network_def::test_time_augmentation: training sees tiles as they are; set the key test_time_augmentation"
+            f"wise_ft_alpha={wise_ft_alpha:g}: random weights are no start to go back to; give encoder_weights and set "
+            "head_start to regression, or wise_ft_alpha to 1"
         )
-    # Before hours of training: a layer or tile size that the network lacks is told now.
-    answering = copy.copy(network)
-    answering.augment_at_test_time(test_time_augmentation)
-    make_engine(answering, data.tile_px, data.mpp, settings=map_settings)
-    if isinstance(trainer.loss_function, SaliencyDecor):
-        batch = _images_at_once(trainer, checkpoint.parts.get("step"))
-        trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
+    _check_fits(trainer, data, checkpoint, map_settings, test_time_augmentation)
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
-    weights, regressed = network.encoder_weights, head_start == "regression"
     settings = settings_of(
         trainer,
         network={
@@ -90,6 +89,10 @@ def finetune(
     )
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers
     begin = partial(start_head, network, data.part("training"), workers) if regressed else None
+    start = copy.deepcopy(network) if wise_ft_alpha < 1 else None
+    if start is not None:  # a training that is resumed is past it
+        start_head(start, data.part("training"), workers)
+        begin = partial(network.load_state_dict, start.state_dict())
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
     if idist.get_rank() > 0:
         return
@@ -98,12 +101,34 @@ def finetune(
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
     recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
     recipe |= {"test_time_augmentation": True} if test_time_augmentation else {}
+    recipe |= {"wise_ft_alpha": wise_ft_alpha} if start is not None else {}
     written = read_record(record, recipe)
     if written is None or sha256_of(path) != written["sha256"]:
         network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not
         network.augment_at_test_time(test_time_augmentation)
-        save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
+        if start is not None:
+            mixed = weight_space_ensemble(start.state_dict(), network.state_dict(), wise_ft_alpha)
+            network.load_state_dict(mixed)
+        card = card_of(network, data, trainer, evaluator, map_settings, settings, wise_ft_alpha)
+        save_classifier(path, network, card)
         write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
+
+
+def _check_fits(
+    trainer: SupervisedTrainer, data: Data, checkpoint: Checkpoint, map_settings: MapSettings, augmented: bool
+) -> None:
+    """Before hours of training: a layer, tile size or batch that network or objective cannot use is told now."""
+    network = cast(Classifier, trainer.network)
+    if network.test_time_augmentation:
+        raise ConfigError(
+            "network_def::test_time_augmentation: training sees tiles as they are; set the key test_time_augmentation"
+        )
+    answering = copy.copy(network)
+    answering.augment_at_test_time(augmented)
+    make_engine(answering, data.tile_px, data.mpp, settings=map_settings)
+    if isinstance(trainer.loss_function, SaliencyDecor):
+        batch = _images_at_once(trainer, checkpoint.parts.get("step"))
+        trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
 
 
 def _images_at_once(trainer: SupervisedTrainer, step: object) -> int:
