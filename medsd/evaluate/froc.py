@@ -37,6 +37,11 @@ class Candidates:
     x: Floats
     y: Floats
 
+    def within(self, size_px: tuple[int, int]) -> Candidates:
+        """Moved onto the slide (width, height): a map's last pixels may be centred off it. Level-0 pixels."""
+        width, height = size_px
+        return Candidates(self.confidence, self.x.clip(max=width - 1), self.y.clip(max=height - 1))
+
 
 @dataclass(frozen=True)
 class SlideHits:

@@ -130,17 +130,18 @@ def judge_slides(
         probability = read_ome_tiff(Path(folder) / entry.name / "probability.ome.tif")
         scale = read_slide_record(Path(folder) / entry.name)["scale"]
         truth = _truth(entry, probability, scale, card.classes, number_of)
+        size = scale["dimensions"][0], scale["dimensions"][1]
         for name, values in _controls(probability, np.random.default_rng((seed, number))).items():
             shown = replace(probability, values=values)
-            found = map_candidates(shown)
+            found = map_candidates(shown).within(size)
             seen = shown.seen
             score, overlap = top_mean(values[seen]), dice(values[seen] > threshold, truth.inside[seen])
             judged[name].append(JudgedSlide(truth.label, score, truth.hits(found), overlap, len(truth.isolated)))
             if name == MODEL:
                 write_candidates(place / f"{entry.name}.csv", found)
-                size = scale["dimensions"][0], scale["dimensions"][1]
                 regions = find_regions(shown, threshold, scale["mpp"], size, min_area_um2=smallest_um2)
-                judged[PEAKS].append(replace(judged[MODEL][-1], hits=truth.hits(region_candidates(regions))))
+                hits = truth.hits(region_candidates(regions).within(size))
+                judged[PEAKS].append(replace(judged[MODEL][-1], hits=hits))
     return judged
 
 

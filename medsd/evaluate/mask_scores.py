@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.errors import DatasetError
-from medsd.intervals import Interval, bootstrap_groups, bootstrap_mean
+from medsd.intervals import Interval, bootstrap_groups
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -59,7 +59,7 @@ class ClassScores:
         pooled_dice: of all pixels of all units together, so that what is found where nothing is counts, too.
         hausdorff95: mean over the units where mask and prediction both have the class, in `length`s.
         surface_dice: mean over the units where mask or prediction has it.
-        units, patients: with the class in the mask.
+        units, patients: with the class in the mask; of the mean over classes, with any, as below.
         missed: units with the class in which none of it was found; no distance is known of them.
         false: units without the class in which some was found; `dice` does not see them.
     """
@@ -135,7 +135,7 @@ def joined_scores(parts: Iterable[UnitScores]) -> UnitScores:
 
 
 def summarise_masks(units: Sequence[UnitScores], classes: Sequence[str], seed: int = 0) -> dict[str, ClassScores]:
-    """Scores by class, without the background, and under "mean" their mean over classes.
+    """Scores by class, without the background, and under "mean" their mean over classes, each of which counts alike.
 
     Args:
         units: what was found.
@@ -154,30 +154,39 @@ def summarise_masks(units: Sequence[UnitScores], classes: Sequence[str], seed: i
     )
 
     def of_columns(chosen: Sequence[int]) -> ClassScores:
-        def pooled(weight: Floats) -> float:
-            both_, whole = weight @ both[:, chosen], weight @ (true + found)[:, chosen]
-            each = np.divide(2 * both_, whole, out=np.full(len(chosen), np.nan), where=whole > 0)
-            return math.nan if np.isnan(each).all() else float(np.nanmean(each))
-
         def mean(values: Floats) -> Interval:
-            rows = values[:, chosen]
-            known = ~np.isnan(rows).all(axis=1)
-            return bootstrap_mean(np.nanmean(rows[known], axis=1), seed=seed, groups=patients[known])
+            known = ~np.isnan(values[:, chosen])
+            some = known.any(axis=1)
+            above = np.where(known, values[:, chosen], 0.0)
+            return _mean_of_ratios(above[some], known[some], patients[some], seed)
 
         there = (true[:, chosen] > 0).any(axis=1)
         return ClassScores(
             dice=mean(dice),
-            pooled_dice=bootstrap_groups(pooled, patients, seed=seed),
+            pooled_dice=_mean_of_ratios(2 * both[:, chosen], (true + found)[:, chosen], patients, seed),
             hausdorff95=mean(hausdorff),
             surface_dice=mean(surface),
             units=int(there.sum()),
             patients=len(np.unique(patients[there])),
-            missed=int(((true > 0) & (found == 0))[:, chosen].sum()),
-            false=int(((true == 0) & (found > 0))[:, chosen].sum()),
+            missed=int(((true > 0) & (found == 0))[:, chosen].any(axis=1).sum()),
+            false=int(((true == 0) & (found > 0))[:, chosen].any(axis=1).sum()),
         )
 
     scores = {name: of_columns([number]) for number, name in enumerate(classes[1:])}
     return scores if len(classes) == 2 else {"mean": of_columns(range(len(classes) - 1)), **scores}
+
+
+def _mean_of_ratios(
+    above: npt.NDArray[Any], below: npt.NDArray[Any], patients: npt.NDArray[np.str_], seed: int
+) -> Interval:
+    """Mean over classes of quotients of sums over units, (units, classes) each; classes of no unit are left out."""
+
+    def statistic(weight: Floats) -> float:
+        whole = weight @ below
+        each = np.divide(weight @ above, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+        return math.nan if np.isnan(each).all() else float(np.nanmean(each))
+
+    return bootstrap_groups(statistic, patients, seed=seed)
 
 
 def rows_of(units: Iterable[UnitScores], classes: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,7 @@ CARD = ModelCard("test_resnet", ("normal", "tumour"), 64, 1.0, "drawings", Calib
 BOXES = ((640, 640, 1280, 1280), (1920, 1280, 2560, 1600), (1920, 320, 1984, 384))  # the last is isolated cells
 
 
-def slide(folder: Path, name: str, label: int | None, **changes) -> SlideEntry:
+def slide(folder: Path, name: str, label: int | None, size_px=(3200, 1920), shown=None, **changes) -> SlideEntry:
     """Of 3,200 x 1,920 px at 0.5 um; the map, of 32 um, finds the first lesion, and misses the second."""
     values = np.full((30, 50), 0.01, np.float32)
     values[:2] = np.nan
@@ -47,10 +47,10 @@ def slide(folder: Path, name: str, label: int | None, **changes) -> SlideEntry:
         outlines = [Outline(f"{n}", "Tumor", False, shapely.box(*box)) for n, box in enumerate(BOXES)]
         annotation = folder / f"{name}.geojson"
         write_geojson(annotation, annotations_of(outlines))
-    probability = ValueMap(values, 64.0, 32.0, "probability", "tumour", "drawn", "")
+    probability = ValueMap(values if shown is None else shown, 64.0, 32.0, "probability", "tumour", "drawn", "")
     (folder / name).mkdir()
     write_ome_tiff(folder / name / "probability.ome.tif", probability)
-    scale = {"mpp": 0.5, "dimensions": [3200, 1920], "bounds": [0, 0, 3200, 1920]}
+    scale = {"mpp": 0.5, "dimensions": size_px, "bounds": [0, 0, *size_px]}
     write_record(folder / name / "record.json", {}, ["probability.ome.tif"], scale=scale)
     return SlideEntry(name, folder / f"{name}.tif", label, annotation=annotation, **changes)
 
@@ -85,6 +85,16 @@ def test_scores_are_those_of_the_drawing(judged, folder):
     assert not (folder / "candidates" / "partly.csv").exists()
     first = (folder / "candidates" / "a.csv").read_text().splitlines()[0].split(",")
     assert float(first[0]) == pytest.approx(0.9) and (int(first[1]), int(first[2])) == (672, 672)
+
+
+def test_what_lies_on_the_slide_by_less_than_half_a_map_pixel_is_a_place_of_it(folder):
+    """Tissue at the edge of a slide of 3,160 x 1,900 px, whose map of 64 px ends at 3,200 x 1,920."""
+    values = np.full((30, 50), np.nan, np.float32)
+    values[27:, 47:], values[-1, -1] = 0.8, 0.9
+    found = judge_slides([slide(folder, "edge", 1, (3160, 1900), values)], folder, CARD, folder / "edges")
+    assert {len(slides) for slides in found.values()} == {1}
+    places = [line.split(",")[1:] for line in (folder / "edges" / "edge.csv").read_text().splitlines()]
+    assert places and all(int(x) < 3160 and int(y) < 1900 for x, y in places)
 
 
 def test_tables_and_figure(judged, tmp_path):

@@ -76,6 +76,20 @@ def test_what_dice_does_not_see_is_counted_and_intervals_are_over_patients() -> 
     ) == ["a"]
 
 
+def test_in_the_mean_every_class_counts_alike() -> None:
+    full, part, none = blocks((1, 0, 0, 8, 8)), blocks((1, 0, 0, 4, 8)), blocks()
+    both, missed = (blocks((1, 0, 0, 8, 8), (2, 8, 0, bottom, 8)) for bottom in (16, 9))
+    pairs = [(full, full)] * 8 + [(part, full), (missed, both), (none, both)]
+    units = [score_unit(found, mask, 3, str(n), f"p{n}", (1.0, 1.0)) for n, (found, mask) in enumerate(pairs)]
+    scores = summarise_masks(units, CLASSES)
+    for name in ("dice", "pooled_dice", "hausdorff95", "surface_dice"):
+        mean, a, b = (getattr(scores[key], name) for key in ("mean", "a", "b"))
+        assert mean.value == pytest.approx((a.value + b.value) / 2)
+        assert mean.low < mean.value < mean.high
+    assert scores["mean"].dice.value < 0.6 < scores["a"].dice.value
+    assert (scores["mean"].units, scores["mean"].missed) == (11, 1)  # one unit, though of both classes
+
+
 def test_what_cannot_be_scored_is_told() -> None:
     mask = blocks((2, 0, 0, 4, 4))
     with pytest.raises(DatasetError, match="x: class 2 in the mask; there are 2"):
