@@ -149,8 +149,8 @@ def _slide_pointing(slides: Any) -> dict[str, Any]:
         return {}
     pointing, keys = slides.get("pointing"), ("positive_inside", "area_share")
     shares = [share for share in pointing.values() if isinstance(share, dict)] if isinstance(pointing, dict) else []
-    # Chance over the very slides that pointing is taken over.
-    shares = [share for share in shares if all(_as_number(share.get(key)) is not None for key in keys)]
+    # All over the very slides that the mean ratio is taken over: without the target there is nothing to point at.
+    shares = [share for share in shares if all(_as_number(share.get(key)) is not None for key in (*keys, "ratio"))]
     means = {key: asdict(bootstrap_mean([share[key] for share in shares])) for key in keys}
     return {str(slides.get("quantity") or "saliency"): {"ratio": slides.get("mean_pointing_ratio"), **means}}
 

@@ -84,7 +84,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, offset: Sequen
 
     The likelihood is concave in 1 / T, so the root of its slope is the optimum. T is kept within 0.05 to 20 (our
     choice): of logits that are worse than chance it would go to infinity. Where the data say nothing of T it is 1: of
-    logits that are all equal, or that separate the classes so well that the best T lies below the bound.
+    logits that are all equal, or that are highest at every item's class, so that every lower T would do.
     Without an offset the predicted class never changes.
 
     Args:
@@ -112,8 +112,10 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, offset: Sequen
         return float((of_truth - expected).mean())
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
-    if slope(0.0) == 0 or slope(low) >= 0:
-        return 1.0  # all equal, or separated without fault: the data say that every T or every lower one would do
+    if slope(0.0) == 0 or not of_truth.any():
+        return 1.0  # all equal, or separated without fault
+    if slope(low) >= 0:
+        return LOWEST
     return HIGHEST if slope(high) <= 0 else math.exp(float(brentq(slope, low, high, xtol=1e-10)))
 
 

@@ -112,6 +112,14 @@ class WhitenedHead(nn.Module):
         self.register_buffer("running_covariance", torch.eye(feature_dim))
         self.register_buffer("batches", torch.tensor(0))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget what was learnt, running moments too."""
+        self.linear.reset_parameters()
+        self.running_mean.zero_()
+        nn.init.eye_(self.running_covariance)
+        self.batches.zero_()
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, classes) of features (B, d), B >= 2 over all processes in training mode.
 

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from medsd.checks import check_choice, check_number
 from medsd.errors import ConfigError, TrainingError
 from medsd.networks.modes import keeping_statistics
-from medsd.networks.moments import feature_moments, first_of_processes, group_channels
+from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss, default_group_size
 from medsd.objectives.masking import (
@@ -209,7 +208,8 @@ class SaliencyDecor:
         assert self.mode != "layer"
         start, size, (count, dim) = self._start, self.group_size, batches[0].shape
         if size is None and self.mode == "zca":
-            size = default_group_size(count * idist.get_world_size(), dim)
+            # Of all processes, whose shares of a batch may differ, while all must make the same groups.
+            size = default_group_size(int(sum_over_processes(torch.tensor(count, device=batches[0].device))), dim)
         if "scale" not in start:
             scale = _of_first(feature_moments(batches[0]).covariance.diagonal().mean().sqrt())
             if scale == 0:

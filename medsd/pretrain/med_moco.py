@@ -50,8 +50,9 @@ class MedMoCoSettings:
             the last map, whitened where the features are.
         least_overlap: share of the smaller view that both must show, or the image has no local term.
         decorrelation: "w2" whitens the last map before the projector and leaves the encoder as it is, "w1" puts
-            IterNorm in its last block, "corr" adds the pooled features' mean squared correlation to the loss
-            (`decorrelation_loss`, all channels together; our choice: the one that acts on what is kept), "none".
+            IterNorm in its last block, "corr" adds `decorrelation_loss` of the pooled features, all channels together:
+            their mean squared correlation, and a hinge that pushes deviations below 1 upwards (our choice: the one that
+            acts on what is kept), "none".
         penalty: weight of "corr".
         group_size, eps: of "w2", see `ShuffledWhitening`.
         separate_slides: keys of the same slide (or volume) are no negatives: what lies near looks alike, but then the
@@ -198,9 +199,9 @@ class MedMoCo(nn.Module):
         total, accuracy = info_nce(q, k, self.queue.keys, settings.temperature, excluded)
         parts = {"contrast": total.detach(), "accuracy": accuracy, "rank": rank}
         if settings.decorrelation == "corr":
-            correlation = decorrelation_loss(pooled, "corr")
-            total = total + settings.penalty * correlation
-            parts["correlation"] = correlation.detach()
+            decorrelation = decorrelation_loss(pooled, "corr")
+            total = total + settings.penalty * decorrelation
+            parts["decorrelation"] = decorrelation.detach()
         if settings.local:
             to_sources = first_to_source.to(q.device), second_to_source.to(q.device)
             local = self._local(maps[-1], key_maps[-1], *to_sources, size_px=first.shape[-1])

@@ -20,9 +20,10 @@ class Rules(TorchFunctionMode):
     """Inside the block, functions of activations keep their values and are differentiated by DeepLift's rules.
 
     Works on the functions that a network calls and not on its modules, so that modules used twice, in-place ones and
-    functions called without a module are all seen. What has no rule keeps its gradient: adaptive max pools, maxima and
-    products of other kinds (`maximum`, `einsum`, a convolution whose weights are activations), `nn.MultiheadAttention`,
-    standard deviations, `F.normalize`, scripted code.
+    functions called without a module are all seen. What has no rule keeps its gradient, and maps then miss their sum:
+    among others adaptive max pools, maxima, choices and products of other kinds (`maximum`, `where`, `einsum`,
+    `addcmul`, `F.glu`, a convolution whose weights are activations), `nn.MultiheadAttention`, standard deviations,
+    lengths by `vector_norm` and `F.normalize`, powers of a number, `log_softmax`, `F.rrelu`, scripted code.
     """
 
     def __torch_function__(

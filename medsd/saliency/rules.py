@@ -179,14 +179,31 @@ def _layer_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float | None = 1e-5,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor | None:
+    return _last_axes_norm(input, normalized_shape, weight, eps, centred=True)  # a shift changes no gradient
+
+
+def _rms_norm(
+    func: Callable[..., Tensor],
+    value: Pair,
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor | None:
+    return _last_axes_norm(input, normalized_shape, weight, eps, centred=False)
+
+
+def _last_axes_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, centred: bool
 ) -> Tensor | None:
     if not isinstance(input, Pair):
         return None
-    axes = range(-len(normalized_shape), 0)
     eps = torch.finfo(input.image.dtype).eps if eps is None else eps
-    found = _norm(input, list(axes), eps, centred=func.__name__ == "layer_norm").image
-    return found if weight is None else found * weight  # a shift changes no gradient
+    found = _norm(input, list(range(-len(normalized_shape), 0)), eps, centred).image
+    return found if weight is None else found * weight
 
 
 def _group_norm(
@@ -220,7 +237,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__itruediv__", "__idiv__", "__div__"), _div),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reversed_div),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _matmul),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "softmax": _softmax,
     "scaled_dot_product_attention": _attention,
     "group_norm": _group_norm,

@@ -32,6 +32,7 @@ def scores(auc: float = 0.8) -> dict[str, Any]:
         "one": {"positive_inside": 0.5, "area_share": 0.2, "ratio": 2.5},
         "two": {"positive_inside": 0.7, "area_share": 0.4, "ratio": 1.75},
         "none": {"positive_inside": None, "area_share": 0.0, "ratio": None},
+        "of another class": {"positive_inside": 0.0, "area_share": 0.0, "ratio": None},
     }
     return {
         "data_sha256": "abc",

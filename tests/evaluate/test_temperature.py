@@ -65,7 +65,7 @@ def test_the_prevalence_is_no_matter_of_the_temperature():
     assert abs(fit_temperature(logits, labels) - 2.5) > 0.5  # which would make up for the prevalence
 
 
-@given(st.integers(0, 50), st.floats(0.3, 3), st.floats(-50, 50))
+@given(st.integers(0, 50), st.floats(-3, 1).map(lambda power: 10**power), st.floats(-50, 50))
 @settings(max_examples=25, deadline=None)
 def test_scales_with_the_logits_and_ignores_what_they_share(seed, factor, shift):
     logits, labels = draw(seed, items=60)

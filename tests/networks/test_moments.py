@@ -23,6 +23,7 @@ from medsd.errors import ConfigError, TrainingError
 from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import WhitenedHead
 from medsd.objectives.decorrelation import decorrelation_loss
+from medsd.objectives.saliency_decor import SaliencyDecor
 
 
 def features(batch: int, dim: int, seed: int = 0) -> Tensor:
@@ -109,7 +110,8 @@ def test_without_distribution_nothing_is_exchanged() -> None:
 # Two processes against one. Each case: the samples of either process, a name, the group size.
 BATCH, DIM = 8, 7
 SHARES = ((4, 4), (2, 6), (8, 0))
-CASES = [(s, m, g) for s in SHARES for m in ("cov", "zca", "corr") for g in (None, 3)] + [((4, 4), "layer", 3)]
+CASES = [(s, m, g) for s in SHARES for m in ("cov", "zca", "corr") for g in (None, 3)]
+CASES += [((4, 4), "layer", 3), ((2, 6), "objective", None)]
 
 
 def run_case(name: str, group_size: int | None, x: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
@@ -120,6 +122,9 @@ def run_case(name: str, group_size: int | None, x: Tensor, labels: Tensor, seed:
     output = network(x)
     if name == "layer":
         loss = F.cross_entropy(output, labels)
+    elif name == "objective":  # whose groups are as large as the whole batch allows
+        objective = SaliencyDecor(mode="zca")
+        loss = objective._decorrelation([output], torch.Generator().manual_seed(seed))
     else:
         loss = decorrelation_loss(output, name, group_size, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     loss.backward()

@@ -147,6 +147,26 @@ def test_deeplift_is_complete_for_functions_of_one_element(function: Callable[[T
     torch.testing.assert_close(DeepLift(network).attribute(X, 1).flatten(1).sum(dim=1), change, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda v, eps: torch.layer_norm(v, (6, 6), torch.ones(6, 6).double(), None, eps),
+        lambda v, eps: torch.layer_norm(v, (6, 6), None, None, eps, False),
+        lambda v, eps: torch.rms_norm(v, (6, 6), torch.full((6, 6), 2.0).double(), eps),
+        lambda v, eps: F.rms_norm(v, (4, 6, 6), eps=eps),
+        lambda v, eps: F.layer_norm(v, (6,), eps=eps),
+    ],
+)
+def test_deeplift_is_complete_for_norms_however_they_are_called(
+    norm: Callable[[Tensor, float], Tensor], eps: float
+) -> None:
+    network = Network(lambda v: torch.tanh(norm(v, eps)))
+    with torch.no_grad():
+        change = (network(X) - network(torch.zeros_like(X)))[:, 1]
+    torch.testing.assert_close(DeepLift(network).attribute(X, 1).flatten(1).sum(dim=1), change, rtol=1e-8, atol=1e-12)
+
+
 def test_a_view_is_not_overwritten() -> None:
     class First(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError, NetworkError
+from medsd.networks.whitening import WhitenedHead
 from medsd.saliency.gradient import Gradient
 from medsd.saliency.method import Target
 from medsd.saliency.metrics.agreement import rank_correlation
@@ -83,6 +84,17 @@ def test_stages_from_the_top_and_buffers_at_the_end(network, x):
     assert changed(states[3], final) >= fc | layer
     expected = network.eval()(x).argmax(1)
     assert all(torch.equal(target, expected) for target in targets)
+
+
+def test_a_head_that_whitens_forgets_its_moments_at_the_end(network, x):
+    whitened = nn.Sequential(network, WhitenedHead(4, 2, None))
+    whitened(torch.randn(8, 3, 12, 12))
+    _, states, _ = record(whitened, x, stages=("1",))
+    moments = {"1.running_mean", "1.running_covariance", "1.batches"}
+    assert changed(states[0], states[1]) == {"1.linear.weight", "1.linear.bias"}
+    assert changed(states[1], states[2]) >= moments
+    new = WhitenedHead(4, 2, None).state_dict()
+    assert all(torch.equal(states[2][name], new[name.removeprefix("1.")]) for name in moments)
 
 
 def test_a_seed_is_a_new_networks_draw_and_nothing_else_moves(network, x):
