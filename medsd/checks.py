@@ -9,6 +9,8 @@ from typing import Any
 
 from medsd.errors import ConfigError, nearest
 
+WORKERS = "[1, 1024]"
+"""How many may work at once: each opens its slide anew, and takes memory."""
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
 
 

@@ -145,6 +145,9 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _disk(out: Path) -> Iterator[Finding]:
+    if out.is_symlink() and not out.exists():
+        yield Finding("outputs", False, f"{out} is a link to nothing; name a folder")
+        return
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not place.is_dir():
         yield Finding("outputs", False, f"{place} is a file; name a folder")

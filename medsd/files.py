@@ -66,6 +66,18 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 
+def check_new(path: str | Path) -> None:
+    """Before the work for a file that a user names: nothing of theirs is there, and it could be written.
+
+    Raises:
+        OutputError: there is something, or its folder cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"{path}: is there already and is left as it is; choose another name, or remove it first")
+    make_folder(path.parent)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not.

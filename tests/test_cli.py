@@ -74,6 +74,12 @@ def test_info_tells_size_scale_and_levels(monkeypatch, capsys, slide):
     assert "0.25 um per pixel (given by the caller)" in run(monkeypatch, capsys, "info", slide, "--mpp", 0.25)[1]
 
 
+def test_info_does_not_wait_for_a_pipe(monkeypatch, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.svs")
+    code, _, err = run(monkeypatch, capsys, "info", tmp_path / "pipe.svs")
+    assert code == 1 and "is a pipe or device, not a slide" in err
+
+
 def test_phantom_writes_a_camelyon_folder(monkeypatch, capsys, tmp_path):
     code, out, _ = run(monkeypatch, capsys, "phantom", tmp_path / "data", "--slides", 4, "--size", 512)
     assert code == 0 and "4 phantom slides" in out
@@ -114,6 +120,8 @@ def test_doctor_sees_what_breaks_later(monkeypatch, tmp_path):
         assert not found[subject].ok and words in found[subject].text, subject
     assert "libopenjp2-7" in found["OpenJPEG"].text
     assert next(doctor._disk(tmp_path / "file" / "out")).text.endswith("is a file; name a folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert next(doctor._disk(tmp_path / "link")).text.endswith("is a link to nothing; name a folder")
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", raising(OSError(30, "Read-only file system")))
     assert "Read-only file system" in next(doctor._disk(tmp_path)).text
 
@@ -166,6 +174,11 @@ def test_stain_writes_a_configuration_for_the_bundle(monkeypatch, capsys, slide,
     kept = json.loads((tmp_path / "stain.json").read_text("utf-8"))["stain_target"]
     with open_slide(slide) as opened:
         assert profile_from_dict(kept) == fit_slide(opened, "macenko")
+    before = slide.read_bytes()
+    for taken in (slide, tmp_path / "stain.json"):
+        code, _, err = run(monkeypatch, capsys, "stain", slide, "--out", taken)
+        assert code == 1 and f"{taken}: is there already and is left as it is" in err
+    assert slide.read_bytes() == before
     code, _, err = run(monkeypatch, capsys, "stain", slide, "--out", tmp_path / "b.json", "--method", "macenkoo")
     assert code == 1 and "did you mean 'macenko'?" in err and not (tmp_path / "b.json").exists()
 

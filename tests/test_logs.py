@@ -64,6 +64,29 @@ def test_a_file_of_dated_lines_and_one_of_json_objects(tmp_path: Path) -> None:
         log_to_file(tmp_path / "none" / "log")
 
 
+def test_what_is_no_log_is_not_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    path.write_bytes(b"II*\0 and so on")
+    with pytest.raises(
+        OutputError, match=r"slide\.tif: is no text, and is left as it is; choose another file for --log"
+    ):
+        log_to_file(path)
+    assert path.read_bytes() == b"II*\0 and so on"
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_disk_ends_the_log_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    with alone():
+        shown = logging.StreamHandler(sys.stderr)
+        logging.getLogger().addHandler(shown)
+        log_to_file("/dev/full")
+        for number in range(3):
+            logging.getLogger("medsd.test").info("line %d", number)
+    lines = capfd.readouterr().err.splitlines()
+    told = "/dev/full: cannot be written (No space left on device); the log goes on without it"
+    assert sorted(lines) == sorted(["line 0", "line 1", "line 2", told])
+
+
 def test_without_a_terminal_there_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

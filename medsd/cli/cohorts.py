@@ -29,6 +29,7 @@ def tiles(
         Path | None,
         typer.Option(help="Folder of annotations named as the slides: ASAP XML, GeoJSON, NCRF JSON, mask TIFF."),
     ] = None,
+    mpp: MppOption = None,
     tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels at --tile-mpp.")] = 256,
     stride_px: Annotated[
         int | None, typer.Option(help="Step between tiles in pixels at --tile-mpp; a tile's side when not given.")
@@ -66,6 +67,7 @@ def tiles(
     grid = TileGrid(tile_px, tile_px if stride_px is None else stride_px, tile_mpp, min_tissue)
     tiling = Tiling(grid, tissue, force_tissue, max_unseen=max_unseen, classes=classes.split(","))
     entries = find_cohort(source, manifest, annotations, leave_out=out, classes=tiling.classes)
+    entries = [replace(entry, mpp=entry.mpp or mpp) for entry in entries]
     if partly_outlined:
         entries = [replace(entry, exhaustive=entry.annotation is None) for entry in entries]
     if shard is not None and not (entries := shard_of(entries, shard)):
@@ -143,12 +145,13 @@ def stain(
     from dataclasses import asdict
 
     from medsd.checks import check_choice
-    from medsd.files import write_json
+    from medsd.files import check_new, write_json
     from medsd.slides.slide import open_slide
     from medsd.slides.stain import METHODS, Method
     from medsd.slides.stain.slide import fit_slide
 
     check_choice("method", method, METHODS)
+    check_new(out)
     with open_slide(slide, mpp) as opened:
         write_json(out, {"stain_target": asdict(fit_slide(opened, cast(Method, method)))})
     print(f"{method} stain of {slide.name} in {out}; use it with --stain_target {out}")

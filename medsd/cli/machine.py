@@ -55,8 +55,11 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
     """Show a slide's size, scale (and where that comes from), levels and reader; or what a map (.ome.tif) holds."""
     from medsd.heatmap.tiff import is_value_map, read_ome_tiff
     from medsd.segment.label_tiff import is_label_map, label_map_words
+    from medsd.slides.readers.base import check_file
     from medsd.slides.slide import open_slide
 
+    if not slide.is_dir():
+        check_file(slide)
     if is_value_map(slide):
         return print(read_ome_tiff(slide).in_words())
     if is_label_map(slide):

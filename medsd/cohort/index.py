@@ -143,6 +143,7 @@ class TileIndex:
             raise DatasetError(f"{path}: not a tile index ({error}); delete it, then {_FIX}") from error
 
 
+_MOST_PLACES = 20_000_000  # about 2 GB while they are chosen from
 _FIX = "run the stage 'prepare' (or medsd tiles)"
 _HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
 _COLUMNS = {"slide": np.int32, "x": np.int32, "y": np.int32, "label": np.int8, "tissue": np.float32}
@@ -176,7 +177,13 @@ def tiles_of_slide(
     """
     level0_per_px = grid.mpp / slide.mpp
     side, stride = grid.tile_px * level0_per_px, grid.stride_px * level0_per_px
-    x, y = (places.ravel() for places in np.meshgrid(*(_places(length, side, stride) for length in slide.dimensions)))
+    columns, rows = (_places(length, side, stride) for length in slide.dimensions)
+    if len(columns) * len(rows) > _MOST_PLACES:
+        raise DatasetError(
+            f"{slide.path}: {len(columns)} x {len(rows)} tiles, above {_MOST_PLACES:,} in all; raise stride_px "
+            f"({grid.stride_px})"
+        )
+    x, y = (places.ravel() for places in np.meshgrid(columns, rows))
     share = tissue.share(x, y, side)
     kept = share >= grid.min_tissue
     x, y, share = x[kept], y[kept], share[kept]

@@ -19,6 +19,7 @@ TABLE = "slides.csv"
 # Where each kind of outputs has the records of its slides, by name. A folder holds outputs of one kind.
 TILES, FEATURES, FOLDERS = "slides/{}.json", "records/{}.json", "{}/record.json"
 _CLAIM = ".tables.claim"
+_CHANGED = "damaged or changed, or not all of its files are whole; give the slide again"
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,16 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
     for path in kept.folder.glob(kept.record.format("*")):
         try:
             record = read_record(path)
-            row = None if record is None else kept.row_type(**record["result"])
+            if record is None:
+                name = _name_of(path, kept)
+                if name not in current.entries and path.exists():  # or it is being made again
+                    rows.setdefault(name, kept.row_type(name, "failed", f"{path}: {_CHANGED}"))
+                continue
+            row = kept.row_type(**record["result"])
         except (KeyError, TypeError):
             continue  # of an earlier version: done again by a run that is given the slide
         # Of a slide that failed and was taken away, nobody needs to hear again.
-        if record is None or row is None or (row.status == "failed" and _is_gone(row, current)):
+        if row.status == "failed" and _is_gone(row, current):
             continue
         recipes[row.slide] = record["recipe"]
         entry = current.entries.get(row.slide)
@@ -152,6 +158,11 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
     ordered = sorted(rows.values(), key=lambda row: (order.get(row.slide, len(order)), row.slide))
     write_table(kept.folder / TABLE, map(kept.cells, ordered), kept.header(ordered))
     return ordered, recipes
+
+
+def _name_of(record: Path, kept: Kept[Any]) -> str:
+    before, behind = kept.record.split("{}")
+    return record.relative_to(kept.folder).as_posix().removeprefix(before).removesuffix(behind)
 
 
 def _is_gone(row: SlideRow, current: Current[Row]) -> bool:

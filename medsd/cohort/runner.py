@@ -13,12 +13,13 @@ import time
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from medsd.checks import check_number
+import medsd
+from medsd.checks import WORKERS, check_number
 from medsd.claims import Claim, claimed, forget_abandoned
 from medsd.cohort.entry import SlideEntry, check_names, with_own_names
 from medsd.cohort.kept import Current, Kept, Row, gather, write_rows
@@ -26,7 +27,7 @@ from medsd.cohort.owner import check_kind, check_owner, known_identity, with_fre
 from medsd.errors import DatasetError, MedsdError, OutputError, SlideError
 from medsd.files import make_folder, remove_leftovers
 from medsd.progress import Progress, no_progress
-from medsd.record import read_record, rewrite_record, write_record
+from medsd.record import differences, read_record, rewrite_record, write_record
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.parts import slide_identity
 from medsd.slides.readers.damage import UNFORESEEN, in_one_line
@@ -123,7 +124,7 @@ def run_cohort(
     if not entries:
         raise DatasetError("no slides; name slides, a folder of them or a manifest")
     if workers is not None:
-        check_number("workers", workers, "[1, inf)", whole=True)
+        check_number("workers", workers, WORKERS, whole=True)
     if sharing.rename:
         entries = with_own_names([with_free_name(work, entry) for entry in entries])
     check_names(entries)
@@ -135,6 +136,7 @@ def run_cohort(
     done = {entry.name: row for entry in entries if (row := run.refreshed(entry)) is not None}
     todo = [entry for entry in entries if entry.name not in done]
     if todo:
+        run.tell_of_replaced(todo)
         run.remove((work.folder / name for name in work.summaries), todo)
     written, pause = 0.0, 0.0
     with closing(run.finished(todo, workers, progress)) as finished:
@@ -222,6 +224,21 @@ class _Run(Generic[Row]):
         if asdict(row) != record["result"]:
             rewrite_record(self.work.record_of(entry.name), {**record, "result": asdict(row)})
         return row
+
+    def tell_of_replaced(self, entries: Sequence[SlideEntry]) -> None:
+        """Warn of finished outputs that go since the settings differ: the folder may be another's than was meant."""
+        changed: dict[str, list[str]] = {}
+        for entry in entries:
+            record = read_record(self.work.record_of(entry.name))
+            with suppress(OSError):
+                if record is not None and record["status"] != "failed":
+                    now = {"medsd": medsd.__version__, **self._recipe(entry)}
+                    changed[entry.name] = differences(record["recipe"], now)
+        if keys := sorted({key for names in changed.values() for key in names}):
+            logger.warning(
+                "%s: finished outputs of %d slides are made anew, since these differ: %s",
+                *(self.work.folder, len(changed), ", ".join(keys)),
+            )
 
     def has_failed(self, entry: SlideEntry) -> bool:
         """Whether a run tried the slide in vain, or its file cannot be reached now."""

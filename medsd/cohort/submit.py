@@ -26,6 +26,7 @@ _TEXT = ("partition", "account", "qos", "constraint", "gres", "mem")
 _NUMBERS = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "array_parallelism")
 # submitit's own is five minutes.
 _TIMEOUT_MIN = 24 * 60
+_MOST_JOBS = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ def submit_shards(executor: Executor, words: Sequence[str], jobs: int) -> list[J
         jobs: how many.
 
     Raises:
-        ConfigError: as `out_of`, or `jobs` below 1.
+        ConfigError: as `out_of`, or `jobs` below 1 or above 10,000.
     """
-    check_number("jobs", jobs, "[1, inf)", whole=True)
+    check_number("jobs", jobs, f"[1, {_MOST_JOBS}]", whole=True)
     out_of(words)
     shards = [Verb((*words, "--shard", f"{number}/{jobs}")) for number in range(1, jobs + 1)]
     with executor.batch():

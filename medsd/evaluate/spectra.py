@@ -88,6 +88,8 @@ def _read(folder: Path) -> SpectrumRun:
     try:
         for name in ("features", "embeddings"):
             singular[name] = np.array([float(value) for value in values[name] if value])
+            if not (np.isfinite(singular[name]) & (singular[name] >= 0)).all():
+                raise ValueError(f"{name} are no singular values")
         history = read_table(kept / "history.csv").to_dict("records")
         last: dict[str, Any] = history[-1]
         measures = {name: float(last[name] or "nan") for name in _MEASURES}

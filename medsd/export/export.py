@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medsd.errors import ConfigError, OutputError
+from medsd.errors import ConfigError
 from medsd.export.onnx import check_onnx, write_onnx
 from medsd.export.portable import portable
 from medsd.export.source import TrainedClassifier, open_trained
 from medsd.export.torchscript import write_torchscript
 from medsd.export.wsinfer import write_wsinfer
 from medsd.export.zoo import write_zoo
+from medsd.files import check_new
 
 _WRITERS = {".onnx": write_onnx, ".ts": write_torchscript}
 
@@ -38,8 +39,7 @@ def export_run(run: str | Path, out: str | Path, wsinfer: bool = False, license_
         raise ConfigError(f"{out}: what to write? Let it end in .zip (a bundle), .onnx or .ts, or add --wsinfer")
     if license_file is not None and kind != ".zip":
         raise ConfigError("license: only a bundle (.zip) has a place for it; leave it out")
-    if out.exists():
-        raise OutputError(f"{out}: is there already and is left as it is; choose another name, or remove it first")
+    check_new(out)
     if kind == ".onnx":
         check_onnx()
     trained = open_trained(run)

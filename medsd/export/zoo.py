@@ -79,9 +79,13 @@ def _license(path: Path | None) -> bytes:
     if path is None:
         return _LICENSE.encode()
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{path}: no licence to be read ({error.strerror}); name a text file") from error
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise OutputError(f"{path}: no licence to be read ({reason}); name a text file") from error
+    if not text.strip() or "\0" in text:
+        raise OutputError(f"{path}: no licence to be read (no text in it); name a text file")
+    return path.read_bytes()
 
 
 def _config_of(run: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from medsd.checks import check_number
+from medsd.checks import WORKERS, check_number
 from medsd.errors import ConfigError, NetworkError, WeightsError, nearest
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, Normalise
 from medsd.networks.modes import encoded_map, evaluating
@@ -66,7 +66,7 @@ class FeatureRequest:
             check_mpp("network_mpp", self.network_mpp)
         for name in ("tile_px", "stride_px", "batch", "workers"):
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, "[1, inf)", whole=True)
+                check_number(name, value, WORKERS if name == "workers" else "[1, inf)", whole=True)
         for name in ("min_tissue", "max_unseen"):
             check_number(name, getattr(self, name), "[0, 1]")
         if self.encoder is None:

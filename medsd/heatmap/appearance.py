@@ -36,7 +36,8 @@ _WORDS = {
 _STAINED, _LEAST_STAINED = 0.15, 0.1
 _TAIL = 1.0  # per cent of validation tiles on either side
 _ASKED = 512  # validation tiles
-_LEAST_TILES, _ODD = 8, 0.5
+# More tiles outside on one side than half are odd, fewer than a tenth, where one in a hundred would be, worth no word.
+_LEAST_TILES, _ODD, _SOME = 8, 0.5, 0.1
 _EPSILON = 1e-9
 
 Floats = npt.NDArray[np.float64]
@@ -91,11 +92,15 @@ class AppearanceCheck:
     @property
     def odd(self) -> list[str]:
         """In words, where more than half of the tiles lie outside on one side."""
+        return self._outside(_ODD)
+
+    def _outside(self, share: float) -> list[str]:
+        """What more than a share of the tiles lie outside in, on one side, the most frequent first."""
         counts = [(side[name], name, word) for word, side in enumerate((self.below, self.above)) for name in side]
         return [
             f"{count} of {self.tiles} tiles have {_WORDS[name][word]}"
             for count, name, word in sorted(counts, reverse=True)
-            if count > _ODD * self.tiles
+            if count > share * self.tiles
         ]
 
     @property
@@ -113,6 +118,11 @@ class AppearanceCheck:
         """What was found, in a sentence."""
         if self.odd:
             return self.warning
+        if outside := self._outside(_SOME):
+            return (
+                f"{', '.join(outside)} than 99 % of the validation tiles. A warning is given where that is so of more "
+                "than half of a slide's tiles."
+            )
         return (
             f"Stain, contrast and sharpness of {self.tiles} tiles are within the range of the validation tiles; that "
             "does not tell whether it is tissue of the same kind."

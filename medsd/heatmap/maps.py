@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from medsd.checks import check_choice, check_number
+from medsd.checks import WORKERS, check_choice, check_number
 from medsd.errors import ConfigError
 from medsd.heatmap.additive import blurred, change_of_sums
 from medsd.heatmap.grid import MapGrid, block_any, seam_score
@@ -86,7 +86,7 @@ class MapSettings:
         check_number("false_lesions", self.false_lesions, "[0, inf)")
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.workers is not None:
-            check_number("workers", self.workers, "[1, inf)", whole=True)
+            check_number("workers", self.workers, WORKERS, whole=True)
         if self.block_px is not None:
             check_number("block_px", self.block_px, "[1, inf)", whole=True)
         for name, known in (("smoothing", Smoothing), ("way", Way)):

@@ -134,6 +134,11 @@ def test_labels_by_the_share_inside_the_annotation(outlined_from: float, at_eigh
     assert labels == {0: {1}, 8: {at_eight}, 16: {NORMAL}, 24: {NORMAL}}
 
 
+def test_a_step_that_makes_far_too_many_tiles_is_told() -> None:
+    with pytest.raises(DatasetError, match=r"8993 x 4993 tiles, above 20,000,000 in all; raise stride_px \(1\)"):
+        tiles_of_slide(Blank(9000, 5000), "big", TileGrid(8, 1, 1.0), all_tissue(9, 5))
+
+
 def test_a_slide_smaller_than_a_tile_has_none() -> None:
     assert len(tiles_of_slide(Blank(7, 100), "a", TileGrid(8, 8, 1.0), all_tissue(7, 100))) == 0
 

@@ -135,6 +135,31 @@ def test_shards_are_whole_apart_and_the_same_in_any_order(slides: list[SlideEntr
         gather(Sums(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("damage", ["record.json", "sum.txt"])
+def test_a_slide_whose_record_does_not_hold_is_told_and_not_left_out(
+    damage: str, slides: list[SlideEntry], tmp_path: Path
+) -> None:
+    run_cohort(SumWork(tmp_path), slides[:2], isolate=False)
+    path = tmp_path / "s00" / damage
+    path.write_text(path.read_text()[: path.stat().st_size // 2])
+    rows = gather(Sums(tmp_path))
+    assert [(row.slide, row.status) for row in rows] == [("s00", "failed"), ("s01", "ok")]
+    assert rows[0].reason.startswith(str(tmp_path / "s00" / "record.json")) and "give the slide again" in rows[0].reason
+    assert [row.status for row in run_cohort(SumWork(tmp_path), slides[:1], isolate=False)] == ["ok"]
+    assert [row.status for row in gather(Sums(tmp_path))] == ["ok", "ok"]
+
+
+def test_finished_outputs_of_other_settings_do_not_go_without_a_word(
+    slides: list[SlideEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_cohort(SumWork(tmp_path), slides[:2], isolate=False)
+    run_cohort(SumWork(tmp_path), slides[:2], isolate=False)
+    assert "made anew" not in caplog.text
+    monkeypatch.setattr(SumWork, "recipe", lambda *_: {"weights": "others"})
+    run_cohort(SumWork(tmp_path), slides[:3], isolate=False)
+    assert "finished outputs of 2 slides are made anew, since these differ: weights" in caplog.text
+
+
 def test_another_file_of_the_same_name_gets_its_own(slides: list[SlideEntry], tmp_path: Path) -> None:
     folder, path = tmp_path / "out", tmp_path / "s00.png"
     Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medsd import cli
-from medsd.cohort.submit import Verb, make_executor, out_of
+from medsd.cohort.submit import Verb, make_executor, out_of, submit_shards
 from medsd.errors import ConfigError
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
@@ -105,6 +105,8 @@ def test_settings_and_clusters_that_are_none_are_refused(tmp_path: Path, monkeyp
     ):
         with pytest.raises(ConfigError, match=told):
             make_executor(on, tmp_path / "out", slurm)
+    with pytest.raises(ConfigError, match="jobs=1000000000: must be a whole number from 1 to 10000"):
+        submit_shards(make_executor("local", tmp_path / "out"), ["tiles", "a", "--out", "o"], 10**9)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="use --on local, or a node that has sbatch"):
         make_executor("slurm", tmp_path / "out")

@@ -60,6 +60,15 @@ def test_what_a_run_lacks_is_named(tmp_path, file):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_what_is_no_singular_value_is_damage_and_no_collapse(tmp_path, value):
+    folder = pretrained(tmp_path / "run", [1.0, value])
+    path = folder / "pretraining" / "spectrum.csv"
+    path.write_text(f"features,embeddings\n1.0,1.0\n{value},0.5\n", "utf-8")
+    with pytest.raises(DatasetError, match="features are no singular values"):
+        compare_spectra([folder], tmp_path / "out")
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(DatasetError, match="stage pretrain"):
         compare_spectra([tmp_path], tmp_path / "out")

@@ -20,7 +20,7 @@ from monai.bundle.properties import TrainProperties
 from medsd.audit import audit
 from medsd.bundle import check_config
 from medsd.cohort.manifest import find_slides_at
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.export.export import export_run
 from medsd.export.source import TrainedClassifier
 from medsd.export.zoo_configs import train_config
@@ -200,6 +200,10 @@ def test_the_card_tells_scores_with_intervals_and_limits(inside: Path, run_folde
     scores = json.loads((run_folder / "scores.json").read_text())
     shutil.copy(run_folder / "model.safetensors", tmp_path)
     (tmp_path / "scores.json").write_text(json.dumps(scores | {"weights_sha256": "of others"}))
+    for content in (b"\xff\xd8\xff", b" \n", b"a\0b"):
+        (tmp_path / "mine.txt").write_bytes(content)
+        with pytest.raises(OutputError, match=r"mine\.txt: no licence to be read \(.*name a text file"):
+            export_run(tmp_path, tmp_path / "bare.zip", license_file=tmp_path / "mine.txt")
     (tmp_path / "mine.txt").write_text("mine")
     made = export_run(tmp_path, tmp_path / "bare.zip", license_file=tmp_path / "mine.txt")
     assert "without configs/train.json" in made

@@ -11,7 +11,14 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from medsd.cohort.entry import SlideEntry
-from medsd.heatmap.appearance import STATISTICS, Appearance, appearance_card, statistics, usual_appearance
+from medsd.heatmap.appearance import (
+    STATISTICS,
+    Appearance,
+    AppearanceCheck,
+    appearance_card,
+    statistics,
+    usual_appearance,
+)
 from medsd.heatmap.cohort import map_slides, read_slide_record
 from medsd.heatmap.model import MapRequest
 from medsd.networks.weights import load_classifier, save_classifier
@@ -56,6 +63,18 @@ def test_the_tiles_themselves_are_within_their_range(tiles: Tensor) -> None:
     assert found is not None and found.odd == [] and found.warning == ""
     assert found.below == dict.fromkeys(STATISTICS, 1) == found.above  # 1 % of 40, the one beyond it
     assert "Stain, contrast and sharpness of 40 tiles are within the range" in found.words
+
+
+def test_what_lies_outside_is_told_before_it_is_odd() -> None:
+    for count, words in (
+        (3, "are within the range"),
+        (4, "4 of 30 tiles have a bluer stain than 99 %"),
+        (16, "unlike"),
+    ):
+        check = AppearanceCheck(30, dict.fromkeys(STATISTICS, 0) | {"yellow": count}, dict.fromkeys(STATISTICS, 1))
+        assert words in check.words
+        assert ("within the range" in check.words) == (count == 3)
+        assert bool(check.warning) == (count == 16)
 
 
 def blurred(images: Tensor) -> Tensor:

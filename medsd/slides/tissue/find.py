@@ -132,7 +132,7 @@ def find_tissue(slide: Slide, mpp: float = WORK_MPP, method: str = METHODS[0], f
     if looks is not None:
         raise NotBrightFieldError(
             f"{slide.path}: not stained tissue on bright glass ({looks}); convert the slide, or force the tissue step"
-            " (force=True, --force-tissue)"
+            " (force=True, medsd tiles --force-tissue)"
         )
     if method == "saturation":
         mask = tissue_from_rgb(image, mpp, seen)
