@@ -20,7 +20,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from medsd.checks import check_number
+from medsd.checks import WORKERS, check_number
 from medsd.heatmap.grid import MapGrid
 from medsd.heatmap.store import BlockStore
 from medsd.heatmap.tiled import blend_window
@@ -121,7 +121,7 @@ class SlideSegmenter:
         check_number("overlap", self.overlap, "[0, 0.5]", hint=OVERLAP_HINT)
         check_number("batch", self.batch, "[1, inf)", whole=True)
         if self.workers is not None:
-            check_number("workers", self.workers, "[1, inf)", whole=True)
+            check_number("workers", self.workers, WORKERS, whole=True)
         self.step_px = self.tile_px - math.floor(self.overlap * self.tile_px)
         # What reaches over a block's border must not reach over the next one's.
         self.block_px = CHUNK_PX * math.ceil(max(_BLOCK_PX, self.tile_px) / CHUNK_PX)
