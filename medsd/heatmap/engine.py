@@ -38,8 +38,9 @@ _TILED_COST = 4.0
 class MixedEngine(Engine):
     """Maps slides with each method its best way, on one grid: dense, or tile by tile where it looks at whole tiles.
 
-    The probability is the dense one. By the way "tiled" it is that of tiles, and label-free methods alone are dense:
-    they decompose features of the slide as a whole. Arguments and errors as `Engine`; there are methods of either kind.
+    The probability is the dense one, also where all methods look at tiles: thresholds hold for it whatever is asked.
+    By the way "tiled" it is that of tiles, and label-free methods alone are dense: they decompose features of the slide
+    as a whole. Arguments and errors as `Engine`.
     """
 
     classifier: TileClassifier
@@ -52,8 +53,8 @@ class MixedEngine(Engine):
         rest = self.classifier, self.tile_px, self.mpp, self.target
         scale = self.temperature, None, self.offset
         kind = FeatureEngine if by_tiles else DenseEngine
-        self.of_places = kind(*rest, replace(self.settings, methods=dense), *scale)
-        # Tiles that give a probability have a map, which is cheap, and is not kept where nobody asked for it.
+        # What gives a probability has a map, which is cheap, and is not kept where nobody asked for it.
+        self.of_places = kind(*rest, replace(self.settings, methods=dense or ("gradient",)), *scale)
         self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles or ("gradient",)), *scale)
         self._main: Engine = self._tiled if by_tiles else self.of_places
 
@@ -199,7 +200,7 @@ def make_engine(
     of_tiles, free = _of_tiles(settings), set(LABEL_FREE).intersection(settings.methods)
     if not isinstance(classifier, TileClassifier) or (settings.way == "tiled" and not free):
         return TiledEngine(*rest)
-    mixed = settings.way != "dense" and MASK not in of_tiles and len(of_tiles) < len(settings.methods)
+    mixed = settings.way != "dense" and MASK not in of_tiles
     kind = MixedEngine if mixed and (of_tiles or settings.way == "tiled") else DenseEngine
     try:
         return kind(classifier, *rest[1:])

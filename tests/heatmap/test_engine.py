@@ -56,6 +56,21 @@ def test_methods_of_either_way_stand_side_by_side_as_they_are_alone(classifier, 
     assert maps.moved == whole.moved
 
 
+@pytest.mark.parametrize("methods", [("gradcam",), ("gradcam", "smoothgrad"), ("gradcam", "gradient"), ("tsm",)])
+def test_the_probability_is_the_same_whatever_shows_it(classifier, array_slide, methods):
+    """Thresholds hold for one; whole-tile methods alone once took the tiles' own."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 264, 3), dtype=np.uint8)
+    slide, tissue = array_slide(pixels), TissueMask(np.ones((1, 1), bool), 512.0)
+    found, usual = (
+        make_engine(classifier, 64, 1.0, settings=MapSettings(names, "layer2")).map(slide, tissue)
+        for names in (methods, ("gradient",))
+    )
+    assert tuple(found.explanations) == methods
+    np.testing.assert_array_equal(found.probability.values, usual.probability.values)
+    tiles = TiledEngine(classifier, 64, 1.0, settings=MapSettings(("gradient",), "layer2")).map(slide, tissue)
+    assert np.nanmax(np.abs(tiles.probability.values - usual.probability.values)) > 1e-3  # so that it can fail
+
+
 @pytest.mark.parametrize("methods", [("tsm", "deeplift", "gradcam"), ("eigencam",)])
 def test_label_free_maps_of_a_network_that_goes_by_tiles_are_the_dense_ones(
     classifier, reference, array_slide, methods
