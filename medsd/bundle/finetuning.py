@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -83,7 +83,9 @@ def finetune(
         head=network.head,
         # Training patches of one split are test patches of another: a training belongs to its split.
         data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
-        hard_negatives=hard_negatives,
+        # Not how fast they are found.
+        hard_negatives=hard_negatives
+        and {key: getattr(hard_negatives, key) for key in ("epoch", "share", "threshold")},
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
@@ -99,7 +101,9 @@ def finetune(
     if (config := command_config()) is not None:
         write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
-    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "maps": asdict(map_settings)}
+    # What the card says besides, but for what costs memory or time alone.
+    told = {"maps": asdict(replace(map_settings, block_px=None, workers=None)), "tissue": data.tissue}
+    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, **told}
     recipe |= {"test_time_augmentation": True} if test_time_augmentation else {}
     recipe |= {"wise_ft_alpha": wise_ft_alpha} if start is not None else {}
     written = read_record(record, recipe)

@@ -64,12 +64,12 @@ def pretrain(
     network, loader = cast(MedMoCo, trainer.network), cast("DataLoader[Unlabelled]", trainer.data_loader)
     images = cast(UnlabelledImages, loader.dataset)
     check_negatives(network, images, cast(int, loader.batch_size))
-    weights = start.weights and weights_sha256(start.weights)
+    told = {**asdict(start), "weights": start.weights and weights_sha256(start.weights)}
     settings = settings_of(
         trainer,
         network=network.settings,
-        # Options only where there are some: runs from before there were any go on.
-        start={name: value for name, value in {**asdict(start), "weights": weights}.items() if value != {}},
+        # Options only where there are some: runs from before there were any go on. The memory's layout changes nothing.
+        start={name: value for name, value in told.items() if value != {} and name != "channels_last"},
         data=images.fingerprint(),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )

@@ -91,7 +91,7 @@ def segment(
     if idist.get_rank() > 0:
         return
     path, record = checkpoint.folder.parent / SEGMENTATION, checkpoint.folder / "weights.json"
-    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch}
+    recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, "mpp": data.mpp}
     written = read_record(record, recipe)
     if written is not None and path.is_file() and sha256_of(path) == written["sha256"]:
         return

@@ -58,6 +58,17 @@ class PatchTable:
         )
         return PatchTable(self.paths + other.paths, label, group)
 
+    def files(self) -> list[tuple[str, int]]:
+        """Name and bytes of each patch's file: copies elsewhere are the same patches, others of the names are not.
+
+        Raises:
+            DatasetError: a file that is no longer there.
+        """
+        try:
+            return [(path.name, path.stat().st_size) for path in self.paths]
+        except OSError as error:
+            raise DatasetError(f"{error.filename}: {error.strerror}; put the patch back") from error
+
     def pixels(self, row: int) -> RGB:
         """The patch of a row as RGB pixels (height, width, 3).
 
@@ -121,13 +132,15 @@ def read_patch_table(
     if rows.empty:
         raise DatasetError(f"{table}: no rows; it must list patches")
     group = rows[wanted[-1] if group_column else column]
-    numbers = {name: number for number, name in enumerate(classes)} | {str(n): n for n in range(len(classes))}
+    numbers = {name: number for number, name in enumerate(classes)}
+    if not any(name.isdigit() for name in classes):  # grades are names, not places
+        numbers |= {str(number): number for number in range(len(classes))}
     for number, label in rows["label"].items():
         place = f"{table}: row {number}"
         if label not in numbers:
             raise DatasetError(
-                f"{place}: label '{label}' unknown; use {' or '.join(map(str, range(len(classes))))}, "
-                f"or a class ({', '.join(classes)})"
+                f"{place}: label '{label}' unknown; use {' or '.join(filter(str.isdigit, numbers))}, or a class "
+                f"({', '.join(classes)})"
             )
         if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
@@ -216,9 +229,8 @@ class PatchDataset(Dataset[Sample]):
 
     def fingerprint(self) -> str:
         """A SHA-256 of which patches these are, whatever their labels."""
-        names = [path.name for path in self.table.paths]
         told = f" {self.scale:g}" if self.scale != 1 else ""
-        return hashlib.sha256(f"{self.side_px}{told} {names}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.side_px}{told} {self.table.files()}".encode()).hexdigest()
 
 
 def check_scale(scale: float) -> None:

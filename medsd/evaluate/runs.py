@@ -17,7 +17,11 @@ from medsd.tables import read_table
 
 _LONGEST_LABEL = 64
 # What the files of `scores.json` rest on: path, and what is said where it differs from the first run's.
-_SAME = {"data_sha256": "another split of the data", "tiles.items": "another number of test tiles"}
+_SAME = {
+    "data_sha256": "another split of the data",
+    "tiles.items": "another number of test tiles",
+    "target": "another class asked about",
+}
 # Settings of `ExplanationSettings` that change what is measured; the seed only changes which tiles are.
 _JUDGED_BY = ("items", "draws", "fill", "steps", "target")
 
@@ -69,6 +73,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = [_read_run(Path(folder)) for folder in folders]
     for run in runs:
         for path, words in _SAME.items():
+            if path == "target" and None in (run.node(path), runs[0].node(path)):
+                continue  # of before it could be chosen
             if run.node(path) is None:
                 raise DatasetError(f"{run.folder}: scores.json has no {path}; run its stage 'evaluate' again")
             if run.node(path) != runs[0].node(path):

@@ -17,6 +17,8 @@ from ignite.engine import Events
 from ignite.handlers import EarlyStopping
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.engines.trainer import SupervisedTrainer
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,13 +35,17 @@ from medsd.training.hard_negatives import HardNegativeRound
 logger = logging.getLogger(__name__)
 
 _NOT_TERMS = ("pred", "label")
-_PLAIN = (str, int, float, bool, type(None), list, tuple)
+_PLAIN = (str, int, float, bool, type(None))
+# A schedule's state; its rates are the optimiser's.
+_OF_STEPS = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step")
+_LONGEST_BUFFER = 64  # values: weights of classes, but no network's
 
 
 def settings_of(trainer: SupervisedTrainer, **parts: object) -> dict[str, Any]:
     """What a training follows from, read off the objects that it is made of: plain values, nested by name.
 
-    Of every object its public plain attributes, as it was built: a choice that is added to one is recorded with it.
+    Of every object its public plain attributes, as it was built: a choice that is added to one is recorded with it. Of
+    modules (MONAI's losses) also their parts and short buffers, of schedules what they keep to themselves, too.
 
     Args:
         trainer: its epochs, loss function, optimiser and data loader.
@@ -47,11 +53,14 @@ def settings_of(trainer: SupervisedTrainer, **parts: object) -> dict[str, Any]:
     """
     loader, optimizer = cast(DataLoader[Any], trainer.data_loader), trainer.optimizer
     groups = optimizer.param_groups
-    rates = {
+    rates: dict[str, Any] = {
         "lr": [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in groups],
         "weight_decay": [group.get("weight_decay") for group in groups],
         "trained_values": [sum(parameter.numel() for parameter in group["params"]) for group in groups],
     }
+    for name, key in (("rises_from", "initial_lr"), ("ends_at", "min_lr")):
+        if "max_lr" in groups[0]:  # of a OneCycleLR, as a share of the highest rate
+            rates[name] = [float(f"{group[key] / (group['max_lr'] or 1):.6g}") for group in groups]
     return {
         "max_epochs": trainer.state.max_epochs,
         "batch_size": loader.batch_size,
@@ -67,14 +76,28 @@ def _plain(thing: object) -> Any:
         return thing
     if isinstance(thing, dict):
         return {key: _plain(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [_plain(value) for value in thing]
     names = [field.name for field in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else vars(thing)
-    values = {name: getattr(thing, name) for name in names if not name.startswith("_")}
-    kept = {name: v if isinstance(v, _PLAIN) else _plain(v) for name, v in values.items() if _is_settings(v)}
-    return {"name": type(thing).__name__, **kept}
+    if isinstance(thing, LRScheduler):
+        values = {name.lstrip("_"): getattr(thing, name) for name in names if name not in _OF_STEPS}
+    else:
+        values = {name: getattr(thing, name) for name in names if not name.startswith("_")}
+    kept = {"name": type(thing).__name__, **{name: _plain(v) for name, v in values.items() if _is_settings(v)}}
+    if isinstance(thing, nn.Module):
+        kept |= {name: _plain(part) for name, part in thing.named_children()}
+        kept |= {name: part.tolist() for name, part in thing.named_buffers(recurse=False) if _is_short(part)}
+    return kept
+
+
+def _is_short(buffer: torch.Tensor) -> bool:
+    return buffer.numel() <= _LONGEST_BUFFER
 
 
 def _is_settings(value: object) -> bool:
-    return isinstance(value, _PLAIN) or dataclasses.is_dataclass(value)
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, dict) or _is_settings(each) for each in value)
+    return isinstance(value, (*_PLAIN, LRScheduler)) or dataclasses.is_dataclass(value)
 
 
 @freed_memory_kept()

@@ -161,6 +161,14 @@ def test_a_finished_training_may_go_back_towards_its_start(patch_folder, tmp_pat
             torch.testing.assert_close(value, (state[0.0][name] + state[1.0][name]) / 2)
     assert cards[0.5].start == f"{cards[1.0].start}, 0.5 of it kept (WiSE-FT)"
     assert len({card.calibration.threshold for card in cards.values()}) == 3
+    # Memory changes nothing; what the card says does, without another training.
+    model = output / "model.safetensors"
+    for changes, anew in (({"block_px": 256}, False), ({"tissue": "breast, H&E"}, True)):
+        before = model.stat().st_mtime_ns
+        run_bundle(FILES, "finetune", **settings | changes)
+        assert (model.stat().st_mtime_ns != before) == anew
+    assert load_classifier(model)[1].tissue == "breast, H&E"
+    assert (output / "training" / "checkpoint.pt").stat().st_mtime_ns in saved
 
 
 def test_mistakes_in_a_patch_folder_are_named(patch_folder, tmp_path, refusal):

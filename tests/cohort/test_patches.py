@@ -300,3 +300,21 @@ def test_what_cannot_be_split() -> None:
     with pytest.raises(DatasetError, match=r"side lacks (normal|tumour); change the seed or the shares"):
         for seed in range(20):
             split_groups(lopsided, (0.1, 0.1), seed)
+
+
+def test_other_pixels_under_the_same_names_are_other_patches(folder: Path) -> None:
+    before = PatchDataset(read_patch_table(str(folder), "slide")).fingerprint()
+    Image.fromarray(np.zeros((10, 12, 3), np.uint8)).save(folder / "images" / "a.png")
+    table = read_patch_table(str(folder), "slide")
+    assert PatchDataset(table).fingerprint() != before
+    (folder / "images" / "a.png").unlink()
+    with pytest.raises(DatasetError, match=r"a\.png: No such file or directory; put the patch back"):
+        PatchDataset(table).fingerprint()
+
+
+def test_classes_that_are_called_by_numbers_go_by_name(folder: Path) -> None:
+    (folder / "labels.csv").write_text("id,label,slide\na,0,s1\nb,3,s1\nc,4,s2\nd,0,s3\n")
+    assert read_patch_table(str(folder), "slide", ("0", "3", "4")).label.tolist() == [0, 1, 2, 0]
+    assert read_patch_table(str(folder), "slide", ("4", "3", "0")).label.tolist() == [2, 1, 0, 2]
+    with pytest.raises(DatasetError, match=r"label '4' unknown; use 0 or 3, or a class"):
+        read_patch_table(str(folder), "slide", ("0", "3", "five"))

@@ -36,6 +36,7 @@ def scores(auc: float = 0.8) -> dict[str, Any]:
     }
     return {
         "data_sha256": "abc",
+        "target": "tumour",
         "tiles": {"patch_auc": interval(auc), "items": 40},
         "calibration": {"ece": 0.03, "ece_before": 0.09, "brier": 0.1, "temperature": 1.5, "threshold": 0.4},
         "explanations": {
@@ -155,6 +156,7 @@ def test_labels_that_say_too_little_or_too_much_are_folder_names(full, tmp_path)
     [
         (lambda c: c.update(data_sha256="xyz"), "another split of the data"),
         (lambda c: c["tiles"].update(items=41), "another number of test tiles"),
+        (lambda c: c.update(target="polyp"), "another class asked about"),
         (lambda c: c.pop("data_sha256"), "no data_sha256; run its stage 'evaluate' again"),
         (lambda c: c["tiles"].pop("items"), "no tiles.items"),
         (lambda c: c["explanations"]["settings"].update(steps=9), "steps=9"),
@@ -168,6 +170,12 @@ def test_runs_on_other_test_sets_are_refused(full, tmp_path, change, words):
         compare_runs([full, other], tmp_path / "out")
     assert str(other) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_before_the_class_was_told_is_no_obstacle(full, tmp_path):
+    content = scores()
+    del content["target"]
+    assert len(read_runs([full, write_run(tmp_path / "other", content)])) == 2
 
 
 def test_another_seed_of_the_explanations_is_no_obstacle(full, tmp_path):

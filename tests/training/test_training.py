@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from monai.losses import DiceCELoss
+from monai.optimizers import WarmupCosineSchedule
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from medsd.training.step import ObjectiveStep
 from medsd.training.training import settings_of
@@ -173,3 +177,46 @@ def test_settings_are_read_off_the_objects() -> None:
         run.scheduler.step()
     assert settings_of(run.trainer, step=run.step)["sampler"] == found["sampler"]
     assert settings_of(run.trainer, step=run.step)["optimizer"]["lr"] == [0.01]
+
+
+LINEAR = torch.nn.Linear(2, 2)
+
+
+def scheduled(**changes: object) -> LRScheduler:
+    options: dict[str, Any] = {"max_lr": 0.1, "total_steps": 50, **changes}
+    return OneCycleLR(torch.optim.AdamW(LINEAR.parameters()), **options)
+
+
+def in_turn(milestone: int) -> LRScheduler:
+    optimizer = torch.optim.AdamW(LINEAR.parameters())
+    return SequentialLR(optimizer, [LinearLR(optimizer), CosineAnnealingLR(optimizer, 5)], [milestone])
+
+
+@pytest.mark.parametrize(
+    "makes",
+    [
+        lambda: (DiceCELoss(), DiceCELoss(include_background=False), DiceCELoss(weight=torch.tensor([1.0, 2.0]))),
+        lambda: (
+            scheduled(),
+            scheduled(pct_start=0.9),
+            scheduled(three_phase=True),
+            scheduled(anneal_strategy="linear"),
+        ),
+        lambda: (in_turn(5), in_turn(50)),
+        lambda: tuple(WarmupCosineSchedule(torch.optim.AdamW(LINEAR.parameters()), steps, 10) for steps in (2, 3)),
+    ],
+)
+def test_what_losses_and_schedules_keep_to_themselves_is_recorded(makes: Callable[[], tuple[object, ...]]) -> None:
+    run = training()
+    found = [json.dumps(settings_of(run.trainer, part=part)["part"]) for part in makes()]
+    assert len(set(found)) == len(found)
+    assert [json.dumps(settings_of(run.trainer, part=part)["part"]) for part in makes()] == found
+
+
+def test_where_a_schedule_starts_and_ends_is_recorded_beside_its_height() -> None:
+    run, found = training(), []
+    for lr, divisor in ((0.1, 1e4), (0.2, 1e4), (0.1, 10.0)):
+        run.trainer.optimizer = torch.optim.AdamW(LINEAR.parameters())
+        OneCycleLR(run.trainer.optimizer, lr, 50, final_div_factor=divisor)
+        found.append(settings_of(run.trainer)["optimizer"])
+    assert found[0] | {"lr": [0.2]} == found[1] and found[0]["ends_at"] != found[2]["ends_at"]

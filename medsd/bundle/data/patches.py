@@ -104,7 +104,7 @@ class PatchData:
         digest = hashlib.sha256(f"{self.tile_px} {self.mpp}{told}".encode())
         for part in PARTS:
             rows = self._parts[part]
-            digest.update(f"{part} {[path.name for path in rows.paths]} {rows.label.tolist()}".encode())
+            digest.update(f"{part} {rows.files()} {rows.label.tolist()}".encode())
         return digest.hexdigest()
 
     def prepare(self) -> None:
