@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from medsd.checks import check_number
@@ -22,6 +22,7 @@ from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
+from medsd.slides.readers.picture import MODES
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -79,16 +80,22 @@ class PatchTable:
 
 
 def read_patch(path: Path) -> RGB:
-    """A patch as RGB pixels (height, width, 3).
+    """A patch as RGB pixels (height, width, 3), upright, transparency on white: as slides and `medsd explain` read it.
 
     Raises:
-        DatasetError: it cannot be decoded, or has more than 4,096 x 4,096 px.
+        DatasetError: it cannot be decoded, is not of 8 bits a colour, or has more than 4,096 x 4,096 px.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > _MOST_PX:
                 raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
-            return np.array(image.convert("RGB"))
+            if image.mode not in MODES:
+                raise DatasetError(f"{path}: not 8 bits a colour ({image.mode}); save it as 8-bit RGB")
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return np.array(upright.convert("RGB"))
+            shown = upright.convert("RGBA")
+            return np.array(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))
     except DAMAGED as error:
         raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
 

@@ -241,9 +241,12 @@ class _Run(Generic[Row]):
             )
 
     def has_failed(self, entry: SlideEntry) -> bool:
-        """Whether a run tried the slide in vain, or its file cannot be reached now."""
+        """Whether a run tried the slide, as it is now, in vain, or its file cannot be reached now."""
         record = read_record(self.work.record_of(entry.name))
-        return record is not None and (record["status"] == "failed" or known_identity(entry.path) is None)
+        if record is None or known_identity(entry.path) is None:
+            return record is not None
+        now = {"medsd": medsd.__version__, **self._recipe(entry)}
+        return record["status"] == "failed" and not differences(record["recipe"], now)
 
     def finish(self, entry: SlideEntry, progress: Progress, wait: bool = False) -> Row | None:
         """Make the slide's outputs and record, unless another run just did; a failure is a row, too.
@@ -321,13 +324,16 @@ class _Run(Generic[Row]):
             return
         claim.check()
         self.remove(self._files(entry), [])
-        self._write_record(entry, Made(row), {}, claim)
+        try:
+            recipe = self._recipe(entry)
+        except OSError:  # no longer there
+            recipe = {}
+        self._write_record(entry, Made(row), recipe, claim)
 
     def _write_record(self, entry: SlideEntry, made: Made[Row], recipe: Mapping[str, Any], claim: Claim) -> None:
         claim.check()
         content = {"status": made.row.status, "result": asdict(made.row), **made.content}
-        failed = made.row.status == "failed"
-        write_record(self.work.record_of(entry.name), {} if failed else recipe, made.outputs, **content)
+        write_record(self.work.record_of(entry.name), recipe, made.outputs, **content)
 
     def _recipe(self, entry: SlideEntry) -> dict[str, Any]:
         return {"slide": slide_identity(entry.path), "mpp": entry.mpp, **self.work.recipe(entry)}

@@ -155,13 +155,19 @@ def _tissue_places(
     dimensions: tuple[int, int], steps: list[int], level: int, seen: Bools, level0_px: float
 ) -> list[Place]:
     """Of the tiles in which a map has seen something."""
-    rows, columns = np.nonzero(seen)
-    held = np.zeros([-(-side // (TILE_PX * steps[level])) + 1 for side in reversed(dimensions)], bool)
-    # By their corners: map pixels are smaller than tiles.
-    for down, across in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        corners = np.stack([rows + down, columns + across]) * level0_px / (TILE_PX * steps[level])
-        held[tuple(corners.astype(np.int64))] = True
-    return [(level, int(column), int(row)) for row, column in np.argwhere(held[:-1, :-1])]
+    tiles_per_pixel = level0_px / (TILE_PX * steps[level])
+    counts = [-(-side // (TILE_PX * steps[level])) for side in reversed(dimensions)]
+    ranges = []
+    for places, count in zip(np.nonzero(seen), counts, strict=True):
+        first, behind = np.floor(places * tiles_per_pixel), np.ceil((places + 1) * tiles_per_pixel)
+        ranges.append([ends.astype(np.int64).clip(max=count) for ends in (first, behind)])
+    # Of each map pixel a rectangle of tiles, by its corners: sums along both axes count how many hold a tile.
+    (top, bottom), (left, right) = ranges
+    corners = np.zeros([count + 1 for count in counts], np.int64)
+    for row, column, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+        np.add.at(corners, (row, column), sign)
+    held = corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
+    return [(level, int(column), int(row)) for row, column in np.argwhere(held)]
 
 
 def _in_words(mpp: float, overview_step: float, tissue_step: int | None, shown: int, peaks: int) -> str:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medsd.cohort.patches import PatchDataset, PatchTable, check_scale, read_patch_table, split_groups
+from medsd.cohort.patches import PatchDataset, PatchTable, check_scale, read_patch, read_patch_table, split_groups
 from medsd.errors import ConfigError, DatasetError
+from medsd.explain.images import read_image
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +154,30 @@ def test_patches_are_cropped_around_their_centre(folder: Path, side: int, top: i
 def test_patches_too_small_to_crop_are_named(folder: Path) -> None:
     with pytest.raises(DatasetError, match=r"a\.png: 12 x 10 px is smaller than tile_px=11"):
         PatchDataset(read_patch_table(folder, "slide"), side_px=11)[0]
+
+
+def test_a_patch_is_read_as_it_is_explained(tmp_path: Path) -> None:
+    """Upright, transparency on white, and nothing of more than 8 bits a colour."""
+    pixels, path = patch(0, width=12, height=10), tmp_path / "a.png"
+    glass = np.dstack([pixels, np.full((10, 12), 255, np.uint8)])
+    glass[:3, :3, 3] = 0
+    palette = Image.fromarray(pixels).quantize(8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(glass).save(path)
+    assert (read_patch(path)[:3, :3] == 255).all()
+    for image, options in (
+        (Image.fromarray(glass), {}),
+        (palette, {"transparency": 0}),
+        (Image.fromarray(pixels), {"exif": turned}),
+    ):
+        image.save(path, **options)
+        np.testing.assert_array_equal(read_patch(path), read_image(path))
+    assert read_patch(path).shape == (12, 10, 3)
+    for deep in (np.full((4, 4), 60_000, np.uint16), np.ones((4, 4), np.float32)):
+        Image.fromarray(deep).save(tmp_path / "deep.tif")
+        with pytest.raises(DatasetError, match=r"deep\.tif: not 8 bits a colour"):
+            read_patch(tmp_path / "deep.tif")
 
 
 def test_grey_palette_and_alpha_become_rgb(folder: Path) -> None:

@@ -18,7 +18,7 @@ from medsd.annotations import read_annotations, tumour_share
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileGrid, TileIndex
-from medsd.cohort.tiling import TiledCohort, Tiling, tile_slides
+from medsd.cohort.tiling import TiledCohort, Tiling, find_tiles, tile_slides
 from medsd.errors import ConfigError, DatasetError, OutputError
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.slides.slide import open_slide, thumbnail
@@ -276,3 +276,16 @@ def test_cohorts_and_settings_that_mean_nothing(entries: list[SlideEntry], tmp_p
     with pytest.raises(OutputError, match="choose another output folder"):
         tile_slides(entries, tmp_path / "file", TILING)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_slide_that_was_mended_is_asked_for_again(entries: list[SlideEntry], tmp_path: Path) -> None:
+    path = tmp_path / "late.tif"
+    path.write_bytes(entries[0].path.read_bytes()[:1000])
+    late = [SlideEntry("late", path)]
+    assert [row.status for row in tile_slides(late, tmp_path / "out", TILING).slides] == ["failed"]
+    assert find_tiles(late, tmp_path / "out", TILING) is not None  # tried, as it is
+    assert find_tiles(late, tmp_path / "out", replace(TILING, max_unseen=0.5)) is None
+    shutil.copy(entries[0].path, path)
+    assert find_tiles(late, tmp_path / "out", TILING) is None
+    path.unlink()
+    assert find_tiles(late, tmp_path / "out", TILING) is not None  # cannot be reached now

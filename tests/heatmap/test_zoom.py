@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import medsd.heatmap.zoom as zoom
@@ -47,6 +50,28 @@ def test_the_last_tiles_end_with_the_slide(tmp_path: Path) -> None:
         assert read_tile(odd, 1, 2, 1).shape == (44, 88, 3)
         assert read_tile(odd, 4, 0, 0).shape == (75, 150, 3)
         assert (read_tile(odd, 4, 0, 0)[-1, -1] == (10, 200, 30)).all()
+
+
+@given(
+    size=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    level0_px=st.floats(1, 1500),
+    steps=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_tile_that_a_seen_pixel_meets_is_cut(
+    size: tuple[int, int], level0_px: float, steps: int, seed: int
+) -> None:
+    shape = [max(1, round(side / level0_px)) for side in reversed(size)]
+    seen = np.random.default_rng(seed).random(shape) < 0.3
+    side, wanted = TILE_PX * steps, set()
+    for row, column in np.argwhere(seen):
+        ends = [
+            range(int(place * level0_px // side), min(-(-length // side), math.ceil((place + 1) * level0_px / side)))
+            for place, length in zip((row, column), reversed(size), strict=True)
+        ]
+        wanted |= {(1, x, y) for y in ends[0] for x in ends[1]}
+    assert set(zoom._tissue_places(size, [1, steps], 1, seen, level0_px)) == wanted
 
 
 def test_with_room_for_all_the_tissue_is_there_as_scanned(slide: Slide, mapped: MappedSlide) -> None:

@@ -28,7 +28,8 @@ _PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"II+\0": TiffImagePlugin.TiffImageFile,
     b"MM\0+": TiffImagePlugin.TiffImageFile,
 }
-_MODES = {"1", "L", "P", "RGB", "RGBX", "RGBA", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr"}
+MODES = {"1", "L", "P", "RGB", "RGBX", "RGBA", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr"}
+"""Pillow's names of pixels of 8 bits a colour."""
 _ALPHA = {"RGBA", "RGBa", "LA", "La", "PA"}
 # Where PIL itself refuses (twice its MAX_IMAGE_PIXELS): 13,377 px a side. Decoding takes about 1.3 GB.
 _MOST_PX = 178_956_970
@@ -95,7 +96,7 @@ class Picture(LevelReader):
                 f"{self.path}: {width} x {height} px are too many for a picture that is decoded as a whole; "
                 "convert it to a tiled pyramidal TIFF"
             )
-        if image.mode not in _MODES or _bits(image, start) > 8:
+        if image.mode not in MODES or _bits(image, start) > 8:
             raise SlideError(f"{self.path}: not 8 bits a colour; save it as 8-bit RGB")
         # A JPEG shows its first picture in every viewer.
         if not isinstance(image, JpegImagePlugin.JpegImageFile) and getattr(image, "is_animated", False):
