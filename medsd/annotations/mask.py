@@ -17,6 +17,7 @@ from medsd.annotations.shapes import Annotations, Outline, one_line
 from medsd.errors import AnnotationError
 from medsd.slides.readers.base import Bools
 from medsd.slides.readers.damage import DAMAGED
+from medsd.slides.slide import level_of
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def _tumour(pixels: npt.NDArray[Any], tumour_values: Sequence[int], path: Path) 
 
 
 def _scale(mask: Bools, slide_size_px: tuple[int, int], path: Path) -> tuple[float, float]:
-    """Level-0 pixels per mask pixel along x and y; a level's size is the slide's over one factor, rounded."""
+    """Level-0 pixels per mask pixel along x and y: a level of its slide, whose size is rounded, see `level_of`."""
     lows, highs = [], []
     for slide, size in zip(slide_size_px, mask.shape[::-1], strict=True):
         lows.append(slide / (size + 1))
@@ -146,4 +147,5 @@ def _scale(mask: Bools, slide_size_px: tuple[int, int], path: Path) -> tuple[flo
             f"{path}: a mask of {mask.shape[1]} x {mask.shape[0]} pixels does not fit a slide of "
             f"{slide_size_px[0]} x {slide_size_px[1]}; give the mask of this slide"
         )
-    return slide_size_px[0] / mask.shape[1], slide_size_px[1] / mask.shape[0]
+    level = level_of(slide_size_px, (mask.shape[1], mask.shape[0]))
+    return level.downsample_x, level.downsample_y

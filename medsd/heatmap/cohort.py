@@ -174,7 +174,8 @@ class _MapWork(_Maps, Work[SlideResult]):
             row, files = self._write(folder, maps, checks)
         else:
             folder.write_thumbnail()
-            row, files = self.row(entry, "empty", f"no tissue found; see {THUMBNAIL}"), [THUMBNAIL]
+            found = "no map pixel is half tissue" if tissue.mask.any() else "no tissue found"
+            row, files = self.row(entry, "empty", f"{found}; see {THUMBNAIL}"), [THUMBNAIL]
         probability = [] if self.model.card is None else [maps.probability]
         content = folder.about() | {
             "model": words,

@@ -160,7 +160,7 @@ class FileSlide(Slide):
         self.dimensions = check_size(path, sizes[0])
         if any(size[0] > self.dimensions[0] or size[1] > self.dimensions[1] or min(size) < 1 for size in sizes):
             raise SlideError(f"{path}: a level is larger than level 0; its header is damaged, copy it again")
-        self.levels = tuple(_level(self.dimensions, size) for size in sizes)
+        self.levels = tuple(level_of(self.dimensions, size) for size in sizes)
         resolved = resolve_mpp(path, self._reader.properties, mpp)
         self.mpp, self.mpp_source = resolved.value, resolved.source
         self.bounds = _bounds(self._reader.properties, self.dimensions)
@@ -286,7 +286,7 @@ def hatched(pixels: RGB, mask: Bools) -> RGB:
     return np.where(mask[..., None], stripes[..., None], pixels)
 
 
-def _level(base: tuple[int, int], size: tuple[int, int]) -> Level:
+def level_of(base: tuple[int, int], size: tuple[int, int]) -> Level:
     """The scale of a level of that size.
 
     Writers round odd sizes up or down, so base / size is not the scale: 2,967 px over 741 px is a factor of 4, not

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from medsd.errors import SlideError
 from medsd.slides import slide as slide_module
 from medsd.slides.resample import Axis
-from medsd.slides.slide import FileSlide, _level, level_for, open_slide, thumbnail
+from medsd.slides.slide import FileSlide, level_for, level_of, open_slide, thumbnail
 
 NAMES = ["even-2x", "even-4x", "odd-2x", "odd-4x"]
 Coded = dict[str, Any]
@@ -184,7 +184,7 @@ def test_the_nearest_finer_level_is_read(coded_slides: Coded) -> None:
     ],
 )
 def test_the_factor_of_a_level(base: tuple[int, int], size: tuple[int, int], factor: tuple[float, float]) -> None:
-    level = _level(base, size)
+    level = level_of(base, size)
     assert (level.downsample_x, level.downsample_y) == factor
 
 
