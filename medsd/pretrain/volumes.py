@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from medsd.checks import check_number
 from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import ConfigError, DatasetError
-from medsd.files import atomic_path, printable
+from medsd.files import atomic_path, printable, sha256_of
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record, write_record
 from medsd.slides.readers.damage import DAMAGED
@@ -191,11 +191,10 @@ class SliceDataset(Dataset[Sample]):
         return f"{self.files[self._volume[item]]}: slice {self._slice[item]}"
 
     def fingerprint(self) -> str:
-        """A SHA-256 of which volumes these are, with their records."""
+        """A SHA-256 of the volumes' names and slices: copies of the same volumes are the same."""
         digest = hashlib.sha256()
         for path in self.files:
-            record = read_record(path.with_suffix(".json")) or {}
-            digest.update(f"{path.stem} {record.get('recipe')}".encode())
+            digest.update(f"{path.stem} {sha256_of(path)}".encode())
         return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from medsd.checks import check_number
 from medsd.errors import DatasetError
-from medsd.files import atomic_path
+from medsd.files import atomic_path, sha256_of
 from medsd.pretrain.volumes import SUFFIXES, SliceSettings, grey_slices, load_slices, read_volume
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record, write_record
@@ -196,11 +196,10 @@ class MaskedSlices(Dataset[MaskedSample]):
         return f"{self.files[self._volume[item]]}: slice {self._slice[item]}"
 
     def fingerprint(self) -> str:
-        """A SHA-256 of which slices of which volumes these are, with their records."""
+        """A SHA-256 of which slices of which volumes these are, and of what they and their labels hold."""
         digest = hashlib.sha256(self._slice.tobytes())
         for path in self.files:
-            record = read_record(path.with_suffix(".json")) or {}
-            digest.update(f"{path.stem} {record.get('recipe')}".encode())
+            digest.update(f"{path.stem} {sha256_of(path)} {sha256_of(_labels_of(path))}".encode())
         return digest.hexdigest()
 
     def _of(self, item: int, load: Any) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,10 @@ def test_a_bad_volume_costs_itself_and_done_ones_are_kept(tmp_path: Path, caplog
     prepare_volumes(paths, out, SMALL)
     assert made[0].stat().st_mtime_ns == before
     digest = SliceDataset(made).fingerprint()
+    os.utime(paths[0], (1, 1))  # as a copy has another time
+    prepare_volumes(paths, out, SMALL)
+    assert SliceDataset(made).fingerprint() == digest and made[0].stat().st_mtime_ns > before
+    before = made[0].stat().st_mtime_ns
     prepare_volumes(paths, out, SliceSettings(every=2, side_px=16))
     assert made[0].stat().st_mtime_ns > before and SliceDataset(made).fingerprint() != digest
     with pytest.raises(DatasetError, match="no volume could be read"):
