@@ -38,7 +38,6 @@ def card_of(
     evaluator: SupervisedEvaluator,
     map_settings: MapSettings,
     settings: dict[str, Any],
-    wise_ft_alpha: float = 1.0,
 ) -> ModelCard:
     """What goes with the weights of the stage finetune, with what validation data fix."""
     with freed_memory_kept():
@@ -70,7 +69,7 @@ def card_of(
         mpp=data.mpp,
         trained_on=data.description,
         tissue=data.tissue,
-        start=_start_of(network) + (f", {1 - wise_ft_alpha:g} of it kept (WiSE-FT)" if wise_ft_alpha < 1 else ""),
+        start=_start_of(network),
         calibration=calibration,
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

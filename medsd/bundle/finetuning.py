@@ -18,7 +18,7 @@ from medsd.bundle.config import command_config
 from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.stages import WEIGHTS
-from medsd.checks import check_choice, check_number
+from medsd.checks import check_choice
 from medsd.errors import ConfigError
 from medsd.export.source import CONFIG
 from medsd.files import sha256_of, write_json
@@ -33,7 +33,6 @@ from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.step import ObjectiveStep
 from medsd.training.training import run_training, settings_of
-from medsd.training.wise_ft import weight_space_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +47,17 @@ def finetune(
     hard_negatives: HardNegativeRound | None = None,
     head_start: HeadStart = "random",
     test_time_augmentation: bool = False,
-    wise_ft_alpha: float = 1.0,
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
     The weights go beside the checkpoint's folder. Prevalence, temperature, thresholds and colour scale are the
     validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
     `start_head`. `test_time_augmentation`: see `Classifier.augment_at_test_time`. Training and its validation see tiles
-    as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew; so
-    may `wise_ft_alpha`, see `weight_space_ensemble`, which needs given weights and a head from the regression.
+    as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew.
     """
     check_choice("head_start", head_start, get_args(HeadStart))
-    check_number("wise_ft_alpha", wise_ft_alpha, "[0, 1]")
     network, regressed = cast(Classifier, trainer.network), head_start == "regression"
     weights = network.encoder_weights
-    if wise_ft_alpha < 1 and not (regressed and (weights or network.pretrained)):
-        raise ConfigError(
-            f"wise_ft_alpha={wise_ft_alpha:g}: random weights are no start to go back to; give encoder_weights and set "
-            "head_start to regression, or wise_ft_alpha to 1"
-        )
     _check_fits(trainer, data, checkpoint, map_settings, test_time_augmentation)
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     settings = settings_of(
@@ -91,10 +82,6 @@ def finetune(
     )
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers
     begin = partial(start_head, network, data.part("training"), workers) if regressed else None
-    start = copy.deepcopy(network) if wise_ft_alpha < 1 else None
-    if start is not None:  # a training that is resumed is past it
-        start_head(start, data.part("training"), workers)
-        begin = partial(network.load_state_dict, start.state_dict())
     state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
     if idist.get_rank() > 0:
         return
@@ -105,16 +92,11 @@ def finetune(
     told = {"maps": asdict(replace(map_settings, block_px=None, workers=None)), "tissue": data.tissue}
     recipe = {"settings": settings, "epoch": state.epoch, "best_epoch": state.best_epoch, **told}
     recipe |= {"test_time_augmentation": True} if test_time_augmentation else {}
-    recipe |= {"wise_ft_alpha": wise_ft_alpha} if start is not None else {}
     written = read_record(record, recipe)
     if written is None or sha256_of(path) != written["sha256"]:
         network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not
         network.augment_at_test_time(test_time_augmentation)
-        if start is not None:
-            mixed = weight_space_ensemble(start.state_dict(), network.state_dict(), wise_ft_alpha)
-            network.load_state_dict(mixed)
-        card = card_of(network, data, trainer, evaluator, map_settings, settings, wise_ft_alpha)
-        save_classifier(path, network, card)
+        save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
         write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 
 

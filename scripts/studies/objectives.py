@@ -50,7 +50,6 @@ from medsd.tables import read_table
 from medsd.training.augment import augment, turn
 from medsd.training.network import parameter_groups
 from medsd.training.terms import Objective
-from medsd.training.wise_ft import weight_space_ensemble
 
 __all__ = ["draw", "tables"]
 
@@ -268,7 +267,9 @@ def halfway(network: TileClassifier, before: dict[str, Tensor], held: Items, tes
 
     Head and BatchNorm are the start's, too, so that the two lie on one path.
     """
-    network.load_state_dict(weight_space_ensemble(before, network.state_dict(), 0.5))
+    after = network.state_dict()
+    floats = [name for name, value in after.items() if value.is_floating_point()]
+    network.load_state_dict(after | {name: torch.lerp(before[name], after[name], 0.5) for name in floats})
     scores = scores_of(network, held, test) | pointing(network, held, test, job)
     kept = ("accuracy", "auc", "auc_held", "auc_turned", "ece", "ece_turned", "pixel_auc", "pixel_auc_other")
     return {f"{name}_half": scores[name] for name in kept if name in scores}

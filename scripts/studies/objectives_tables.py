@@ -104,10 +104,23 @@ def tables(results: Results) -> str:
                 continue
             cells = [_cell(_differences(of, method, folds, column), column, paired=True) for column in COLUMNS]
             lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
+        for method in done:
+            rows = [scores for key, scores in of.items() if key[0] == method and "auc_half" in scores]
+            if rows:
+                cells = [
+                    _cell([_half_less_whole(row, column) for row in rows], column, paired=True) for column in COLUMNS
+                ]
+                lines.append(f"| *{WORDS[method]}, halfway less whole* | {len(rows)} | " + " | ".join(cells) + " |")
         lines += ["", *(line for method in done if method != "ce" for line in _by_field(of, method))]
         missing = [WORDS[method] for method in WORDS if method not in done]
         lines += [f"Not run: {', '.join(missing) or 'nothing'}.", ""]
     return "\n".join(lines)
+
+
+def _half_less_whole(scores: dict[str, Any], column: str) -> float | None:
+    """What the way back to the start changes of a training's score."""
+    half, whole = scores.get(f"{column}_half"), scores.get(column)
+    return None if half is None or whole is None else float(half) - float(whole)
 
 
 def _differences(

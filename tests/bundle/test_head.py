@@ -103,17 +103,3 @@ def test_augmentation_of_the_network_to_be_trained_is_refused() -> None:
     data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
     with pytest.raises(ConfigError, match="set the key test_time_augmentation"):
         finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"wise_ft_alpha": 0.5, "head_start": "regression"}, "give encoder_weights and set head_start to regression"),
-        ({"wise_ft_alpha": 0.5}, "or wise_ft_alpha to 1"),
-        ({"wise_ft_alpha": 50}, "wise_ft_alpha=50"),
-    ],
-)
-def test_weights_halfway_to_nowhere_are_refused(wrong: Any, words: str) -> None:
-    trainer: Any = SimpleNamespace(network=TileClassifier("test_resnet"))
-    with pytest.raises(ConfigError, match=words):
-        finetune(None, trainer, None, None, MapSettings(), **wrong)  # type: ignore[arg-type]
