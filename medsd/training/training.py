@@ -95,8 +95,8 @@ def _is_short(buffer: torch.Tensor) -> bool:
 
 
 def _is_settings(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(isinstance(each, dict) or _is_settings(each) for each in value)
+    if isinstance(value, list | tuple):  # phases of a schedule are dicts in a list
+        return all(all(map(_is_settings, e.values())) if isinstance(e, dict) else _is_settings(e) for e in value)
     return isinstance(value, (*_PLAIN, LRScheduler)) or dataclasses.is_dataclass(value)
 
 
