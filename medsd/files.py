@@ -67,15 +67,10 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def check_new(path: str | Path) -> None:
-    """Before the work for a file that a user names: nothing of theirs is there, and it could be written.
-
-    Raises:
-        OutputError: there is something, or its folder cannot be written to.
-    """
+    """Raise OutputError where there is something at a path that a user wants written."""
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path}: is there already and is left as it is; choose another name, or remove it first")
-    make_folder(path.parent)
 
 
 @contextmanager

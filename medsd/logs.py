@@ -37,10 +37,12 @@ class _File(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             return super().handleError(record)
-        logging.getLogger().removeHandler(self)
-        with suppress(OSError):  # what it still holds cannot be written either
-            self.close()
+        self.setLevel(logging.CRITICAL + 1)  # not removed: the line still goes round the others
         logger.error("%s: cannot be written (%s); the log goes on without it", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what it still holds cannot be written either
+            super().close()
 
 
 def log_to_terminal() -> None:

@@ -76,6 +76,16 @@ def read_record(path: str | Path, recipe: Mapping[str, Any] | None = None) -> di
     return dict(record) if whole else None
 
 
+def is_damaged(path: str | Path) -> bool:
+    """Whether a file of which `read_record` makes nothing was a record: cut off, altered, or of lost outputs."""
+    try:
+        return _DIGEST in read_json(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):
+        return True
+
+
 def _digest(record: Mapping[str, Any]) -> str:
     return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

@@ -75,8 +75,7 @@ def finetune(
         # Training patches of one split are test patches of another: a training belongs to its split.
         data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
         # Not how fast they are found.
-        hard_negatives=hard_negatives
-        and {key: getattr(hard_negatives, key) for key in ("epoch", "share", "threshold")},
+        hard_negatives=hard_negatives and replace(hard_negatives, batch_size=1, workers=0),
         patience=early_stop and early_stop.patience,
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )

@@ -145,7 +145,7 @@ def stain(
     from dataclasses import asdict
 
     from medsd.checks import check_choice
-    from medsd.files import check_new, write_json
+    from medsd.files import check_new, make_folder, write_json
     from medsd.slides.slide import open_slide
     from medsd.slides.stain import METHODS, Method
     from medsd.slides.stain.slide import fit_slide
@@ -153,5 +153,6 @@ def stain(
     check_choice("method", method, METHODS)
     check_new(out)
     with open_slide(slide, mpp) as opened:
+        make_folder(out.parent)  # before the fit, which takes a while
         write_json(out, {"stain_target": asdict(fit_slide(opened, cast(Method, method)))})
     print(f"{method} stain of {slide.name} in {out}; use it with --stain_target {out}")

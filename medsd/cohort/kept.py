@@ -12,14 +12,14 @@ from typing import Any, Generic, TypeVar
 from medsd.claims import claimed
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
-from medsd.record import read_record
+from medsd.record import is_damaged, read_record
 from medsd.tables import write_table
 
 TABLE = "slides.csv"
 # Where each kind of outputs has the records of its slides, by name. A folder holds outputs of one kind.
 TILES, FEATURES, FOLDERS = "slides/{}.json", "records/{}.json", "{}/record.json"
 _CLAIM = ".tables.claim"
-_CHANGED = "damaged or changed, or not all of its files are whole; give the slide again"
+_CHANGED = "damaged or changed, or not all of its files are whole; give the slide again, or delete this file"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
             record = read_record(path)
             if record is None:
                 name = _name_of(path, kept)
-                if name not in current.entries and path.exists():  # or it is being made again
+                # Or it is being made again, or it is no record at all.
+                if name not in current.entries and is_damaged(path):
                     rows.setdefault(name, kept.row_type(name, "failed", f"{path}: {_CHANGED}"))
                 continue
             row = kept.row_type(**record["result"])

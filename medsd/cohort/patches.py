@@ -22,7 +22,7 @@ from medsd.cohort.dataset import Sample, as_sample
 from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
-from medsd.slides.readers.picture import MODES
+from medsd.slides.readers.picture import MODES, bits_a_colour
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -80,17 +80,21 @@ class PatchTable:
 
 
 def read_patch(path: Path) -> RGB:
-    """A patch as RGB pixels (height, width, 3), upright, transparency on white: as slides and `medsd explain` read it.
+    """A patch as RGB pixels (height, width, 3), upright, transparency on white: as `medsd explain` shows it.
 
     Raises:
         DatasetError: it cannot be decoded, is not of 8 bits a colour, or has more than 4,096 x 4,096 px.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+            file.seek(0)
+            start = file.read(32)
             if image.width * image.height > _MOST_PX:
                 raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
-            if image.mode not in MODES:
-                raise DatasetError(f"{path}: not 8 bits a colour ({image.mode}); save it as 8-bit RGB")
+            if image.mode not in MODES or bits_a_colour(image, start) > 8:
+                raise DatasetError(f"{path}: not 8 bits a colour; save it as 8-bit RGB")
+            if getattr(image, "n_frames", 1) > 1 and image.format != "JPEG":
+                raise DatasetError(f"{path}: has several pages; save the one that is meant as a file of its own")
             upright = ImageOps.exif_transpose(image)
             if not upright.has_transparency_data:
                 return np.array(upright.convert("RGB"))

@@ -13,7 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -230,23 +230,31 @@ class _Run(Generic[Row]):
         changed: dict[str, list[str]] = {}
         for entry in entries:
             record = read_record(self.work.record_of(entry.name))
-            with suppress(OSError):
-                if record is not None and record["status"] != "failed":
-                    now = {"medsd": medsd.__version__, **self._recipe(entry)}
-                    changed[entry.name] = differences(record["recipe"], now)
-        if keys := sorted({key for names in changed.values() for key in names}):
+            if record is not None and record["status"] != "failed" and (found := self._changed(record, entry)):
+                changed[entry.name] = found
+        if changed:
             logger.warning(
                 "%s: finished outputs of %d slides are made anew, since these differ: %s",
-                *(self.work.folder, len(changed), ", ".join(keys)),
+                *(
+                    self.work.folder,
+                    len(changed),
+                    ", ".join(sorted({key for names in changed.values() for key in names})),
+                ),
             )
+
+    def _changed(self, record: Mapping[str, Any], entry: SlideEntry) -> list[str]:
+        """What a slide's recipe has different now; nothing where an input is not there, which trying tells."""
+        try:
+            return differences(record["recipe"], {"medsd": medsd.__version__, **self._recipe(entry)})
+        except OSError:
+            return []
 
     def has_failed(self, entry: SlideEntry) -> bool:
         """Whether a run tried the slide, as it is now, in vain, or its file cannot be reached now."""
         record = read_record(self.work.record_of(entry.name))
         if record is None or known_identity(entry.path) is None:
             return record is not None
-        now = {"medsd": medsd.__version__, **self._recipe(entry)}
-        return record["status"] == "failed" and not differences(record["recipe"], now)
+        return record["status"] == "failed" and not self._changed(record, entry)
 
     def finish(self, entry: SlideEntry, progress: Progress, wait: bool = False) -> Row | None:
         """Make the slide's outputs and record, unless another run just did; a failure is a row, too.

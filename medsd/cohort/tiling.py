@@ -283,8 +283,10 @@ class _TilingWork(_Tiles, Work[TiledSlide]):
     summaries = (INDEX,)
 
     def recipe(self, entry: SlideEntry) -> dict[str, Any]:
+        mask = entry.annotation is not None and entry.annotation.suffix.lower() in (".tif", ".tiff")
         return {
-            "format": _FORMAT,
+            # Since 5 masks of rounded size lie elsewhere; what has none need not be tiled anew.
+            "format": 5 if mask else _FORMAT,
             "annotation": None if entry.annotation is None else identity(entry.annotation),
             "label": entry.label,
             "exhaustive": entry.exhaustive,

@@ -20,7 +20,6 @@ _LONGEST_LABEL = 64
 _SAME = {
     "data_sha256": "another split of the data",
     "tiles.items": "another number of test tiles",
-    "target": "another class asked about",
 }
 # Settings of `ExplanationSettings` that change what is measured; the seed only changes which tiles are.
 _JUDGED_BY = ("items", "draws", "fill", "steps", "target")
@@ -73,12 +72,17 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = [_read_run(Path(folder)) for folder in folders]
     for run in runs:
         for path, words in _SAME.items():
-            if path == "target" and None in (run.node(path), runs[0].node(path)):
-                continue  # of before it could be chosen
             if run.node(path) is None:
                 raise DatasetError(f"{run.folder}: scores.json has no {path}; run its stage 'evaluate' again")
             if run.node(path) != runs[0].node(path):
                 raise DatasetError(f"{run.folder}: {words} than {runs[0].folder}; compare runs on the same test set")
+    asked = [run for run in runs if run.node("target")]  # it could not always be chosen, and was not told
+    for run in asked[1:]:
+        theirs, first = run.node("target"), asked[0].node("target")
+        if theirs != first:
+            raise DatasetError(
+                f"{run.folder}: scores of {theirs}, those of {asked[0].folder} of {first}; compare runs of one target"
+            )
     judged = [run for run in runs if run.node("explanations")]
     for run in judged[1:]:
         for key in _JUDGED_BY:

@@ -79,13 +79,14 @@ def _license(path: Path | None) -> bytes:
     if path is None:
         return _LICENSE.encode()
     try:
-        text = path.read_text("utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise OutputError(f"{path}: no licence to be read ({reason}); name a text file") from error
     if not text.strip() or "\0" in text:
         raise OutputError(f"{path}: no licence to be read (no text in it); name a text file")
-    return path.read_bytes()
+    return content
 
 
 def _config_of(run: Path) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ _WORDS = {
 _STAINED, _LEAST_STAINED = 0.15, 0.1
 _TAIL = 1.0  # per cent of validation tiles on either side
 _ASKED = 512  # validation tiles
-# More tiles outside on one side than half are odd, fewer than a tenth, where one in a hundred would be, worth no word.
+# More tiles outside on one side than half are odd; a tenth, where one in a hundred would be, is worth no word.
 _LEAST_TILES, _ODD, _SOME = 8, 0.5, 0.1
 _EPSILON = 1e-9
 

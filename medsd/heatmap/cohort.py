@@ -17,6 +17,7 @@ from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
+from medsd.heatmap.engine import MixedEngine
 from medsd.heatmap.findings import Checks, check_slide, mapped_slide, misfits, model_words
 from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.maps import SlideMaps
@@ -153,6 +154,8 @@ class _MapWork(_Maps, Work[SlideResult]):
         }
         if self.target and len(self.model.engine.classifier.classes) > 2:
             recipe["target"] = self.target
+        if isinstance(engine, MixedEngine) and engine.tiles_alone:
+            recipe["probability"] = "dense"  # which was once that of tiles
         if self.request.also:
             recipe["also"] = sorted(set(self.request.also))
         if calibration is None:  # what was not of the weights

@@ -53,6 +53,7 @@ class MixedEngine(Engine):
         rest = self.classifier, self.tile_px, self.mpp, self.target
         scale = self.temperature, None, self.offset
         kind = FeatureEngine if by_tiles else DenseEngine
+        self.tiles_alone = not dense  # asked for
         # What gives a probability has a map, which is cheap, and is not kept where nobody asked for it.
         self.of_places = kind(*rest, replace(self.settings, methods=dense or ("gradient",)), *scale)
         self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles or ("gradient",)), *scale)

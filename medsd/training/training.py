@@ -18,6 +18,7 @@ from ignite.handlers import EarlyStopping
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.engines.trainer import SupervisedTrainer
 from torch import nn
+from torch.nn.modules.loss import _Loss
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -36,16 +37,16 @@ logger = logging.getLogger(__name__)
 
 _NOT_TERMS = ("pred", "label")
 _PLAIN = (str, int, float, bool, type(None))
-# A schedule's state; its rates are the optimiser's.
-_OF_STEPS = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step")
-_LONGEST_BUFFER = 64  # values: weights of classes, but no network's
+# What torch's schedules keep to themselves, and what of them is the state of a step; their rates are the optimiser's.
+_OF_SCHEDULES = ("_schedule_phases", "_anneal_func_type", "_milestones", "_schedulers")
+_OF_STEPS = ("base_lrs", "last_epoch", "best", "cooldown_counter", "num_bad_epochs")
 
 
 def settings_of(trainer: SupervisedTrainer, **parts: object) -> dict[str, Any]:
     """What a training follows from, read off the objects that it is made of: plain values, nested by name.
 
     Of every object its public plain attributes, as it was built: a choice that is added to one is recorded with it. Of
-    modules (MONAI's losses) also their parts and short buffers, of schedules what they keep to themselves, too.
+    modules also their parts, of losses weights of classes, of schedules phases and milestones.
 
     Args:
         trainer: its epochs, loss function, optimiser and data loader.
@@ -80,18 +81,16 @@ def _plain(thing: object) -> Any:
         return [_plain(value) for value in thing]
     names = [field.name for field in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else vars(thing)
     if isinstance(thing, LRScheduler):
-        values = {name.lstrip("_"): getattr(thing, name) for name in names if name not in _OF_STEPS}
+        names = [name for name in names if name in _OF_SCHEDULES or not (name.startswith("_") or name in _OF_STEPS)]
     else:
-        values = {name: getattr(thing, name) for name in names if not name.startswith("_")}
+        names = [name for name in names if not name.startswith("_")]
+    values = {name.lstrip("_"): getattr(thing, name) for name in names}
     kept = {"name": type(thing).__name__, **{name: _plain(v) for name, v in values.items() if _is_settings(v)}}
     if isinstance(thing, nn.Module):
         kept |= {name: _plain(part) for name, part in thing.named_children()}
-        kept |= {name: part.tolist() for name, part in thing.named_buffers(recurse=False) if _is_short(part)}
+    if isinstance(thing, _Loss):  # its weights of classes; a head's are learnt
+        kept |= {name: part.tolist() for name, part in thing.named_buffers(recurse=False)}
     return kept
-
-
-def _is_short(buffer: torch.Tensor) -> bool:
-    return buffer.numel() <= _LONGEST_BUFFER
 
 
 def _is_settings(value: object) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,10 +175,17 @@ def test_a_patch_is_read_as_it_is_explained(tmp_path: Path) -> None:
         image.save(path, **options)
         np.testing.assert_array_equal(read_patch(path), read_image(path))
     assert read_patch(path).shape == (12, 10, 3)
-    for deep in (np.full((4, 4), 60_000, np.uint16), np.ones((4, 4), np.float32)):
-        Image.fromarray(deep).save(tmp_path / "deep.tif")
+    for deep in (
+        np.full((4, 4), 60_000, np.uint16),
+        np.ones((4, 4), np.float32),
+        np.full((4, 4, 3), 60_000, np.uint16),  # of which Pillow drops the lower half
+    ):
+        tifffile.imwrite(tmp_path / "deep.tif", deep, photometric="rgb" if deep.ndim == 3 else "minisblack")
         with pytest.raises(DatasetError, match=r"deep\.tif: not 8 bits a colour"):
             read_patch(tmp_path / "deep.tif")
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((2, 4, 4, 3), np.uint8), photometric="rgb")
+    with pytest.raises(DatasetError, match=r"deep\.tif: has several pages"):
+        read_patch(tmp_path / "deep.tif")
 
 
 def test_grey_palette_and_alpha_become_rgb(folder: Path) -> None:

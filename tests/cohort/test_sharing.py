@@ -142,6 +142,8 @@ def test_a_slide_whose_record_does_not_hold_is_told_and_not_left_out(
     run_cohort(SumWork(tmp_path), slides[:2], isolate=False)
     path = tmp_path / "s00" / damage
     path.write_text(path.read_text()[: path.stat().st_size // 2])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "record.json").write_text('{"mine": 1}')  # nobody's slide
     rows = gather(Sums(tmp_path))
     assert [(row.slide, row.status) for row in rows] == [("s00", "failed"), ("s01", "ok")]
     assert rows[0].reason.startswith(str(tmp_path / "s00" / "record.json")) and "give the slide again" in rows[0].reason

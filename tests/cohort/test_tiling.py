@@ -289,3 +289,16 @@ def test_a_failed_slide_that_was_mended_is_asked_for_again(entries: list[SlideEn
     assert find_tiles(late, tmp_path / "out", TILING) is None
     path.unlink()
     assert find_tiles(late, tmp_path / "out", TILING) is not None  # cannot be reached now
+
+
+def test_a_slide_whose_annotation_is_missing_costs_itself(entries: list[SlideEntry], tmp_path: Path) -> None:
+    annotation = tmp_path / "drawn.xml"
+    pair = [replace(entries[0], annotation=annotation), replace(entries[1], annotation=None)]
+    found = tile_slides(pair, tmp_path / "out", TILING)
+    assert [row.status for row in found.slides] == ["failed", "ok"]
+    assert find_tiles(pair, tmp_path / "out", TILING) is not None
+    annotation.write_text("<ASAP_Annotations><Annotations/></ASAP_Annotations>")
+    assert find_tiles(pair, tmp_path / "out", TILING) is None  # it is there now
+    assert [row.status for row in tile_slides(pair, tmp_path / "out", TILING).slides] == ["ok", "ok"]
+    annotation.unlink()
+    assert find_tiles(pair, tmp_path / "out", TILING) is None

@@ -156,7 +156,7 @@ def test_labels_that_say_too_little_or_too_much_are_folder_names(full, tmp_path)
     [
         (lambda c: c.update(data_sha256="xyz"), "another split of the data"),
         (lambda c: c["tiles"].update(items=41), "another number of test tiles"),
-        (lambda c: c.update(target="polyp"), "another class asked about"),
+        (lambda c: c.update(target="polyp"), "scores of polyp, those of .* of tumour; compare runs of one target"),
         (lambda c: c.pop("data_sha256"), "no data_sha256; run its stage 'evaluate' again"),
         (lambda c: c["tiles"].pop("items"), "no tiles.items"),
         (lambda c: c["explanations"]["settings"].update(steps=9), "steps=9"),

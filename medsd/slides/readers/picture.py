@@ -96,7 +96,7 @@ class Picture(LevelReader):
                 f"{self.path}: {width} x {height} px are too many for a picture that is decoded as a whole; "
                 "convert it to a tiled pyramidal TIFF"
             )
-        if image.mode not in MODES or _bits(image, start) > 8:
+        if image.mode not in MODES or bits_a_colour(image, start) > 8:
             raise SlideError(f"{self.path}: not 8 bits a colour; save it as 8-bit RGB")
         # A JPEG shows its first picture in every viewer.
         if not isinstance(image, JpegImagePlugin.JpegImageFile) and getattr(image, "is_animated", False):
@@ -133,8 +133,8 @@ class Picture(LevelReader):
         return pixels
 
 
-def _bits(image: ImageFile.ImageFile, start: bytes) -> int:
-    """Bits a colour as stored: PIL drops the lower half of 16-bit colours without a word."""
+def bits_a_colour(image: Image.Image, start: bytes) -> int:
+    """Bits a colour as stored in a file that starts so: PIL drops the lower half of 16-bit colours without a word."""
     if isinstance(image, PngImagePlugin.PngImageFile):
         return start[24]
     if isinstance(image, TiffImagePlugin.TiffImageFile):
