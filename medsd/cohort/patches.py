@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 from torch.utils.data import Dataset
 
 from medsd.checks import check_number
@@ -23,6 +23,7 @@ from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.readers.picture import MODES, bits_a_colour
+from medsd.slides.readers.vendor import on_white
 from medsd.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,11 @@ def read_patch(path: Path) -> RGB:
                 raise DatasetError(f"{path}: {image.width} x {image.height} px, no patch; cut it")
             if image.mode not in MODES or bits_a_colour(image, start) > 8:
                 raise DatasetError(f"{path}: not 8 bits a colour; save it as 8-bit RGB")
-            if getattr(image, "n_frames", 1) > 1 and image.format != "JPEG":
+            # A JPEG shows its first picture in every viewer.
+            if not isinstance(image, JpegImagePlugin.JpegImageFile) and getattr(image, "is_animated", False):
                 raise DatasetError(f"{path}: has several pages; save the one that is meant as a file of its own")
             upright = ImageOps.exif_transpose(image)
-            if not upright.has_transparency_data:
-                return np.array(upright.convert("RGB"))
-            shown = upright.convert("RGBA")
-            return np.array(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))
+            return on_white(upright) if upright.has_transparency_data else np.array(upright.convert("RGB"))
     except DAMAGED as error:
         raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
 

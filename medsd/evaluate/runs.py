@@ -17,10 +17,7 @@ from medsd.tables import read_table
 
 _LONGEST_LABEL = 64
 # What the files of `scores.json` rest on: path, and what is said where it differs from the first run's.
-_SAME = {
-    "data_sha256": "another split of the data",
-    "tiles.items": "another number of test tiles",
-}
+_SAME = {"data_sha256": "another split of the data", "tiles.items": "another number of test tiles"}
 # Settings of `ExplanationSettings` that change what is measured; the seed only changes which tiles are.
 _JUDGED_BY = ("items", "draws", "fill", "steps", "target")
 

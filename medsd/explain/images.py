@@ -9,12 +9,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin, WebPImagePlugin
+from PIL import PngImagePlugin, WebPImagePlugin
 
 from medsd.cohort.patches import SUFFIXES
 from medsd.errors import DatasetError
 from medsd.slides.readers.base import RGB, Bools, check_file
 from medsd.slides.readers.choose import open_reader
+from medsd.slides.readers.vendor import on_white
 
 # The maps of a larger one do not fit a usual memory, and slides have an engine of their own.
 _MOST_PX = 4096 * 4096
@@ -110,8 +111,7 @@ def _read_webp(path: Path, smallest_px: int) -> RGB:
         _check_size(path, image.width, image.height, smallest_px)
         if image.is_animated:
             raise DatasetError(f"{path}: has several pictures; save the one that is meant as a file of its own")
-        shown = image.convert("RGBA")
-    return np.array(Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB"))
+        return on_white(image)
 
 
 @contextmanager
