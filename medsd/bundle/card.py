@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
 from medsd.cohort.dataset import SlideGroupedSampler
+from medsd.cohort.learnt import learnt_from
 from medsd.errors import DatasetError
 from medsd.evaluate.temperature import fit_scaling, fit_temperature
 from medsd.heatmap.appearance import appearance_card
@@ -23,7 +24,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.networks.calibrated import Calibration, class_offset
 from medsd.networks.classifier import Classifier
 from medsd.networks.memory import freed_memory_kept
-from medsd.networks.start import weights_sha256
+from medsd.networks.start import learnt_by, weights_sha256
 from medsd.networks.weights import ModelCard
 from medsd.progress import progress_bar
 from medsd.training.predict import collect
@@ -80,6 +81,7 @@ def card_of(
         others=others,
         randomised=randomised_card(network, calibration, validation, validation.labels),
         appearance=appearance_card(validation, len(validation.labels)),
+        learnt_from=learnt_from(data, learnt_by(network.encoder_weights)),
         **input_of(network),
     )
 

@@ -19,13 +19,14 @@ from medsd.bundle.data import Data
 from medsd.bundle.head import HeadStart, start_head
 from medsd.bundle.stages import WEIGHTS
 from medsd.checks import check_choice
+from medsd.cohort.learnt import learnt_from, tell_of_learnt
 from medsd.errors import ConfigError
 from medsd.export.source import CONFIG
 from medsd.files import sha256_of, write_json
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
-from medsd.networks.start import weights_sha256
+from medsd.networks.start import learnt_by, weights_sha256
 from medsd.networks.weights import save_classifier
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.record import read_record, write_record
@@ -59,6 +60,7 @@ def finetune(
     network, regressed = cast(Classifier, trainer.network), head_start == "regression"
     weights = network.encoder_weights
     _check_fits(trainer, data, checkpoint, map_settings, test_time_augmentation)
+    tell_of_learnt(data, learnt_from(data, learnt_by(weights)))
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     settings = settings_of(
         trainer,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from medsd.bundle.masks import MaskData
 from medsd.checks import check_choice, check_number
 from medsd.cohort.dataset import evenly
+from medsd.cohort.learnt import learnt_and_tested, learnt_from, tell_of_learnt, why_too_good
 from medsd.errors import DatasetError, WeightsError
 from medsd.evaluate.mask_scores import UnitScores, joined_scores, rows_of, score_unit, summarise_masks
 from medsd.evaluate.mask_sheet import SheetItem, draw_mask_sheet
@@ -29,7 +30,7 @@ from medsd.evaluate.summary import as_json
 from medsd.files import sha256_of, write_json
 from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
-from medsd.networks.start import weights_sha256
+from medsd.networks.start import learnt_by, weights_sha256
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
 from medsd.segment.items import MaskedItems, MaskedSample
@@ -75,6 +76,8 @@ def segment(
     network = cast(SegmentationNetwork, trainer.network)
     # Before anything is written.
     start = None if start_weights is None else start_weights_for(network, start_weights)
+    learnt = learnt_from(data, (*learnt_by(network.encoder_weights), *learnt_by(start_weights)))
+    tell_of_learnt(data, learnt)
     settings = settings_of(
         trainer,
         **_network_settings(network, start_weights),
@@ -104,6 +107,7 @@ def segment(
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         input_mean=network.normalise.input_mean,
         input_std=network.normalise.input_std,
+        learnt_from=learnt,
         validation={str(evaluator.state.key_metric_name): round(state.best_metric, 4)} if state.best_epoch else {},
     )
     save_segmentation(path, network, card)
@@ -198,6 +202,8 @@ def score_masks(
         "surface_tolerance": surface_tolerance,
         "masks": {name: as_json(each) for name, each in scores.items()},
     }
+    if learnt := learnt_and_tested(data, card.learnt_from):
+        content["learnt_before"] = learnt
     write_table(folder / TABLE, list(rows_of(units, network.classes)))
     write_json(folder / SCORES, content)
     first, few = next(iter(scores.values())), len(worst) < len(items)
@@ -325,6 +331,8 @@ def segmentation_summary(output_dir: str) -> str:
             bounds = bounds if each["patients"] > 1 else "no interval"
             line = f"  {name:<12} Dice {_number(dice['value'])}, {bounds} ({what})"
             lines.append(line + (f"; Hausdorff 95 {distance:.1f} {scores['length']}" if distance is not None else ""))
+        if learnt := scores.get("learnt_before"):
+            lines.append(f"  beware       {why_too_good(learnt)}")
     for label, name in (("weights", SEGMENTATION), ("table", TABLE), ("sheet", SHEET)):
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")

@@ -17,6 +17,7 @@ from medsd.bundle.inference import FoundSlides
 from medsd.bundle.masks import MaskData
 from medsd.bundle.pretraining import ENCODER
 from medsd.classes import folded
+from medsd.cohort.learnt import learnt_and_tested, why_too_good
 from medsd.cohort.prepare import failed_slides
 from medsd.errors import ConfigError, DatasetError, NoTissueError, SlideError, WeightsError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
@@ -108,6 +109,8 @@ def evaluate(
             )
         ),
     }
+    if learnt := learnt_and_tested(data, card.learnt_from):
+        content["learnt_before"] = learnt
     if len(network.classes) > 2:
         rest = [logsumexp(np.delete(logits, number, axis=1), axis=1) for number in range(len(network.classes))]
         content["classes"] = as_json(score_probe(items.labels, logits - np.stack(rest, axis=1), items.groups))
@@ -212,6 +215,8 @@ def summary(output_dir: str) -> str:
             value, low, high = (_number(froc[name]) for name in ("value", "low", "high"))
             what = f"{lesions['lesions']} lesions, resampling {lesions['slides']} slides"
             lines.append(f"  lesion FROC  {value}, 95 % interval {low} to {high} ({what})")
+        if learnt := scores.get("learnt_before"):
+            lines.append(f"  beware       {why_too_good(learnt)}")
     for label, name in (
         ("encoder", ENCODER),
         ("weights", WEIGHTS),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medsd.bundle.masks import MaskData
+from medsd.cohort.learnt import Sources
 from medsd.errors import ConfigError, DatasetError, WeightsError
 from medsd.files import atomic_path
 from medsd.heatmap.legend import ADDITIVE
@@ -137,6 +138,11 @@ class WeaklyLabelled:
     def fingerprint(self) -> str:
         """A SHA-256 of the images, their parts, and what the masks are made with."""
         return hashlib.sha256(repr(sorted(self._recipe.items())).encode()).hexdigest()
+
+    def sources(self, part: str) -> Sources:
+        """Its own; what the classifier learnt from goes with the training masks, which are of its making."""
+        own, card = self.data.sources(part), self._model.card
+        return own if part != "training" or card is None else {**own, "classifier": frozenset(card.learnt_from)}
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
         return self.data.spacing(items, item)

@@ -171,7 +171,7 @@ class _MapWork(_Maps, Work[SlideResult]):
         map_seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, maps.unseen)
         folder.check_seen(unseen, self.request.max_unseen)
-        checks = check_slide(self.model, shown, maps.saliency, self.request.faithful_tiles)
+        checks = check_slide(self.model, entry, shown, maps.saliency, self.request.faithful_tiles)
         words, apart = model_words(self.model), misfits(slide, self.model, checks)
         if maps.probability.seen.any():
             row, files = self._write(folder, maps, checks)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.learnt import learnt_words
 from medsd.heatmap.appearance import AppearanceCheck
 from medsd.heatmap.faithfulness import Faithfulness, Randomised, judge_map
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
@@ -37,33 +39,37 @@ class Checks:
     Attributes:
         faithful: how far the answer follows the map.
         appearance: whether the tiles look like those of validation.
+        learnt: what is to be said of a slide that the network learnt from; empty of others.
     """
 
     faithful: Faithfulness | None = None
     appearance: AppearanceCheck | None = None
+    learnt: str = ""
 
     @property
     def warnings(self) -> list[str]:
         """What a reader has to be warned of."""
-        return [found.warning for found in (self.appearance, self.faithful) if found is not None and found.warning]
+        measured = [found.warning for found in (self.appearance, self.faithful) if found is not None]
+        return [words for words in (self.learnt, *measured) if words]
 
 
 _UNCHECKED = Checks()
 
 
-def check_slide(model: MapModel, slide: Slide, saliency: ValueMap, faithful_tiles: int) -> Checks:
-    """Draw tiles of a slide, as the network sees it, and judge map and looks by them.
+def check_slide(model: MapModel, entry: SlideEntry, slide: Slide, saliency: ValueMap, faithful_tiles: int) -> Checks:
+    """Draw tiles of a slide, as the network sees it, and judge map and looks by them; was it learnt from?
 
     Args:
         model: a classifier; of an encoder alone nothing is measured.
-        slide, saliency: what was mapped, and its map.
+        entry, slide, saliency: what was mapped, as the network sees it, and its map.
         faithful_tiles: see `MapRequest`.
     """
     if model.card is None:
         return Checks()
     sample = sample_tiles(model.engine, slide, saliency, faithful_tiles or LEAST_TILES)
     faithful = judge_map(model.engine, sample) if faithful_tiles else None
-    return Checks(faithful, None if model.appearance is None else model.appearance.compare(sample.images))
+    appearance = None if model.appearance is None else model.appearance.compare(sample.images)
+    return Checks(faithful, appearance, learnt_words(entry, model.card.learnt_from))
 
 
 def mapped_slide(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from medsd.cohort.entry import named_slides
+from medsd.cohort.learnt import learnt_words
 from medsd.drawing import Canvas
 from medsd.errors import ConfigError, DatasetError
-from medsd.heatmap.findings import mapped_slide, misfits, model_words, shown_map, striped
+from medsd.heatmap.findings import Checks, mapped_slide, misfits, model_words, shown_map, striped
 from medsd.heatmap.folder import THUMBNAIL_PX
 from medsd.heatmap.legend import NO_CLASS
 from medsd.heatmap.maps import SlideMaps
@@ -69,13 +71,15 @@ def view_slide(
     for name, one in named.items():
         _check_fits(slide, name, one)
     picture = thumbnail(slide, THUMBNAIL_PX)
+    known = () if model is None or model.card is None else model.card.learnt_from
+    checks = Checks(learnt=learnt_words(named_slides([slide.path])[0], known))
     if isinstance(maps, SlideMaps) and model is not None:
-        mapped = mapped_slide(slide, maps, model, *picture)
+        mapped = mapped_slide(slide, maps, model, *picture, checks)
     else:
         mapped = MappedSlide(
             name=slide.path.stem,
             model=_UNKNOWN if model is None else model_words(model),
-            misfits=[] if model is None else misfits(slide, model),
+            misfits=[] if model is None else misfits(slide, model, checks),
             dimensions=slide.dimensions,
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,

@@ -134,6 +134,17 @@ def weights_sha256(path: str | Path) -> str:
     return (read_tensors(path).sha256 if path.suffix == ".safetensors" else "") or sha256_of(path)
 
 
+def learnt_by(path: str | Path | None) -> tuple[str, ...]:
+    """The digests of what weights learnt from labels of, `ModelCard.learnt_from`; none where their file does not say.
+
+    Raises:
+        WeightsError: a safetensors file that is not there, or damaged.
+    """
+    if path is None or Path(path).suffix != ".safetensors":
+        return ()
+    return tuple(map(str, read_tensors(Path(path)).card.get("learnt_from", ())))
+
+
 def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | None = None) -> None:
     """Put pre-trained weights into a timm encoder: all of its tensors are replaced, or none where it raises.
 

@@ -55,6 +55,8 @@ class ModelCard:
         appearance: fields of `medsd.heatmap.appearance.Appearance`: stain and sharpness of its validation tiles; None
             in cards that do not say.
         input_mean, input_std: what its images are normalised by, see `Normalise`; ImageNet's in cards that do not say.
+        learnt_from: digests of the slides, patients or groups that it, and what it started from, was trained and
+            validated on, see `medsd.cohort.learnt`; empty in cards that do not say.
     """
 
     encoder: str
@@ -75,6 +77,7 @@ class ModelCard:
     randomised: dict[str, Any] | None = None
     appearance: dict[str, Any] | None = None
     others: dict[str, Calibration] = field(default_factory=dict)
+    learnt_from: tuple[str, ...] = ()
 
     def asked(self, target: str | None) -> tuple[int, Calibration | None]:
         """The number of the class that is asked about, see `target_number`, and what validation data fixed of it.
@@ -237,7 +240,7 @@ def _card(path: Path, card: dict[str, Any]) -> ModelCard:
         others = {name: read_calibration(fields) for name, fields in card.get("others", {}).items()}
         check_tile(card["tile_px"], card["mpp"])
         lists: dict[str, Any] = {
-            name: tuple(card[name]) for name in ("classes", "input_mean", "input_std") if name in card
+            name: tuple(card[name]) for name in ("classes", "input_mean", "input_std", "learnt_from") if name in card
         }
         return ModelCard(**{**card, **lists, "calibration": known, "others": others})
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:

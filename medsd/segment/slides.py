@@ -15,6 +15,7 @@ import torch
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FOLDERS, Kept, gather
+from medsd.cohort.learnt import learnt_words
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
@@ -198,7 +199,8 @@ class _SegmentWork(_Segmented, Work[SegmentedSlide]):
         seconds = round(time.perf_counter() - started, 2)
         unseen = max(tissue.unseen, labels.unseen)
         folder.check_seen(unseen, self.request.max_unseen)
-        misfits = scale_misfits(slide, self.segmenter.mpp)
+        learnt = learnt_words(entry, self.card.learnt_from)
+        misfits = scale_misfits(slide, self.segmenter.mpp) + [learnt] * bool(learnt)
         if any(labels.pixels):
             row, files = self._write(folder, labels, misfits)
         else:

@@ -33,6 +33,7 @@ class SegmentationCard:
         settings_sha256: of the settings that it was trained with.
         input_mean, input_std: what its images are normalised by.
         validation: what the best epoch scored on validation images, by name; empty in cards that do not say.
+        learnt_from: see `medsd.networks.weights.ModelCard`.
     """
 
     encoder: str
@@ -48,6 +49,7 @@ class SegmentationCard:
     input_mean: tuple[float, ...] = IMAGENET_MEAN
     input_std: tuple[float, ...] = IMAGENET_STD
     validation: dict[str, float] = field(default_factory=dict)
+    learnt_from: tuple[str, ...] = ()
 
 
 def save_segmentation(path: str | Path, network: SegmentationNetwork, card: SegmentationCard) -> str:
@@ -103,6 +105,7 @@ def load_segmentation(
         )
     try:
         lists: dict[str, Any] = {name: tuple(file.card[name]) for name in ("classes", "input_mean", "input_std")}
+        lists["learnt_from"] = tuple(file.card.get("learnt_from", ()))
         card = SegmentationCard(**{**file.card, **lists})
         network = SegmentationNetwork(
             *(card.encoder, card.classes, card.decoder), input_mean=card.input_mean, input_std=card.input_std

@@ -65,6 +65,19 @@ def slide_identity(path: str | Path) -> list[list[Any]]:
     return [*([] if path.is_dir() else [first]), [f"{path.name}: {len(files)} files", total, digest.hexdigest()]]
 
 
+def slide_fingerprint(path: str | Path) -> str:
+    """A SHA-256 of the sizes of a slide's files and of the first MiB: that of its copies under any name, read at once.
+
+    A copy that was written anew (another compression, a label taken out) has another.
+
+    Raises:
+        OSError: it is not there.
+    """
+    files = files_of(path)
+    sizes = sorted(file.stat().st_size for file in files)
+    return hashlib.sha256(repr(sizes).encode() + _start_of(files[0])).hexdigest()
+
+
 def slide_sha256(path: str | Path) -> str:
     """The SHA-256 of a slide's file; of several files, that of their names and SHA-256 in order."""
     path = Path(path)

@@ -19,10 +19,13 @@ from PIL import Image
 from medsd.bundle import check_config
 from medsd.bundle.data import Phantoms
 from medsd.bundle.masks import LabelledVolumes, MaskFolder, OutlinedSlides
+from medsd.bundle.segmentation import segmentation_summary
 from medsd.cohort.index import TileGrid
+from medsd.cohort.learnt import group_sources
 from medsd.errors import ConfigError, DatasetError
-from medsd.networks.classifier import create_encoder
-from medsd.networks.start import load_encoder, save_encoder
+from medsd.networks.classifier import TileClassifier, create_encoder
+from medsd.networks.start import load_encoder
+from medsd.networks.weights import ModelCard, save_classifier
 from medsd.pretrain.volumes import SliceSettings
 from medsd.segment.weights import load_segmentation
 from medsd.tables import read_table
@@ -45,14 +48,35 @@ def stage(run_bundle: Run, small_masks: SimpleNamespace) -> Run:
 def finished(tmp_path_factory: pytest.TempPathFactory, stage: Run, small_masks: SimpleNamespace) -> Path:
     folder = tmp_path_factory.mktemp("segmentation")
     small_masks.write(folder / "masks")
-    encoder, _ = create_encoder("test_resnet", pretrained=False)
-    save_encoder(folder / "encoder.safetensors", encoder, "test_resnet", "a test")
+    # Three patients, whichever are tested on: the test below says whether those that are among them were told.
+    start, learnt = TileClassifier("test_resnet"), _digests("p0", "p1", "p2")
+    card = ModelCard("test_resnet", start.classes, 32, 1.0, "a test", learnt_from=learnt)
+    save_classifier(folder / "encoder.safetensors", start, card)
     stage(folder, "run", protocol="linear", lr=0.05, encoder_weights=str(folder / "encoder.safetensors"))
     return folder
 
 
+def _digests(*patients: str) -> tuple[str, ...]:
+    return tuple(sorted(frozenset[str]().union(*group_sources("patient", patients).values())))
+
+
+def test_who_the_start_learnt_from_is_told_where_they_are_tested_on(finished: Path) -> None:
+    scores, card = json.loads((finished / "out" / "scores.json").read_text()), load_segmentation(_weights(finished))[1]
+    tested = set(read_table(finished / "out" / "masks.csv")["patient"])
+    assert set(scores.get("learnt_before", ())) == tested & {"p0", "p1", "p2"}
+    assert set(card.learnt_from) == set(_digests("p0", "p1", "p2", *({f"p{n}" for n in range(8)} - tested)))
+    (finished / "out" / "scores.json").write_text(json.dumps(scores | {"learnt_before": ["p1"]}))
+    told = segmentation_summary(str(finished / "out"))
+    (finished / "out" / "scores.json").write_text(json.dumps(scores))
+    assert "beware       scores are too good: 1 of what is tested on was learnt from before (p1)" in told
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "out" / "segmentation.safetensors"
+
+
 def test_the_linear_protocol_reads_masks_off_the_encoder_it_was_given(finished: Path) -> None:
-    network, card, digest = load_segmentation(finished / "out" / "segmentation.safetensors")
+    network, card, digest = load_segmentation(_weights(finished))
     assert (card.decoder, card.protocol, card.side_px) == ("linear8", "linear", 32)
     assert card.start.startswith("encoder.safetensors, SHA-256 ")
     given, _ = create_encoder("test_resnet", pretrained=False)

@@ -38,7 +38,7 @@ class Darkness:
 
 @pytest.fixture(autouse=True)
 def dark(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(classes=("normal", "dark"))
+    card = SimpleNamespace(classes=("normal", "dark"), learnt_from=("of the classifier",))
     model = SimpleNamespace(engine=Darkness(), card=card, sha256="0" * 64)
     monkeypatch.setattr("medsd.bundle.weak.load_map_model", lambda *_: model)
     monkeypatch.setattr("medsd.bundle.weak.load_classifier", lambda *_: None)
@@ -51,6 +51,7 @@ def test_evidence_trains_before_masks_do(run_bundle: Callable[..., Any], small_m
     run_bundle(f"{FOLDER},configs/weak_labels.json", "segment", "evaluate", **weak)
     _, card, _ = load_segmentation(tmp_path / "weak" / "segmentation.safetensors")
     assert card.trained_on.startswith("evidence of classifier.safetensors, no masks; ")
+    assert "of the classifier" in card.learnt_from
     scores = json.loads((tmp_path / "weak" / "scores.json").read_text())
     assert scores["masks"]["gland or lesion"]["dice"]["value"] > 0.6
     with np.load(tmp_path / "weak" / "weak" / "weak_masks.npz") as kept:
@@ -63,6 +64,7 @@ def test_evidence_trains_before_masks_do(run_bundle: Callable[..., Any], small_m
     start = str(tmp_path / "weak" / "segmentation.safetensors")
     run_bundle(FOLDER, "segment", **few, start_weights=start)
     _, card, _ = load_segmentation(tmp_path / "few" / "segmentation.safetensors")
+    assert "of the classifier" in card.learnt_from  # by way of the weights that it starts from
     assert card.start.startswith("the whole network from segmentation.safetensors, SHA-256 ")
     with pytest.raises(
         SystemExit, match=r"segmentation\.safetensors: its decoder is linear8, not fpn; choose the same"

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 import medsd.heatmap.findings as findings
+from medsd.cohort.entry import SlideEntry
+from medsd.cohort.learnt import learnt_from, slide_sources
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
 from medsd.heatmap.model import MapRequest
@@ -293,3 +296,13 @@ def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_
     with pytest.raises(DatasetError, match=r"out holds outputs of another slide of this name, .*; rename"):
         map_here([other], green_weights, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_map_of_a_slide_that_was_learnt_from_is_no_test(tmp_path, small_slide, green_classifier, green_card):
+    entry = SlideEntry("small", small_slide, patient="p1")
+    learnt = learnt_from(SimpleNamespace(sources=lambda _: slide_sources([entry])))
+    save_classifier(tmp_path / "w.safetensors", green_classifier, replace(green_card, learnt_from=learnt))
+    (row,) = map_slides([entry], tmp_path / "w.safetensors", tmp_path / "out")
+    words = "No test: the network learnt from this slide."
+    assert words in row.misfit and words in (tmp_path / "out" / "small" / "report.html").read_text()
+    assert read_slide_record(tmp_path / "out" / "small")["misfits"][0].startswith(words)

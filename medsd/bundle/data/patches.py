@@ -16,6 +16,7 @@ from medsd.checks import check_number
 from medsd.classes import CLASSES, checked_classes, target_number
 from medsd.cohort.apart import may_train
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.learnt import Sources, group_sources
 from medsd.cohort.manifest import find_slides_at
 from medsd.cohort.patches import PatchDataset, PatchTable, check_scale, read_patch_table, split_groups
 from medsd.cohort.split import PARTS
@@ -114,6 +115,10 @@ class PatchData:
     def part(self, name: str) -> PatchDataset:
         """The patches of the part "training", "validation" or "testing"."""
         return PatchDataset(self._parts[name], self.tile_px, self.scale)
+
+    def sources(self, part: str) -> Sources:
+        """The groups of a part, see `medsd.cohort.learnt`."""
+        return group_sources(self.group_column, self._parts[part].group.tolist())
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """The patches of the part "training" or "validation", whatever their labels."""

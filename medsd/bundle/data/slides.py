@@ -18,6 +18,7 @@ from medsd.cohort.dataset import TileDataset
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid
 from medsd.cohort.kept import TABLE
+from medsd.cohort.learnt import Sources, slide_sources
 from medsd.cohort.manifest import manifest_at, read_manifest
 from medsd.cohort.prepare import PreparedSlides, load_prepared, prepare_slides
 from medsd.cohort.split import PARTS, with_parts
@@ -163,6 +164,10 @@ class SlideData:
                     "change parts or the seed"
                 )
         return found
+
+    def sources(self, part: str) -> Sources:
+        """The slides of a part, see `medsd.cohort.learnt`."""
+        return slide_sources(map(self._prepared.entry, getattr(self._prepared, part)))
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """All tiles of the part "training" or "validation", those too that no label can be given to."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.classes import checked_classes
+from medsd.cohort.learnt import Sources, group_sources
 from medsd.cohort.split import PARTS
 from medsd.segment.items import MaskedItems, fraction_of
 
@@ -69,6 +70,10 @@ class MaskData(Protocol):
 
     def fingerprint(self) -> str:
         """A SHA-256 of which items with which masks play which part."""
+        ...
+
+    def sources(self, part: str) -> Sources:
+        """The slides, patients or volumes of a part, see `medsd.cohort.learnt`."""
         ...
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
@@ -128,6 +133,9 @@ class SplitByPatient(ABC):
         for part in PARTS:
             digest.update(f"{part} {self.part(part).fingerprint()}".encode())
         return digest.hexdigest()
+
+    def sources(self, part: str) -> Sources:
+        return group_sources("patient", self._patients[self._rows(part)].tolist())
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
         return None

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from medsd.bundle.masks.base import SplitByPatient
 from medsd.checks import check_number
+from medsd.cohort.learnt import Sources, group_sources
 from medsd.cohort.split import PARTS
 from medsd.errors import ConfigError
 from medsd.progress import progress_bar
@@ -85,6 +86,9 @@ class MaskFolder(SplitByPatient):
 
     def part(self, name: str) -> MaskedImages:
         return MaskedImages(self._table.rows(self._rows(name)), self._coding, self.side_px)
+
+    def sources(self, part: str) -> Sources:
+        return group_sources(self.group_column, self._patients[self._rows(part)].tolist())
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
         return (self.mpp or 1.0,) * 2

@@ -18,6 +18,7 @@ from medsd.checks import check_number
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex
+from medsd.cohort.learnt import Sources, slide_sources
 from medsd.cohort.manifest import manifest_at, read_manifest
 from medsd.cohort.split import PARTS
 from medsd.cohort.tiling import Tiling, prepared_tiles, tile_slides
@@ -121,6 +122,10 @@ class OutlinedSlides(SplitByPatient):
     def part(self, name: str) -> MaskedTiles:
         patients = {slide.name: slide.patient for slide in self._slides}
         return MaskedTiles(self._index.rows(self._rows(name)), self._outlines, patients, self.cache)
+
+    def sources(self, part: str) -> Sources:
+        names = set(self.part(part).units.tolist())
+        return slide_sources(slide for slide in self._known if slide.name in names)
 
     @property
     def _place(self) -> Path:
