@@ -1,4 +1,4 @@
-"""Annotations to labels of tiles, points and pixels; everything in level-0 pixels, x to the right, y down."""
+"""Annotations to labels of tiles and pixels; everything in level-0 pixels, x to the right, y down."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from medsd.annotations.shapes import Annotations, only_polygons
 
 # Vertices of the pieces that tiles are cut with: small enough for fast cuts, large enough for few pieces.
 _PIECE_VERTICES = 256
-# How far points on an outline are moved to see what lies beside them: right, and much less down, in pixels.
-_BESIDE_PX = (2.0**-12, 2.0**-24)
 
 
 def tumour_share(
@@ -48,29 +46,6 @@ def tumour_share(
     covered += np.bincount(tile, area_px2, minlength=len(covered)) / side_px**2
     covered[whole] = 1.0
     return np.minimum(covered, 1.0)
-
-
-def contains(annotations: Annotations, x: npt.ArrayLike, y: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Which points lie in the tumour.
-
-    A point on an outline belongs to what lies right of it, on a horizontal one to what lies below: the rule of
-    `rasterise`, and of the program that sampled the labelled points of CAMELYON16 (NCRF), so that a point on the
-    border of two areas is in one of them.
-
-    Args:
-        annotations: outlines of the slide.
-        x, y: level-0 pixels, shape (n,). The centre of a tile labels it by NCRF's rule.
-
-    Returns:
-        shape (n,).
-    """
-    x, y = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
-    tumour = annotations.tumour
-    shapely.prepare(tumour)
-    inside: npt.NDArray[np.bool_] = np.array(shapely.contains_xy(tumour, x, y), np.bool_)
-    edge = shapely.intersects_xy(tumour, x, y) & ~inside
-    inside[edge] = shapely.contains_xy(tumour, x[edge] + _BESIDE_PX[0], y[edge] + _BESIDE_PX[1])
-    return inside
 
 
 def rasterise(

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from medsd.checks import check_number
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError
 from medsd.evaluate.mask_probe import DecoderSettings, Masked, MaskScores, decoder_dice, maps_of
-from medsd.explain.images import read_image, read_png_mask
 from medsd.networks.classifier import Normalise
 from medsd.pretrain.images import hold_out
-from medsd.segment.folder import TABLE, read_mask_table
-from medsd.slides.readers.base import RGB, Bools
+from medsd.segment.folder import TABLE, MaskedImages, read_mask_table
+from medsd.segment.masks import MaskCoding
 
 _BATCH = 16
 
@@ -61,38 +59,21 @@ class MaskedFolder:
                 two groups, or no test image with a mask; the message names the row or file.
             NetworkError: no such layer.
         """
-        pairs, groups = self._rows()
-        test = hold_out(groups, self.held_out, self.seed)
+        table = read_mask_table(str(self.masked_dir), self.group_column, key="masked_dir")
+        test = hold_out(table.patient, self.held_out, self.seed)
+        coding = MaskCoding(("background", "object"), "instances")
         device = next(encoder.parameters()).device
 
         def side(rows: npt.NDArray[np.bool_]) -> Masked:
-            masks: list[Bools] = []
-            chosen = [pair for pair, taken in zip(pairs, rows, strict=True) if taken]
-            maps = maps_of(encoder, self._batches(chosen, masks), self.layer, normalise)
-            return Masked(maps, torch.from_numpy(np.stack(masks).astype(np.uint8)), groups[rows])
+            items = MaskedImages(table.rows(rows), coding, self.side_px, key="masked::side_px")
+            masks: list[Tensor] = []
+
+            def images() -> Iterator[Tensor]:
+                for batch in DataLoader(items, _BATCH):
+                    masks.append(batch["label"][:, 0])
+                    yield batch["image"]
+
+            maps = maps_of(encoder, images(), self.layer, normalise)
+            return Masked(maps, torch.cat(masks), items.patients)
 
         return decoder_dice(side(~test), side(test), DecoderSettings(seed=self.seed), device)
-
-    def _rows(self) -> tuple[list[tuple[Path, Path]], npt.NDArray[Any]]:
-        """Image and mask of every row, and its group."""
-        table = read_mask_table(str(self.masked_dir), self.group_column, key="masked_dir")
-        return list(zip(table.images, table.masks, strict=True)), table.patient
-
-    def _batches(self, pairs: list[tuple[Path, Path]], masks: list[Bools]) -> Iterator[Tensor]:
-        """Images (B, 3, S, S), whose masks are added to `masks`."""
-        for start in range(0, len(pairs), _BATCH):
-            read = [self._squares(*pair) for pair in pairs[start : start + _BATCH]]
-            masks += [mask for _, mask in read]
-            yield torch.from_numpy(np.stack([pixels for pixels, _ in read])).movedim(3, 1)
-
-    def _squares(self, image: Path, mask: Path) -> tuple[RGB, Bools]:
-        pixels = read_image(image)
-        height, width = pixels.shape[:2]
-        if min(height, width) < self.side_px:
-            raise DatasetError(
-                f"{image}: {width} x {height} px is smaller than the square that masks are decoded on "
-                f"(masked::side_px={self.side_px}); lower it"
-            )
-        top, left = (height - self.side_px) // 2, (width - self.side_px) // 2
-        square = slice(top, top + self.side_px), slice(left, left + self.side_px)
-        return pixels[square], read_png_mask(mask, height, width)[square]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from medsd.cli.app import MppOption, ShardOption, app, end, see
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from medsd.cohort.kept import SlideRow
+    from medsd.cohort.kept import Kept
 
 
 @app.command()
@@ -83,24 +81,24 @@ def gather_folder(
     out: Annotated[Path, typer.Argument(help="Folder that tiles, heatmap, segment or features wrote to, in shares.")],
 ) -> None:
     """Make the tables and index of all slides in a folder, however many processes wrote them."""
-    from medsd.cohort.kept import FEATURES, TILES, holds
+    from medsd.cohort.kept import FEATURES, TILES, gather, holds
 
-    rows: Sequence[SlideRow]
+    kept: Kept[Any]
     if holds(out, TILES):
-        from medsd.cohort.tiling import gather_tiles
+        from medsd.cohort.tiling import Tiles
 
-        rows = gather_tiles(out)
+        kept = Tiles(out)
     elif holds(out, FEATURES):
-        from medsd.features.slides import gather_features
+        from medsd.features.slides import Features
 
-        rows = gather_features(out)
+        kept = Features(out)
     else:
-        from medsd.heatmap.cohort import gather_maps
+        from medsd.heatmap.cohort import Maps
         from medsd.heatmap.folder import holds_classes
-        from medsd.segment.slides import gather_segmented
+        from medsd.segment.slides import Segmented
 
-        rows = gather_segmented(out) if holds_classes(out) else gather_maps(out)
-    end(rows, f"see {out / 'slides.csv'}")
+        kept = (Segmented if holds_classes(out) else Maps)(out)
+    end(gather(cast("Kept[Any]", kept)), f"see {out / 'slides.csv'}")
 
 
 @app.command(

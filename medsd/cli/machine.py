@@ -53,16 +53,16 @@ def audit(
 @app.command()
 def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppOption = None) -> None:
     """Show a slide's size, scale (and where that comes from), levels and reader; or what a map (.ome.tif) holds."""
-    from medsd.heatmap.tiff import is_value_map, read_ome_tiff
-    from medsd.segment.label_tiff import is_label_map, label_map_words
+    from medsd.heatmap.tiff import is_map, read_ome_tiff
+    from medsd.segment.label_tiff import NAMESPACE, label_map_words
     from medsd.slides.readers.base import check_file
     from medsd.slides.slide import open_slide
 
     if not slide.is_dir():
         check_file(slide)
-    if is_value_map(slide):
+    if is_map(slide):
         return print(read_ome_tiff(slide).in_words())
-    if is_label_map(slide):
+    if is_map(slide, NAMESPACE):
         return print(label_map_words(slide))
     with open_slide(slide, mpp) as opened:
         width, height = opened.dimensions

@@ -16,7 +16,7 @@ from medsd.checks import check_choice, check_number
 from medsd.classes import CLASSES, checked_classes
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, TileGrid, TileIndex, join, no_tiles, tiles_of_slide
-from medsd.cohort.kept import TILES, Kept, SlideRow, gather
+from medsd.cohort.kept import TILES, Kept, SlideRow
 from medsd.cohort.labels import forget_unknown, label_doubts, shared_tiles
 from medsd.cohort.outlines import read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
@@ -160,25 +160,13 @@ def tile_slides(
     return TiledCohort(index, tuple(rows))
 
 
-def gather_tiles(folder: str | Path) -> list[TiledSlide]:
-    """Leave `tiles.npz` and `slides.csv` of all slides that were tiled in `folder`, by however many processes.
-
-    Where they were not tiled with the same settings, the index holds those of the settings that most have.
-
-    Raises:
-        DatasetError: no slide was.
-        OutputError: `folder` cannot be written to.
-    """
-    return gather(_Tiles(Path(folder)))
-
-
 def tiled_slides(folder: str | Path) -> tuple[list[SlideEntry], Tiling]:
     """The slides that `tile_slides` left in `folder`, as they were given to it, and how they were tiled.
 
     Raises:
         DatasetError: there are none, or they were tiled with several settings.
     """
-    kept, entries, settings = _Tiles(Path(folder)), [], set()
+    kept, entries, settings = Tiles(Path(folder)), [], set()
     for path in sorted(kept.folder.glob(kept.record.format("*"))):
         record = read_record(path)
         if record is None:
@@ -228,7 +216,7 @@ def prepared_tiles(entries: Sequence[SlideEntry], folder: str | Path, tiling: Ti
 
 
 @dataclass(frozen=True)
-class _Tiles(Kept[TiledSlide]):
+class Tiles(Kept[TiledSlide]):
     """Tiled slides; see `Kept`."""
 
     folder: Path
@@ -275,7 +263,7 @@ def tiles_in(kept: Kept[TiledSlide], row: TiledSlide, grid: TileGrid) -> TileInd
 
 
 @dataclass(frozen=True)
-class _TilingWork(_Tiles, Work[TiledSlide]):
+class _TilingWork(Tiles, Work[TiledSlide]):
     """A slide becomes `slides/<name>.npz` and `thumbnails/<name>.png`; see `Work`."""
 
     tiling: Tiling

@@ -14,7 +14,7 @@ import torch
 
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex, tiles_of_slide
-from medsd.cohort.kept import FEATURES, Kept, gather
+from medsd.cohort.kept import FEATURES, Kept
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.features.encoder import FeatureEncoder, FeatureRequest, load_feature_encoder
 from medsd.features.h5 import check_h5, magnification, write_h5
@@ -90,18 +90,8 @@ def write_features(
     return run_cohort(_FeatureWork(output, encoder, normaliser, request), slides, 1, isolate, progress, sharing)
 
 
-def gather_features(output: str | Path) -> list[FeatureSlide]:
-    """Leave `slides.csv` of all slides whose features are in `output`, by however many processes.
-
-    Raises:
-        DatasetError: there is none.
-        OutputError: `output` cannot be written to.
-    """
-    return gather(_Features(Path(output)))
-
-
 @dataclass(frozen=True)
-class _Features(Kept[FeatureSlide]):
+class Features(Kept[FeatureSlide]):
     """Slides with features; see `Kept`."""
 
     folder: Path
@@ -117,7 +107,7 @@ class _Features(Kept[FeatureSlide]):
 
 
 @dataclass(frozen=True)
-class _FeatureWork(_Features, Work[FeatureSlide]):
+class _FeatureWork(Features, Work[FeatureSlide]):
     """A slide becomes `<name>.h5`; see `Work`."""
 
     encoder: FeatureEncoder

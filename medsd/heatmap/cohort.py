@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import FOLDERS, TABLE, Kept, gather
+from medsd.cohort.kept import FOLDERS, TABLE, Kept
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
@@ -88,16 +88,6 @@ def map_slides(
     return run_cohort(work, slides, 1, isolate, progress, sharing)
 
 
-def gather_maps(output: str | Path) -> list[SlideResult]:
-    """Leave `slides.csv` and `index.html` of all slides that were mapped in `output`, by however many processes.
-
-    Raises:
-        DatasetError: no slide was.
-        OutputError: `output` cannot be written to.
-    """
-    return gather(_Maps(Path(output)))
-
-
 def _write_findings(folder: Path, found: Findings, slide: Slide, quantity: str) -> None:
     probability, regions = (folder / file for file in _FINDINGS)
     write_ome_tiff(probability, found.probability)
@@ -112,7 +102,7 @@ def _file_of(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Maps(Kept[SlideResult]):
+class Maps(Kept[SlideResult]):
     """Mapped slides; see `Kept`."""
 
     folder: Path
@@ -128,7 +118,7 @@ class _Maps(Kept[SlideResult]):
 
 
 @dataclass(frozen=True)
-class _MapWork(_Maps, Work[SlideResult]):
+class _MapWork(Maps, Work[SlideResult]):
     """A slide becomes the folder `<name>`; see `Work`."""
 
     model: MapModel

@@ -18,7 +18,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.sample import MOST_TILES
 from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import measure_geometry
+from medsd.networks.geometry import measure_fields
 from medsd.networks.start import Encoder, last_stage, open_encoder
 from medsd.networks.weights import ModelCard, load_classifier, unreadable_card
 from medsd.saliency.neutral import NeutralReference
@@ -148,6 +148,6 @@ def _of_encoder(path: Path, encoder: Encoder, request: MapRequest) -> MapModel:
     classifier.encoder, classifier.normalise = network, encoder.normalise
     layer = request.layer or last_stage(network, encoder.name)
     settings = MapSettings(names, layer, "none", block_px=request.block_px, way="dense", workers=request.workers)
-    tile_px = measure_geometry(classifier, layer).features.stride
+    tile_px = measure_fields(classifier, [layer])[1].stride
     engine = make_engine(classifier, tile_px, request.network_mpp, 0, settings)
     return MapModel(engine, encoder.name, encoder.sha256, None)

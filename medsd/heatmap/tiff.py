@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,7 @@ SEEN = "seen"
 """Name of the second channel."""
 _TEXTS = ("quantity", "target", "method", "unit", "meaning")
 _NUMBERS = ("level0_px", "mpp")
+UNREADABLE = (ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError)
 
 
 def halve(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -98,33 +100,46 @@ def write_ome_tiff(path: str | Path, value_map: ValueMap) -> None:
 
 def _ome_metadata(value_map: ValueMap) -> dict[str, Any]:
     fields = {name: getattr(value_map, name) for name in (*_NUMBERS, *_TEXTS)}
+    title = f"{value_map.quantity} {value_map.target}"
+    about = f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}"
+    values = np.ascontiguousarray(value_map.values, np.float32).tobytes()
+    return ome_metadata(NAMESPACE, fields, title, about, [title, SEEN], values)
+
+
+def ome_metadata(
+    namespace: str, fields: Mapping[str, Any], title: str, about: str, channels: Sequence[str], values: bytes = b""
+) -> dict[str, Any]:
+    """What tifffile makes the OME-XML of a map of: title, words, scale (`fields["mpp"]`), channels, and the fields."""
     # ASCII JSON: XML has no place for control characters, and a slide's or a class's name may hold any.
     record = json.dumps(fields, allow_nan=False)
-    title = printable(f"{value_map.quantity} {value_map.target}")
-    # A drawn one would hold the machine's address, and make two files of one map.
-    digest = sha256(np.ascontiguousarray(value_map.values, np.float32).tobytes() + record.encode()).hexdigest()
-    about = printable(f"{title}; method: {value_map.method}; unit: {value_map.unit or 'none'}")
     return {
         "axes": "CYX",
-        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, digest)),
-        "Name": title,
-        "Description": f"{about}. {RESEARCH_USE_ONLY}",
-        "PhysicalSizeX": value_map.mpp,
+        # A drawn one would hold the machine's address, and make two files of one map.
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, sha256(values + record.encode()).hexdigest())),
+        "Name": printable(title),
+        "Description": f"{printable(about)}. {RESEARCH_USE_ONLY}",
+        "PhysicalSizeX": fields["mpp"],
         "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": value_map.mpp,
+        "PhysicalSizeY": fields["mpp"],
         "PhysicalSizeYUnit": "µm",
-        "Channel": {"Name": [title, SEEN]},
-        "MapAnnotation": {"Namespace": NAMESPACE, "record": record},
+        "Channel": {"Name": [printable(name) for name in channels]},
+        "MapAnnotation": {"Namespace": namespace, "record": record},
     }
 
 
-def is_value_map(path: str | Path) -> bool:
-    """Whether a file says that `write_ome_tiff` wrote it; its values are not looked at."""
+def is_map(path: str | Path, namespace: str = NAMESPACE) -> bool:
+    """Whether a file says that it holds medsd's map of that kind; its values are not looked at."""
     try:
         with tifffile.TiffFile(path) as tiff:
-            return NAMESPACE in (tiff.ome_metadata or "")
+            return namespace in (tiff.ome_metadata or "")
     except DAMAGED:
         return False
+
+
+def record_of(xml: str) -> dict[str, Any]:
+    """The fields that `ome_metadata` was given, of a file's OME-XML; raises what `UNREADABLE` names."""
+    found: dict[str, Any] = json_of(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
+    return found
 
 
 def read_ome_tiff(path: str | Path) -> ValueMap:
@@ -149,9 +164,9 @@ def read_ome_tiff(path: str | Path) -> ValueMap:
     if xml is None or values is None or values.dtype != np.float32 or values.ndim != 2:
         raise DatasetError(f"{path}: is not a float32 OME-TIFF of one map; give a file written by medsd")
     try:
-        record = json_of(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
+        record = record_of(xml)
         fields: dict[str, Any] = {name: float(record[name]) for name in _NUMBERS}
         fields |= {name: str(record.get(name, "") if name == "meaning" else record[name]) for name in _TEXTS}
-    except (ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise DatasetError(f"{path}: lacks medsd's record of the map; give a file written by medsd") from error
     return ValueMap(values, **fields)

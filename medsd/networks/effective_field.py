@@ -36,7 +36,7 @@ def measure_effective_field(classifier: Classifier, layer: str) -> EffectiveFiel
     The effective receptive field of Luo et al. 2016 (arXiv 1701.04128), over 8 images of noise and one random mixture
     of channels each, all from a fixed seed. Squeeze-excite, attention and pooled branches let a cell see everything:
     what it has in common with the mean of all cells is taken off, and of what is left the median over the columns (our
-    choice). Good to about a fifth of the stride in the networks tried; unlike `measure_geometry`, which gives exact
+    choice). Good to about a fifth of the stride in the networks tried; unlike `measure_fields`, which gives exact
     limits, it follows the present weights. A token of a vision transformer is taken to look at the middle of its patch,
     and is not measured (our choice).
 

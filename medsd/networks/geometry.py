@@ -51,32 +51,6 @@ class ReceptiveField:
         return (self.first + self.last + 1) / 2
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Receptive fields of a classifier's features and of one hidden layer."""
-
-    features: ReceptiveField
-    hidden: ReceptiveField
-
-    @property
-    def halo_px(self) -> int:
-        """Context in image pixels that a block needs on each side for exact saliency; a multiple of the stride.
-
-        The gradient at a hidden cell depends on the gates of every cell above that it feeds, as far as the layers
-        above reach, and each of these depends on the image as far as the whole network reaches. One stride more
-        pays for the gradient smoothing (one pixel at each strided convolution above) and for rounding.
-        """
-        above = (self.features.size - self.hidden.size) / 2
-        whole = self.features.size / 2
-        return (math.ceil((above + whole) / self.features.stride) + 1) * self.features.stride
-
-
-def measure_geometry(classifier: Classifier, layer: str) -> Geometry:
-    """The fields of the features and of one layer; errors as `measure_fields`."""
-    hidden, features = measure_fields(classifier, [layer])
-    return Geometry(features, hidden[layer])
-
-
 def measure_fields(classifier: Classifier, layers: Sequence[str]) -> tuple[dict[str, ReceptiveField], ReceptiveField]:
     """Measure receptive fields on the network: NaN put into one image column marks every cell that depends on it.
 

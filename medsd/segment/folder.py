@@ -132,6 +132,7 @@ class MaskedImages(Dataset[MaskedSample]):
         table: the pairs.
         coding: what the masks' values mean.
         side_px: S, a side of the square.
+        key: what messages call that.
 
     Raises (when an item is read):
         DatasetError: an image or mask cannot be read, they differ in size, or are smaller than the square.
@@ -146,9 +147,9 @@ class MaskedImages(Dataset[MaskedSample]):
         (torch.Size([3, 32, 32]), [1])
     """
 
-    def __init__(self, table: MaskTable, coding: MaskCoding, side_px: int) -> None:
-        check_number("side_px", side_px, "[8, inf)", whole=True)
-        self.table, self.coding, self.side_px = table, coding, side_px
+    def __init__(self, table: MaskTable, coding: MaskCoding, side_px: int, key: str = "side_px") -> None:
+        check_number(key, side_px, "[8, inf)", whole=True)
+        self.table, self.coding, self.side_px, self.key = table, coding, side_px, key
         self.groups = self.patients = table.patient
         # By their places in the folder, so that tables mean the same where run or folder were moved.
         self.units: npt.NDArray[np.str_] = np.array(
@@ -178,7 +179,7 @@ class MaskedImages(Dataset[MaskedSample]):
         height, width = pixels.shape[:2]
         mask = read_mask(self.table.masks[item], self.coding, height, width)
         if min(height, width) < self.side_px:
-            raise DatasetError(f"{path}: {width} x {height} px is smaller than side_px={self.side_px}; lower side_px")
+            raise DatasetError(f"{path}: {width} x {height} px is smaller than {self.key}={self.side_px}; lower it")
         return pixels, mask
 
     def place(self, item: int) -> str:

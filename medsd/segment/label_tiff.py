@@ -5,23 +5,16 @@ Layout as of `medsd.heatmap.tiff`: levels in SubIFDs, deflate, PhysicalSize, a s
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import tifffile
-from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import fromstring
 
-from medsd import RESEARCH_USE_ONLY
 from medsd.errors import DatasetError
-from medsd.files import atomic_path, json_of, printable
-from medsd.heatmap.tiff import SEEN
+from medsd.files import atomic_path
+from medsd.heatmap.tiff import SEEN, UNREADABLE, ome_metadata, record_of
 from medsd.segment.items import Numbers
 from medsd.segment.stitch import CHUNK_PX, SlideLabels
 from medsd.slides.readers.damage import DAMAGED
@@ -74,15 +67,6 @@ def label_map_words(path: str | Path) -> str:
         f"mpp         {record['mpp']:g} um per pixel, which is {record['level0_px']:g} px of the slide's level 0\n"
         f"areas       {areas} mm2"
     )
-
-
-def is_label_map(path: str | Path) -> bool:
-    """Whether a file says that it was written here; its values are not looked at."""
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            return NAMESPACE in (tiff.ome_metadata or "")
-    except DAMAGED:
-        return False
 
 
 class _Channel:
@@ -150,28 +134,15 @@ def _ome_metadata(labels: SlideLabels, names: list[str], quantity: str) -> dict[
         "mpp": labels.mpp,
         "areas_mm2": labels.areas_mm2,
     }
-    record = json.dumps(fields, allow_nan=False)  # ASCII: XML has no place for control characters
-    about = printable(f"{quantity} of {', '.join(labels.classes)}; {labels.method}")
-    return {
-        "axes": "CYX",
-        # A drawn one would hold the machine's address.
-        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, sha256(record.encode()).hexdigest())),
-        "Name": quantity,
-        "Description": f"{about}. {RESEARCH_USE_ONLY}",
-        "PhysicalSizeX": labels.mpp,
-        "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": labels.mpp,
-        "PhysicalSizeYUnit": "µm",
-        "Channel": {"Name": [printable(name) for name in names]},
-        "MapAnnotation": {"Namespace": NAMESPACE, "record": record},
-    }
+    about = f"{quantity} of {', '.join(labels.classes)}; {labels.method}"
+    return ome_metadata(NAMESPACE, fields, quantity, about, names)
 
 
 def _record(path: str | Path) -> tuple[dict[str, Any], tuple[int, int]]:
     try:
         with tifffile.TiffFile(path) as tiff:
             xml, (height, width) = tiff.ome_metadata or "", tiff.pages.first.shape
-        record = json_of(next(node.text or "" for node in fromstring(xml).iter() if node.tag.endswith("}M")))
+        record = record_of(xml)
         return {name: record[name] for name in ("quantity", "method", "mpp", "level0_px", "areas_mm2")}, (height, width)
-    except (*DAMAGED, ParseError, DefusedXmlException, StopIteration, KeyError, TypeError, ValueError) as error:
+    except (*DAMAGED, *UNREADABLE) as error:
         raise DatasetError(f"{path}: lacks medsd's record of a segmentation; give a file written by medsd") from error

@@ -14,7 +14,7 @@ import torch
 
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import FOLDERS, Kept, gather
+from medsd.cohort.kept import FOLDERS, Kept
 from medsd.cohort.learnt import learnt_words
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
@@ -136,18 +136,8 @@ def segment_slides(
     return run_cohort(_SegmentWork(output, segmenter, card, digest, request), slides, 1, isolate, progress, sharing)
 
 
-def gather_segmented(output: str | Path) -> list[SegmentedSlide]:
-    """Leave `slides.csv` and `index.html` of all slides that were segmented in `output`, by however many processes.
-
-    Raises:
-        DatasetError: no slide was.
-        OutputError: `output` cannot be written to.
-    """
-    return gather(_Segmented(Path(output)))
-
-
 @dataclass(frozen=True)
-class _Segmented(Kept[SegmentedSlide]):
+class Segmented(Kept[SegmentedSlide]):
     """Segmented slides; see `Kept`."""
 
     folder: Path
@@ -168,7 +158,7 @@ class _Segmented(Kept[SegmentedSlide]):
 
 
 @dataclass(frozen=True)
-class _SegmentWork(_Segmented, Work[SegmentedSlide]):
+class _SegmentWork(Segmented, Work[SegmentedSlide]):
     """A slide becomes the folder `<name>`; see `Work`."""
 
     segmenter: SlideSegmenter

@@ -33,7 +33,7 @@ class HardNegativeRound:
         share: share of the normal draws from then on that come from the hard negatives, 0 to 1.
         dataset: the training items, with their classes as `labels` (n,): 0 normal.
         threshold: probability of all other classes together from which on an item is hard, 0 to 1.
-        batch_size, workers: as in `predict`.
+        batch_size, workers: as in `predict_logits`.
 
     Raises:
         ConfigError: a number out of its range.

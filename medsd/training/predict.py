@@ -1,4 +1,4 @@
-"""Class probabilities of tiles and patches."""
+"""Logits of tiles and patches."""
 
 from __future__ import annotations
 
@@ -14,24 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from medsd.cohort.dataset import Sample
 from medsd.networks.modes import evaluating
 from medsd.progress import Progress, no_progress
-
-
-def predict(
-    classifier: nn.Module,
-    dataset: Dataset[Sample],
-    target: int = 1,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Progress = no_progress,
-) -> npt.NDArray[np.float32]:
-    """Probability of the class `target` for every item, (n,) float32: of softmax(logits), before any calibration.
-
-    The other arguments are those of `predict_logits`.
-    """
-    logits = predict_logits(classifier, dataset, batch_size, workers, progress)
-    if not len(logits):
-        return np.zeros(0, np.float32)
-    return torch.from_numpy(logits).softmax(dim=1)[:, target].numpy()
 
 
 def predict_logits(

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from medsd import cli
 from medsd.cohort import runner
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.kept import gather
 from medsd.errors import ConfigError, DatasetError, MedsdError, WeightsError
 from medsd.features.encoder import FeatureRequest
-from medsd.features.slides import gather_features, write_features
+from medsd.features.slides import Features, write_features
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.start import save_encoder
 from medsd.networks.weights import ModelCard, save_classifier
@@ -110,7 +111,7 @@ def test_what_is_done_stays_and_is_gathered(made: SimpleNamespace, tmp_path: Pat
     assert write_features(made.entries, made.weights, out, device="cpu", isolate=False) == made.rows
     assert (out / "tissue.h5").stat().st_mtime_ns == before
     (out / "slides.csv").unlink()
-    assert [row.slide for row in gather_features(out)] == ["glass", "tissue"]
+    assert [row.slide for row in gather(Features(out))] == ["glass", "tissue"]
     assert read_table(out / "slides.csv")["tiles"].tolist() == ["0", str(made.rows[0].tiles)]
     request = FeatureRequest(stride_px=32)
     (row,) = write_features(made.entries[:1], made.weights, out, request, "cpu", isolate=False)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsd.errors import DatasetError
-from medsd.heatmap.tiff import halve, is_value_map, read_ome_tiff, shrink, write_ome_tiff
+from medsd.heatmap.tiff import halve, is_map, read_ome_tiff, shrink, write_ome_tiff
 from medsd.heatmap.value_map import ValueMap
 
 OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
@@ -93,9 +93,9 @@ def test_the_frame_is_the_whole_canvas_and_emptiness_is_small(tmp_path: Path) ->
 
 def test_it_is_told_what_a_map_holds(tmp_path: Path, written: tuple[Path, ValueMap]) -> None:
     path, value_map = written
-    assert is_value_map(path) and not is_value_map(tmp_path) and not is_value_map(tmp_path / "missing.tif")
+    assert is_map(path) and not is_map(tmp_path) and not is_map(tmp_path / "missing.tif")
     tifffile.imwrite(tmp_path / "plain.tif", np.zeros((4, 4), np.uint8))
-    assert not is_value_map(tmp_path / "plain.tif")
+    assert not is_map(tmp_path / "plain.tif")
     words = value_map.in_words().splitlines()
     assert words[0] == "map         saliency of tumour: gradient at layer2"
     assert words[1].startswith("dimensions  1030 x 701 px, 7.94 x 5.40 mm")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medsd.errors import ConfigError, NetworkError
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import measure_geometry
+from medsd.networks.geometry import measure_fields
 
 ENCODER = "test_resnet"
 
@@ -262,7 +262,7 @@ def test_a_broken_network_gives_nan_and_no_geometry() -> None:
     with torch.no_grad():
         assert model(x).isnan().all()
     with pytest.raises(NetworkError, match="no dense map"):  # the estimators pool: no halo is wide enough
-        measure_geometry(model, "layer2")
+        measure_fields(model, ["layer2"])
 
 
 @pytest.mark.parametrize(("end_stage", "parameters_m", "gmac"), [(3, 1.5, 0.07), (2, 2.7, 0.29), (1, 3.7, 1.06)])

@@ -10,7 +10,7 @@ from medsd.errors import NetworkError
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.effective_field import measure_effective_field
-from medsd.networks.geometry import measure_geometry
+from medsd.networks.geometry import measure_fields
 
 
 class AddsTheWholeImage(nn.Module):
@@ -44,7 +44,7 @@ def network_of(pads: list[tuple[int, int]], everywhere: bool) -> TileClassifier:
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("pads", [[(1, 1)] * 3, [(0, 1)] * 3, [(2, 0), (1, 1), (0, 1)]])
 def test_centres_are_those_of_the_receptive_field(pads: list[tuple[int, int]], everywhere: bool) -> None:
-    centre = measure_geometry(network_of(pads, False), "last").hidden.centre
+    centre = measure_fields(network_of(pads, False), ["last"])[0]["last"].centre
     found = measure_effective_field(network_of(pads, everywhere), "last")
     assert found.stride == 8
     assert found.centre == pytest.approx(centre, abs=1)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import TileClassifier
-from medsd.networks.geometry import Geometry, ReceptiveField, measure_fields, measure_geometry
+from medsd.networks.geometry import ReceptiveField, measure_fields
 
 # Kernel, stride, padding left, padding right; along x.
 Layer = tuple[int, int, int, int]
+
+
+class Geometry(NamedTuple):
+    """The fields of the features and of a hidden layer."""
+
+    features: ReceptiveField
+    hidden: ReceptiveField
+
+    @property
+    def halo_px(self) -> int:
+        """Context in image pixels that a block needs on each side for exact saliency; a multiple of the stride.
+
+        The gradient at a hidden cell depends on the gates of every cell above that it feeds, as far as the layers
+        above reach, and each of these depends on the image as far as the whole network reaches. One stride more pays
+        for the gradient smoothing (one pixel at each strided convolution above) and for rounding.
+        """
+        above = (self.features.size - self.hidden.size) / 2
+        return (math.ceil((above + self.features.size / 2) / self.features.stride) + 1) * self.features.stride
+
+
+def measure_geometry(classifier: TileClassifier, layer: str) -> Geometry:
+    hidden, features = measure_fields(classifier, [layer])
+    return Geometry(features, hidden[layer])
 
 
 def recursion(layers: list[Layer]) -> ReceptiveField:

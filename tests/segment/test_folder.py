@@ -82,7 +82,7 @@ def save(path: Path, mode: str, **how: Any) -> None:
         (lambda f: (f / "2m.png").write_bytes(b"no picture"), r"2m\.png: cannot be read as a mask"),
         (lambda f: (f / "2.png").write_bytes((f / "2.png").read_bytes()[:60]), r"2\.png: cannot be read as an image"),
         (lambda f: Image.new("RGB", (20, 34)).save(f / "2.png") or Image.new("L", (20, 34)).save(f / "2m.png"),
-         r"2\.png: 20 x 34 px is smaller than side_px=32; lower side_px"),
+         r"2\.png: 20 x 34 px is smaller than side_px=32; lower it"),
     ],
 )  # fmt: skip
 def test_a_bad_mask_stops_before_the_training(tmp_path: Path, spoil: Any, words: str | None) -> None:

@@ -18,20 +18,22 @@ from shapely.geometry import shape
 from torch import nn
 
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.kept import gather
 from medsd.cohort.runner import Sharing
 from medsd.errors import ConfigError, DatasetError, WeightsError
 from medsd.heatmap.cohort import map_slides
 from medsd.heatmap.folder import holds_classes
 from medsd.heatmap.store import BlockStore
+from medsd.heatmap.tiff import is_map
 from medsd.heatmap.view import ViewServer
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom.files import write_pyramid
 from medsd.record import read_record, rewrite_record
 from medsd.segment.contours import class_regions
-from medsd.segment.label_tiff import is_label_map, label_map_words
+from medsd.segment.label_tiff import NAMESPACE, label_map_words
 from medsd.segment.network import SegmentationNetwork
-from medsd.segment.slides import SegmentRequest, gather_segmented, segment_slides
+from medsd.segment.slides import Segmented, SegmentRequest, segment_slides
 from medsd.segment.weights import SegmentationCard, save_segmentation
 from medsd.tables import read_table
 
@@ -147,7 +149,7 @@ def test_the_label_pyramid_says_where_classes_lie(done: SimpleNamespace, slide: 
         # The middle of each square of the first level, none between two numbers.
         step = 2**number
         np.testing.assert_array_equal(level, levels[0][:, step // 2 :: step, step // 2 :: step])
-    assert is_label_map(path) and "violet 0.119" in label_map_words(path)
+    assert is_map(path, NAMESPACE) and "violet 0.119" in label_map_words(path)
     with pytest.raises(DatasetError, match=r"drawn\.tif: lacks medsd's record"):
         label_map_words(slide)
 
@@ -188,7 +190,7 @@ def test_what_is_done_is_kept_and_gathered(done: SimpleNamespace, slide: Path, m
     copy = shutil.copytree(done.out, tmp_path / "out")
     for name in ("slides.csv", "index.html"):
         (copy / name).unlink()
-    assert holds_classes(copy) and [one.slide for one in gather_segmented(copy)] == ["drawn", "glass"]
+    assert holds_classes(copy) and [one.slide for one in gather(Segmented(copy))] == ["drawn", "glass"]
     assert (copy / "index.html").read_text() == (done.out / "index.html").read_text()
 
 

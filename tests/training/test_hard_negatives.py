@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.errors import ConfigError
 from medsd.training.hard_negatives import HardNegativeRound
-from medsd.training.predict import predict
+from medsd.training.predict import predict_logits
 from tests.training.small import Blobs, Training, equal, training
 
 LABELS = np.array([0, 1, 0, 0, -1, 0, 1, 0], np.int8)
@@ -71,7 +71,7 @@ def test_normal_items_above_the_threshold_are_found(threshold: float, expected: 
 
 
 def test_an_item_at_the_threshold_is_hard() -> None:
-    threshold = float(predict(RedMeter(), Reds())[3])
+    threshold = float(torch.from_numpy(predict_logits(RedMeter(), Reds())).softmax(dim=1)[3, 1])
     assert HardNegativeRound(0, 0.5, Reds(), threshold).find(RedMeter()).tolist() == [2, 3]
 
 
@@ -95,17 +95,17 @@ def test_a_threshold_is_a_probability(threshold: float) -> None:
         HardNegativeRound(0, 0.5, Reds(), threshold).find(RedMeter())
 
 
-@pytest.mark.parametrize("target", [0, 1])
-def test_probabilities_in_the_order_of_the_items(target: int) -> None:
+def test_logits_in_the_order_of_the_items():
     seen = []
 
     def progress(items, total, unit):
         seen.append((total, unit))
         return iter(items)
 
-    got = predict(RedMeter(), Reds(), target, batch_size=3, progress=progress)
-    expected = [abs(1 - target - probability(red)) for red in REDS]
-    assert got.dtype == np.float32 and np.allclose(got, expected, atol=1e-6) and seen == [(3, "batch")]
+    got = predict_logits(RedMeter(), Reds(), batch_size=3, progress=progress)
+    expected = [probability(red) for red in REDS]
+    assert got.dtype == np.float32 and seen == [(3, "batch")]
+    assert np.allclose(torch.from_numpy(got).softmax(dim=1)[:, 1], expected, atol=1e-6)
 
 
 class Foreseen(HardNegativeRound):
