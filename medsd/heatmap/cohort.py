@@ -18,7 +18,7 @@ from medsd.errors import DatasetError
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
 from medsd.heatmap.engine import MixedEngine
-from medsd.heatmap.findings import Checks, check_slide, mapped_slide, misfits, model_words
+from medsd.heatmap.findings import Checks, check_slide, looked_at_mm2, mapped_slide, misfits, model_words
 from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
@@ -182,6 +182,7 @@ class _MapWork(Maps, Work[SlideResult]):
             "missed_share": maps.missed,
             "pixels_read": maps.pixels_read,
             "unseen_share": round(unseen, 6),
+            "looked_at_mm2": round(looked_at_mm2(maps), 4),
             "map_seconds": map_seconds,
             "stain": None if normaliser is None else asdict(normaliser.fit(slide, tissue)),
         }

@@ -109,6 +109,12 @@ def striped(picture: RGB, level0_px: float, maps: SlideMaps) -> RGB:
     return hatched(picture, maps.lost[np.ix_(*inside)])
 
 
+def looked_at_mm2(maps: SlideMaps) -> float:
+    """The area of the map pixels that have a value."""
+    shown = maps.saliency
+    return float(shown.seen.sum()) * shown.mpp**2 / 1e6
+
+
 def top_mean(probabilities: npt.NDArray[np.float32]) -> float:
     """Slide score: the mean of the highest 1 % of the tissue's probabilities, at least one (our choice).
 
@@ -244,6 +250,7 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
         found["Adds up"] = f"to the {word} of every tile, {before}by a correction of {maps.moved:.1%}"
     if maps.seam is not None:
         found["Seams"] = f"{maps.seam:.2f} (jump across block borders over beside them)"
+    found["Looked at"] = f"{looked_at_mm2(maps):.2f} mm² of tissue; not at pen marks with a rim, nor at specks"
     found["Slide file"] = f"{slide.path.name}, read by {slide.reader}"
     if card is None:
         found["Encoder"] = f"{model.name} at {engine.mpp:g} µm per pixel"

@@ -20,7 +20,9 @@ def tinted(
     y: Doubles,
     opacity: float = OPACITY,
 ) -> npt.NDArray[np.uint8]:
-    """A slide's pixels (h, w, 3) in light grey, and the map's colours over them.
+    """A slide's pixels (h, w, 3) in light grey, and the map's colours over them; faded where the map has not seen them.
+
+    A place without colour would else look the same whether it was judged or not.
 
     Args:
         pixels: RGB.
@@ -28,7 +30,9 @@ def tinted(
         x, y: (w,), (h,) level-0 places of the pixels' centres.
         opacity: of the strongest colour, 0 to 1.
     """
-    return scale.over(pale(pixels), interpolated(value_map, x, y), opacity)
+    values, grey = interpolated(value_map, x, y), pale(pixels)
+    grey = np.where(np.isnan(values)[..., None], np.rint(opacity * 255 + (1 - opacity) * grey), grey).astype(np.uint8)
+    return scale.over(grey, values, opacity)
 
 
 def interpolated(value_map: ValueMap, x: Doubles, y: Doubles) -> Floats:

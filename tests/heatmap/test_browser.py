@@ -81,16 +81,18 @@ def test_colours_are_the_scales_over_the_slide_in_grey(
         assert np.abs(shown - expected).max() <= 6 and shown[0] - shown[2] > 30
 
 
-def test_between_map_pixels_values_are_interpolated_and_the_unseen_is_bare(report: Browser) -> None:
+def test_between_map_pixels_values_are_interpolated_and_the_unseen_is_white(report: Browser) -> None:
     found = report.evaluate("""(() => {
       const values = Float32Array.of(0, 1, NaN, 1);
       const layer = { ...data.layers.probability, words: null, canvas: null,
         levels: [{ rows: 1, columns: 4, side: 100, values }] };
       Object.assign(view, { scale: 1, x: 0, y: 0 });
       const pixels = painted(layer, 400, 100).getContext("2d").getImageData(0, 50, 400, 1).data;
-      return [50, 75, 100, 125, 150, 199, 201, 299, 301, 399].map((x) => pixels[4 * x + 3]);
+      return [50, 75, 100, 125, 150, 199, 201, 299, 301, 399].map((x) => [pixels[4 * x + 2], pixels[4 * x + 3]]);
     })()""")
-    assert found == pytest.approx([0, 64, 128, 191, 255, 255, 0, 0, 255, 255], abs=3)
+    blue, alpha = zip(*found, strict=True)
+    assert alpha == pytest.approx([0, 64, 128, 191, *[255] * 6], abs=3)
+    assert [value > 250 for value in blue] == [False] * 6 + [True] * 2 + [False] * 2
 
 
 def test_the_sliders_change_the_picture(report: Browser, fiducials: tuple[tuple[int, int], ...]) -> None:

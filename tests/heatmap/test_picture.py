@@ -43,10 +43,12 @@ def test_places_off_the_map_are_not_seen() -> None:
     assert np.isnan(found[0]).tolist() == [True, False, False, True, True]
 
 
-def test_where_nothing_is_seen_the_slide_is_grey_and_untinted() -> None:
+def test_where_nothing_is_seen_the_slide_is_grey_and_faded() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     values = np.array([[0.0, np.nan], [1.0, 1.0]])
     places = np.array([2.0, 3.0, 12.0, 13.0])
-    shown = tinted(pixels, as_map(values), probability_scale(), places, places)
-    assert (shown[:2, 2:] == pale(pixels)[:2, 2:]).all()
+    shown, grey = tinted(pixels, as_map(values), probability_scale(), places, places, 0.6), pale(pixels)
+    assert np.abs(shown[:2, 2:] - (0.6 * 255 + 0.4 * grey[:2, 2:])).max() <= 0.5
+    # A probability of 0 is not.
+    assert (shown[0, 0] == grey[0, 0]).all()
     assert (np.ptp(shown[3], axis=1) > 20).all()

@@ -90,7 +90,9 @@ function painted(layer, width, height) {
     if (down.holder[row] < 0) { at += width; continue; }
     const middle = down.holder[row] * columns;
     for (let column = 0; column < width; column++, at++) {
-      if (across.holder[column] < 0 || Number.isNaN(values[middle + across.holder[column]])) continue;
+      if (across.holder[column] < 0) continue;
+      // Faded: a place without colour would else look the same whether it was judged or not.
+      if (Number.isNaN(values[middle + across.holder[column]])) { pixels[at] = 0xffffffff; continue; }
       if (state.mask && !(valueAt(data.layers.probability, view.x + (column + 0.5) * step, view.y + (row + 0.5) * step) > state.threshold)) continue;
       const left = across.first[column], right = across.second[column], far = across.share[column];
       let total = 0, weight = 0;
