@@ -15,6 +15,7 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FOLDERS, TABLE, Kept
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
+from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
 from medsd.heatmap.engine import MixedEngine
@@ -146,6 +147,9 @@ class _MapWork(Maps, Work[SlideResult]):
             recipe["target"] = self.target
         if isinstance(engine, MixedEngine) and engine.tiles_alone:
             recipe["probability"] = "dense"  # which was once that of tiles
+        of_places = engine.of_places if isinstance(engine, MixedEngine) else engine
+        if isinstance(of_places, DenseEngine):
+            recipe["origin_px"] = of_places.origin_px  # which was once the middle of what cells can see
         if self.request.also:
             recipe["also"] = sorted(set(self.request.also))
         if calibration is None:  # what was not of the weights

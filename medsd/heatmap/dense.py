@@ -34,6 +34,7 @@ from medsd.heatmap.store import BlockStore
 from medsd.heatmap.value_map import Floats
 from medsd.heatmap.windows import Part, Windows, window_mean
 from medsd.networks.classifier import TileClassifier
+from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating, recorded
 from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence, reference_at
@@ -92,7 +93,8 @@ class DenseEngine(Engine):
             raise NetworkError(f"tile_px={self.tile_px}: must be a multiple of the network's stride, {stride}")
         self.window = self.tile_px // stride
         self._windows = Windows(self.cascade.top.network, self.classifier, self.window)
-        fields = self.cascade.features, self.cascade.hidden
+        # Where cells look, not the middle of what they can see: the shortcuts of ResNet-D weigh more than the rest.
+        fields = [measure_effective_field(self.classifier, layer) for layer in (None, self.settings.layer)]
         self.origin_px = canvas_origin(*fields)
         # Map pixel of the canvas's first cell, for either map.
         self._shifts = [shift_of(field, self.origin_px) for field in fields]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from medsd.heatmap.value_map import Floats
-from medsd.networks.geometry import ReceptiveField
+from medsd.networks.effective_field import EffectiveField
 from medsd.slides.readers.base import Bools
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
@@ -75,23 +75,23 @@ class MapGrid:
         return placed
 
 
-def canvas_origin(features: ReceptiveField, hidden: ReceptiveField) -> int:
+def canvas_origin(features: EffectiveField, hidden: EffectiveField) -> int:
     """Where the canvas of feature cells starts, in pixels at the model's mpp from the slide's origin (0 or negative).
 
-    A cell of a ResNet looks at the top left of its own square, not at its middle. The canvas is shifted so that
-    what a hidden cell looks at is centred on a map pixel, to a pixel, and what a feature cell looks at as nearly as the
-    hidden grid allows.
+    A cell of a ResNet looks at the top left of its own square, not at its middle, one of a ResNet-D between the two.
+    The canvas is shifted so that what a hidden cell looks at is centred on a map pixel, to half a pixel, and what a
+    feature cell looks at as nearly as the hidden grid allows.
     """
     exact = hidden.stride / 2 - hidden.centre
     wish = features.stride / 2 - features.centre - features.stride
     origin = exact + hidden.stride * round((wish - exact) / hidden.stride)
     while origin > 0:
         origin -= features.stride
-    # Between pixels every block would be read blurred: cells look at a middle to half a pixel.
-    return math.floor(origin)
+    # Between pixels every block would be read blurred.
+    return round(origin)
 
 
-def shift_of(field: ReceptiveField, origin_px: float) -> int:
+def shift_of(field: EffectiveField, origin_px: float) -> int:
     """The map pixel of the canvas's first cell."""
     return round((field.centre + origin_px) / field.stride - 0.5)
 
