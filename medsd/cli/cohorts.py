@@ -118,15 +118,19 @@ def submit(
 
     On Slurm: an array, and a job behind it that gathers. Preempted jobs are queued again and go on.
     """
-    from medsd.cohort.submit import LOGS, make_executor, out_of, submit_gather, submit_shards
+    from medsd.cohort.submit import LOGS, check_inputs, make_executor, out_of, submit_gather, submit_shards
 
     out = out_of(context.args)
+    check_inputs(context.args)
     executor = make_executor(on, out, slurm)
     queued = submit_shards(executor, context.args, jobs)
     print(f"{jobs} jobs: {queued[0].job_id} to {queued[-1].job_id}; they say what they do in {out / LOGS}")
     if on == "slurm":
         return print(f"job {submit_gather(executor, queued, out).job_id} gathers when they have ended")
     codes = [job.result() for job in queued]
+    for job, code in zip(queued, codes, strict=True):
+        if code and (said := (job.stderr() or "").strip()):  # why, also where nothing is left to gather
+            typer.secho(f"job {job.job_id}: {said.splitlines()[-1]}", fg="red", err=True)
     gather_folder(out)
     if any(codes):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, cast
 
 import typer
@@ -31,7 +32,8 @@ def bundle(out: Annotated[Path, typer.Argument(help="Folder to copy them into; m
     from medsd.shipped import copy_bundles
 
     files = copy_bundles(out)
-    print(f"{len(files)} files in {out}; try: python -m monai.bundle run --config_file {out}/bundles/camelyon.json")
+    config = quote(f"{out}/bundles/camelyon.json")
+    print(f"{len(files)} files in {out}; try: python -m monai.bundle run --config_file {config}")
 
 
 @app.command()
@@ -83,7 +85,7 @@ def info(slide: Annotated[Path, typer.Argument(help="A slide file.")], mpp: MppO
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; made when missing.")],
-    slides: Annotated[int, typer.Option(help="How many slides, training and testing together.")] = 6,
+    slides: Annotated[int, typer.Option(help="How many slides, training and testing together; 4 or more.")] = 6,
     seed: Annotated[int, typer.Option(help="Start of the random draw.")] = 0,
     size_px: Annotated[int, typer.Option("--size", help="Side of a slide in level-0 pixels.")] = 4096,
     mpp: Annotated[float, typer.Option(help="Micrometres per level-0 pixel.")] = 0.5,

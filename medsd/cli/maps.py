@@ -40,7 +40,9 @@ Row = TypeVar("Row", bound="ReportedSlide")
 @app.command()
 def heatmap(
     slides: SlidesArgument,
-    weights: Annotated[Path, typer.Option(help="A calibrated classifier, or an encoder alone (.safetensors).")],
+    weights: Annotated[
+        Path, typer.Option(help="A calibrated classifier, or an encoder alone that medsd wrote (.safetensors).")
+    ],
     out: SlidesOut,
     mpp: MppOption = None,
     methods: Annotated[
@@ -284,12 +286,14 @@ def methods() -> None:
         print(f"{name:<23}{label:<7}{gradient:<10}{cost:<25}{complete}")
         if number:
             print(f"    {words}")
+    print("captum.NAME: any of captum's attributions of a layer or an image that fits, such as captum.LayerGradCam")
+    print("mask: the masks of a network that masks itself (AIM)")
 
 
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Image files (PNG, JPEG, TIFF, WebP), or folders of them.")],
-    weights: Annotated[Path, typer.Option(help="A classifier or an encoder (.safetensors).")],
+    weights: Annotated[Path, typer.Option(help="A classifier or an encoder that medsd wrote (.safetensors).")],
     out: Annotated[Path, typer.Option(help="Folder to write: sheets, metrics.csv, metrics.json, maps.safetensors.")],
     methods: Annotated[
         str | None,

@@ -62,14 +62,31 @@ def out_of(words: Sequence[str]) -> Path:
         raise ConfigError(
             f"submit: {words[0]!r} has no shards{nearest(words[0], VERBS)}; give one of {', '.join(VERBS)}"
         )
-    named = dict(zip(words, [*words[1:], ""], strict=True)) | {
-        word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--") and "=" in word
-    }
+    named = _options(words)
     if "--shard" in named:
         raise ConfigError("submit: --shard is given by --jobs; leave it out")
     if not named.get("--out"):
         raise ConfigError(f"submit: {words[0]} needs --out FOLDER, which all jobs can see")
     return Path(named["--out"])
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """The value behind each word, and behind `=` of options."""
+    return dict(zip(words, [*words[1:], ""], strict=True)) | {
+        word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--") and "=" in word
+    }
+
+
+def check_inputs(words: Sequence[str]) -> None:
+    """What every job would end with is told before any is queued.
+
+    Raises:
+        ConfigError: weights or a manifest that are not there.
+    """
+    named = _options(words)
+    for option in ("--weights", "--manifest"):
+        if (file := named.get(option)) and not Path(file).is_file():
+            raise ConfigError(f"submit: {option} {file}: no such file, so every job would fail; check the path")
 
 
 def make_executor(on: str, out: Path, slurm: str | None = None) -> AutoExecutor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medsd import cli
-from medsd.cohort.submit import Verb, make_executor, out_of, submit_shards
+from medsd.cohort.submit import Verb, check_inputs, make_executor, out_of, submit_shards
 from medsd.errors import ConfigError
 from medsd.phantom import PhantomSpec, draw_phantom
 from medsd.phantom.files import write_pyramid
@@ -47,7 +47,17 @@ def test_an_array_and_a_gathering_job_behind_it(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm = "partition=gpu,gpus_per_node=1,timeout_min=240,array_parallelism=8"
-    verb = ["heatmap", "slides", "--weights", "w.safetensors", "--out", tmp_path / "out", "--method", "deeplift"]
+    (tmp_path / "w.safetensors").touch()
+    verb = [
+        "heatmap",
+        "slides",
+        "--weights",
+        tmp_path / "w.safetensors",
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "deeplift",
+    ]
     assert medsd(monkeypatch, "submit", "--jobs", 40, "--slurm", slurm, *verb) == 0
     array, gathering, _ = sbatch.read_text().split("--- end\n")
     for line in ("--array=0-39%8", "--partition=gpu", "--gpus-per-node=1", "--time=240"):
@@ -93,6 +103,12 @@ def test_local_jobs_share_slides_and_the_tables_are_whole(
 def test_commands_without_shards_are_refused(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         out_of(words)
+
+
+@pytest.mark.parametrize("words", [["--weights", "none.safetensors"], ["--manifest=none.csv"]])
+def test_what_every_job_would_end_with_is_told_before_any_is_queued(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"submit: --(weights|manifest) none\.\w+: no such file"):
+        check_inputs(["heatmap", "a", *words, "--out", "o"])
 
 
 def test_settings_and_clusters_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

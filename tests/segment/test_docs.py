@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "segmentation.md"
 
 def test_ten_lines_train_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_encoder("encoder.safetensors", create_encoder("test_resnet", False)[0], "test_resnet", "a test")
+    save_encoder("encoder.safetensors", create_encoder("resnet10t", False)[0], "resnet10t", "a test")
     (tmp_path / "masks").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (64, 64), (200, 100, 150)).save(tmp_path / "masks" / f"{name}.png")
