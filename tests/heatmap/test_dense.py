@@ -115,12 +115,12 @@ def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
         torch.testing.assert_close(window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
 
 
-@pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.5)])
+@pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.25)])
 def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance):
     """A lone spot raises the activation at its own map pixel: the centre of the response lies on it.
 
-    Shortcuts that average 2 x 2 pixels (resnet10t) look a little to the right and below of what the rest of the cell
-    sees, hence the wider tolerance; both in map pixels.
+    Shortcuts that average 2 x 2 pixels (resnet10t) look to the right and below of what the rest of the cell sees.
+    Tolerances in map pixels.
     """
     classifier = TileClassifier(encoder).eval()
     # Positive weights and open gates make a blurring network: the response is a blob around what each cell looks at.
