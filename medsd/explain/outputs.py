@@ -25,6 +25,7 @@ from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
 from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, unit_of
+from medsd.heatmap.numbers import probability_text
 from medsd.heatmap.scale import explanation_scale
 from medsd.networks.weights import save_tensors
 from medsd.tables import write_table
@@ -183,7 +184,7 @@ def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
 def _row(image: ExplainedImage, settings: ExplainSettings) -> SheetRow:
     about = f"{image.size_px[1]} x {image.size_px[0]} px"
     if image.predicted:
-        about = f"predicted {image.predicted} {image.probability:.2f}"
+        about = f"predicted {image.predicted} {probability_text(image.probability)}"
     maps = tuple(image.maps[name] for name in settings.methods)
     return SheetRow(image.picture, image.region, (image.name, about), image.explained, maps)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from medsd import RESEARCH_USE_ONLY
 from medsd.drawing import BLACK, FAINT, RED, WHITE, Canvas, outline, resized, text_width, wrapped
 from medsd.heatmap.legend import MASK, name_of
+from medsd.heatmap.numbers import probability_text, score_texts
 from medsd.heatmap.picture import tinted
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY, ColourScale, explanation_scale, probability_scale
@@ -68,6 +69,7 @@ class Findings:
         region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
         score: mean of the highest 1 % of the probability in tissue.
         verdict: what the score means, in sentences; the first stands alone.
+        cut_off: that the verdict compares the score with; None where none is known.
     """
 
     probability: ValueMap
@@ -77,6 +79,7 @@ class Findings:
     region_pictures: Sequence[npt.NDArray[np.uint8]]
     score: float
     verdict: Sequence[str]
+    cut_off: float | None = None
 
     @property
     def region_area_mm2(self) -> float:
@@ -191,7 +194,8 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     room = _WIDTH_PX - 2 * _MARGIN_PX
     head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
     if slide.findings is not None:
-        words = f"Slide score {slide.findings.score:.3f}. {' '.join(slide.findings.verdict)}"
+        score, _ = score_texts(slide.findings.score, slide.findings.cut_off)
+        words = f"Slide score {score}. {' '.join(slide.findings.verdict)}"
         head += [(line, BLACK) for line in wrapped(words, 15, room)]
     head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room, bold=True)]
     foot = _footer(slide, opacity)
@@ -305,7 +309,8 @@ def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
 def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     parts = ["Grey stripes: could not be decoded, not judged."] if slide.damaged else []
     if (found := slide.findings) is not None:
-        above = f"{found.probability.target} probability above {found.threshold:.2f} ({found.threshold_source})"
+        threshold = probability_text(found.threshold)
+        above = f"{found.probability.target} probability above {threshold} ({found.threshold_source})"
         where = (
             "none smaller than a tile of the network, light on their inner side, numbered by size as in report and "
             "GeoJSON where there is room"

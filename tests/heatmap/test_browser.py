@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from medsd.drawing import pale
+from medsd.heatmap.numbers import probability_text
 from medsd.heatmap.regions import find_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.scale import probability_scale
@@ -109,6 +111,18 @@ def test_the_sliders_change_the_picture(report: Browser, fiducials: tuple[tuple[
     assert "not the validated threshold" in report.evaluate("byId('shown').textContent")
     report.evaluate("byId('reset').click()")
     assert report.evaluate("traced === null && byId('moved').hidden")
+
+
+def test_a_linked_threshold_next_to_the_validated_one_is_that(browser: Browser, drawn: Path) -> None:
+    for linked, own in (("0.5012", True), ("0.51", False)):
+        browser.open(f"{drawn.as_uri()}#threshold={linked}")
+        assert browser.evaluate("[traced === null, byId('moved').hidden]") == [own, own]
+
+
+def test_the_page_writes_probabilities_as_every_output_does(report: Browser) -> None:
+    values = [0.0, 1.0, 0.2887, 0.0004, 0.00437, 0.9996, 0.99996, 3e-7, 1e-12, 0.9704, 0.5, -1e-9]
+    found = report.evaluate(f"{json.dumps(values)}.map(probabilityText)")
+    assert found == [probability_text(value) for value in values]
 
 
 def test_show_moves_to_the_region_and_zooms_in(report: Browser) -> None:

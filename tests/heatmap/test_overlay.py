@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import pytest
 import shapely
 from PIL import Image
 
-from medsd.drawing import text_width
+from medsd.drawing import Canvas, fitted, text_width
 from medsd.errors import OutputError
 from medsd.heatmap.overlay import (
     Findings,
@@ -39,6 +40,32 @@ def as_map(values: npt.NDArray[np.float64], side: float, quantity: str = "probab
     return ValueMap(values.astype(np.float32), side, side * 0.25, quantity, "tumour", "drawn", "logit")
 
 
+class Written(NamedTuple):
+    """A line of text in a picture: what is seen of it, and from where to where."""
+
+    text: str
+    left: float
+    right: float
+    baseline: float
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Written]:
+    """Every line that pictures of a test have."""
+    lines: list[Written] = []
+    plain = Canvas.text
+
+    def text(canvas: Canvas, x: float, y: float, text: str, size: float, *rest: Any, **more: Any) -> None:
+        plain(canvas, x, y, text, size, *rest, **more)
+        seen = fitted(text, size, more.get("width"), more.get("bold", False))
+        long = text_width(seen, size, more.get("bold", False))
+        left = x - {"l": 0, "m": long / 2, "r": long}[more.get("align", "l")]
+        lines.append(Written(seen, left, left + long, y))
+
+    monkeypatch.setattr(Canvas, "text", text)
+    return lines
+
+
 BLANK = as_map(np.full((60, 80), np.nan), 100.0)
 
 
@@ -51,6 +78,8 @@ def draw(
     opacity: float = 0.45,
     methods: Sequence[str] = ("gradient",),
     misfits: Sequence[str] = (),
+    threshold: float = 0.5,
+    score: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
     height, width = shape
     slide = MappedSlide(
@@ -64,7 +93,9 @@ def draw(
         thumbnail_level0_px=LEVEL0,
         damaged=False,
         explanations=[shown_explanation(method, replace(BLANK, quantity="saliency"), 1.0, "") for method in methods],
-        findings=Findings(probability, 0.5, "fixed on a test", regions, [], 0.0, ["Below the cut-off."]),
+        findings=Findings(
+            probability, threshold, "fixed on a test", regions, [], score, ["Below the cut-off."], 0.0744
+        ),
         provenance={},
         caveats=[],
     )
@@ -168,6 +199,16 @@ def test_what_does_not_fit_is_said_in_red_above_the_panels(tmp_path: Path) -> No
     long = draw(tmp_path / "o.png", misfits=("Does not fit: " + "too coarse " * 40,))
     coloured = np.flatnonzero((np.ptp(long[:150].astype(int), axis=2) > 60).any(axis=0))
     assert coloured.max() < long.shape[1] - 30  # bold, and still within the margin
+
+
+@pytest.mark.parametrize("threshold", [0.0004, 0.9996, 0.29])
+def test_threshold_and_score_are_no_round_numbers_that_they_are_not(
+    tmp_path: Path, written: list[Written], threshold: float
+) -> None:
+    draw(tmp_path / "o.png", threshold=threshold, score=0.0743)
+    words = " ".join(line.text for line in written)
+    assert f"tumour probability above {threshold} (fixed on a test)" in words
+    assert "Slide score 0.0743. Below the cut-off." in words
 
 
 def test_every_method_has_a_panel(tmp_path: Path) -> None:
