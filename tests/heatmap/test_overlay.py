@@ -181,7 +181,7 @@ def test_panels_stand_in_even_rows(count: int, columns: int) -> None:
 
 
 def test_numbers_stand_at_the_regions_and_never_on_each_other() -> None:
-    box = Panel(0, 0, 400, 300)
+    box = Panel(0, 0, 400, 300, 0, 400)
     tops = [(4000.0, 3000.0), (4010.0, 3005.0), (7990.0, 0.0), (0.0, 5000.0)]
     found = number_places(tops, (20.0, 20.0), box)
     assert sorted(found) == [1, 3, 4]  # the second would cover the first, which is larger
@@ -261,6 +261,33 @@ def test_odd_shapes_are_drawn_inside_the_picture(tmp_path: Path, shape: tuple[in
         assert box.left >= 0 and box.left + box.width <= picture.shape[1]
         assert box.top >= 0 and box.top + box.height <= picture.shape[0]
     assert picture.shape[0] < 6000
+
+
+@pytest.mark.parametrize("shape", [(600, 100), (1000, 100), (5100, 100), (100, 1300), (100, 5100), (20, 20)])
+def test_words_and_scale_bar_of_long_slides_are_read_in_full(
+    tmp_path: Path, written: list[Written], shape: tuple[int, int]
+) -> None:
+    picture = draw(tmp_path / "o.png", as_map(np.ones((4, 4)), 100.0), shape=shape, methods=("deeplift",))
+    words = [line.text for line in written]
+    assert "Evidence: DeepLift (tumour)" in words and "orange: for; blue: against; uncoloured: neither" in words
+    for line in written:
+        others = [other for other in written if other is not line and abs(other.baseline - line.baseline) < 10]
+        assert all(line.right < other.left or other.right < line.left for other in others), line
+    labels = [line for line in written if line.text.endswith((" µm", " mm"))]
+    assert len(labels) == 3
+    for box, label in zip(places(3, shape[1] / shape[0]), labels, strict=True):
+        if min(box.width, box.height) >= 120:  # or below it, beside the bar
+            assert box.left <= label.left and label.right <= box.left + box.width
+            black = panel(picture, box).max(axis=2) < 60
+            thick = black[:, : box.width // 2].any(axis=1)[-40:].sum()
+            assert 2 <= thick <= 0.05 * min(box.width, box.height) + 12  # with its label
+        else:
+            assert label.baseline > box.top + box.height and not (panel(picture, box).max(axis=2) < 60).any()
+
+
+def test_a_heading_names_the_class_whatever_it_is_called(tmp_path: Path, written: list[Written]) -> None:
+    draw(tmp_path / "o.png", replace(BLANK, target="P"), shape=(30, 40))
+    assert "Probability (P)" in [line.text for line in written]
 
 
 def test_threads_draw_the_same_picture(tmp_path: Path) -> None:
