@@ -159,6 +159,28 @@ def test_the_keyboard_reaches_everything(report: Browser) -> None:
     assert report.evaluate("view.scale") == pytest.approx(before[1])
 
 
+def test_the_values_are_those_at_the_cross_however_the_view_is_moved(report: Browser) -> None:
+    centre = "[(view.x + viewer.clientWidth / 2 / view.scale), (view.y + viewer.clientHeight / 2 / view.scale)]"
+    report.evaluate("viewer.focus()")
+    for key in ("ArrowLeft", "ArrowUp", "+"):
+        report.press(key)
+    wheel = "new WheelEvent('wheel', { deltaY: -200, clientX: 100, clientY: 300 })"
+    for move in (
+        "byId('fit').focus(), byId('fit').click()",
+        f"viewer.dispatchEvent({wheel})",
+        "viewer.style.height = '400px', window.dispatchEvent(new Event('resize'))",
+    ):
+        before = report.evaluate(centre)
+        report.evaluate(move)
+        report.settle()
+        after = report.evaluate(centre)
+        assert report.evaluate("cross") and after != pytest.approx(before, abs=1)
+        assert report.evaluate("byId('at-px').textContent") == f"{int(after[0])}, {int(after[1])} px"
+    for threshold, above in ((0.0, "yes"), (1.0, "no")):
+        report.evaluate(f"fit(data.regions[0].box), setThreshold({threshold})")
+        assert report.evaluate("byId('above').textContent") == above
+
+
 @pytest.mark.parametrize("paper", [A4, LETTER], ids=["A4", "Letter"])
 def test_the_printed_page_has_picture_bar_scale_and_legend(report: Browser, paper: tuple[float, float]) -> None:
     before = report.evaluate("[view.x, view.y, view.scale]")

@@ -52,7 +52,7 @@ function update() {
     if (state.outline) words += own ? `; regions outlined: ${data.regions.length}` : `; dashed: probability ${at}, not the validated threshold`;
   }
   byId("shown").textContent = `${words}.`;
-  redraw();
+  moved();
 }
 
 // The slider's steps, and the digits of an address, need not hold the validated threshold.
@@ -86,7 +86,7 @@ function listen() {
   byId("fit").addEventListener("click", () => fit());
   for (const button of document.querySelectorAll("[data-region]"))
     button.addEventListener("click", () => showRegion(Number(button.dataset.region)));
-  window.addEventListener("resize", () => { if (!unprinted) fitted ? fit(...fitted) : redraw(); });
+  window.addEventListener("resize", () => { if (!unprinted) fitted ? fit(...fitted) : moved(); });
   window.addEventListener("beforeprint", toPaper);
   window.addEventListener("afterprint", toScreen);
   listenToPointers();
