@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsd.drawing import pale
 from medsd.heatmap.numbers import probability_text
@@ -249,6 +250,24 @@ def test_it_reads_on_a_phone_and_in_the_dark(browser: Browser, drawn: Path, mapp
             return [(high + 0.05) / (low + 0.05), one.outerHTML.slice(0, 80)];
           }).filter(([ratio]) => ratio < 4.5)""")
         assert faint == []
+
+
+def test_no_name_takes_the_room_of_the_other_columns(browser: Browser, tmp_path: Path) -> None:
+    said = "Below the cut-off 0.5, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
+    rows = [SlideResult("x" * 160, "ok", score=0.4, cut_off=0.5, verdict=said), SlideResult("y" * 160, "failed", said)]
+    write_index(tmp_path / "index.html", rows, "Slides")
+    (tmp_path / rows[0].slide).mkdir()
+    Image.new("RGB", (1800, 900)).save(tmp_path / rows[0].slide / "overlay.png")
+    for width in (1400, 780):
+        browser.open((tmp_path / "index.html").as_uri(), width, 900)
+        assert browser.evaluate("document.documentElement.scrollWidth") == width
+        widths = browser.evaluate("""["Verdict", "Reason"].map((name) => document.querySelector(`[data-label=${name}]`))
+          .concat(document.querySelector(".overlay")).map((one) => one.offsetWidth)""")
+        assert min(widths) >= 150 and (width < 1000 or widths[-1] >= 300)
+    browser.open((tmp_path / "index.html").as_uri(), 390, 844)
+    labels = browser.evaluate("""[...document.querySelectorAll("[data-label]")]
+      .map((one) => parseFloat(getComputedStyle(one, "::before").width))""")
+    assert len(labels) == 6 and min(labels) > 30  # a word, not a letter
 
 
 def test_every_control_and_picture_has_a_name(report: Browser) -> None:
