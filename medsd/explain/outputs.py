@@ -20,7 +20,7 @@ from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.model import INPUT
-from medsd.explain.notes import additivity, reading_notes
+from medsd.explain.notes import additivity, orange_elsewhere, reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
@@ -98,7 +98,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     """
     model, settings, images = explained.model, explained.settings, explained.images
     columns = [_column(name, explained) for name in settings.methods]
-    notes = list(reading_notes(explained))
+    warning, notes = orange_elsewhere(explained), list(reading_notes(explained))
     layer = model.layer(settings.layer) or INPUT
     reference = None if explained.reference is None else asdict(explained.reference)
     summary = Summary(
@@ -114,9 +114,10 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         reference=None if reference is None else {key: reference[key] for key in reference if key != "vector"},
         additivity=additivity(explained),
         meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
-        notes=notes,
+        notes=[warning, *notes] if warning else notes,
     )
-    draw_sheets(folder, [_row(image, settings) for image in images], columns, _title(explained, layer), notes)
+    rows = [_row(image, settings) for image in images]
+    draw_sheets(folder, rows, columns, _title(explained, layer), notes, warning)
     known = {name for image in images for measures in image.measures.values() for name in measures}
     heads = [
         "image",
