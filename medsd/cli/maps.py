@@ -99,8 +99,11 @@ def heatmap(
 def _of_map(result: SlideResult) -> str:
     if result.score is None:
         return ""
+    from medsd.heatmap.numbers import score_texts
+
     area = f"{result.region_area_mm2:.2f} mm2"
-    return f"score {result.score:.3f}, {result.regions} regions, {area}. {result.verdict}"
+    score, _ = score_texts(result.score, result.cut_off)
+    return f"score {score}, {result.regions} regions, {area}. {result.verdict}"
 
 
 @app.command()

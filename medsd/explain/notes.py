@@ -1,11 +1,13 @@
-"""How to read a contact sheet: the sentences at its foot."""
+"""How to read a contact sheet: the warning at its head, the sentences at its foot."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from medsd import RESEARCH_USE_ONLY
+from medsd.classes import target_number
 from medsd.explain.explained import ExplainedImages
 from medsd.heatmap.findings import prevalence_words
 from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, meaning
@@ -32,11 +34,6 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
         yield additivity(explained)
     if any(explains_class(name) for name in settings.methods):
         yield "Orange is above 0, blue below."
-        if len({image.explained for image in images}) > 1:
-            yield (
-                "Rows explain different classes, so orange changes its meaning from row to row: name one class as "
-                "target to compare them."
-            )
     if MASK in settings.methods:
         yield "Green is open, which speaks for no class; masks lie at the network's stages, whatever the layer above."
     free = [method_card(name) for name in settings.methods if name != MASK and not explains_class(name)]
@@ -78,6 +75,24 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
             yield "Masks are compared with maps of the predicted class; name the masks' class as target."
     if explained.failed:
         yield f"{len(explained.failed)} image(s) could not be used and are left out."
+
+
+def orange_elsewhere(explained: ExplainedImages) -> str:
+    """A warning where orange is not for the class that it is for on slides, the second; "" where it is."""
+    if not any(explains_class(name) for name in explained.settings.methods):
+        return ""
+    classes, found = explained.model.classes, Counter(image.explained for image in explained.images)
+    usual = classes[target_number(classes, None)]
+    if set(found) == {usual}:
+        return ""
+    if len(found) == 1:
+        (name,) = found
+        return f"Orange speaks for {name} here, blue against it: name {usual} as target to see what speaks for that."
+    shares = ", ".join(f"for {name} in {count}" for name, count in found.most_common())
+    return (
+        f"Orange changes its meaning from row to row: of {found.total()} images it speaks {shares}; the class stands "
+        "below each map. Name one as target to compare rows."
+    )
 
 
 def additivity(explained: ExplainedImages) -> str:

@@ -20,11 +20,12 @@ from medsd.evaluate.scores import Interval
 from medsd.evaluate.summary import as_json
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.model import INPUT
-from medsd.explain.notes import additivity, reading_notes
+from medsd.explain.notes import additivity, orange_elsewhere, reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
 from medsd.files import write_json
 from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, unit_of
+from medsd.heatmap.numbers import probability_text
 from medsd.heatmap.scale import explanation_scale
 from medsd.networks.weights import save_tensors
 from medsd.tables import write_table
@@ -97,7 +98,7 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
     """
     model, settings, images = explained.model, explained.settings, explained.images
     columns = [_column(name, explained) for name in settings.methods]
-    notes = list(reading_notes(explained))
+    warning, notes = orange_elsewhere(explained), list(reading_notes(explained))
     layer = model.layer(settings.layer) or INPUT
     reference = None if explained.reference is None else asdict(explained.reference)
     summary = Summary(
@@ -113,9 +114,10 @@ def write_outputs(folder: Path, explained: ExplainedImages) -> Summary:
         reference=None if reference is None else {key: reference[key] for key in reference if key != "vector"},
         additivity=additivity(explained),
         meaning={name: f"{MEASURES[name].words} ({MEASURES[name].better or 'no judgement'})" for name in MEASURED},
-        notes=notes,
+        notes=[warning, *notes] if warning else notes,
     )
-    draw_sheets(folder, [_row(image, settings) for image in images], columns, _title(explained, layer), notes)
+    rows = [_row(image, settings) for image in images]
+    draw_sheets(folder, rows, columns, _title(explained, layer), notes, warning)
     known = {name for image in images for measures in image.measures.values() for name in measures}
     heads = [
         "image",
@@ -183,7 +185,7 @@ def _calibrated_limit(name: str, explained: ExplainedImages) -> float | None:
 def _row(image: ExplainedImage, settings: ExplainSettings) -> SheetRow:
     about = f"{image.size_px[1]} x {image.size_px[0]} px"
     if image.predicted:
-        about = f"predicted {image.predicted} {image.probability:.2f}"
+        about = f"predicted {image.predicted} {probability_text(image.probability)}"
     maps = tuple(image.maps[name] for name in settings.methods)
     return SheetRow(image.picture, image.region, (image.name, about), image.explained, maps)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from medsd.drawing import BLACK, FAINT, INK, WHITE, Canvas, pale, resized, wrapped
+from medsd.drawing import BLACK, FAINT, INK, RED, WHITE, Canvas, pale, resized, wrapped
 from medsd.errors import DatasetError
 from medsd.heatmap.scale import OPACITY, ColourScale
 from medsd.slides.readers.base import RGB, Bools
@@ -70,7 +70,12 @@ def small_picture(pixels: RGB, resample: Image.Resampling = Image.Resampling.LAN
 
 
 def draw_sheets(
-    folder: Path, rows: Sequence[SheetRow], columns: Sequence[SheetColumn], title: str, notes: Sequence[str]
+    folder: Path,
+    rows: Sequence[SheetRow],
+    columns: Sequence[SheetColumn],
+    title: str,
+    notes: Sequence[str],
+    warning: str = "",
 ) -> list[Path]:
     """Draw `sheet.png`, or `sheet-01.png` and so on where there are more than `ROWS` images; atomic, each page whole.
 
@@ -83,6 +88,7 @@ def draw_sheets(
         columns: the methods, in the order of the rows' maps.
         title: one line.
         notes: how to read the sheet, sentences for its foot.
+        warning: what must not be overlooked, in red below the title.
 
     Raises:
         DatasetError: a map with values that are not finite, which have no colour.
@@ -93,7 +99,7 @@ def draw_sheets(
     names = ["sheet.png"] if len(pages) == 1 else [f"sheet-{n:0{digits}}.png" for n in range(1, len(pages) + 1)]
     for number, (name, page) in enumerate(zip(names, pages, strict=True), start=1):
         counted = title if len(pages) == 1 else f"{title}, page {number} of {len(pages)}"
-        _draw_page(folder / name, page, columns, counted, notes)
+        _draw_page(folder / name, page, columns, counted, notes, warning)
     for old in folder.glob("sheet*.png"):
         if _PAGE.fullmatch(old.name) and old.name not in names:
             old.unlink()
@@ -101,25 +107,34 @@ def draw_sheets(
 
 
 def _draw_page(
-    path: Path, rows: Sequence[SheetRow], columns: Sequence[SheetColumn], title: str, notes: Sequence[str]
+    path: Path,
+    rows: Sequence[SheetRow],
+    columns: Sequence[SheetColumn],
+    title: str,
+    notes: Sequence[str],
+    warning: str,
 ) -> None:
     step = CELL_PX + _GAP_PX
     width = max(_NARROWEST_PX, 2 * _MARGIN_PX + (1 + len(columns)) * step - _GAP_PX)
     room = width - 2 * _MARGIN_PX
     foot = wrapped(" ".join(notes), 12, room)
-    top = _TITLE_PX + _HEAD_PX
+    warned = wrapped(warning, 14, room, bold=True) if warning else []
+    head = _TITLE_PX + _LINE_PX * len(warned)
+    top = head + _HEAD_PX
     bottom = top + len(rows) * (CELL_PX + _CAPTION_PX)
     picture = Canvas(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
     picture.text(_MARGIN_PX, 30, title, 18, bold=True, width=room)
-    picture.text(_MARGIN_PX, _TITLE_PX + 18, "image", 14, bold=True)
+    for number, line in enumerate(warned):
+        picture.text(_MARGIN_PX, _TITLE_PX + _LINE_PX * number, line, 14, RED, bold=True)
+    picture.text(_MARGIN_PX, head + 18, "image", 14, bold=True)
     places = [(_MARGIN_PX + number * step, column) for number, column in enumerate(columns, start=1)]
     for x, column in places:
         scale = column.scale
-        picture.text(x, _TITLE_PX + 18, column.name.replace("_", " "), 14, bold=True, width=CELL_PX)
+        picture.text(x, head + 18, column.name.replace("_", " "), 14, bold=True, width=CELL_PX)
         ticks = [f"{tick:.3g}" for tick in (scale.vmin, (scale.vmin + scale.vmax) / 2, scale.vmax)]
-        picture.colour_bar(x, _TITLE_PX + 26, CELL_PX, _BAR_PX, scale.bar(), ticks, 11)
-        picture.text(x, _TITLE_PX + 65, scale.title, 10, FAINT, width=step - 2)
-        picture.text(x, _TITLE_PX + 78, column.source, 10, FAINT, width=step - 2)
+        picture.colour_bar(x, head + 26, CELL_PX, _BAR_PX, scale.bar(), ticks, 11)
+        picture.text(x, head + 65, scale.title, 10, FAINT, width=step - 2)
+        picture.text(x, head + 78, column.source, 10, FAINT, width=step - 2)
     for number, row in enumerate(rows):
         y = top + number * (CELL_PX + _CAPTION_PX)
         below = y + row.picture.shape[0] + 13

@@ -208,7 +208,7 @@ class _MapWork(Maps, Work[SlideResult]):
             _write_findings(path, found, slide, maps.saliency.quantity)
             area_mm2 = found.region_area_mm2
             row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
-            row = replace(row, verdict=found.verdict[0], target=self.target)
+            row = replace(row, verdict=found.verdict[0], cut_off=found.cut_off, target=self.target)
         if (faithful := checks.faithful) is not None:
             bright, random, low = (drop.value for drop in (faithful.brightest, faithful.random, faithful.lowest))
             row = replace(row, drop_brightest=bright, drop_random=random, drop_lowest=low)

@@ -23,6 +23,7 @@ from medsd.errors import NetworkError
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import Engine
 from medsd.heatmap.sample import LEAST_TILES, TileSample
+from medsd.heatmap.scale import explanation_scale
 from medsd.intervals import Interval, bootstrap_mean
 from medsd.networks.calibrated import Calibration
 from medsd.networks.classifier import Classifier
@@ -47,7 +48,7 @@ class Faithfulness:
     """By how much hiding a tenth of each tile lowers its log-odds: means over tiles, with 95 % bootstrap intervals.
 
     Attributes:
-        kind: of the map, "evidence" (which adds up) or "saliency".
+        kind: of the map, the word of its title: "evidence" (which adds up), "saliency", "mask", "strength".
         tiles: that were judged; of all that are tissue throughout, at random.
         brightest, random, lowest: hidden where the map is highest, anywhere (map pixels as a whole, as for the others),
             and where it is lowest.
@@ -131,11 +132,13 @@ def judge_map(engine: Engine, sample: TileSample) -> Faithfulness | None:
     means = {name: bootstrap_mean(values, seed=_SEED) for name, values in drops.items()}
     drop = means["brightest"], means["random"], means["lowest"], means["gained"]
     word, tiles = evidence_word(len(engine.classifier.classes)), len(sample.images)
-    if engine.settings.methods[0] != ADDITIVE:
-        return Faithfulness("saliency", tiles, *drop, output=word)
+    method = engine.settings.methods[0]
+    kind = explanation_scale(method, 1.0, "").label.lower()
+    if method != ADDITIVE:
+        return Faithfulness(kind, tiles, *drop, output=word)
     sure, sums = np.abs(clean) > 1, sample.maps.double().sum(dim=(1, 2)).numpy()
     counts = int(sure.sum()), int((sums * clean > 0)[sure].sum())
-    return Faithfulness("evidence", tiles, *drop, word, *counts)
+    return Faithfulness(kind, tiles, *drop, word, *counts)
 
 
 def _drops(

@@ -15,6 +15,7 @@ from medsd.heatmap.faithfulness import Faithfulness, Randomised, judge_map
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
+from medsd.heatmap.numbers import score_texts
 from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
 from medsd.heatmap.regions import Region, find_regions
 from medsd.heatmap.sample import LEAST_TILES, sample_tiles
@@ -136,8 +137,8 @@ def verdict(score: float, cut_off: SlideCutOff | None, target: str) -> tuple[str
     side = "At or above" if score >= cut_off.score else "Below"
     normal = f"raised {cut_off.raised} of {cut_off.without} without it" if cut_off.without else "met none without it"
     said = (
-        f"{side} the cut-off {cut_off.score:.3g}, which found {cut_off.found} of {cut_off.having} validation slides "
-        f"with {target} and {normal}."
+        f"{side} the cut-off {score_texts(score, cut_off.score)[1]}, which found {cut_off.found} of {cut_off.having} "
+        f"validation slides with {target} and {normal}."
     )
     shares = [("Sensitivity", cut_off.sensitivity), ("specificity", cut_off.specificity)]
     known = [f"{word} {one[0]:.0%} (95 % interval {one[1]:.0%} to {one[2]:.0%})" for word, one in shares if one]
@@ -156,6 +157,7 @@ def _findings(slide: Slide, maps: SlideMaps, card: ModelCard, calibration: Calib
         regions=regions,
         region_pictures=[_region_picture(slide, region) for region in regions[:_TOP_REGIONS]],
         score=score,
+        cut_off=None if calibration.cut_off is None else calibration.cut_off.score,
         verdict=verdict(score, calibration.cut_off, probability.target),
     )
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from medsd import RESEARCH_USE_ONLY
 from medsd.drawing import BLACK, FAINT, RED, WHITE, Canvas, outline, resized, text_width, wrapped
 from medsd.heatmap.legend import MASK, name_of
+from medsd.heatmap.numbers import probability_text, score_texts
 from medsd.heatmap.picture import tinted
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY, ColourScale, explanation_scale, probability_scale
@@ -28,6 +29,9 @@ _HEADING_PX = 24
 _LINE_PX = 20
 _SMALL_PX = 13
 _MAX_PANEL_HEIGHT_PX = 1400
+# A narrower or lower panel would be covered by its scale bar, which then stands below it.
+_LEAST_PANEL_PX = 120
+_SCALE_PX = 30
 _WIDE = 2.2
 _MOST_COLUMNS = 3
 _FRAME = (201, 204, 209)
@@ -68,6 +72,7 @@ class Findings:
         region_pictures: (height, width, 3) uint8 RGB of the first regions, in their order; may be fewer.
         score: mean of the highest 1 % of the probability in tissue.
         verdict: what the score means, in sentences; the first stands alone.
+        cut_off: that the verdict compares the score with; None where none is known.
     """
 
     probability: ValueMap
@@ -77,6 +82,7 @@ class Findings:
     region_pictures: Sequence[npt.NDArray[np.uint8]]
     score: float
     verdict: Sequence[str]
+    cut_off: float | None = None
 
     @property
     def region_area_mm2(self) -> float:
@@ -129,12 +135,22 @@ class MappedSlide:
 
 
 class Panel(NamedTuple):
-    """A panel's place in the picture: left, top, width and height in picture pixels, origin at the top left."""
+    """A panel's place in the picture: left, top, width and height in picture pixels, origin at the top left.
+
+    It stands in the middle of its cell, `room` wide from `cell_left`, which heading, bar and legend have to themselves.
+    """
 
     left: int
     top: int
     width: int
     height: int
+    cell_left: int
+    room: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether there is no place for a scale bar on it."""
+        return min(self.width, self.height) < _LEAST_PANEL_PX
 
 
 def layout(panel_count: int, slide_aspect: float, top_px: int = _TITLE_PX) -> tuple[list[Panel], int]:
@@ -149,12 +165,14 @@ def layout(panel_count: int, slide_aspect: float, top_px: int = _TITLE_PX) -> tu
     cell = (_WIDTH_PX - _MARGIN_PX * (columns + 1)) // columns
     width = max(1, round(min(cell, _MAX_PANEL_HEIGHT_PX * slide_aspect)))
     height = max(1, round(width / slide_aspect))
+    below = _BAR_PX + (_SCALE_PX if min(width, height) < _LEAST_PANEL_PX else 0)
     boxes = []
     for index in range(panel_count):
         row, column = divmod(index, columns)
-        left = _MARGIN_PX + column * (cell + _MARGIN_PX) + (cell - width) // 2
-        boxes.append(Panel(left, top_px + row * (height + _BAR_PX + _HEADING_PX), width, height))
-    return boxes, boxes[-1].top + height + _BAR_PX
+        left = _MARGIN_PX + column * (cell + _MARGIN_PX)
+        top = top_px + row * (height + below + _HEADING_PX)
+        boxes.append(Panel(left + (cell - width) // 2, top, width, height, left, cell))
+    return boxes, boxes[-1].top + height + below
 
 
 def round_length_um(width_um: float) -> float:
@@ -191,7 +209,8 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     room = _WIDTH_PX - 2 * _MARGIN_PX
     head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
     if slide.findings is not None:
-        words = f"Slide score {slide.findings.score:.3f}. {' '.join(slide.findings.verdict)}"
+        score, _ = score_texts(slide.findings.score, slide.findings.cut_off)
+        words = f"Slide score {score}. {' '.join(slide.findings.verdict)}"
         head += [(line, BLACK) for line in wrapped(words, 15, room)]
     head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room, bold=True)]
     foot = _footer(slide, opacity)
@@ -206,18 +225,20 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     for box, shown in zip(boxes, (None, *slide.maps), strict=True):
         pixels, heading = plain.copy(), "Slide"
         if shown is not None:
-            target = shown.value_map.target
-            heading = shown.title if target in shown.title else f"{shown.title} ({target})"
+            # A segmented class's title is its name.
+            of_class = shown.value_map.quantity == "share"
+            heading = shown.title if of_class else f"{shown.title} ({shown.value_map.target})"
             pixels = with_map(pixels, shown, level0_px, opacity)
             _draw_bar(picture, box, shown.scale, opacity)
         outline(pixels, shapes)
         picture.paste(pixels, box.left, box.top)
         picture.box(box.left - 1, box.top - 1, box.width + 2, box.height + 2, outline=_FRAME)
-        _scale_bar(picture, box, level0_px[0] * slide.mpp)
+        # Of the longer side, which whole pixels stretch less.
+        _scale_bar(picture, box, level0_px[0 if box.width >= box.height else 1] * slide.mpp)
         for number, (x, y) in numbers.items():
             picture.box(box.left + x, box.top + y, *_label_size(number), fill=WHITE)
             picture.text(box.left + x + 2, box.top + y + 11, str(number), 11, BLACK, bold=True)
-        picture.text(box.left, box.top - 10, heading, 15, bold=True, width=box.width)
+        picture.text(box.cell_left, box.top - 10, heading, 15, bold=True, width=box.room)
     picture.text(_MARGIN_PX, 36, slide.name, 22, bold=True, width=room)
     for number, (line, colour) in enumerate(head):
         picture.text(_MARGIN_PX, 60 + _LINE_PX * number, line, 15, colour, bold=colour == RED)
@@ -285,18 +306,24 @@ def with_map(
 
 
 def _draw_bar(picture: Canvas, box: Panel, scale: ColourScale, opacity: float) -> None:
-    top, middle = box.top + box.height, box.left + box.width / 2
-    picture.colour_bar(box.left, top + 14, box.width, 18, scale.bar(opacity), scale.ticks, _SMALL_PX)
-    picture.text(middle, top + 68, scale.title, _SMALL_PX, align="m", width=box.width)
-    picture.text(middle, top + 86, scale.hues, _SMALL_PX, align="m", width=box.width)
+    top, middle = box.top + box.height + (_SCALE_PX if box.is_small else 0), box.cell_left + box.room / 2
+    picture.colour_bar(box.cell_left, top + 14, box.room, 18, scale.bar(opacity), scale.ticks, _SMALL_PX)
+    picture.text(middle, top + 68, scale.title, _SMALL_PX, align="m", width=box.room)
+    picture.text(middle, top + 86, scale.hues, _SMALL_PX, align="m", width=box.room)
 
 
 def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
-    length_um = round_length_um(box.width * mpp)
-    length, thick = length_um / mpp, max(1, round(0.010 * box.width))
-    left, bottom = box.left + round(0.03 * box.width), box.top + box.height - round(0.03 * box.width)
-    text, middle = length_text(length_um), left + length / 2
-    half = text_width(text, 14) / 2 + 3
+    length_um = round_length_um((box.room if box.is_small else box.width) * mpp)
+    length, text = length_um / mpp, length_text(length_um)
+    if box.is_small:
+        bottom = box.top + box.height + 22
+        picture.box(box.cell_left, bottom - 6, round(length), 6, BLACK)
+        picture.text(box.cell_left + length + 8, bottom + 2, text, 14, BLACK)
+        return
+    side = min(box.width, box.height)
+    thick, margin = max(3, round(0.012 * side)), round(0.03 * side)
+    left, bottom, half = box.left + margin, box.top + box.height - margin, text_width(text, 14) / 2 + 3
+    middle = max(left + length / 2, box.left + half)
     picture.box(middle - half, bottom - thick - 22, 2 * half, 18, WHITE)
     picture.box(left - 1, bottom - thick - 1, round(length) + 2, thick + 2, BLACK, WHITE)
     picture.text(middle, bottom - thick - 8, text, 14, BLACK, align="m")
@@ -305,7 +332,8 @@ def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
 def _footer(slide: MappedSlide, opacity: float) -> list[str]:
     parts = ["Grey stripes: could not be decoded, not judged."] if slide.damaged else []
     if (found := slide.findings) is not None:
-        above = f"{found.probability.target} probability above {found.threshold:.2f} ({found.threshold_source})"
+        threshold = probability_text(found.threshold)
+        above = f"{found.probability.target} probability above {threshold} ({found.threshold_source})"
         where = (
             "none smaller than a tile of the network, light on their inner side, numbered by size as in report and "
             "GeoJSON where there is room"

@@ -20,6 +20,7 @@ from PIL import Image
 from medsd import RESEARCH_USE_ONLY
 from medsd.cohort.kept import SlideRow, count_by_status
 from medsd.files import write_text
+from medsd.heatmap.numbers import probability_text, score_texts
 from medsd.heatmap.overlay import MappedSlide, ShownMap
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY
@@ -65,6 +66,7 @@ class SlideResult(ReportedSlide):
         drop_brightest, drop_random, drop_lowest: mean fall of the log-odds when a tenth of a tile is hidden, see
             `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
         target: name of the class that score, verdict and regions speak of; empty without classes.
+        cut_off: that the verdict compares the score with; None where none is known.
     """
 
     score: float | None = None
@@ -75,6 +77,7 @@ class SlideResult(ReportedSlide):
     drop_random: float | None = None
     drop_lowest: float | None = None
     target: str = ""
+    cut_off: float | None = None
 
 
 def pack_values(values: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -260,6 +263,8 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
     environment.filters |= {
         "relative_link": lambda target: quote(os.fsencode(target), safe="/"),
         "area": "{:.4f}".format,
+        "probability": probability_text,
+        "score": lambda found: score_texts(found.score, found.cut_off)[0],
     }
     page = environment.get_template(template).render(research_use_only=RESEARCH_USE_ONLY, **shown)
     # What UTF-8 has no place for (a file name of undecodable bytes) becomes question marks.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from medsd.drawing import RED
 from medsd.errors import ConfigError, DatasetError, NetworkError, WeightsError
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.explain import explain as module
@@ -285,12 +286,30 @@ def test_rows_of_different_classes_and_empty_masks_are_told(folder, weights, cla
         Image.new("L", size).save(tmp_path / "masks" / f"{name}.png")
     summary = explain_images([folder], weights, tmp_path / "out", QUICK, masks=tmp_path / "masks")
     predicted = {row["predicted"] for row in rows_of(tmp_path / "out")}
-    told = any("orange changes its meaning from row to row" in note for note in summary.notes)
-    assert len(predicted) == 2 and told
+    assert len(predicted) == 2 and summary.notes[0].startswith(
+        "Orange changes its meaning from row to row: of 16 images"
+    )
     assert "No mask marks anything, so nothing is compared with masks." in summary.notes
     named = replace(QUICK, target="tumour")
     summary = explain_images([folder], weights, tmp_path / "out", named, masks=tmp_path / "masks")
-    assert not any("changes its meaning" in note for note in summary.notes)
+    assert not any("Orange" in note and "is above 0" not in note for note in summary.notes)
+    assert not warned(tmp_path / "out")
+
+
+def test_where_orange_is_for_another_class_the_sheet_begins_with_it(folder, weights, tmp_path):
+    summary = explain_images([folder], weights, tmp_path / "out", replace(QUICK, target="normal"))
+    assert summary.notes[0].startswith("Orange speaks for normal here, blue against it: name tumour as target")
+    assert warned(tmp_path / "out")
+    free = replace(QUICK, target="predicted", methods=("tsm",))
+    assert not explain_images([folder], weights, tmp_path / "out", free).notes[0].startswith("Orange")
+    assert not warned(tmp_path / "out")
+
+
+def warned(out):
+    """Whether the sheet has red letters below its title."""
+    with Image.open(min(out.glob("sheet*.png"))) as sheet:
+        head = np.asarray(sheet.convert("RGB"))[36:80].astype(int)
+    return bool((np.abs(head - RED).max(axis=2) < 30).any())
 
 
 def test_a_single_image_has_no_interval(folder, weights, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medsd.drawing import pale
+from medsd.heatmap.numbers import probability_text
 from medsd.heatmap.regions import find_regions
 from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.scale import probability_scale
@@ -113,6 +116,18 @@ def test_the_sliders_change_the_picture(report: Browser, fiducials: tuple[tuple[
     assert report.evaluate("traced === null && byId('moved').hidden")
 
 
+def test_a_linked_threshold_next_to_the_validated_one_is_that(browser: Browser, drawn: Path) -> None:
+    for linked, own in (("0.5012", True), ("0.51", False)):
+        browser.open(f"{drawn.as_uri()}#threshold={linked}")
+        assert browser.evaluate("[traced === null, byId('moved').hidden]") == [own, own]
+
+
+def test_the_page_writes_probabilities_as_every_output_does(report: Browser) -> None:
+    values = [0.0, 1.0, 0.2887, 0.0004, 0.00437, 0.9996, 0.99996, 3e-7, 1e-12, 0.9704, 0.5, -1e-9]
+    found = report.evaluate(f"{json.dumps(values)}.map(probabilityText)")
+    assert found == [probability_text(value) for value in values]
+
+
 def test_show_moves_to_the_region_and_zooms_in(report: Browser) -> None:
     whole = report.evaluate("view.scale")
     report.evaluate("document.querySelector('[data-region=\"1\"]').click()")
@@ -145,6 +160,28 @@ def test_the_keyboard_reaches_everything(report: Browser) -> None:
     assert report.evaluate("byId('at-probability').textContent") != "–"
     report.press("0")
     assert report.evaluate("view.scale") == pytest.approx(before[1])
+
+
+def test_the_values_are_those_at_the_cross_however_the_view_is_moved(report: Browser) -> None:
+    centre = "[(view.x + viewer.clientWidth / 2 / view.scale), (view.y + viewer.clientHeight / 2 / view.scale)]"
+    report.evaluate("viewer.focus()")
+    for key in ("ArrowLeft", "ArrowUp", "+"):
+        report.press(key)
+    wheel = "new WheelEvent('wheel', { deltaY: -200, clientX: 100, clientY: 300 })"
+    for move in (
+        "byId('fit').focus(), byId('fit').click()",
+        f"viewer.dispatchEvent({wheel})",
+        "viewer.style.height = '400px', window.dispatchEvent(new Event('resize'))",
+    ):
+        before = report.evaluate(centre)
+        report.evaluate(move)
+        report.settle()
+        after = report.evaluate(centre)
+        assert report.evaluate("cross") and after != pytest.approx(before, abs=1)
+        assert report.evaluate("byId('at-px').textContent") == f"{int(after[0])}, {int(after[1])} px"
+    for threshold, above in ((0.0, "yes"), (1.0, "no")):
+        report.evaluate(f"fit(data.regions[0].box), setThreshold({threshold})")
+        assert report.evaluate("byId('above').textContent") == above
 
 
 @pytest.mark.parametrize("paper", [A4, LETTER], ids=["A4", "Letter"])
@@ -215,6 +252,24 @@ def test_it_reads_on_a_phone_and_in_the_dark(browser: Browser, drawn: Path, mapp
             return [(high + 0.05) / (low + 0.05), one.outerHTML.slice(0, 80)];
           }).filter(([ratio]) => ratio < 4.5)""")
         assert faint == []
+
+
+def test_no_name_takes_the_room_of_the_other_columns(browser: Browser, tmp_path: Path) -> None:
+    said = "Below the cut-off 0.5, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
+    rows = [SlideResult("x" * 160, "ok", score=0.4, cut_off=0.5, verdict=said), SlideResult("y" * 160, "failed", said)]
+    write_index(tmp_path / "index.html", rows, "Slides")
+    (tmp_path / rows[0].slide).mkdir()
+    Image.new("RGB", (1800, 900)).save(tmp_path / rows[0].slide / "overlay.png")
+    for width in (1400, 780):
+        browser.open((tmp_path / "index.html").as_uri(), width, 900)
+        assert browser.evaluate("document.documentElement.scrollWidth") == width
+        widths = browser.evaluate("""["Verdict", "Reason"].map((name) => document.querySelector(`[data-label=${name}]`))
+          .concat(document.querySelector(".overlay")).map((one) => one.offsetWidth)""")
+        assert min(widths) >= 150 and (width < 1000 or widths[-1] >= 300)
+    browser.open((tmp_path / "index.html").as_uri(), 390, 844)
+    labels = browser.evaluate("""[...document.querySelectorAll("[data-label]")]
+      .map((one) => parseFloat(getComputedStyle(one, "::before").width))""")
+    assert len(labels) == 6 and min(labels) > 30  # a word, not a letter
 
 
 def test_every_control_and_picture_has_a_name(report: Browser) -> None:

@@ -114,6 +114,17 @@ def test_a_map_that_says_the_opposite_is_told(engine: Any, known: tuple[Any, Val
     assert "the 10 % brightest of the evidence map raises the log-odds by" in found.words
 
 
+@pytest.mark.parametrize(("method", "called"), [("mask", "mask"), ("gradcam", "saliency"), ("tsm", "strength")])
+def test_a_map_is_called_what_its_title_says(
+    engine: Any, known: tuple[Any, ValueMap, np.ndarray], method: str, called: str
+) -> None:
+    slide, value_map, _ = known
+    other = SimpleNamespace(**vars(engine) | {"settings": replace(engine.settings, methods=(method,))})
+    found = judge(other, slide, replace(value_map, values=-value_map.values))
+    assert found is not None and f"Do not believe the {called} map:" in found.warning
+    assert f"brightest of the {called} map" in found.words
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_that_contradict_the_tiles_are_told(
     engine: Any, known: tuple[Any, ValueMap, np.ndarray], sign: int

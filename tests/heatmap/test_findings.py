@@ -34,6 +34,9 @@ def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
     )
     assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
     assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
+    # As many digits as tell it from the score.
+    assert verdict(0.39996, cut_off, "tumour")[0].startswith("Below the cut-off 0.4, which")
+    assert verdict(0.0743, replace(cut_off, score=0.0744), "tumour")[0].startswith("Below the cut-off 0.0744, which")
     no_normal = replace(cut_off, without=0, raised=0, specificity=None)
     said = " ".join(verdict(0.4, no_normal, "tumour"))
     assert "met none without it" in said and "specificity" not in said

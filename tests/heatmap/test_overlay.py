@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import pytest
 import shapely
 from PIL import Image
 
-from medsd.drawing import text_width
+from medsd.drawing import Canvas, fitted, text_width
 from medsd.errors import OutputError
 from medsd.heatmap.overlay import (
     Findings,
@@ -39,6 +40,32 @@ def as_map(values: npt.NDArray[np.float64], side: float, quantity: str = "probab
     return ValueMap(values.astype(np.float32), side, side * 0.25, quantity, "tumour", "drawn", "logit")
 
 
+class Written(NamedTuple):
+    """A line of text in a picture: what is seen of it, and from where to where."""
+
+    text: str
+    left: float
+    right: float
+    baseline: float
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Written]:
+    """Every line that pictures of a test have."""
+    lines: list[Written] = []
+    plain = Canvas.text
+
+    def text(canvas: Canvas, x: float, y: float, text: str, size: float, *rest: Any, **more: Any) -> None:
+        plain(canvas, x, y, text, size, *rest, **more)
+        seen = fitted(text, size, more.get("width"), more.get("bold", False))
+        long = text_width(seen, size, more.get("bold", False))
+        left = x - {"l": 0, "m": long / 2, "r": long}[more.get("align", "l")]
+        lines.append(Written(seen, left, left + long, y))
+
+    monkeypatch.setattr(Canvas, "text", text)
+    return lines
+
+
 BLANK = as_map(np.full((60, 80), np.nan), 100.0)
 
 
@@ -51,6 +78,8 @@ def draw(
     opacity: float = 0.45,
     methods: Sequence[str] = ("gradient",),
     misfits: Sequence[str] = (),
+    threshold: float = 0.5,
+    score: float = 0.0,
 ) -> npt.NDArray[np.uint8]:
     height, width = shape
     slide = MappedSlide(
@@ -64,7 +93,9 @@ def draw(
         thumbnail_level0_px=LEVEL0,
         damaged=False,
         explanations=[shown_explanation(method, replace(BLANK, quantity="saliency"), 1.0, "") for method in methods],
-        findings=Findings(probability, 0.5, "fixed on a test", regions, [], 0.0, ["Below the cut-off."]),
+        findings=Findings(
+            probability, threshold, "fixed on a test", regions, [], score, ["Below the cut-off."], 0.0744
+        ),
         provenance={},
         caveats=[],
     )
@@ -152,7 +183,7 @@ def test_panels_stand_in_even_rows(count: int, columns: int) -> None:
 
 
 def test_numbers_stand_at_the_regions_and_never_on_each_other() -> None:
-    box = Panel(0, 0, 400, 300)
+    box = Panel(0, 0, 400, 300, 0, 400)
     tops = [(4000.0, 3000.0), (4010.0, 3005.0), (7990.0, 0.0), (0.0, 5000.0)]
     found = number_places(tops, (20.0, 20.0), box)
     assert sorted(found) == [1, 3, 4]  # the second would cover the first, which is larger
@@ -170,6 +201,16 @@ def test_what_does_not_fit_is_said_in_red_above_the_panels(tmp_path: Path) -> No
     long = draw(tmp_path / "o.png", misfits=("Does not fit: " + "too coarse " * 40,))
     coloured = np.flatnonzero((np.ptp(long[:150].astype(int), axis=2) > 60).any(axis=0))
     assert coloured.max() < long.shape[1] - 30  # bold, and still within the margin
+
+
+@pytest.mark.parametrize("threshold", [0.0004, 0.9996, 0.29])
+def test_threshold_and_score_are_no_round_numbers_that_they_are_not(
+    tmp_path: Path, written: list[Written], threshold: float
+) -> None:
+    draw(tmp_path / "o.png", threshold=threshold, score=0.0743)
+    words = " ".join(line.text for line in written)
+    assert f"tumour probability above {threshold} (fixed on a test)" in words
+    assert "Slide score 0.0743. Below the cut-off." in words
 
 
 def test_every_method_has_a_panel(tmp_path: Path) -> None:
@@ -222,6 +263,33 @@ def test_odd_shapes_are_drawn_inside_the_picture(tmp_path: Path, shape: tuple[in
         assert box.left >= 0 and box.left + box.width <= picture.shape[1]
         assert box.top >= 0 and box.top + box.height <= picture.shape[0]
     assert picture.shape[0] < 6000
+
+
+@pytest.mark.parametrize("shape", [(600, 100), (1000, 100), (5100, 100), (100, 1300), (100, 5100), (20, 20)])
+def test_words_and_scale_bar_of_long_slides_are_read_in_full(
+    tmp_path: Path, written: list[Written], shape: tuple[int, int]
+) -> None:
+    picture = draw(tmp_path / "o.png", as_map(np.ones((4, 4)), 100.0), shape=shape, methods=("deeplift",))
+    words = [line.text for line in written]
+    assert "Evidence: DeepLift (tumour)" in words and "orange: for; blue: against; uncoloured: neither" in words
+    for line in written:
+        others = [other for other in written if other is not line and abs(other.baseline - line.baseline) < 10]
+        assert all(line.right < other.left or other.right < line.left for other in others), line
+    labels = [line for line in written if line.text.endswith((" µm", " mm"))]
+    assert len(labels) == 3
+    for box, label in zip(places(3, shape[1] / shape[0]), labels, strict=True):
+        if min(box.width, box.height) >= 120:  # or below it, beside the bar
+            assert box.left <= label.left and label.right <= box.left + box.width
+            black = panel(picture, box).max(axis=2) < 60
+            thick = black[:, : box.width // 2].any(axis=1)[-40:].sum()
+            assert 2 <= thick <= 0.05 * min(box.width, box.height) + 12  # with its label
+        else:
+            assert label.baseline > box.top + box.height and not (panel(picture, box).max(axis=2) < 60).any()
+
+
+def test_a_heading_names_the_class_whatever_it_is_called(tmp_path: Path, written: list[Written]) -> None:
+    draw(tmp_path / "o.png", replace(BLANK, target="P"), shape=(30, 40))
+    assert "Probability (P)" in [line.text for line in written]
 
 
 def test_threads_draw_the_same_picture(tmp_path: Path) -> None:

@@ -235,10 +235,21 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
         "What the features hold.",
         "Of this slide.",
         "8,000 × 6,000 px",
-        "Slide score 0.970 (mean of the highest 1% of the probability in tissue)",
+        "Slide score 0.97 (mean of the highest 1% of the probability in tissue)",
         "abc",
     ):
         assert sentence in words
+
+
+@pytest.mark.parametrize(("threshold", "text"), [(0.0004, "0.0004"), (0.9996, "0.9996"), (0.2887, "0.289")])
+def test_a_threshold_is_no_round_number_that_it_is_not(tmp_path: Path, threshold: float, text: str) -> None:
+    found = replace(judged(), threshold=threshold, score=threshold, cut_off=threshold + 1e-6)
+    words = write(tmp_path, replace(content(), findings=found))[1].words
+    for sentence in (f"Back to {text}", f"with a probability above {text} (", f"the table keeps to {text}."):
+        assert sentence in words
+    assert f"Slide score {threshold} (mean" in words
+    assert "No region" in write(tmp_path, replace(content(), findings=replace(found, regions=[])))[1].words
+    assert f"has a probability above {text};" in Page((tmp_path / "report.html").read_text()).words
 
 
 def test_regions_are_listed_with_a_button_that_shows_them(page: tuple[str, Page]) -> None:
@@ -330,12 +341,13 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     rows = [
         SlideResult(
             *("slide #1", "ok"),
-            score=0.91,
+            score=0.9101,
             regions=2,
             region_area_mm2=1.5,
             model="A model.",
             misfit="No fit.",
-            verdict="Below the cut-off.",
+            verdict="Below the cut-off 0.9104.",
+            cut_off=0.9104,
         ),
         SlideResult(NASTY, "failed", reason=NASTY),
         SlideResult("blank", "empty", reason="no tissue found"),
@@ -357,9 +369,9 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     for words in (
         "A model.",
         "No fit.",
-        "Below the cut-off.",
+        "Below the cut-off 0.9104.",
         "no tissue found",
-        "0.910",
+        "0.9101",
         "1.5000",
         "Cohort & co",
         "Research use only.",

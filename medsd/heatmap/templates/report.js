@@ -1,5 +1,11 @@
 // ---- what the reader reads and sets
 
+// As `probability_text` in medsd/heatmap/numbers.py.
+function probabilityText(value) {
+  const rest = Math.min(value, 1 - value), telling = rest > 0 ? 1 - Math.floor(Math.log10(rest)) : 0;
+  return value.toFixed(Math.max(3, Math.min(telling, 9))).replace(/\.?0+$/, "");
+}
+
 function showValues(x, y) {
   const inside = x >= 0 && y >= 0 && x < data.width && y < data.height;
   const seen = (value, text) => (Number.isNaN(value) ? "not seen" : text);
@@ -7,7 +13,7 @@ function showValues(x, y) {
   byId("at-px").textContent = inside ? `${Math.floor(x)}, ${Math.floor(y)} px` : "–";
   for (const [name, layer] of Object.entries(data.layers)) {
     const value = valueAt(layer, x, y), sign = value > 0 && layer.vmin < 0 ? "+" : "";
-    byId(`at-${name}`).textContent = inside ? seen(value, sign + (name === "probability" ? value.toFixed(3) : value.toPrecision(3))) : "–";
+    byId(`at-${name}`).textContent = inside ? seen(value, sign + (name === "probability" ? probabilityText(value) : value.toPrecision(3))) : "–";
   }
   if (!judged) return;
   const probability = valueAt(data.layers.probability, x, y);
@@ -36,9 +42,9 @@ function update() {
   for (const name of Object.keys(data.layers)) byId(`bar-${name}`).hidden = name !== state.layer;
   let words = layer ? `${layer.title}, strongest colour at ${opacity} %, over the slide in ${state.grey ? "grey" : "its own colours, which the bar does not show"}` : "The slide alone";
   if (judged) {
-    const own = state.threshold === data.threshold, at = +state.threshold.toFixed(3);
+    const own = state.threshold === data.threshold, at = probabilityText(state.threshold);
     byId("threshold").value = state.threshold;
-    byId("threshold-text").textContent = state.threshold.toFixed(3);
+    byId("threshold-text").textContent = at;
     byId("outline").checked = state.outline;
     byId("mask").checked = state.mask;
     byId("moved").hidden = own;
@@ -46,12 +52,16 @@ function update() {
     if (state.outline) words += own ? `; regions outlined: ${data.regions.length}` : `; dashed: probability ${at}, not the validated threshold`;
   }
   byId("shown").textContent = `${words}.`;
-  redraw();
+  moved();
+}
+
+// The slider's steps, and the digits of an address, need not hold the validated threshold.
+function snapped(value) {
+  return Math.abs(value - data.threshold) < 0.0025 ? data.threshold : value;
 }
 
 function setThreshold(value) {
-  // The slider's steps need not hold the validated threshold.
-  state.threshold = Math.abs(value - data.threshold) < 0.0025 ? data.threshold : value;
+  state.threshold = snapped(value);
   trace();
   update();
 }
@@ -76,7 +86,7 @@ function listen() {
   byId("fit").addEventListener("click", () => fit());
   for (const button of document.querySelectorAll("[data-region]"))
     button.addEventListener("click", () => showRegion(Number(button.dataset.region)));
-  window.addEventListener("resize", () => { if (!unprinted) fitted ? fit(...fitted) : redraw(); });
+  window.addEventListener("resize", () => { if (!unprinted) fitted ? fit(...fitted) : moved(); });
   window.addEventListener("beforeprint", toPaper);
   window.addEventListener("afterprint", toScreen);
   listenToPointers();
@@ -135,7 +145,7 @@ function readAddress() {
   };
   if (["none", ...Object.keys(data.layers)].includes(wanted.get("layer"))) state.layer = wanted.get("layer");
   state.opacity = (number("opacity", 0, 100) ?? 100 * data.opacity) / 100;
-  state.threshold = number("threshold", 0, 1) ?? data.threshold;
+  state.threshold = snapped(number("threshold", 0, 1) ?? data.threshold);
   state.mask = judged && wanted.get("mask") === "1";
   state.grey = wanted.get("grey") !== "0";
   const region = number("region", 1, data.regions.length);

@@ -319,13 +319,19 @@ function drawScaleBar(width, height) {
 
 // ---- moving
 
+// What the cross marks is read again wherever the view or the threshold went.
+function moved() {
+  if (cross) readAtCentre();
+  redraw();
+}
+
 function fit(box, margin = box ? 1.8 : 1.03) {
   const [left, top, right, bottom] = box || [0, 0, data.width, data.height];
   view.scale = limit(Math.min(viewer.clientWidth / (right - left), viewer.clientHeight / (bottom - top)) / margin);
   view.x = (left + right - viewer.clientWidth / view.scale) / 2;
   view.y = (top + bottom - viewer.clientHeight / view.scale) / 2;
   fitted = [box];
-  redraw();
+  moved();
 }
 
 // On paper the viewer has a size of its own, whatever the window's, and shows what the window shows.
@@ -343,7 +349,7 @@ function toScreen() {
   viewer.classList.remove("paper");
   if (unprinted) ({ scale: view.scale, x: view.x, y: view.y, fitted } = unprinted);
   unprinted = null;
-  redraw();
+  moved();
 }
 
 function limit(scale) {
@@ -357,14 +363,14 @@ function zoomBy(factor, left = viewer.clientWidth / 2, top = viewer.clientHeight
   view.y += top / view.scale - top / scale;
   view.scale = scale;
   fitted = null;
-  redraw();
+  moved();
 }
 
 function moveBy(left, top) {
   view.x += left / view.scale;
   view.y += top / view.scale;
   fitted = null;
-  redraw();
+  moved();
 }
 
 function place(event) {
