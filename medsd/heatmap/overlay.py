@@ -309,7 +309,7 @@ def _draw_bar(picture: Canvas, box: Panel, scale: ColourScale, opacity: float) -
     top, middle = box.top + box.height + (_SCALE_PX if box.is_small else 0), box.cell_left + box.room / 2
     picture.colour_bar(box.cell_left, top + 14, box.room, 18, scale.bar(opacity), scale.ticks, _SMALL_PX)
     picture.text(middle, top + 68, scale.title, _SMALL_PX, align="m", width=box.room)
-    picture.text(middle, top + 86, scale.hues, _SMALL_PX, align="m", width=box.room)
+    picture.text(middle, top + 86, f"{scale.hues}; faded: not looked at", _SMALL_PX, align="m", width=box.room)
 
 
 def _scale_bar(picture: Canvas, box: Panel, mpp: float) -> None:
