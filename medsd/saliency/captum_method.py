@@ -40,6 +40,10 @@ class CaptumMethod(ClassMethod):
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        return self.name
+
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         seen = nullcontext([images]) if self.layer is None else recorded(self.network, self.layer)
         with torch.no_grad(), uncompiled(), seen as outputs:
