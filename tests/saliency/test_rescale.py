@@ -75,6 +75,27 @@ def test_without_a_change_the_slope_stays() -> None:
     assert torch.autograd.grad(after[0].sum(), x)[0].tolist() == [[0, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("name", ["nn.GELU", "nn.SiLU", "nn.Sigmoid", "nn.Hardswish", "nn.LeakyReLU"])
+def test_a_small_change_has_a_ratio_and_no_rounding(name: str) -> None:
+    """Of 1e-6 of the argument float32 keeps no digit of the quotient, which came out wrong by half."""
+    torch.manual_seed(0)
+    x, change = torch.rand(500) + 0.5, torch.logspace(-7, 0, 500)
+    both = torch.stack([x + change, x])[:, None]
+
+    def multipliers(given: Tensor) -> Tensor:
+        given = given.clone().requires_grad_()
+        with Rescale(1):
+            after = FUNCTIONS[name](given * 1)
+        return torch.autograd.grad(after[0].sum(), given)[0][0, 0]
+
+    exact = both.double()
+    expected = multipliers(exact)
+    moved = (exact[0] - exact[1])[0] > 1e-5
+    by_hand = (FUNCTIONS[name](exact[:1].clone()) - FUNCTIONS[name](exact[1:].clone()))[0, 0] / (exact[0] - exact[1])[0]
+    torch.testing.assert_close(expected[moved], by_hand[moved], rtol=1e-9, atol=0)
+    torch.testing.assert_close(multipliers(both).double(), expected, rtol=1e-4, atol=0)
+
+
 def test_what_is_no_batch_of_images_and_baselines_keeps_its_gradient() -> None:
     x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
     with Rescale(1):
