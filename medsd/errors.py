@@ -42,6 +42,10 @@ class NetworkError(MedsdError):
     """A network or layer does not offer what is asked of it."""
 
 
+class ChannelsCancelError(NetworkError):
+    """A method's map of a layer is nothing but rounding, for its channels cancel."""
+
+
 class TrainingError(MedsdError):
     """Training cannot go on (NaN loss, one class only, checkpoint of another run)."""
 

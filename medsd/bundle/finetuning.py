@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, cast, get_args
 
 import ignite.distributed as idist
+import torch
 from ignite.handlers import EarlyStopping
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch.utils.data import DataLoader
@@ -23,7 +24,9 @@ from medsd.cohort.learnt import learnt_from, tell_of_learnt
 from medsd.errors import ConfigError
 from medsd.export.source import CONFIG
 from medsd.files import sha256_of, write_json
-from medsd.heatmap.engine import make_engine
+from medsd.heatmap.engine import Engine, make_engine
+from medsd.heatmap.label_free import LABEL_FREE
+from medsd.heatmap.legend import ADDITIVE, MASK
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import Classifier
 from medsd.networks.start import learnt_by, weights_sha256
@@ -112,10 +115,18 @@ def _check_fits(
         )
     answering = copy.copy(network)
     answering.augment_at_test_time(augmented)
-    make_engine(answering, data.tile_px, data.mpp, settings=map_settings)
+    _check_methods(make_engine(answering, data.tile_px, data.mpp, settings=map_settings))
     if isinstance(trainer.loss_function, SaliencyDecor):
         batch = _images_at_once(trainer, checkpoint.parts.get("step"))
         trainer.loss_function.check_fits(data.tile_px, network.feature_dim, batch)
+
+
+def _check_methods(engine: Engine) -> None:
+    """Raises NetworkError: a method of tiles cannot explain this network; tried on noise."""
+    tile = torch.randint(256, (1, 3, engine.tile_px, engine.tile_px), generator=torch.Generator().manual_seed(0))
+    for name in engine.settings.methods:
+        if name not in (ADDITIVE, MASK, *LABEL_FREE):  # the first has no reference before the training
+            engine.patch_saliency(tile.to(torch.uint8), name)
 
 
 def _images_at_once(trainer: SupervisedTrainer, step: object) -> int:

@@ -16,7 +16,7 @@ from medsd.cohort.dataset import Sample, TileDataset, evenly, tiles_of_each_clas
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.outlines import Outlines, holds, raster, read_outlines
 from medsd.cohort.patches import PatchDataset
-from medsd.errors import DatasetError, NetworkError
+from medsd.errors import ChannelsCancelError, DatasetError, NetworkError
 from medsd.evaluate.operating import JudgedMap, lesion_threshold, slide_cut_off
 from medsd.evaluate.scores import youden_threshold
 from medsd.heatmap.engine import Engine, engine_for_slides, make_engine
@@ -37,7 +37,7 @@ SCALE_PERCENTILE = 99.5
 _HIGHEST_THRESHOLD = 0.99
 _SCALE_FROM = 256  # patches
 _REFERENCE_FROM, _BATCH = 256, 32  # tiles of a class
-_WITHOUT_REFERENCE = "gradient_x_activation"
+_WITHOUT_REFERENCE, _WHERE_CHANNELS_CANCEL = "gradient_x_activation", "gradcam"
 # Tiles of a class that are asked for alone and among others.
 _ASKED_OF_CLASS = 24
 
@@ -99,28 +99,44 @@ def calibrate_on_slides(
 def with_reference(engine: Engine, validation: TileDataset | PatchDataset) -> Engine:
     """The engine that agrees with validation tiles, with their neutral reference where a method of it needs one.
 
-    A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation.
+    A network that has none has been trained for hours: this is told, and its maps are made by gradient x activation, or
+    by Grad-CAM where its channels cancel.
     """
     engine = engine_for_slides(engine, tiles_of_each_class(validation, validation.labels, _ASKED_OF_CLASS))
-    methods = engine.settings.methods
-    if ADDITIVE not in methods:
+    if ADDITIVE not in engine.settings.methods:
         return engine
     try:
         source = f"{len(validation.labels)} validation tiles"
         engine.reference = find_reference(engine, validation, validation.labels, source)
     except NetworkError as reason:
+        instead, made = _without_reference(engine, validation[0]["image"][None])
         logger.warning(
             "%s; the weights are kept, with maps by %s, which do not add up: for maps that do, train longer or on more",
             reason,
-            _WITHOUT_REFERENCE,
+            instead,
         )
-        others = dict.fromkeys(_WITHOUT_REFERENCE if name == ADDITIVE else name for name in methods)
-        settings = replace(engine.settings, methods=tuple(others))
+        return made
+    return engine
+
+
+def _without_reference(engine: Engine, tile: Tensor) -> tuple[str, Engine]:
+    """What takes the place of "deeplift", tried on a tile (1, 3, tile_px, tile_px) uint8, and the engine with it."""
+
+    def made_by(method: str) -> Engine:
+        methods = dict.fromkeys(method if name == ADDITIVE else name for name in engine.settings.methods)
         return make_engine(
-            *(engine.classifier, engine.tile_px, engine.mpp, engine.target, settings, engine.temperature),
+            *(engine.classifier, engine.tile_px, engine.mpp, engine.target),
+            replace(engine.settings, methods=tuple(methods)),
+            engine.temperature,
             offset=engine.offset,
         )
-    return engine
+
+    made = made_by(_WITHOUT_REFERENCE)
+    try:
+        made.patch_saliency(tile, _WITHOUT_REFERENCE)
+    except ChannelsCancelError:
+        return _WHERE_CHANNELS_CANCEL, made_by(_WHERE_CHANNELS_CANCEL)
+    return _WITHOUT_REFERENCE, made
 
 
 def find_reference(

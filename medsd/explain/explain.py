@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, DatasetError, MedsdError
+from medsd.errors import ChannelsCancelError, ConfigError, DatasetError, MedsdError
 from medsd.evaluate.measures import MeasureSettings, agreement, measure_maps
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.images import find_images, image_names, read_image, read_png_mask
@@ -204,9 +204,26 @@ def _with_methods(model: Model, settings: ExplainSettings) -> ExplainSettings:
     model.target(settings.target)
     if not model.classes:
         check_label_free(names, model.path)
-    settings = replace(settings, methods=tuple(names))
-    _methods(model, settings, None)
-    return settings
+    asked, settings = settings.methods, replace(settings, methods=tuple(names))
+    methods = _methods(model, settings, None)
+    return settings if asked or not model.card else replace(settings, methods=_left(model, methods, model.card.tile_px))
+
+
+def _left(model: Model, methods: dict[str, Method], side_px: int) -> tuple[str, ...]:
+    """The methods that nobody asked for by name, without those whose channels cancel at the layer, which is told.
+
+    It is so of every image or of none, and tried on noise.
+    """
+    noise = torch.randint(256, (1, 3, side_px, side_px), generator=torch.Generator().manual_seed(0))
+    x, left = model.input(noise.to(torch.uint8)), []
+    for name, method in methods.items():
+        try:
+            if name in CLASS_METHODS:
+                method(x)
+            left.append(name)
+        except ChannelsCancelError as reason:
+            logger.warning("method '%s' is left out: %s", name, reason)
+    return tuple(left)
 
 
 def _methods(model: Model, settings: ExplainSettings, reference: NeutralReference | None) -> dict[str, Method]:

@@ -105,6 +105,11 @@ class DenseEngine(Engine):
         return self._smaller_px or self.settings.block_px
 
     @property
+    def _by_parts(self) -> list[str]:
+        """The methods whose maps of parts of a slide are added up."""
+        return [name for name in self.settings.methods if name in BY_PARTS]
+
+    @property
     def strides(self) -> tuple[int, int]:
         return self.cascade.features.stride, self.cascade.hidden.stride
 
@@ -116,7 +121,7 @@ class DenseEngine(Engine):
         blocks = BlockStore(store / f"blocks-{self.block_px or 'auto'}")
         grids = [MapGrid.over(slide, self.mpp, stride) for stride in self.strides]
         plan = self._plan(grids, tissue)
-        for name in set(BY_PARTS).intersection(self.settings.methods).difference(self._methods):
+        for name in set(self._by_parts).difference(self._methods):
             # What is recorded once, of maps that are whole.
             self.run(
                 torch.zeros((1, 3, self.tile_px, self.tile_px), dtype=torch.uint8, device=self.classifier.device), name
@@ -281,7 +286,7 @@ class DenseEngine(Engine):
         seeds = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(hidden.device)
         kept = self.cascade.top.kept(rect, crop)
         self._windows.cells.part = Part((place.height, place.width), kept, seeds)
-        arrays, methods = {}, [name for name in self.settings.methods if name in BY_PARTS]
+        arrays, methods = {}, self._by_parts
         for name in methods:
             logits, maps = self._explained(name, hidden)
             arrays[name] = maps[0]
@@ -322,8 +327,7 @@ class DenseEngine(Engine):
         canvas, fine = Rect(0, 0, width, height), Rect(0, 0, width, height).times(scale)
         logits = np.full((len(self.classifier.classes), height, width), np.nan, np.float32)
         owner = np.full((height, width), -1, np.float32)
-        parts = [name for name in self.settings.methods if name in BY_PARTS]
-        maps = {name: np.zeros((height * scale, width * scale), np.float32) for name in parts}
+        maps = {name: np.zeros((height * scale, width * scale), np.float32) for name in self._by_parts}
         for number, (rect, crop) in enumerate(plan.rects):
             arrays = store.read(f"maps-{number}")
             logits[:, *rect.within(canvas)] = arrays["logits"]
@@ -333,7 +337,8 @@ class DenseEngine(Engine):
         cells = torch.from_numpy(logits)[None]
         probability = as_array(self.probability(window_mean(cells, self.window)))[0]
         maps |= self._label_free(plan, features)
-        explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in self.settings.methods}
+        names = [name for name in self.settings.methods if name in maps]
+        explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in names}
         moved = None
         if ADDITIVE in explanations:
             detail = explanations[ADDITIVE]
@@ -372,6 +377,14 @@ def _mean(batches: Iterable[Tensor]) -> Tensor:
 def _together(parts: list[np.ndarray]) -> np.ndarray:
     """Rows and columns (n, 2) of all parts, each once."""
     return np.unique(np.concatenate([np.zeros((0, 2), np.int32), *parts]), axis=0)
+
+
+class ProbabilityEngine(DenseEngine):
+    """The probability alone, for networks whose maps are all made tile by tile; its settings' methods are not used."""
+
+    @property
+    def _by_parts(self) -> list[str]:
+        return []
 
 
 class FeatureEngine(DenseEngine):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsd.errors import NetworkError
-from medsd.heatmap.dense import DenseEngine, FeatureEngine
+from medsd.heatmap.dense import DenseEngine, FeatureEngine, ProbabilityEngine
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import BY_PARTS, MASK
 from medsd.heatmap.maps import Assembled, Engine, MapSettings
@@ -52,11 +52,11 @@ class MixedEngine(Engine):
         dense = tuple(name for name in self.settings.methods if name not in of_tiles)
         rest = self.classifier, self.tile_px, self.mpp, self.target
         scale = self.temperature, None, self.offset
-        kind = FeatureEngine if by_tiles else DenseEngine
+        kind = FeatureEngine if by_tiles else DenseEngine if dense else ProbabilityEngine
         self.tiles_alone = not dense  # asked for
-        # What gives a probability has a map, which is cheap, and is not kept where nobody asked for it.
+        # Settings name a method where the probability alone is asked for, too; the tiles' map is cheap, and not kept.
         self.of_places = kind(*rest, replace(self.settings, methods=dense or ("gradient",)), *scale)
-        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles or ("gradient",)), *scale)
+        self._tiled = TiledEngine(*rest, replace(self.settings, methods=of_tiles or ("gradcam",)), *scale)
         self._main: Engine = self._tiled if by_tiles else self.of_places
 
     @property

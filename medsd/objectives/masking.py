@@ -95,13 +95,18 @@ def masked_count(share: float, height: int, width: int, block_px: int = 1) -> in
         ConfigError: the share lies outside 0 to 1, or leaves nothing to mask although it is not 0.
     """
     rows, columns = -(-height // block_px), -(-width // block_px)
-    count = int(share * (rows * columns)) if 0 <= share < 1 else 0
+    count = whole_number(share, rows * columns) if 0 <= share < 1 else 0
     if share != 0 and count == 0:
         what, fix = ("pixels", "") if block_px == 1 else (f"blocks of {block_px} px", "; raise it or lower block_px")
         raise ConfigError(
             f"masked_share={share}: must be 0, or mask at least 1 of {rows} x {columns} {what}, below 1{fix}"
         )
     return count
+
+
+def whole_number(share: float, of: int) -> int:
+    """floor(share * of), or the whole number that it nearly gives: 0.29 * 100 is a little less than 29."""
+    return int(share * of + 1e-6)
 
 
 def _block_means(scores: Tensor, block_px: int) -> Tensor:

@@ -20,7 +20,7 @@ from medsd.saliency.plane import recorded_calls
 from medsd.saliency.rescale import Call, OnPlane, Rescale
 
 _LOG = logging.getLogger(__name__)
-_MISSED = 1e-3  # of the sum of absolute attributions; rounding in float32 stays a hundred times below
+_MISSED = 1e-3  # of the sum of absolute attributions; rounding in float32 stays thirty times below
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +145,9 @@ class DeepLift(ClassMethod):
             self._told.append(self.layer or "input")
             _LOG.warning(
                 "DeepLift at '%s': attributions miss the output's change from the baseline by %.2g of their absolute "
-                "sum: a path leads around the layer (a class token does), gradients are smoothed, or functions without "
-                "a rule (adaptive max pools, maxima, multi-head attention modules) keep their gradient",
+                "sum: a path leads around the layer (a class token does), gradients are smoothed, functions without a "
+                "rule (adaptive max pools, maxima, multi-head attention modules) keep their gradient, or it is "
+                "rounding (image and baseline hardly differ, half precision)",
                 self._told[0],
                 share,
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medsd.checks import check_choice
-from medsd.errors import ConfigError, DatasetError, NetworkError
+from medsd.errors import ChannelsCancelError, ConfigError, DatasetError, NetworkError
 from medsd.networks.modes import evaluating, layer_named
 
 Target = Tensor | int | None
@@ -22,6 +22,10 @@ Target = Tensor | int | None
 Output = Literal["logit", "evidence"]
 """What is explained: the target's logit, or that logit above the mean of the others, since softmax ignores what all
 logits share (for two classes the log-odds; a network with one logit has no others, and its logit is the evidence)."""
+
+# Of the channels' mean size (our choice). Where a LayerNorm reads the layer, rounding leaves 3e-8 (float32) and its eps
+# up to 3e-6, of ConvNeXt, EdgeNeXt and ViT; other layers have 5e-2 and more.
+_CANCELLED = 1e-4
 
 
 class Method(Protocol):
@@ -51,6 +55,7 @@ class Method(Protocol):
             ConfigError: a target outside the classes.
             NetworkError: the output is no logits (B, K), the layer was not reached or gives no map (B, C, h, w), or
                 the map is not finite.
+            ChannelsCancelError: the map is the mean of channels, and they cancel.
         """
         ...
 
@@ -106,6 +111,11 @@ class ClassMethod(ABC):
         """The module named `layer`; None for the input."""
         return None if self.layer is None else layer_named(self.network, self.layer)
 
+    @property
+    def title(self) -> str:
+        """What the method is called in messages."""
+        return type(self).__name__
+
     @abstractmethod
     def attributed(self, images: Tensor, target: Target) -> Attribution:
         """The method itself, for images that have been checked; called in eval mode, with gradients on."""
@@ -120,7 +130,13 @@ class ClassMethod(ABC):
 
     def over_channels(self, values: Tensor) -> Tensor:
         """Attributions (B, C, h, w) as maps (B, h, w): the plain signed mean, as in arXiv 2404.02282's code."""
-        return values.mean(dim=1)
+        maps = values.mean(dim=1)
+        if cancelled(maps, values):
+            raise ChannelsCancelError(
+                f"{self.title} at '{self.layer or 'input'}': its channels cancel (a LayerNorm reads the layer), so "
+                "the map is rounding; use gradcam or deeplift, or another layer"
+            )
+        return maps
 
     def attribute(self, x: Tensor, target: Target = None) -> Tensor:
         """Attributions (B, C, h, w) at the layer, before channels become one; arguments and errors as `Method`."""
@@ -151,6 +167,16 @@ def differentiable(network: nn.Module) -> Iterator[None]:
     """Inside: eval mode, and gradients whatever the caller switched off."""
     with torch.inference_mode(False), torch.enable_grad(), evaluating(network):
         yield
+
+
+def cancelled(maps: Tensor, values: Tensor) -> bool:
+    """Whether of any image nothing but rounding is left of the means over channels (B, h, w) of values (B, C, h, w).
+
+    No LayerNorm's output changes with the mean of what it reads, so that the channels of the gradient there sum to
+    nothing, and nearly so those of gradient times activation. Values that are all 0 have nothing to lose.
+    """
+    left, size = (part.abs().amax(dim=(1, 2)) for part in (maps, values.abs().mean(dim=1)))
+    return bool((left < max(_CANCELLED, torch.finfo(values.dtype).eps) * size).any())
 
 
 def check_images(x: Tensor) -> None:

@@ -8,6 +8,7 @@ of two players, so that nothing is lost (our choice).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ _NAMES = (
     "hard_mask leaky_relu log log1p logsigmoid mish pow __pow__ prelu reciprocal relu relu6 rsqrt selu sigmoid silu "
     "sin softplus softshrink softsign sqrt square tanh tanhshrink threshold _threshold"
 )
-_LEAST_CHANGE = 1e-10  # below it the ratio is the slope, as in captum
 
 
 class Pair(NamedTuple):
@@ -60,11 +60,12 @@ class _Graft(torch.autograd.Function):
         return gradients[0][: ctx.length], None
 
 
-def ratio(after: Pair, before: Pair, slope: Callable[[], Tensor]) -> Tensor:
-    """The function's change over its argument's, (B, ...); the slope where that changed by nothing."""
-    change = before.image.detach() - before.reference
-    # So written that nan, of two infinite values, counts as no change; in float16 the limit itself is 0.
-    moved = change.abs() > _LEAST_CHANGE
+def ratio(after: Pair, before: Pair, slope: Callable[[], Tensor], least: float) -> Tensor:
+    """The function's change over its argument's, (B, ...); the slope where that is no more than `least` of its size."""
+    image, reference = before.image.detach(), before.reference
+    change = image - reference
+    # So written that nan, of two infinite values, counts as no change.
+    moved = change.abs() > least * torch.maximum(image.abs(), reference.abs())
     found = (after.image - after.reference) / change
     return found if bool(moved.all()) else torch.where(moved, found, slope())
 
@@ -75,11 +76,21 @@ def _elementwise(func: Callable[..., Tensor], value: Pair, *args: Any, **kwargs:
         return None
 
     def slope() -> Tensor:
-        given = x.image.detach().requires_grad_()
+        given = _middle(x).requires_grad_()
         after = func(given.clone(), *args[1:], **kwargs)
         return torch.autograd.grad(after.sum(), given)[0] if after.requires_grad else torch.zeros_like(given)
 
-    return x.image * ratio(value, x, slope)
+    return x.image * ratio(value, x, slope, _least_change(x.image.dtype))
+
+
+def _least_change(dtype: torch.dtype) -> float:
+    """As a share of the argument, below which the slope in the middle is nearer to the ratio than its own quotient.
+
+    Where the change is a share d of its argument, rounding is eps / d of the ratio, and the slope in the middle is off
+    by about d^2 / 24: least together near the cube root of eps (5e-3 in float32, where either is at most 2e-5). The
+    change that it makes is off by d^3 / 24, so that sums stay complete.
+    """
+    return float(torch.finfo(dtype).eps ** (1 / 3))
 
 
 def _applied(func: Callable[[Tensor], Tensor], x: Pair) -> Pair:
@@ -133,10 +144,42 @@ def _softmax(
 
 
 def _soft(x: Pair, dim: int) -> Pair:
+    tops = x.through(lambda part: part.detach().amax(dim, keepdim=True))
+    far = (tops.image - tops.reference).abs() > _far_apart(x.image.dtype)
+    if not bool(far.any()):
+        return _soft_near(x, dim)
+    # Each rule sees rows that it has numbers for: what is not finite would stay so behind a choice, times 0.
+    near, log = _soft_near(x.through(lambda part: part.where(~far, 0)), dim), _soft_far(x, dim)
+    return Pair(*(torch.where(far, *parts) for parts in zip(log, near, strict=True)))
+
+
+def _far_apart(dtype: torch.dtype) -> float:
+    """Between the largest of images' and reference's arguments: powers of the one are rounding beside the other's."""
+    return -math.log(torch.finfo(dtype).eps)
+
+
+def _soft_near(x: Pair, dim: int) -> Pair:
+    """Powers over their sum."""
+    powers = _powers(x, dim)
+    return _multiplied(powers, _applied(torch.reciprocal, powers.through(lambda part: part.sum(dim, keepdim=True))))
+
+
+def _soft_far(x: Pair, dim: int) -> Pair:
+    """The same number by logarithms (our choice): powers of what each argument is above the logarithm of their sum.
+
+    Its multipliers are shares; those of the quotient grow as the powers' own ratio does, beyond all numbers.
+    """
+    sums = _powers(x, dim).through(lambda part: part.sum(dim, keepdim=True))
+    logs = x.through(lambda part: part.detach().logsumexp(dim, keepdim=True))
+    slopes = ratio(logs, sums, lambda: 1 / _middle(sums), _least_change(x.image.dtype))
+    logs = Pair(graft(logs.image, sums.image * slopes), logs.reference)
+    return _applied(torch.exp, Pair(x.image - logs.image, x.reference - logs.reference))
+
+
+def _powers(x: Pair, dim: int) -> Pair:
     # The same number off both, so that it changes nothing.
     top = torch.maximum(*x.through(lambda part: part.detach().amax(dim, keepdim=True)))
-    powers = _applied(torch.exp, x.through(lambda part: part - top))
-    return _multiplied(powers, _applied(torch.reciprocal, powers.through(lambda part: part.sum(dim, keepdim=True))))
+    return _applied(torch.exp, x.through(lambda part: part - top))
 
 
 def _attention(
@@ -145,7 +188,7 @@ def _attention(
     query: Any,
     key: Any,
     value_: Any,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Pair | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -157,11 +200,21 @@ def _attention(
     factor = query.image.shape[-1] ** -0.5 if scale is None else scale
     scores = _multiplied(query.through(lambda x: x * factor), key.through(lambda x: x.mT), torch.matmul)
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.through(lambda x: x.masked_fill(~attn_mask, -torch.inf))
-        else:
-            scores = scores.through(lambda x: x + attn_mask)
+        masks = _mask_of(attn_mask, scores)
+        scores = Pair(*(_masked(*parts) for parts in zip(scores, masks, strict=True)))
     return _multiplied(_soft(scores, -1), value_, torch.matmul).image
+
+
+def _mask_of(mask: Tensor | Pair, scores: Pair) -> Pair:
+    """The masks of the images and of their references, which may be activations, or one for all."""
+    if isinstance(mask, Pair):
+        return mask
+    each = mask.ndim == scores.image.ndim and len(mask) == 2 * len(scores.image)
+    return Pair(*mask.chunk(2)) if each else Pair(mask, mask)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def _norm(x: Pair, axes: list[int], eps: float, centred: bool = True) -> Pair:
@@ -261,7 +314,8 @@ def max_pool(value: Pair, places: Pair, x: Pair) -> Tensor:
     tied = x.reference.flatten(2).gather(2, places.image.flatten(2)).view_as(value.reference) == value.reference
     winner = torch.where(tied | (value.image >= value.reference), *places)
     winners = x.through(lambda part: part.flatten(2).gather(2, winner.flatten(2)).view_as(winner))
-    return winners.image * ratio(value, winners, lambda: torch.ones_like(value.image))
+    # Both changes are differences of the same numbers, free of rounding however small.
+    return winners.image * ratio(value, winners, lambda: torch.ones_like(value.image), least=0.0)
 
 
 def pooled_with_places(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

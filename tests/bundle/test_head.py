@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from medsd.bundle.finetuning import finetune, tell_of_warm_epochs
+from medsd.bundle.finetuning import _check_methods, finetune, tell_of_warm_epochs
 from medsd.bundle.head import start_head
-from medsd.errors import ConfigError, DatasetError
+from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
+from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.whitening import WhitenedHead
@@ -103,3 +104,11 @@ def test_augmentation_of_the_network_to_be_trained_is_refused() -> None:
     data: Any = SimpleNamespace(tile_px=64, mpp=1.0)
     with pytest.raises(ConfigError, match="set the key test_time_augmentation"):
         finetune(data, trainer, None, None, MapSettings())  # type: ignore[arg-type]
+
+
+def test_a_method_that_cannot_explain_the_network_is_told_before_the_training():
+    network = TileClassifier("convnext_atto")
+    for methods in (("deeplift", "tsm"), ("gradcam",)):
+        _check_methods(make_engine(network, 64, 1.0, settings=MapSettings(methods, "stages.3")))
+    with pytest.raises(NetworkError, match="its channels cancel"):
+        _check_methods(make_engine(network, 64, 1.0, settings=MapSettings(("deeplift", "gradient"), "stages.3")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from medsd.annotations import Outline, annotations_of, write_geojson
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
-from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, with_reference
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.networks.aim import AimClassifier
@@ -102,3 +103,23 @@ def test_each_class_is_calibrated_against_all_others(phantoms: Path, tmp_path: P
     network = TileClassifier("test_resnet", ("benign", "in situ", "invasive", "other")).eval()
     with pytest.raises(DatasetError, match="1 validation slides: other is nowhere, or everywhere"):
         calibrate_on_slides(make_engine(network, 64, 1.0, 3, settings), entries)
+
+
+class Patches(list[dict[str, torch.Tensor]]):
+    labels = LABELS
+
+
+@pytest.mark.parametrize(("layer", "instead"), [("stages.2", "gradcam"), ("stages.2.blocks.0.conv_dw", None)])
+def test_without_a_reference_maps_are_such_as_the_layer_allows(
+    layer: str, instead: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At ConvNeXt's stages gradient x activation is rounding, and hours of training are not lost to that."""
+    torch.manual_seed(0)
+    network = TileClassifier("convnext_atto").eval()
+    network.head.bias.data = torch.tensor([0.0, 1e3])  # no answer is neutral
+    settings = MapSettings(("gradient_x_activation", "deeplift") if instead is None else ("deeplift",), layer, "none")
+    engine = make_engine(network, 64, 1.0, settings=replace(settings, way="tiled"))
+    made = with_reference(engine, Patches(patches(64)))  # type: ignore[arg-type]
+    word = instead or "gradient_x_activation"
+    assert made.settings.methods == (word,) and f"maps by {word}, which do not add up" in caplog.text
+    assert calibrate_on_patches(made, patches(64), LABELS, PROBABILITIES).limits[word] > 0  # type: ignore[arg-type]

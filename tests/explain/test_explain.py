@@ -20,6 +20,7 @@ from medsd.explain import explain as module
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import CLASS_METHODS, ExplainSettings, method_names
 from medsd.networks.aim import AimClassifier
+from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.saliency import smooth
 from medsd.saliency.metrics.insertion_deletion import curve_area, insertion_curve
@@ -338,3 +339,17 @@ def test_a_network_that_masks_itself_shows_its_masks(folder, weights, tmp_path):
     assert torch.equal(found, expected) and 0 < found.mean() < 1
     with pytest.raises(ConfigError, match=r"method 'mask': .*model.safetensors is no network that masks itself"):
         explain_images([folder], weights, tmp_path / "none", replace(settings, methods=("mask",)))
+
+
+def test_a_method_whose_channels_cancel_is_left_out_or_refused_by_name(folder, tmp_path, caplog):
+    """Where a LayerNorm reads the layer: ConvNeXt's last stage, of which gradients were drawn as noise."""
+    torch.manual_seed(0)
+    network = TileClassifier("convnext_atto").eval()
+    path = tmp_path / "convnext.safetensors"
+    save_classifier(path, network, ModelCard("convnext_atto", network.classes, 64, 0.5, "noise"))
+    summary = explain_images([folder / "a.png"], path, tmp_path / "out", ExplainSettings(measured=False))
+    assert list(summary.measures) == ["gradcam", "tsm"]
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert [message.split("'")[1] for message in told] == ["gradient", "gradient_x_activation"]
+    with pytest.raises(NetworkError, match=r"^Gradient at 'encoder.stages.3': its channels cancel"):
+        explain_images([folder / "a.png"], path, tmp_path / "out", ExplainSettings(("gradcam", "gradient")))

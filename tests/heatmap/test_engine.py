@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medsd.errors import NetworkError
+from medsd.errors import ChannelsCancelError, NetworkError
 from medsd.heatmap import cascade
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.engine import engine_for_slides, make_engine
@@ -173,3 +173,18 @@ def test_a_layer_that_leaves_no_room_for_a_cell_is_refused_before_anything_is_co
     monkeypatch.setattr(cascade, "_CPU_BYTES", (2 * engine.cascade.top.halo) ** 2 * engine.cascade.top.cell_bytes)
     with pytest.raises(NetworkError, match=r"layer 'layer2': a dense map has no room .* way 'tiled', or block_px"):
         engine.map(slide, tissue)
+
+
+def test_where_channels_cancel_other_methods_have_their_maps(array_slide):
+    """A gradient that nobody asked for once stood in for a probability's map; a LayerNorm's is refused by name."""
+    torch.manual_seed(0)
+    network = TileClassifier("convnext_atto").eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    slide, tissue = array_slide(pixels), TissueMask(np.ones((1, 1), bool), 512.0)
+    for way, methods in (("auto", ("gradcam",)), ("tiled", ("tsm",))):
+        engine = make_engine(network, 64, 1.0, settings=MapSettings(methods, "stages.2", way=way))
+        assert tuple(engine.map(slide, tissue).explanations) == methods
+    for way in ("auto", "tiled"):
+        engine = make_engine(network, 64, 1.0, settings=MapSettings(("gradient",), "stages.2", way=way))
+        with pytest.raises(ChannelsCancelError, match=r"Gradient at '.*': its channels cancel"):
+            engine.map(slide, tissue)

@@ -183,3 +183,38 @@ def test_a_foreign_network_with_such_a_name_is_none() -> None:
     assert not is_symmetric(foreign)
     with upright(foreign):
         assert foreign.test_time_augmentation
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_baseline_turns_with_the_images(network: TileClassifier, each: bool) -> None:
+    """One with a picture in it; of oblong images its sides are to be swapped as well."""
+    x, baseline = (torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    baseline = baseline if each else baseline[0]
+    found = make_method("deeplift", network, None, "evidence", {"baseline": baseline}).attribute(x, 1)
+    with torch.no_grad():
+        change = network(x) - network(baseline.expand_as(x))
+    torch.testing.assert_close(found.sum(dim=(1, 2, 3)), change[:, 1] - change[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "option"),
+    [("deeplift", LAYER, "reference"), ("integrated_gradients", None, "baseline")],
+)
+def test_what_maps_compare_with_turns_with_the_images(
+    network: TileClassifier, name: str, layer: str | None, option: str
+) -> None:
+    x, given = (torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    if layer is not None:
+        with recorded(network, layer) as outputs, upright(network), torch.no_grad():
+            network(given)
+        given = outputs[0]
+    options = {} if name == "deeplift" else {"steps": 3}
+    found = make_method(name, network, layer, "evidence", {option: given[0], **options}).attribute(x, 1)
+    by_hand = []
+    with upright(network):
+        for number in SYMMETRIES:
+            view = {option: turned(given[0], number), **options}
+            by_hand.append(
+                turned_back(make_method(name, network, layer, "evidence", view).attribute(turned(x, number), 1), number)
+            )
+    torch.testing.assert_close(found, torch.stack(by_hand).mean(dim=0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medsd.errors import ConfigError
 from medsd.networks.blur import blurred
 from medsd.networks.classifier import TileClassifier
-from medsd.objectives.masking import Fill, mask_lowest, pixel_scores
+from medsd.objectives.masking import Fill, mask_lowest, masked_count, pixel_scores
 
 
 class ConvNet(nn.Module):
@@ -240,3 +240,11 @@ def test_the_saliency_pass_cleans_up_after_an_error_and_works_under_no_grad(netw
     with torch.no_grad():
         scores = pixel_scores(network, torch.randn(1, 3, 8, 8).double(), torch.tensor([0]), "signed")
     assert scores.abs().max() > 0
+
+
+def test_a_share_is_the_whole_number_that_it_nearly_gives() -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    for percent in range(1, 100):
+        assert masked_count(percent / 100, 10, 10) == percent
+        assert masked_count(percent / 100, 30, 30) == 9 * percent
+    assert masked_count(0.299, 10, 10) == 29

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,31 @@ def test_what_captum_must_be_told_has_a_default(network: nn.Sequential, x: Tenso
         assert torch.equal(squares[:, :, 0], squares[:, :, 1]) and len(squares[0].unique()) == 8
 
 
+# All but ShapleyValues, which asks for all orders of the parts, and LRP, for a rule of each module.
+INPUTS = ["IntegratedGradients", "DeepLift", "DeepLiftShap", "GradientShap", "InputXGradient", "Saliency", "Occlusion"]
+INPUTS += ["GuidedBackprop", "Deconvolution", "FeatureAblation", "ShapleyValueSampling", "Lime", "KernelShap"]
+LAYERS = ["LayerConductance", "LayerGradientXActivation", "LayerActivation", "LayerFeatureAblation", "LayerGradCam"]
+LAYERS += ["LayerDeepLift", "LayerDeepLiftShap", "LayerGradientShap", "LayerIntegratedGradients", "InternalInfluence"]
+
+
+@pytest.mark.parametrize("kind", [*INPUTS, "GuidedGradCam", *LAYERS])
+def test_a_map_is_the_same_again_and_alone(network: nn.Sequential, x: Tensor, kind: str) -> None:
+    """ShapleyValueSampling never ran; what draws at random drew anew each time, for the batch as a whole."""
+    options = {"n_samples": 3} if kind in ("ShapleyValueSampling", "Lime", "KernelShap") else {}
+    method = make_method(f"captum.{kind}", network, "0", options=options)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    x = x[:, :, :8, :6]
+    maps = method(x, TARGET)
+    assert maps.shape[0] == 2 and (maps.abs().max() > 0 or kind == "Lime")  # whose Lasso takes small slopes for none
+    torch.testing.assert_close(method(x[1:], TARGET[1:]), maps[1:], rtol=1e-4, atol=1e-6 * float(maps.abs().max()))
+    torch.rand(3)
+    assert torch.equal(method(x, TARGET), maps)
+    torch.set_rng_state(before[0])
+    method(x, TARGET)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+
+
 def test_evidence_is_the_classs_above_the_others(network: nn.Sequential, x: Tensor) -> None:
     maps = make_method("captum.InputXGradient", network, output="evidence")(x, TARGET)
     ours = make_method("gradient_x_activation", network, output="evidence")(x, TARGET)
@@ -93,6 +119,8 @@ def test_misfits_are_told_in_one_line(network: nn.Sequential, x: Tensor) -> None
         ("captum.LayerConductence", "did you mean 'captum.LayerConductance'"),
         ("captum.NeuronGradient", "no such attribution"),
         ("captum.NoiseTunnel", "no such attribution"),
+        ("captum.FeaturePermutation", "between images.*use captum.Occlusion"),
+        ("captum.LayerFeaturePermutation", "between images"),
         ("captum.LLMAttribution", "no such attribution"),
     ):
         with pytest.raises(ConfigError, match=words):

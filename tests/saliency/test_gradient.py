@@ -9,12 +9,14 @@ import captum.attr
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError, NetworkError
+from medsd.errors import ChannelsCancelError, ConfigError, NetworkError
 from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation
 from medsd.saliency.method import ClassMethod
+from medsd.saliency.registry import make_method
 
 Lively = Callable[[nn.Module], nn.Module]
 
@@ -239,3 +241,37 @@ class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer1 = nn.Conv2d(3, 2, 1)
+
+
+class BeforeNorm(nn.Module):
+    """A layer that a LayerNorm over channels reads, or none."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)
+        self.normed = normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.normed:  # each place for itself, as ConvNeXt's
+            y = F.layer_norm(y.permute(0, 2, 3, 1), (16,), eps=1e-6).permute(0, 3, 1, 2)
+        return self.head(y.relu()).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gradient", "gradient_x_activation", "smoothgrad", "captum.LayerGradientXActivation"])
+def test_channels_that_cancel_are_no_map(name: str, dtype: torch.dtype) -> None:
+    """A LayerNorm does not see the mean of what it reads: maps were float noise, which looked like any other."""
+    x = torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1)).to(dtype)
+    network = BeforeNorm(True).to(dtype)
+    method = make_method(name, network, "layer", "evidence")
+    with pytest.raises(ChannelsCancelError, match=r"^\S+ at 'layer': its channels cancel .* use gradcam") as error:
+        method(x, 1)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert method.attribute(x, 1).abs().max() > 0  # channels apart are well
+    assert make_method(name, BeforeNorm(False).to(dtype), "layer", "evidence")(x, 1).abs().max() > 0
+    for other in ("gradcam", "deeplift"):
+        assert make_method(other, network, "layer", "evidence")(x, 1).abs().max() > 0
+    network.head.weight.data.zero_()
+    assert (make_method(name, network, "layer", "evidence")(x, 1) == 0).all()  # nothing to explain is no fault

@@ -75,6 +75,81 @@ def test_without_a_change_the_slope_stays() -> None:
     assert torch.autograd.grad(after[0].sum(), x)[0].tolist() == [[0, 1], [0, 0]]
 
 
+@pytest.mark.parametrize("name", ["nn.GELU", "nn.SiLU", "nn.Sigmoid", "nn.Hardswish", "nn.LeakyReLU"])
+def test_a_small_change_has_a_ratio_and_no_rounding(name: str) -> None:
+    """Of 1e-6 of the argument float32 keeps no digit of the quotient, which came out wrong by half."""
+    torch.manual_seed(0)
+    x, change = torch.rand(500) + 0.5, torch.logspace(-7, 0, 500)
+    both = torch.stack([x + change, x])[:, None]
+
+    exact = both.double()
+    weight = torch.ones(1, 1, 500)
+    expected = multipliers(FUNCTIONS[name], exact, weight)[0, 0]
+    moved = (exact[0] - exact[1])[0] > 1e-5
+    by_hand = (FUNCTIONS[name](exact[:1].clone()) - FUNCTIONS[name](exact[1:].clone()))[0, 0] / (exact[0] - exact[1])[0]
+    torch.testing.assert_close(expected[moved], by_hand[moved], rtol=1e-9, atol=0)
+    torch.testing.assert_close(multipliers(FUNCTIONS[name], both, weight)[0, 0].double(), expected, rtol=1e-4, atol=0)
+
+
+def multipliers(function: Callable[[Tensor], Tensor], both: Tensor, weight: Tensor) -> Tensor:
+    """Of the weighted sum of a function of images and references (2 B, ...), for the images."""
+    given = both.clone().requires_grad_()
+    with Rescale(len(both) // 2):
+        after = function(given * 1)
+    (gradient,) = torch.autograd.grad((weight * after[: len(both) // 2]).sum(), given)
+    return gradient[: len(both) // 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [0.0, 20.0, -20.0, 104.0, -104.0, 300.0, 1000.0])
+def test_a_softmax_whose_sides_lie_apart_loses_nothing(apart: float, dtype: torch.dtype) -> None:
+    """From 104 on the lower side's powers are 0 in float32, and maps were not finite; near rows are as they were."""
+    both = torch.randn(4, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    near = both.clone()
+    both[:2, 1] += apart
+    both[2:, 1, 2] -= torch.inf
+    both[:2, 1, 2] -= torch.inf
+    weight = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = multipliers(lambda x: x.softmax(-1), both.to(dtype), weight.to(dtype)).double()
+    shares = both.softmax(-1)
+    expected = (weight * (shares[:2] - shares[2:])).sum(dim=-1)
+    change = torch.where(both[:2].isfinite(), both[:2] - both[2:], 0)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    grown = 2e-3 if 0 < abs(apart) < 36 and dtype == torch.float64 else tolerance  # powers differ by exp(20)
+    torch.testing.assert_close((found * change).sum(dim=-1), expected, rtol=0, atol=grown)
+    alone = multipliers(lambda x: x.softmax(-1), near.to(dtype), weight.to(dtype)).double()
+    torch.testing.assert_close(found[:, [0, 2]], alone[:, [0, 2]], rtol=1e-6, atol=1e-7)
+
+
+def test_a_mask_of_attention_may_be_an_activation() -> None:
+    """SAM's depends on the query; Swin's is one for each window of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 5, 6, dtype=torch.float64, generator=generator)
+    masks = {
+        "of the query": lambda q: q.tanh()[..., :5],
+        "of each": lambda q: torch.arange(100.0, dtype=torch.float64).view(2, 2, 5, 5).sin().repeat(2, 1, 1, 1),
+        "bool of each": lambda q: (torch.arange(100).view(2, 2, 5, 5) % 7 > 1).repeat(2, 1, 1, 1),
+        "one": lambda q: torch.arange(25.0, dtype=torch.float64).view(1, 1, 5, 5).cos(),
+    }
+    for name, mask in masks.items():
+        for named in (True, False):
+
+            def attend(x: Tensor, mask: Callable[[Tensor], Tensor] = mask, named: bool = named) -> Tensor:
+                given = mask(x)
+                if named:
+                    return F.scaled_dot_product_attention(x, x * 2, x + 1, attn_mask=given)
+                return F.scaled_dot_product_attention(x, x * 2, x + 1, given)
+
+            weight = torch.randn(2, 2, 5, 6, dtype=torch.float64, generator=generator)
+            found = multipliers(attend, x, weight)
+            after = attend(x)
+            expected = (weight * (after[:2] - after[2:])).sum(dim=(1, 2, 3))
+            sums = (found * (x[:2] - x[2:])).sum(dim=(1, 2, 3))
+            torch.testing.assert_close(
+                sums, expected, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 def test_what_is_no_batch_of_images_and_baselines_keeps_its_gradient() -> None:
     x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
     with Rescale(1):

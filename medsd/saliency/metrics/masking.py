@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medsd.checks import check_number
 from medsd.errors import ConfigError
+from medsd.objectives.masking import whole_number
 from medsd.saliency.method import targets_of
 from medsd.saliency.metrics.perturb import check_maps, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.scoring import PLAIN, Perturbation, check_several
@@ -71,8 +72,7 @@ def masking_curve(
         raise ConfigError(f"shares={tuple(shares)}: give at least two that rise within 0 to 1")
     substitute = how.replacement(x, "mean")
     pixels = x.shape[2] * x.shape[3]
-    # 0.7 * 10 is a little less than 7; a share means the whole number that it nearly gives.
-    counts = [int(share * pixels + 1e-6) for share in shares]
+    counts = [whole_number(share, pixels) for share in shares]
     check_maps(saliency)
     ranks = pixel_ranks(saliency.abs(), how.generator)
     logits = perturbed_logits(network, x, substitute, ranks, counts, how.batch_size)
