@@ -72,7 +72,7 @@ def region_vectors(maps: Tensor, view: ViewRegions, size_px: int, centre_px: flo
         maps: (B, C, h, w) of the views.
         view: the cells of that view.
         size_px: side of the views, h and w of which are taken to be whole strides.
-        centre_px: where in the view map cell 0 looks (see `EffectiveField`: 0.5 for ResNets at every depth, which a
+        centre_px: where in the view map cell 0 looks (see `ReceptiveField`: 0.5 for ResNets at every depth, which a
             mirrored view makes a shift of nearly a whole cell); None where map cells tile the view evenly.
     """
     with torch.autocast(maps.device.type, enabled=False):

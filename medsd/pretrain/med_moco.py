@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from medsd.checks import check_choice, check_number
 from medsd.errors import NetworkError
 from medsd.networks.classifier import Classifier, Normalise
-from medsd.networks.effective_field import measure_effective_field
+from medsd.networks.geometry import measure_fields
 from medsd.networks.modes import evaluating, map_of_layer, recorded
 from medsd.objectives.decorrelation import decorrelation_loss
 from medsd.pretrain.collapse import effective_rank
@@ -283,7 +283,7 @@ class MedMoCo(nn.Module):
 
 
 class _Encoder(Classifier):
-    """An encoder as what `measure_effective_field` takes."""
+    """An encoder as what `measure_fields` takes."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__(type(encoder).__name__, ())
@@ -295,12 +295,17 @@ class _Encoder(Classifier):
 
 
 def _measured_centre(encoder: nn.Module, layer: str | None) -> float | None:
-    """Where in the image map cell 0 looks, None for the middle of its own stride."""
+    """The middle of what map cell 0 can see of the image, None for the middle of its own stride.
+
+    Where paths are weighed (`measure_effective_field`) cells of ResNet-D look elsewhere, but regions that are placed so
+    were worth less (docs/evidence.md).
+    """
     try:
-        return measure_effective_field(_Encoder(encoder), layer).centre
+        fields, features = measure_fields(_Encoder(encoder), [] if layer is None else [layer])
     except NetworkError as error:
         logger.warning("local regions: map cells are taken to tile the view evenly, since %s", error)
         return None
+    return (features if layer is None else fields[layer]).centre
 
 
 def _projector(channels: int, dim: int) -> nn.Sequential:
