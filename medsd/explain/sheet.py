@@ -124,8 +124,8 @@ def _draw_page(
     bottom = top + len(rows) * (CELL_PX + _CAPTION_PX)
     picture = Canvas(width, bottom + _LINE_PX * len(foot) + _MARGIN_PX)
     picture.text(_MARGIN_PX, 30, title, 18, bold=True, width=room)
-    for number, words in enumerate(warned):
-        picture.text(_MARGIN_PX, _TITLE_PX + _LINE_PX * number, words, 14, RED, bold=True)
+    for number, sentence in enumerate(warned):
+        picture.text(_MARGIN_PX, _TITLE_PX + _LINE_PX * number, sentence, 14, RED, bold=True)
     picture.text(_MARGIN_PX, head + 18, "image", 14, bold=True)
     places = [(_MARGIN_PX + number * step, column) for number, column in enumerate(columns, start=1)]
     for x, column in places:
