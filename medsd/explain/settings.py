@@ -28,8 +28,8 @@ class ExplainSettings:
     Attributes:
         methods: names that `make_method` takes ("gradient", "captum.LayerConductance"), each once, and "mask" of a
             network that masks itself (AIM); none takes `CLASS_METHODS` for a classifier, but for those whose channels
-            cancel at the layer (see `ClassMethod.over_channels`), "deeplift" before them where
-            the weights hold its reference, "mask" after them, and `LABEL_FREE_METHODS` for an encoder.
+            cancel at the layer (see `medsd.saliency.method`), "deeplift" before them where the weights hold its
+            reference, "mask" after them, and `LABEL_FREE_METHODS` for an encoder.
         layer: in the network or its encoder; "input"; None takes the calibrated one or else the last stage.
         target: the class that is explained, by name or number, or "predicted": each image's own.
         smoothing: "none", or a variant of Smooth Deep Saliency at strided convolutions, borders mirrored so that maps

@@ -21,6 +21,16 @@ from medsd.saliency.method import Method, Target
 from medsd.saliency.metrics.scoring import held_target
 
 _NONE, _ALL = "none", "all"
+# What timm's modules start those weights with that they cannot draw: layer scales, GRN, StarReLU, a temperature.
+_STARTS = {
+    "ConvNeXtBlock": {"gamma": 1e-6},
+    "ConvBlock": {"gamma": 1e-6},
+    "SplitTransposeBlock": {"gamma": 1e-6, "gamma_xca": 1e-6},
+    "CrossCovarianceAttn": {"temperature": 1.0},
+    "GlobalResponseNorm": {"weight": 0.0, "bias": 0.0},
+    "Scale": {"scale": 1.0},
+    "StarReLU": {"scale": 1.0, "bias": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,10 @@ def randomised_cascade(
     """Maps of the network as it is, then as its stages are randomised one after the other, from the top down.
 
     Weights are drawn by each module's own `reset_parameters`: torch's default, whatever scheme its library starts a new
-    network with; what a module without it owns (a transformer's class token and places) by its `init_weights`, timm's.
-    Buffers (running statistics of BatchNorm) are kept until the last stage, "all", which draws every module anew
-    together with them: the order of Smooth Deep Saliency (arXiv 2404.02282). The classes are those of the network as it
-    is, in every stage.
+    network with; what a module without it owns (a transformer's class token and places) by its `init_weights`, timm's,
+    or, where that is no draw (layer scales, GRN), what timm starts it with. Buffers (running statistics of BatchNorm)
+    are kept until the last stage, "all", which draws every module anew together with them: the order of Smooth Deep
+    Saliency (arXiv 2404.02282). The classes are those of the network as it is, in every stage.
 
     A copy is randomised, on the CPU, so that a seed means the same on every device; the network and the state of
     torch's generators are left alone.
@@ -126,7 +136,21 @@ def _reset_of(module: nn.Module) -> Callable[[], object] | None:
         reset = getattr(module, name, None)
         if callable(reset):
             return cast("Callable[[], object]", reset)
-    return None
+    return _start_of(module)
+
+
+def _start_of(module: nn.Module) -> Callable[[], object] | None:
+    """What puts a module of timm's back to the numbers that it starts with; None where they are not known."""
+    starts = _STARTS.get(type(module).__name__, {}) if type(module).__module__.startswith("timm.") else {}
+    own = dict(module.named_parameters(recurse=False))
+    if not own or own.keys() - starts.keys():
+        return None
+
+    def reset() -> None:
+        for name, parameter in own.items():
+            parameter.fill_(starts[name])
+
+    return reset
 
 
 def _has_any(parameters: Iterable[nn.Parameter]) -> bool:

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -151,3 +152,17 @@ def test_bad_input_is_named(network, x):
     network.layer.append(Scale())
     with pytest.raises(NetworkError, match=r"'layer.3' \(Scale\): has weights but no reset_parameters"):
         record(network, x)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto", "edgenext_xx_small"])
+def test_what_is_no_draw_is_what_a_new_network_has(name):
+    """Layer scales and GRN, which have no reset_parameters: such networks were refused."""
+    new = timm.create_model(name, num_classes=2)
+    network = copy.deepcopy(new).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1
+    _, states, _ = record(network, torch.randn(1, 3, 64, 64), stages=("stages",))
+    constant = [key for key, _ in new.named_parameters() if "gamma" in key or "grn" in key or "temperature" in key]
+    assert len(constant) > 4
+    assert all(torch.equal(states[-1][key], new.state_dict()[key]) for key in constant)
+    assert changed(states[0], states[1]) == {key for key, _ in new.named_parameters() if key.startswith("stages")}
