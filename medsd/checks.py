@@ -48,6 +48,11 @@ def check_number(name: str, value: object, interval: str, whole: bool = False, h
     raise ConfigError(f"{name}={value!r}: must be {noun} {words}{'; ' if hint else ''}{hint}")
 
 
+def whole_number(share: float, of: int) -> int:
+    """floor(share * of), or the whole number that it nearly gives: 0.29 * 100 is a little less than 29."""
+    return int(share * of + 1e-6)
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises ConfigError: the value is neither True nor False; "no" would count as true."""
     if not isinstance(value, bool):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsd.checks import whole_number
 from medsd.errors import ConfigError
 from medsd.networks.blur import blurred
 from medsd.networks.modes import evaluating
@@ -102,11 +103,6 @@ def masked_count(share: float, height: int, width: int, block_px: int = 1) -> in
             f"masked_share={share}: must be 0, or mask at least 1 of {rows} x {columns} {what}, below 1{fix}"
         )
     return count
-
-
-def whole_number(share: float, of: int) -> int:
-    """floor(share * of), or the whole number that it nearly gives: 0.29 * 100 is a little less than 29."""
-    return int(share * of + 1e-6)
 
 
 def _block_means(scores: Tensor, block_px: int) -> Tensor:

@@ -9,9 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from medsd.checks import check_number
+from medsd.checks import check_number, whole_number
 from medsd.errors import ConfigError
-from medsd.objectives.masking import whole_number
 from medsd.saliency.method import targets_of
 from medsd.saliency.metrics.perturb import check_maps, perturbed_logits, pixel_ranks
 from medsd.saliency.metrics.scoring import PLAIN, Perturbation, check_several
