@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from medsd.bundle.data import Data
 from medsd.cohort.dataset import SlideGroupedSampler
-from medsd.cohort.learnt import learnt_from
 from medsd.errors import DatasetError
 from medsd.evaluate.temperature import fit_scaling, fit_temperature
 from medsd.heatmap.appearance import appearance_card
@@ -24,7 +23,7 @@ from medsd.heatmap.maps import MapSettings
 from medsd.networks.calibrated import Calibration, class_offset
 from medsd.networks.classifier import Classifier
 from medsd.networks.memory import freed_memory_kept
-from medsd.networks.start import learnt_by, weights_sha256
+from medsd.networks.start import weights_sha256
 from medsd.networks.weights import ModelCard
 from medsd.progress import progress_bar
 from medsd.training.predict import collect
@@ -39,8 +38,9 @@ def card_of(
     evaluator: SupervisedEvaluator,
     map_settings: MapSettings,
     settings: dict[str, Any],
+    learnt: tuple[str, ...],
 ) -> ModelCard:
-    """What goes with the weights of the stage finetune, with what validation data fix."""
+    """What goes with the weights of the stage finetune, with what validation data fix; `learnt`: see `learnt_from`."""
     with freed_memory_kept():
         logits, labels = collect(network, evaluator.data_loader, progress_bar("calibrate"))
     sampler = cast(DataLoader[Any], trainer.data_loader).sampler
@@ -81,7 +81,7 @@ def card_of(
         others=others,
         randomised=randomised_card(network, calibration, validation, validation.labels),
         appearance=appearance_card(validation, len(validation.labels)),
-        learnt_from=learnt_from(data, learnt_by(network.encoder_weights)),
+        learnt_from=learnt,
         **input_of(network),
     )
 

@@ -63,7 +63,8 @@ def finetune(
     network, regressed = cast(Classifier, trainer.network), head_start == "regression"
     weights = network.encoder_weights
     _check_fits(trainer, data, checkpoint, map_settings, test_time_augmentation)
-    tell_of_learnt(data, learnt_from(data, learnt_by(weights)))
+    learnt = learnt_from(data, learnt_by(weights))
+    tell_of_learnt(data, learnt)
     tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
     settings = settings_of(
         trainer,
@@ -100,7 +101,7 @@ def finetune(
     if written is None or sha256_of(path) != written["sha256"]:
         network = copy.deepcopy(network)  # a compiled encoder does not see the hooks of saliency; its copy is not
         network.augment_at_test_time(test_time_augmentation)
-        save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings))
+        save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings, learnt))
         write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
 
 

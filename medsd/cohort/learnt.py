@@ -42,9 +42,10 @@ def slide_sources(slides: Iterable[SlideEntry]) -> Sources:
     return {slide.name: _of_slide(slide) | _of_patient(slide) for slide in slides}
 
 
-def group_sources(column: str, groups: Iterable[str]) -> Sources:
-    """Groups of a table's column by name: the same where column and name are, so that patients are, in any table."""
-    return {name: frozenset([_digest(folded(column), name)]) for name in sorted(set(groups))}
+def group_sources(column: str, groups: Iterable[str], folder: str) -> Sources:
+    """Groups of a table's column by name: patients in any table, others (clusters, organs) in folders of that name."""
+    kind = _PATIENT if folded(column) == _PATIENT else f"{folded(column)} of {folder}"
+    return {name: frozenset([_digest(kind, name)]) for name in sorted(set(groups))}
 
 
 def learnt_from(data: Dealt, starts: Iterable[str] = ()) -> tuple[str, ...]:
@@ -67,7 +68,8 @@ def tell_of_learnt(data: Dealt, learnt: Collection[str]) -> None:
 def why_too_good(names: Sequence[str]) -> str:
     """What follows from testing on `names`, without a full stop."""
     named = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-    return f"scores are too good: {len(names)} of what is tested on was learnt from before ({named})"
+    what = f"{len(names)} of what is tested on was learnt from before"
+    return f"scores are too good: {what}, going by names of patients and bytes of slides ({named})"
 
 
 def learnt_words(slide: SlideEntry, learnt: Sequence[str]) -> str:

@@ -126,7 +126,7 @@ class Cascade:
         smoothed: whether gradients behind the layer are smoothed at strided convolutions, which widens their reach.
 
     Attributes:
-        features, hidden: where the cells of the encoder's output and of the layer look.
+        features, hidden: what the cells of the encoder's output and of the layer can see.
         stages: from the image to the layer.
         top: from the layer to the output, with its gradient.
         channels: of what each stage gives.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_HALF_UP, Decimal
 
 _LEAST_PLACES, _MOST_PLACES = 3, 9
 
@@ -18,8 +19,9 @@ def probability_text(value: float, least_places: int = _LEAST_PLACES) -> str:
     """
     rest = min(value, 1 - value)
     telling = 1 - math.floor(math.log10(rest)) if rest > 0 else 0
-    text = f"{value:.{max(least_places, min(telling, _MOST_PLACES))}f}"
-    return text.rstrip("0").rstrip(".")
+    places = Decimal(1).scaleb(-max(least_places, min(telling, _MOST_PLACES)))
+    # Half up, as the script rounds; Python's own is half to even.
+    return f"{Decimal(value).quantize(places, ROUND_HALF_UP):f}".rstrip("0").rstrip(".")
 
 
 def score_texts(score: float, cut_off: float | None) -> tuple[str, str]:

@@ -130,13 +130,12 @@ class ClassMethod(ABC):
 
     def over_channels(self, values: Tensor) -> Tensor:
         """Attributions (B, C, h, w) as maps (B, h, w): the plain signed mean, as in arXiv 2404.02282's code."""
-        maps = values.mean(dim=1)
-        if cancelled(maps, values):
+        if cancelled(values):
             raise ChannelsCancelError(
-                f"{self.title} at '{self.layer or 'input'}': its channels cancel (a LayerNorm reads the layer), so "
+                f"{self.title} at '{self.layer or 'input'}': its channels cancel (as where a LayerNorm reads it), so "
                 "the map is rounding; use gradcam or deeplift, or another layer"
             )
-        return maps
+        return values.mean(dim=1)
 
     def attribute(self, x: Tensor, target: Target = None) -> Tensor:
         """Attributions (B, C, h, w) at the layer, before channels become one; arguments and errors as `Method`."""
@@ -169,14 +168,18 @@ def differentiable(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def cancelled(maps: Tensor, values: Tensor) -> bool:
+def cancelled(values: Tensor) -> bool:
     """Whether of any image nothing but rounding is left of the means over channels (B, h, w) of values (B, C, h, w).
 
     No LayerNorm's output changes with the mean of what it reads, so that the channels of the gradient there sum to
     nothing, and nearly so those of gradient times activation. Values that are all 0 have nothing to lose.
     """
-    left, size = (part.abs().amax(dim=(1, 2)) for part in (maps, values.abs().mean(dim=1)))
-    return bool((left < max(_CANCELLED, torch.finfo(values.dtype).eps) * size).any())
+    left, size = (
+        part.float().abs().amax(dim=(1, 2)) for part in (values.float().mean(dim=1), values.abs().mean(dim=1))
+    )
+    # Rounding of half precision, of C channels that have nothing to do with each other.
+    rounding = 2 * torch.finfo(values.dtype).eps / values.shape[1] ** 0.5
+    return bool((left < max(_CANCELLED, rounding) * size).any())
 
 
 def check_images(x: Tensor) -> None:

@@ -24,6 +24,8 @@ _NAMES = (
     "sin softplus softshrink softsign sqrt square tanh tanhshrink threshold _threshold"
 )
 
+_ROUNDING = 4  # units in the last place, of what a function gives at either side
+
 
 class Pair(NamedTuple):
     """An activation of the images (B, ...), differentiable, and its reference, which broadcasts to it."""
@@ -60,14 +62,25 @@ class _Graft(torch.autograd.Function):
         return gradients[0][: ctx.length], None
 
 
-def ratio(after: Pair, before: Pair, slope: Callable[[], Tensor], least: float) -> Tensor:
-    """The function's change over its argument's, (B, ...); the slope where that is no more than `least` of its size."""
+def ratio(after: Pair, before: Pair, slope: Callable[[], Tensor], exact: bool = False) -> Tensor:
+    """The function's change over its argument's, (B, ...); the slope where that has no digits, or nothing changed.
+
+    Where changes are a small share d of the argument, rounding is eps / d of the quotient, and the slope in the middle
+    is off by about d^2 / 24 in a smooth function: least together near the cube root of eps (5e-3 in float32, where
+    either is at most 2e-5). A kink or a jump between the two sides makes the quotient another by more than rounding
+    does, and it is kept. `exact` says that both changes are free of rounding.
+    """
     image, reference = before.image.detach(), before.reference
-    change = image - reference
+    change, eps = image - reference, torch.finfo(image.dtype).eps
+    size = torch.maximum(image.abs(), reference.abs())
     # So written that nan, of two infinite values, counts as no change.
-    moved = change.abs() > least * torch.maximum(image.abs(), reference.abs())
+    moved = change.abs() > (0.0 if exact else eps ** (1 / 3)) * size
     found = (after.image - after.reference) / change
-    return found if bool(moved.all()) else torch.where(moved, found, slope())
+    if bool(moved.all()):
+        return found
+    slopes = slope()
+    rounding = _ROUNDING * eps * (torch.maximum(after.image.abs(), after.reference.abs()) + slopes.abs() * size)
+    return torch.where(moved | ((found - slopes).abs() * change.abs() > rounding), found, slopes)
 
 
 def _elementwise(func: Callable[..., Tensor], value: Pair, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -80,17 +93,7 @@ def _elementwise(func: Callable[..., Tensor], value: Pair, *args: Any, **kwargs:
         after = func(given.clone(), *args[1:], **kwargs)
         return torch.autograd.grad(after.sum(), given)[0] if after.requires_grad else torch.zeros_like(given)
 
-    return x.image * ratio(value, x, slope, _least_change(x.image.dtype))
-
-
-def _least_change(dtype: torch.dtype) -> float:
-    """As a share of the argument, below which the slope in the middle is nearer to the ratio than its own quotient.
-
-    Where the change is a share d of its argument, rounding is eps / d of the ratio, and the slope in the middle is off
-    by about d^2 / 24: least together near the cube root of eps (5e-3 in float32, where either is at most 2e-5). The
-    change that it makes is off by d^3 / 24, so that sums stay complete.
-    """
-    return float(torch.finfo(dtype).eps ** (1 / 3))
+    return x.image * ratio(value, x, slope)
 
 
 def _applied(func: Callable[[Tensor], Tensor], x: Pair) -> Pair:
@@ -171,7 +174,7 @@ def _soft_far(x: Pair, dim: int) -> Pair:
     """
     sums = _powers(x, dim).through(lambda part: part.sum(dim, keepdim=True))
     logs = x.through(lambda part: part.detach().logsumexp(dim, keepdim=True))
-    slopes = ratio(logs, sums, lambda: 1 / _middle(sums), _least_change(x.image.dtype))
+    slopes = ratio(logs, sums, lambda: 1 / _middle(sums))
     logs = Pair(graft(logs.image, sums.image * slopes), logs.reference)
     return _applied(torch.exp, Pair(x.image - logs.image, x.reference - logs.reference))
 
@@ -315,7 +318,7 @@ def max_pool(value: Pair, places: Pair, x: Pair) -> Tensor:
     winner = torch.where(tied | (value.image >= value.reference), *places)
     winners = x.through(lambda part: part.flatten(2).gather(2, winner.flatten(2)).view_as(winner))
     # Both changes are differences of the same numbers, free of rounding however small.
-    return winners.image * ratio(value, winners, lambda: torch.ones_like(value.image), least=0.0)
+    return winners.image * ratio(value, winners, lambda: torch.ones_like(value.image), exact=True)
 
 
 def pooled_with_places(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

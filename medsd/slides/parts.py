@@ -66,16 +66,21 @@ def slide_identity(path: str | Path) -> list[list[Any]]:
 
 
 def slide_fingerprint(path: str | Path) -> str:
-    """A SHA-256 of the sizes of a slide's files and of the first MiB: that of its copies under any name, read at once.
+    """A SHA-256 of the sizes of a slide's files and of three MiB of one: that of its copies, whatever they are called.
 
-    A copy that was written anew (another compression, a label taken out) has another.
+    Of the first by name where there are several, whichever of a series names it: start, middle and end, for pictures
+    without compression may begin alike. A copy that was written anew (another compression, a label taken out) has
+    another.
 
     Raises:
         OSError: it is not there.
     """
-    files = files_of(path)
-    sizes = sorted(file.stat().st_size for file in files)
-    return hashlib.sha256(repr(sizes).encode() + _start_of(files[0])).hexdigest()
+    files = sorted(files_of(path))
+    digest = hashlib.sha256(repr(sorted(file.stat().st_size for file in files)).encode())
+    length = files[0].stat().st_size
+    for start in (0, length // 2, length - _HEADER_BYTES):
+        digest.update(_part_of(files[0], max(0, start)))
+    return digest.hexdigest()
 
 
 def slide_sha256(path: str | Path) -> str:
@@ -111,9 +116,14 @@ def _series(path: Path, _size: int, _changed_ns: int) -> str:
 
 
 def _start_of(path: Path) -> bytes:
-    """The first bytes of a regular file: pipes and devices may never answer."""
+    return _part_of(path, 0)
+
+
+def _part_of(path: Path, start: int) -> bytes:
+    """A MiB of a regular file: pipes and devices may never answer."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as handle:
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             raise SlideError(f"{path}: is no regular file; name a slide")
+        handle.seek(start)
         return handle.read(_HEADER_BYTES)

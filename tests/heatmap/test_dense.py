@@ -115,7 +115,7 @@ def test_window_mean_of_a_constant_is_the_constant_also_at_borders():
         torch.testing.assert_close(window_mean(torch.full((2, 2, 7, 9), 3.0), window), torch.full((2, 2, 7, 9), 3.0))
 
 
-@pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.25)])
+@pytest.mark.parametrize(("encoder", "tolerance"), [("resnet18", 0.2), ("resnet10t", 0.3)])
 def test_the_map_is_where_the_image_is(array_slide, encoder, tolerance):
     """A lone spot raises the activation at its own map pixel: the centre of the response lies on it.
 

@@ -91,6 +91,25 @@ def test_a_small_change_has_a_ratio_and_no_rounding(name: str) -> None:
     torch.testing.assert_close(multipliers(FUNCTIONS[name], both, weight)[0, 0].double(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("function", "low", "high"),
+    [
+        (nn.Hardshrink(0.5), 0.499, 0.501),
+        (nn.Threshold(1.0, 0.0), 0.999, 1.001),
+        (nn.ReLU6(), 5.99, 6.01),
+        (nn.Hardswish(), 2.995, 3.005),
+        (torch.sin, 99.76, 100.24),
+    ],
+)
+def test_a_kink_or_a_jump_within_a_small_change_is_not_lost(
+    function: Callable[[Tensor], Tensor], low: float, high: float
+) -> None:
+    both = torch.tensor([[[high]], [[low]]])
+    (given,) = multipliers(function, both, torch.ones(1, 1, 1)).flatten() * (both[0] - both[1]).flatten()
+    change = function(both[0].double()) - function(both[1].double())
+    torch.testing.assert_close(given.double(), change.flatten()[0], rtol=1e-3, atol=1e-6)
+
+
 def multipliers(function: Callable[[Tensor], Tensor], both: Tensor, weight: Tensor) -> Tensor:
     """Of the weighted sum of a function of images and references (2 B, ...), for the images."""
     given = both.clone().requires_grad_()

@@ -118,7 +118,7 @@ class PatchData:
 
     def sources(self, part: str) -> Sources:
         """The groups of a part, see `medsd.cohort.learnt`."""
-        return group_sources(self.group_column, self._parts[part].group.tolist())
+        return group_sources(self.group_column, self._parts[part].group.tolist(), Path(str(self.dataset_dir)).name)
 
     def unlabelled(self, part: str) -> UnlabelledImages:
         """The patches of the part "training" or "validation", whatever their labels."""

@@ -135,7 +135,7 @@ class SplitByPatient(ABC):
         return digest.hexdigest()
 
     def sources(self, part: str) -> Sources:
-        return group_sources("patient", self._patients[self._rows(part)].tolist())
+        return group_sources("patient", self._patients[self._rows(part)].tolist(), "")
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
         return None

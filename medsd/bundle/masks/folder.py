@@ -88,7 +88,8 @@ class MaskFolder(SplitByPatient):
         return MaskedImages(self._table.rows(self._rows(name)), self._coding, self.side_px)
 
     def sources(self, part: str) -> Sources:
-        return group_sources(self.group_column, self._patients[self._rows(part)].tolist())
+        folder = Path(str(self.dataset_dir)).name
+        return group_sources(self.group_column, self._patients[self._rows(part)].tolist(), folder)
 
     def spacing(self, items: MaskedItems, item: int) -> tuple[float, ...] | None:
         return (self.mpp or 1.0,) * 2
