@@ -289,7 +289,7 @@ def methods() -> None:
         print(f"{name:<23}{label:<7}{gradient:<10}{cost:<25}{complete}")
         if number:
             print(f"    {words}")
-    print("captum.NAME: any of captum's attributions of a layer or an image that fits, such as captum.LayerGradCam")
+    print("captum.NAME: captum's attributions of a layer or an image, such as captum.LayerGradCam")
     print("mask: the masks of a network that masks itself (AIM)")
 
 
