@@ -57,7 +57,8 @@ assert not {"torch", "captum", "monai", "matplotlib"} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100
-    assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == list(METHODS)
+    names = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
+    assert names == [*METHODS, "captum.NAME:", "mask:"]
 
 
 def test_images_are_explained(monkeypatch, capsys, caplog, weights, images, tmp_path):

@@ -271,10 +271,8 @@ def test_words_and_scale_bar_of_long_slides_are_read_in_full(
 ) -> None:
     picture = draw(tmp_path / "o.png", as_map(np.ones((4, 4)), 100.0), shape=shape, methods=("deeplift",))
     words = [line.text for line in written]
-    assert (
-        "Evidence: DeepLift (tumour)" in words
-        and "orange: for; blue: against; uncoloured: neither; faded: not looked at" in words
-    )
+    assert "Evidence: DeepLift (tumour)" in words
+    assert "orange: for; blue: against; uncoloured: neither; faded: not looked at" in words
     for line in written:
         others = [other for other in written if other is not line and abs(other.baseline - line.baseline) < 10]
         assert all(line.right < other.left or other.right < line.left for other in others), line
