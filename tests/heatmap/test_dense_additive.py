@@ -53,7 +53,7 @@ def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
     pixels = slide.read(engine.origin_px, engine.origin_px, width * 32, height * 32)
     features = engine.classifier.feature_map(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
     logits = engine.classifier.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    first = -round((engine.cascade.features.centre + engine.origin_px) / 32 - 0.5)
+    first = -engine._shifts[0]
     rows, columns = grids[0].shape
     return log_odds(logits, engine.temperature)[0, first : first + rows, first : first + columns]
 
