@@ -150,6 +150,8 @@ class _MapWork(Maps, Work[SlideResult]):
         of_places = engine.of_places if isinstance(engine, MixedEngine) else engine
         if isinstance(of_places, DenseEngine):
             recipe["origin_px"] = of_places.origin_px  # which was once the middle of what cells can see
+            if of_places.share:
+                recipe["probability_between_cells"] = of_places.share  # which was once that of the nearest
         if self.request.also:
             recipe["also"] = sorted(set(self.request.also))
         if calibration is None:  # what was not of the weights

@@ -25,7 +25,7 @@ from medsd.errors import NetworkError
 from medsd.heatmap.additive import conserve
 from medsd.heatmap.cascade import Cascade, Node
 from medsd.heatmap.features import FeatureStore, TissueFeatures, room_on
-from medsd.heatmap.grid import MapGrid, block_any, canvas_origin, shift_of
+from medsd.heatmap.grid import MapGrid, between, block_any, canvas_origin, place_of
 from medsd.heatmap.label_free import LABEL_FREE, slide_maps
 from medsd.heatmap.legend import ADDITIVE, BY_PARTS
 from medsd.heatmap.maps import Assembled, Engine, as_array
@@ -94,10 +94,11 @@ class DenseEngine(Engine):
         self.window = self.tile_px // stride
         self._windows = Windows(self.cascade.top.network, self.classifier, self.window)
         # Where cells look, not the middle of what they can see: the shortcuts of ResNet-D weigh more than the rest.
-        fields = [measure_effective_field(self.classifier, layer) for layer in (None, self.settings.layer)]
-        self.origin_px = canvas_origin(*fields)
-        # Map pixel of the canvas's first cell, for either map.
-        self._shifts = [shift_of(field, self.origin_px) for field in fields]
+        features, hidden = (measure_effective_field(self.classifier, layer) for layer in (None, self.settings.layer))
+        self.origin_px = canvas_origin(features, hidden)
+        self._shift, self.share = place_of(features, self.origin_px)
+        # Map pixel of the canvas's first hidden cell, which lies on one.
+        self._hidden_shift = round((hidden.centre + self.origin_px) / hidden.stride - 0.5)
 
     @property
     def block_px(self) -> int | None:
@@ -226,7 +227,7 @@ class DenseEngine(Engine):
         return reference_at(point, self.settings.layer, "plane", source)
 
     def _plan(self, grids: list[MapGrid], tissue: TissueMask) -> _Plan:
-        stage, (shift, hidden_shift) = self.cascade.top, self._shifts
+        stage, shift, hidden_shift = self.cascade.top, self._shift, self._hidden_shift
         size = [
             max(cells - shift, math.ceil((finer - hidden_shift) / stage.taken))
             for cells, finer in zip(grids[0].shape[::-1], grids[1].shape[::-1], strict=True)
@@ -237,6 +238,9 @@ class DenseEngine(Engine):
         inner = squares[max(0, shift) :, max(0, shift) :]
         place = cells[max(0, -shift) :, max(0, -shift) :][: inner.shape[0], : inner.shape[1]]
         place[...] = inner[: place.shape[0], : place.shape[1]]
+        if self.share:  # a map pixel lies between a cell and the one before
+            cells[:-1] |= cells[1:]
+            cells[:, :-1] |= cells[:, 1:]
         # A probability is the mean over the cells of the windows around it.
         wanted = grown(cells, self.window // 2)
         canvas = size[0], size[1]
@@ -335,25 +339,27 @@ class DenseEngine(Engine):
             for name, values in maps.items():
                 values[crop.times(scale).within(fine)] += arrays[name]
         cells = torch.from_numpy(logits)[None]
-        probability = as_array(self.probability(window_mean(cells, self.window)))[0]
+        probability = as_array(self.probability(between(window_mean(cells, self.window), self.share)))[0]
         maps |= self._label_free(plan, features)
         names = [name for name in self.settings.methods if name in maps]
-        explanations = {name: grids[1].placed(maps[name], self._shifts[1]) for name in names}
+        explanations = {name: grids[1].placed(maps[name], self._hidden_shift) for name in names}
         moved = None
         if ADDITIVE in explanations:
             detail = explanations[ADDITIVE]
-            sums = as_array(self.evidence(cells) / self.window**2)[0]
-            sums[~plan.tissue] = np.nan  # which cells are known beside the tissue depends on the blocks
-            explanations[ADDITIVE] = conserve(detail, grids[0].placed(sums, self._shifts[0]), scale)
-            tissue = grids[1].placed(plan.tissue.repeat(scale, 0).repeat(scale, 1).astype(np.float32), self._shifts[1])
+            # Which cells are known beside the tissue depends on the blocks.
+            known = torch.where(torch.from_numpy(plan.tissue), cells, torch.nan)
+            sums = as_array(self.evidence(between(known, self.share)) / self.window**2)[0]
+            explanations[ADDITIVE] = conserve(detail, grids[0].placed(sums, self._shift), scale)
+            tissue = plan.tissue.repeat(scale, 0).repeat(scale, 1).astype(np.float32)
+            tissue = grids[1].placed(tissue, self._hidden_shift)
             change, size = (
                 np.nansum(np.abs(part) * tissue) for part in (explanations[ADDITIVE] - detail, explanations[ADDITIVE])
             )
             moved = float(change / size) if size else None
         lost = [store.read(f"lost-{at}")["lost"] for at, _ in enumerate(plan.nodes) if store.has(f"lost-{at}")]
-        owners = grids[0].placed(owner, self._shifts[0])
+        owners = grids[0].placed(owner, self._shift)
         return Assembled(
-            grids[0].placed(probability, self._shifts[0]),
+            grids[0].placed(probability, self._shift),
             explanations,
             _together(lost),
             len(plan.rects),

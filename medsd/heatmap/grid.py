@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy import ndimage
+from torch import Tensor
 
 from medsd.heatmap.value_map import Floats
 from medsd.networks.effective_field import EffectiveField
@@ -80,7 +82,7 @@ def canvas_origin(features: EffectiveField, hidden: EffectiveField) -> int:
 
     A cell of a ResNet looks at the top left of its own square, not at its middle, one of a ResNet-D between the two.
     The canvas is shifted so that what a hidden cell looks at is centred on a map pixel, to half a pixel, and what a
-    feature cell looks at as nearly as the hidden grid allows.
+    feature cell looks at as nearly as the hidden grid allows (`place_of` has the rest).
     """
     exact = hidden.stride / 2 - hidden.centre
     wish = features.stride / 2 - features.centre - features.stride
@@ -91,9 +93,27 @@ def canvas_origin(features: EffectiveField, hidden: EffectiveField) -> int:
     return round(origin)
 
 
-def shift_of(field: EffectiveField, origin_px: float) -> int:
-    """The map pixel of the canvas's first cell."""
-    return round((field.centre + origin_px) / field.stride - 0.5)
+def place_of(features: EffectiveField, origin_px: float) -> tuple[int, float]:
+    """Where the canvas of feature cells lies among map pixels, as (shift, share).
+
+    Map pixel p is centred between the cells p - shift - 1, which counts by `share`, and p - shift, along either axis.
+    Both grids of a plain ResNet cannot lie on map pixels at once: at `layer3` the share is a quarter (8 of 32 px). In
+    eighths (our choice): what is off by less than a sixteenth of a cell is not worth a blur, and the share is 0.
+    """
+    shift, eighths = divmod(round(8 * ((features.centre + origin_px) / features.stride - 0.5)), 8)
+    return shift, eighths / 8
+
+
+def between(values: Tensor, share: float) -> Tensor:
+    """Values (..., h, w) interpolated bilinearly between each cell and the one before it, which counts by `share`.
+
+    NaN where a cell that counts is NaN, or lies before the first.
+    """
+    for axis in (-2, -1) if share else ():
+        before = torch.full_like(values.narrow(axis, 0, 1), torch.nan)
+        before = torch.cat([before, values.narrow(axis, 0, values.shape[axis] - 1)], axis)
+        values = share * before + (1 - share) * values
+    return values
 
 
 def block_any(values: Bools, side: int, shape: tuple[int, int]) -> Bools:

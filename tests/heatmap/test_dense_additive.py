@@ -47,15 +47,19 @@ def log_odds(logits: torch.Tensor, temperature: float, offset: tuple[float, ...]
 
 
 def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
-    """Of each probability pixel's cell (h, w), from one pass over the slide in one piece."""
+    """Of each probability pixel's place between cells (h, w), from one pass over the slide in one piece."""
     grids = [MapGrid.over(slide, 1.0, stride) for stride in engine.strides]
     width, height = engine._plan(grids, all_tissue(slide)).size
     pixels = slide.read(engine.origin_px, engine.origin_px, width * 32, height * 32)
     features = engine.classifier.feature_map(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
     logits = engine.classifier.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    first = -engine._shifts[0]
-    rows, columns = grids[0].shape
-    return log_odds(logits, engine.temperature)[0, first : first + rows, first : first + columns]
+    evidence, share = log_odds(logits, engine.temperature)[0], engine.share
+    first, (rows, columns) = -engine._shift, grids[0].shape
+    corners = [(0, 0, (1 - share) ** 2), (1, 0, share * (1 - share)), (0, 1, share * (1 - share)), (1, 1, share**2)]
+    return sum(
+        weight * evidence[first - up : first - up + rows, first - left : first - left + columns]
+        for up, left, weight in corners
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,7 @@ def cell_evidence(engine: DenseEngine, slide) -> torch.Tensor:
         ("test_resnet", "layer4", 2, "none", 3),
         ("resnet10t", "layer3", 3, "none", 2),
         ("resnet18", "layer2", 2, "backward_hook", 2),
+        ("resnet18", "layer3", 3, "none", 2),
         ("convnext_atto", "stages.2", 3, "backward_hook", 3),
         ("efficientnet_lite0", "blocks.2", 2, "backward_hook", 2),
     ],
@@ -99,9 +104,12 @@ def test_deeplift_sums_to_the_log_odds_of_every_tile(array_slide, encoder, layer
         assert ((sums - wanted).abs() <= 1e-4 * sizes + 3e-5).all()
 
 
-@pytest.fixture(scope="module")
-def adding() -> DenseEngine:
-    return additive(trained_looking("test_resnet"), 3, "layer2", "backward_hook")
+@pytest.fixture(scope="module", params=["layer2", "layer3"])
+def adding(request) -> DenseEngine:
+    """At `layer3` a probability lies between cells."""
+    engine = additive(trained_looking("test_resnet"), 3, request.param, "backward_hook")
+    assert (engine.share > 0) == (request.param == "layer3")
+    return engine
 
 
 def tissue_of(shape: str) -> TissueMask:
@@ -135,7 +143,7 @@ def test_another_grid_of_blocks_changes_nothing(adding, array_slide, shape):
 def test_random_weights_destroy_the_map(adding, array_slide):
     slide = array_slide(noise(480, 544))
     others = [trained_looking("test_resnet", seed=seed) for seed in (1, 2)]
-    engines = [adding, *(additive(other, 3, "layer2", "backward_hook") for other in others)]
+    engines = [adding, *(additive(other, 3, adding.settings.layer, "backward_hook") for other in others)]
     first, *rest = (engine.map(slide, all_tissue(slide)).saliency.values.ravel() for engine in engines)
     assert all(abs(spearmanr(first, other).statistic) < 0.3 for other in rest)
 

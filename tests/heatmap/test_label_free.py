@@ -88,7 +88,7 @@ def test_a_slide_equals_the_decomposition_of_its_stitched_features(array_slide, 
         expected = of_one_image(name)(stitched[..., *inside].double())[0].numpy()
         np.testing.assert_allclose(found[inside], expected, atol=1e-4 * np.abs(expected).max())
         shown = maps.explanations[name].values
-        drawn = grids[1].placed(found, engine._shifts[1])
+        drawn = grids[1].placed(found, engine._hidden_shift)
         assert np.array_equal(shown[np.isfinite(shown)], drawn[np.isfinite(shown)])
 
 
