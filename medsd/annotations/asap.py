@@ -20,7 +20,7 @@ from medsd.annotations.shapes import (
     Colour,
     Outline,
     Roles,
-    annotations_of,
+    annotations_in,
     area_of,
     checked_corner,
     one_line,
@@ -45,8 +45,8 @@ def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
 
     Groups are those of CAMELYON16 and CAMELYON17, and `None`, ASAP's word for an outline without a group. Splines are
     taken as the polygon through their points. Dots, point sets and measurements have no area and are left out with a
-    warning. A file without any outline is valid: the slide has no tumour. Groups without an outline, and groups of
-    groups, are not kept.
+    warning; where tumour is marked by nothing else the file is refused. A file without any mark is valid: the slide has
+    no tumour. Groups without an outline, and groups of groups, are not kept.
     """
     try:
         root = fromstring(data)
@@ -61,11 +61,12 @@ def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
         )
     colours = {group.get("Name"): _colour(group) for group in root.iterfind("AnnotationGroups/Group")}
     outlines: list[Outline] = []
-    points = 0
+    points: list[str] = []
     for annotation in root.iter("Annotation"):
         kind, name, group = (annotation.get(key, "") for key in ("Type", "Name", "PartOfGroup"))
         if kind in POINT_TYPES:
-            points += 1
+            # A ruler that nobody gave a group marks no tumour.
+            points.append("" if (kind, group) == ("Measurement", "None") else group)
             continue
         excluded = roles.is_excluded(group, path)
         if kind not in OUTLINE_TYPES:
@@ -76,7 +77,7 @@ def parse_asap_xml(data: bytes, path: Path, roles: Roles) -> Annotations:
             )
         shape = polygon_of(_ring(annotation, f"{path}: annotation {quoted(name)}"))
         outlines.append(Outline(name, group, excluded, shape, _colour(annotation), colours.get(group), kind))
-    return annotations_of(outlines, path, left_out=points)
+    return annotations_in(path, roles, outlines, points)
 
 
 def write_asap_xml(path: str | Path, annotations: Annotations) -> None:

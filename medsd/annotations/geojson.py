@@ -22,7 +22,7 @@ from medsd.annotations.shapes import (
     Colour,
     Outline,
     Roles,
-    annotations_of,
+    annotations_in,
     checked_corner,
     one_line,
     polygon_of,
@@ -44,8 +44,9 @@ def parse_json(data: bytes, path: Path, roles: Roles, qupath_origin_px: tuple[in
     """The annotations in the content of a JSON file; messages name `path`.
 
     QuPath: a FeatureCollection, a list of features (QuPath 0.2) or one feature, children among them. Annotations are
-    kept; detections, cells and tiles, which QuPath computes, points and lines are left out with a warning. NCRF:
-    `{"positive": [...], "negative": [...]}`, which get CAMELYON16's groups `_0` and `_2`.
+    kept; detections, cells and tiles, which QuPath computes, points and lines are left out with a warning; where tumour
+    is marked by nothing else the file is refused. NCRF: `{"positive": [...], "negative": [...]}`, which get
+    CAMELYON16's groups `_0` and `_2`.
     """
     try:
         content = json_of(data)
@@ -54,15 +55,12 @@ def parse_json(data: bytes, path: Path, roles: Roles, qupath_origin_px: tuple[in
     if isinstance(content, dict) and content.keys() & _NCRF_GROUPS.keys():
         return _ncrf(content, path, roles)
     outlines: list[Outline] = []
-    dropped = left_out = 0
-    lost = ""
+    dropped, left_out = 0, []
     for feature, where in _features(content, path):
         properties = _typed(feature, "properties", dict, where) or {}
         geometry = _typed(feature, "geometry", dict, where) or {"type": "Point"}
         if _object_type(feature, properties) != "annotation" or geometry.get("type") in _POINTS_AND_LINES:
-            left_out += 1
-            group, _ = _classification(properties, where)
-            lost = group if group and roles.find(group) is False else lost
+            left_out.append(_classification(properties, where)[0])
             continue
         shape, rings_dropped = _shape(geometry, where)
         shape = moved(shape, *qupath_origin_px)
@@ -74,12 +72,7 @@ def parse_json(data: bytes, path: Path, roles: Roles, qupath_origin_px: tuple[in
         kind = metadata.get(_KIND_KEY) if isinstance(metadata, dict) else None
         kind = kind if kind in OUTLINE_TYPES else "Polygon"
         outlines.append(Outline(name, group, excluded, shape, _colour(properties.get("color")), group_colour, kind))
-    if lost and not outlines:
-        raise AnnotationError(
-            f"{path}: no outline, but objects of the class {quoted(lost)} that are points, lines or computed "
-            "(detections); draw the tumour as annotations, or convert them in QuPath"
-        )
-    return annotations_of(outlines, path, dropped, left_out)
+    return annotations_in(path, roles, outlines, left_out, dropped)
 
 
 def write_geojson(path: str | Path, annotations: Annotations, qupath_origin_px: tuple[int, int] = (0, 0)) -> None:
@@ -283,4 +276,4 @@ def _ncrf(content: dict[str, Any], path: Path, roles: Roles) -> Annotations:
                 raise AnnotationError(f"{where} is no object with a name and vertices; convert the file again")
             shape = polygon_of(_ring(found.get("vertices"), where))
             outlines.append(Outline(found.get("name", ""), group, roles.is_excluded(group, path), shape))
-    return annotations_of(outlines, path)
+    return annotations_in(path, roles, outlines, [])

@@ -187,6 +187,26 @@ def annotations_of(
     return Annotations(tumour, repaired, excluded, dropped, tuple(kept), left_out)
 
 
+def annotations_in(
+    path: Path, roles: Roles, outlines: Sequence[Outline], left_out: Sequence[str], dropped: int = 0
+) -> Annotations:
+    """`annotations_of` a file; `left_out` are the groups of what is no outline there, empty for none.
+
+    Raises:
+        AnnotationError: tumour is marked, but by nothing that has an area: the slide would count as one without it.
+    """
+    found = annotations_of(outlines, path, dropped, len(left_out))
+    marked = [group for group in left_out if group and roles.find(group) is False]
+    marked += [outline.group for outline in outlines if not outline.excluded]
+    if marked and all(outline.excluded for outline in found.outlines):
+        raise AnnotationError(
+            f"{path}: {quoted(marked[0])} is marked by nothing that has an area (points, lines, rings of fewer than "
+            "three corners, computed objects); draw it as annotations with an area in ASAP or QuPath, or delete the "
+            "marks"
+        )
+    return found
+
+
 def area_of(polygon: Polygon) -> MultiPolygon:
     """The valid area of a drawn polygon: its outer ring less its holes, each ring by the even-odd rule."""
     if polygon.is_valid:

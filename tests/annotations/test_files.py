@@ -199,6 +199,18 @@ def test_dots_and_short_rings_are_left_out_with_a_warning(tmp_path: Path, caplog
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
+@pytest.mark.parametrize(("group", "kind"), [("Tumor", "PointSet"), ("None", "Dot"), ("_0", "Polygon")])
+def test_tumour_that_is_marked_without_an_area_is_refused(group: str, kind: str, tmp_path: Path) -> None:
+    marks = (group, kind, [(1, 1), (2, 2)]), ("Exclusion", "Polygon", SQUARE)
+    with pytest.raises(AnnotationError, match=rf"slide\.xml: '{group}' is marked by nothing .*; draw it"):
+        read(tmp_path, asap(*marks))
+
+
+def test_dots_and_rulers_that_mark_no_tumour_leave_a_slide_without_it(tmp_path: Path) -> None:
+    found = read(tmp_path, asap(("Normal", "Dot", [(1, 1)]), ("None", "Measurement", [(1, 1), (9, 9)])))
+    assert found.tumour.is_empty and found.left_out == 2
+
+
 def test_file_without_outlines_is_a_slide_without_tumour(tmp_path: Path) -> None:
     found = read(tmp_path, asap())
     assert found.tumour.is_empty and found.excluded.is_empty

@@ -206,8 +206,10 @@ def test_shared_outlines_survive(shared_data: Path, tmp_path: Path) -> None:
 
 def test_tumour_that_is_no_annotation_is_not_lost_without_a_word(tmp_path: Path) -> None:
     detection = feature([SQUARE], objectType="detection", classification="Tumor")
-    with pytest.raises(AnnotationError, match=r"no outline, but objects of the class 'Tumor' .*draw the tumour"):
+    with pytest.raises(AnnotationError, match=r"'Tumor' is marked by nothing that has an area .*; draw it"):
         read(tmp_path, collection(detection))
+    with pytest.raises(AnnotationError, match="'Tumor' is marked by nothing"):
+        read(tmp_path, collection(feature([[[0, 0], [1, 1]]], classification="Tumor")))
     assert read(tmp_path, collection(detection, feature([SQUARE], classification="Tumor"))).left_out == 1
     cell = feature([SQUARE], objectType="cell", classification="Immune cells")
     assert read(tmp_path, collection(cell)).tumour.is_empty
