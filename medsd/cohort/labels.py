@@ -10,7 +10,7 @@ import numpy.typing as npt
 from medsd.annotations import tumour_share
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileIndex
-from medsd.cohort.outlines import Outlines
+from medsd.cohort.outlines import Outlines, known_in_full
 
 
 def forget_unknown(
@@ -23,12 +23,11 @@ def forget_unknown(
         entry, outlines, slide_mpp: of the slide.
         outlined_from: see `TileGrid`.
     """
-    outlined = bool(outlines) and (any(outlines or ()) or not entry.exhaustive)
-    labelled = outlined or entry.label == 0 or (entry.label is None and outlines is not None)
-    if not labelled or _missed(tiles, outlines):
+    in_full = known_in_full(entry, outlines)
+    if not (in_full or (outlines and not entry.exhaustive)) or _missed(tiles, outlines):
         tiles.label[:] = MIXED
         return False
-    if not entry.exhaustive:
+    if not in_full:
         # Outside there may be what nobody outlined.
         drawn = _covered(tiles, outlines, 0, slide_mpp)
         tiles.label[(tiles.label == NORMAL) & (drawn < outlined_from)] = MIXED

@@ -84,6 +84,12 @@ def holds(entry: SlideEntry, outlines: Outlines | None, target: int) -> bool:
     return entry.label == target or (outlines is not None and target in outlines)
 
 
+def known_in_full(entry: SlideEntry, outlines: Outlines | None) -> bool:
+    """Whether what is not outlined on a slide is of the first class: all else is outlined, or nothing else is there."""
+    without = entry.label == 0 or (entry.label is None and outlines is not None)
+    return entry.exhaustive and (without or any(outlines or ()))
+
+
 def raster(outlines: Outlines | None, number: int, shape: tuple[int, int], level0_px: float) -> npt.NDArray[np.bool_]:
     """A class's area as a mask (height, width), see `rasterise`; nothing where it is not outlined."""
     if outlines is None or number not in outlines:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample, TileDataset, evenly, tiles_of_each_class
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.outlines import Outlines, holds, raster, read_outlines
+from medsd.cohort.outlines import Outlines, holds, known_in_full, raster, read_outlines
 from medsd.cohort.patches import PatchDataset
 from medsd.errors import ChannelsCancelError, DatasetError, NetworkError
 from medsd.evaluate.operating import JudgedMap, lesion_threshold, slide_cut_off
@@ -53,10 +53,11 @@ def calibrate_on_slides(
     Their stain is normalised if the tiles' was. Whatever else is outlined or labelled counts as without the target.
 
     The threshold of regions is chosen for lesions (`lesion_threshold`), with the settings' budget of false regions;
-    where no slide is outlined in full it is Youden's on map pixels. Slides of the slide score (`top_mean`) of the
-    cut-off (`slide_cut_off`) or a higher one are raised. The scale ends at the 99.5th percentile of |saliency| in
-    tissue (our choice), that of masks at 1. The engine's temperature is kept with the threshold, which holds for
-    calibrated probabilities.
+    where no slide is known in full (`known_in_full`) it is Youden's on map pixels. Slides of the slide score
+    (`top_mean`) of the cut-off (`slide_cut_off`) or a higher one are raised; slides of the target without outlines, or
+    with none on tissue, take part in this alone. The scale ends at the 99.5th percentile of |saliency| in tissue (our
+    choice), that of masks at 1. The engine's temperature is kept with the threshold, which holds for calibrated
+    probabilities.
 
     Raises:
         DatasetError: the slides show the target nowhere, or everywhere.
@@ -73,16 +74,18 @@ def calibrate_on_slides(
             size_px, origin_px, mpp = slide.dimensions, slide.bounds[:2], slide.mpp
         probability = maps.probability
         outlines, shape = read_outlines(entry, size_px, origin_px, classes), probability.values.shape
-        inside = raster(outlines, target, shape, probability.level0_px)
         outlined = outlined_on(probability, outlines)
-        judged.append(JudgedMap(probability, inside, entry.exhaustive, mpp, size_px, outlined))
+        if any(outlines or ()) and not (outlined & probability.seen).any():
+            outlines = None  # they may be another slide's
+        inside = raster(outlines, target, shape, probability.level0_px)
+        judged.append(JudgedMap(probability, inside, known_in_full(entry, outlines), mpp, size_px, outlined))
         if entry.label is not None and probability.seen.any():
             labels.append(int(holds(entry, outlines, target)))
             scores.append(top_mean(probability.values[probability.seen]))
         for name, explanation in maps.explanations.items():
             values[name].append(np.abs(explanation.values[explanation.seen]))
     saliencies = {name: np.concatenate(parts) for name, parts in values.items() if name not in LABEL_FREE}
-    # Outside the outlines of a slide that is partly annotated nobody knows what the tissue is.
+    # Outside the outlines of a slide that is not known in full nobody knows what the tissue is.
     pixels = np.concatenate([one.inside[one.known] for one in judged])
     probabilities = np.concatenate([one.probability.values[one.known] for one in judged])
     found = _calibration(engine, pixels, probabilities, saliencies, f"{len(slides)} validation slides")

@@ -85,6 +85,20 @@ def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
     assert (plain.temperature, tempered.temperature) == (1.0, 2.0)
 
 
+def test_slides_whose_tumour_nobody_outlined_have_no_part_in_the_threshold(phantoms: Path, tmp_path: Path) -> None:
+    slides = [entry for entry in find_slides(phantoms) if entry.part == "training"]
+    normal, outlined, other = slides[0], *slides[2:]
+    for name, drawn in {"empty": [], "glass": [Outline("", "Tumor", False, shapely.box(0, 0, 40, 40))]}.items():
+        write_geojson(tmp_path / name, annotations_of(drawn))
+    unknown = [replace(other, annotation=path) for path in (None, tmp_path / "empty", tmp_path / "glass")]
+    torch.manual_seed(0)
+    settings = MapSettings(("gradient_x_activation",), "layer3")
+    engine = make_engine(TileClassifier("test_resnet").eval(), 64, 1.0, settings=settings)
+    known, all_five = (calibrate_on_slides(engine, [normal, outlined, *more]) for more in ([], unknown))
+    assert (all_five.threshold, all_five.lesions) == (known.threshold, known.lesions)
+    assert known.lesions.slides == 2 and all_five.cut_off.having == 4  # type: ignore[union-attr]
+
+
 def test_each_class_is_calibrated_against_all_others(phantoms: Path, tmp_path: Path) -> None:
     """Two in situ, one invasive, on a slide that is labelled by one of them."""
     places = {"In situ": ((200, 300, 320, 420), (780, 300, 900, 420)), "Invasive": ((440, 600, 640, 700),)}
