@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.outlines import holds, raster, read_outlines
+from medsd.cohort.outlines import Outlines, holds, known_in_full, raster, read_outlines
 from medsd.evaluate.froc import (
     RATES,
     Candidates,
@@ -105,8 +105,8 @@ def judge_slides(
 ) -> dict[str, list[JudgedSlide]]:
     """Judge the maps of slides, and controls on the same tissue, against the slides' outlines.
 
-    The rules are the challenge's: `lesion_labels`, `isolated_cells` and `judge_candidates`. Slides whose label or whole
-    outline nobody gives are left out.
+    The rules are the challenge's: `lesion_labels`, `isolated_cells` and `judge_candidates`. Slides without a label, and
+    such of another class than the first that are not `known_in_full`, are left out.
 
     Args:
         entries: mapped slides.
@@ -125,12 +125,15 @@ def judge_slides(
     judged: dict[str, list[JudgedSlide]] = {name: [] for name in (MODEL, PEAKS, RANDOM, CONSTANT)}
     place = make_folder(candidates)
     for number, entry in enumerate(entries):
-        if entry.label != 0 and (not entry.label or entry.annotation is None or not entry.exhaustive):
+        if entry.label is None:
+            continue
+        scale = read_slide_record(Path(folder) / entry.name)["scale"]
+        size = scale["dimensions"][0], scale["dimensions"][1]
+        outlines = read_outlines(entry, size, (scale["bounds"][0], scale["bounds"][1]), card.classes)
+        if entry.label and not known_in_full(entry, outlines):
             continue
         probability = read_ome_tiff(Path(folder) / entry.name / "probability.ome.tif")
-        scale = read_slide_record(Path(folder) / entry.name)["scale"]
-        truth = _truth(entry, probability, scale, card.classes, number_of)
-        size = scale["dimensions"][0], scale["dimensions"][1]
+        truth = _truth(entry, outlines, probability, scale, number_of)
         for name, values in _controls(probability, np.random.default_rng((seed, number))).items():
             shown = replace(probability, values=values)
             found = map_candidates(shown).within(size)
@@ -205,11 +208,9 @@ class _Truth:
 
 
 def _truth(
-    entry: SlideEntry, probability: ValueMap, scale: Mapping[str, Any], classes: Sequence[str], target: int
+    entry: SlideEntry, outlines: Outlines | None, probability: ValueMap, scale: Mapping[str, Any], target: int
 ) -> _Truth:
-    width, height = scale["dimensions"]
-    origin, level0_px = (scale["bounds"][0], scale["bounds"][1]), _MASK_UM / scale["mpp"]
-    outlines = read_outlines(entry, (width, height), origin, classes)
+    (width, height), level0_px = scale["dimensions"], _MASK_UM / scale["mpp"]
     inside = raster(outlines, target, probability.values.shape, probability.level0_px)
     fine = raster(outlines, target, (math.ceil(height / level0_px), math.ceil(width / level0_px)), level0_px)
     labels = lesion_labels(fine, _MASK_UM)

@@ -63,7 +63,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def judged(folder) -> dict[str, list[JudgedSlide]]:
     entries = [slide(folder, "a", 1), slide(folder, "b", 1), slide(folder, "c", 0), slide(folder, "d", 0)]
-    entries += [slide(folder, "partly", 1, exhaustive=False), slide(folder, "unknown", None)]
+    entries += [slide(folder, "partly", 1, exhaustive=False), slide(folder, "unknown", None), slide(folder, "empty", 1)]
+    write_geojson(folder / "empty.geojson", annotations_of([]))
     return judge_slides(entries, folder, CARD, folder / "candidates")
 
 
@@ -82,7 +83,7 @@ def test_scores_are_those_of_the_drawing(judged, folder):
     assert 0.5 * constant.dice.value < random.dice.value < 1.5 * constant.dice.value
     assert constant.froc.value < 0.5 and random.froc.value < 0.5
     assert json.dumps(as_json(found))
-    assert not (folder / "candidates" / "partly.csv").exists()
+    assert {path.stem for path in (folder / "candidates").iterdir()} == {"a", "b", "c", "d"}
     first = (folder / "candidates" / "a.csv").read_text().splitlines()[0].split(",")
     assert float(first[0]) == pytest.approx(0.9) and (int(first[1]), int(first[2])) == (672, 672)
 
