@@ -34,7 +34,6 @@ from medsd.slides.tissue import find_tissue
 logger = logging.getLogger(__name__)
 
 SCALE_PERCENTILE = 99.5
-_HIGHEST_THRESHOLD = 0.99
 _SCALE_FROM = 256  # patches
 _REFERENCE_FROM, _BATCH = 256, 32  # tiles of a class
 _WITHOUT_REFERENCE, _WHERE_CHANNELS_CANCEL = "gradient_x_activation", "gradcam"
@@ -228,9 +227,10 @@ def _calibration(
             f"{source}: {name} is nowhere, or everywhere; the threshold needs both, change validation_share or seed"
         )
     settings = engine.settings
+    # Of a network that is sure of everything it would be 1.0, which no map exceeds.
+    below_highest = float(np.nextafter(probabilities.max(), np.float32(0)))
     return Calibration(
-        # A network that is sure of everything would give 1.0, which no map exceeds.
-        threshold=min(youden_threshold(labels.astype(np.int8), probabilities), _HIGHEST_THRESHOLD),
+        threshold=min(youden_threshold(labels.astype(np.int8), probabilities), below_highest),
         limits={
             # The share of masks open has limits of its own.
             name: 1.0 if name == MASK else float(np.percentile(values, SCALE_PERCENTILE))

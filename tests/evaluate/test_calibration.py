@@ -58,6 +58,15 @@ def test_masks_have_limits_of_their_own() -> None:
     assert (found.limits, found.temperature) == ({"mask": 1.0}, 0.5)
 
 
+@pytest.mark.parametrize(("normal", "tumour"), [(0.992, 0.998), (1.0, 1.0)])
+def test_the_threshold_of_a_sure_network_is_kept_where_something_exceeds_it(normal: float, tumour: float) -> None:
+    settings = MapSettings(("gradient",), "layer3", "none")
+    engine = make_engine(TileClassifier("test_resnet").eval(), 64, 1.0, settings=settings)
+    probabilities = np.where(LABELS == 1, tumour, normal).astype(np.float32)
+    found = calibrate_on_patches(engine, patches(64), LABELS, probabilities)  # type: ignore[arg-type]
+    assert min(normal, 1 - 1e-6) < found.threshold < probabilities.max()
+
+
 def test_one_class_alone_is_refused() -> None:
     engine = make_engine(
         TileClassifier("test_resnet"), 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer3")
