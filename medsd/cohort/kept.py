@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
 from medsd.record import is_damaged, read_record
 from medsd.tables import write_table
+
+logger = logging.getLogger(__name__)
 
 TABLE = "slides.csv"
 # Where each kind of outputs has the records of its slides, by name. A folder holds outputs of one kind.
@@ -118,7 +121,12 @@ def gather(kept: Kept[Row], current: Current[Row] | None = None) -> list[Row]:
         OutputError: the folder cannot be written to.
     """
     with claimed(kept.folder / _CLAIM, wait=True):
-        rows, recipes = _write_rows(kept, current or Current())
+        rows, recipes, elsewhere = _write_rows(kept, current or Current())
+        if elsewhere:
+            logger.warning(
+                "%s: %d records are not where their slides have them (copied or renamed), left out, the first: %s",
+                *(kept.folder, len(elsewhere), min(elsewhere)),
+            )
         if not rows:
             raise DatasetError(
                 f"{kept.folder}: no records of slides; name one that medsd tiles, heatmap, segment or features wrote"
@@ -134,9 +142,9 @@ def write_rows(kept: Kept[Row], current: Current[Row]) -> None:
             _write_rows(kept, current)
 
 
-def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of all slides in the folder, this run's first, and their recipes by name."""
-    rows, recipes = dict(current.unrecorded), {}
+def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict[str, Any], list[Path]]:
+    """The rows of all slides in the folder, this run's first, their recipes by name, and records that are left out."""
+    rows, recipes, elsewhere = dict(current.unrecorded), {}, []
     for path in kept.folder.glob(kept.record.format("*")):
         try:
             record = read_record(path)
@@ -149,6 +157,9 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
             row = kept.row_type(**record["result"])
         except (KeyError, TypeError):
             continue  # of an earlier version: done again by a run that is given the slide
+        if kept.record_of(row.slide) != path:
+            elsewhere.append(path)
+            continue
         # Of a slide that failed and was taken away, nobody needs to hear again.
         if row.status == "failed" and _is_gone(row, current):
             continue
@@ -158,7 +169,7 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
     order = {name: number for number, name in enumerate(current.entries)}
     ordered = sorted(rows.values(), key=lambda row: (order.get(row.slide, len(order)), row.slide))
     write_table(kept.folder / TABLE, map(kept.cells, ordered), kept.header(ordered))
-    return ordered, recipes
+    return ordered, recipes, elsewhere
 
 
 def _name_of(record: Path, kept: Kept[Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,6 +150,19 @@ def test_a_slide_whose_record_does_not_hold_is_told_and_not_left_out(
     assert rows[0].reason.startswith(str(tmp_path / "s00" / "record.json")) and "give the slide again" in rows[0].reason
     assert [row.status for row in run_cohort(SumWork(tmp_path), slides[:1], isolate=False)] == ["ok"]
     assert [row.status for row in gather(Sums(tmp_path))] == ["ok", "ok"]
+
+
+def test_a_copied_folder_is_no_slide(
+    slides: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_cohort(SumWork(tmp_path), slides[:1], isolate=False)
+    for name in ("a", "s00.bak", "s00_backup", "x"):
+        shutil.copytree(tmp_path / "s00", tmp_path / name)
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        result = record.pop("result") | {"reason": "old"}
+        write_record(tmp_path / name / "record.json", record["recipe"], ["sum.txt"], status="ok", result=result)
+    assert [(row.slide, row.reason) for row in gather(Sums(tmp_path))] == [("s00", "")]
+    assert "4 records are not where their slides have them" in caplog.text and "a/record.json" in caplog.text
 
 
 def test_finished_outputs_of_other_settings_do_not_go_without_a_word(
