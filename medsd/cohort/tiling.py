@@ -164,9 +164,10 @@ def tiled_slides(folder: str | Path) -> tuple[list[SlideEntry], Tiling]:
     """The slides that `tile_slides` left in `folder`, as they were given to it, and how they were tiled.
 
     Raises:
-        DatasetError: there are none, or they were tiled with several settings.
+        DatasetError: there are none, one is there twice, or they were tiled with several settings.
     """
     kept, entries, settings = Tiles(Path(folder)), [], set()
+    records: dict[str, Path] = {}
     for path in sorted(kept.folder.glob(kept.record.format("*"))):
         record = read_record(path)
         if record is None:
@@ -174,6 +175,10 @@ def tiled_slides(folder: str | Path) -> tuple[list[SlideEntry], Tiling]:
         if record["status"] == "failed":
             continue
         row, recipe = TiledSlide(**record["result"]), record["recipe"]
+        if (other := records.setdefault(row.path, path)) != path:
+            raise DatasetError(
+                f"{other} and {path.name}: are both of {row.path}; delete one, then run medsd gather {folder}"
+            )
         annotation = Path(row.annotation) if row.annotation else None
         about = recipe["label"], row.part, annotation, recipe["mpp"], recipe["exhaustive"], row.patient
         entries.append(SlideEntry(row.slide, Path(row.path), *about))

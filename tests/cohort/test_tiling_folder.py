@@ -19,7 +19,8 @@ import pytest
 from medsd.cohort import runner, tiling
 from medsd.cohort.entry import SlideEntry, named_slides
 from medsd.cohort.index import TileIndex
-from medsd.cohort.tiling import Tiling, tile_slides
+from medsd.cohort.kept import gather
+from medsd.cohort.tiling import Tiles, Tiling, tile_slides, tiled_slides
 from medsd.errors import DatasetError, OutputError
 from tests.cohort.tiled import GRID, TILING, of, table, times
 
@@ -29,7 +30,7 @@ RUN = """
 import sys
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.index import TileGrid
-from medsd.cohort.tiling import Tiling, tile_slides
+from medsd.cohort.tiling import Tiles, Tiling, tile_slides, tiled_slides
 tile_slides(find_slides(sys.argv[1]), sys.argv[2], Tiling(TileGrid(64, 64, 1.0)), 1)
 """
 
@@ -111,6 +112,17 @@ def test_runs_into_one_folder_add_up(entries: list[SlideEntry], tmp_path: Path) 
     assert whole.names == (entries[0].name, entries[2].name) and len(whole) == len(one.index) + len(two.index)
     assert one.index.names == (entries[2].name,) and np.array_equal(of(whole, entries[2].name).x, one.index.x)
     assert tile_slides([entries[2]], tmp_path, TILING).slides == one.slides
+
+
+def test_a_slide_that_is_there_twice_is_refused(entries: list[SlideEntry], tmp_path: Path) -> None:
+    """As where a namesake came to its manifest, so that it got another name."""
+    for name in ("a", "a-1"):
+        tile_slides([replace(entries[0], name=name)], tmp_path, TILING)
+    with pytest.raises(DatasetError, match=rf"slides/a-1\.json and a\.json: are both of {entries[0].path}; delete one"):
+        tiled_slides(tmp_path)
+    (tmp_path / "slides/a-1.json").unlink()
+    gather(Tiles(tmp_path))
+    assert [slide.name for slide in tiled_slides(tmp_path)[0]] == list(table(tmp_path)) == ["a"]
 
 
 def test_slides_tiled_with_other_settings_stay_listed_and_out_of_the_index(
