@@ -114,5 +114,16 @@ def check_names(slides: Iterable[SlideEntry]) -> None:
         paths[key] = slide.path
 
 
+def check_patients(patients: Iterable[tuple[str, str]]) -> None:
+    """Raise DatasetError where patients, each with the place of its name, differ in case alone: they would be two."""
+    known: dict[str, tuple[str, str]] = {}
+    for where, patient in patients:
+        other, spelt = known.setdefault(_folded(patient), (where, patient))
+        if spelt != patient:
+            raise DatasetError(
+                f"{where}: patient '{patient}' differs from '{spelt}' ({other}) in case alone; write both alike"
+            )
+
+
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()

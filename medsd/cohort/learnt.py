@@ -1,7 +1,7 @@
 """What a network learnt from goes with its weights, as digests, so that nobody tests on it unawares.
 
-Slides are known by their bytes, under any name; patients and other groups by their names. No paper asks for this (our
-choice): weights travel further than the tables that say who was trained on.
+Slides are known by their bytes, under any name; patients and other groups by their names, in any case. No paper asks
+for this (our choice): weights travel further than the tables that say who was trained on.
 """
 
 from __future__ import annotations
@@ -100,4 +100,4 @@ def _of_patient(slide: SlideEntry) -> frozenset[str]:
 
 
 def _digest(kind: str, name: str) -> str:
-    return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(f"{kind}\0{folded(name)}".encode()).hexdigest()[:_DIGITS]

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medsd.classes import CLASSES, class_number
-from medsd.cohort.entry import SlideEntry, check_names, named_slides, output_name, with_own_names
+from medsd.cohort.entry import SlideEntry, check_names, check_patients, named_slides, output_name, with_own_names
 from medsd.cohort.kept import TABLE
 from medsd.errors import DatasetError
 from medsd.slides.mpp import WANTED_MPP, is_plausible
@@ -238,6 +238,7 @@ def read_manifest(
         entries.append(entry)
     if not entries:
         raise DatasetError(f"{path}: lists no slide; give one a row below the column names")
+    check_patients((f"{path}: row {places[entry.path]}", entry.patient) for entry in entries)
     return with_own_names(entries)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from medsd.classes import CLASSES
-from medsd.cohort.entry import SlideEntry
+from medsd.cohort.entry import SlideEntry, check_patients
 from medsd.errors import DatasetError
 
 PARTS = ("training", "validation", "testing")
@@ -24,9 +24,10 @@ def with_parts(
     labels are; a patient with slides of several counts to the last of them.
 
     Raises:
-        DatasetError: a slide has no label, a class too few slides, or all slides are given to other parts than training
-            or testing.
+        DatasetError: a slide has no label, a class too few slides, patients differ in case alone, or all slides are
+            given to other parts than training or testing.
     """
+    check_patients((str(slide.path), slide.patient) for slide in slides)
     unlabelled = next((slide for slide in slides if slide.label is None), None)
     if unlabelled is not None:
         raise DatasetError(f"{unlabelled.path}: has no label; give every slide one in the manifest's column 'label'")

@@ -46,6 +46,7 @@ def test_a_slide_is_known_by_its_bytes_and_a_patient_by_name(slides: list[Path],
     copy = shutil.copy(a, tmp_path / "renamed.tif")
     assert "learnt from this slide" in learnt_words(SlideEntry("other", Path(copy)), learnt)
     assert "from other slides of this patient (p1)" in learnt_words(SlideEntry("b", b, patient="p1"), learnt)
+    assert learnt_words(SlideEntry("b", b, patient="P1"), learnt)
     assert learnt_words(SlideEntry("a", b, patient="p2"), learnt) == ""
     # A file of the same name and size is another slide where its bytes are.
     changed = bytearray(a.read_bytes())

@@ -169,6 +169,7 @@ MISTAKES = {
     f"slide\n{'x' * 300}.svs\n": r"row 2, column 'slide': ",
     "slide,annotation\na.svs,a.xml\n": r"row 2, column 'annotation': no file .*a\.xml",
     "slide\na.svs\na.svs\n": r"row 3, column 'slide': row 2 has this slide, too; drop one",
+    "slide,patient\na.svs,P01\ndeep/b.tif,p01\n": r"row 3: patient 'p01' differs from 'P01' \(.*: row 2\) in case",
     'slide\n"a.svs\n': r"not a table \(.*\); close every quote",
     "slide\na.svs\nb\0.svs\n": r"row 3: characters that are no text; save the table as CSV in UTF-8",
     "slide\na\x1b[2J.svs\n": r"row 2: characters that are no text",

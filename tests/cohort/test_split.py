@@ -63,6 +63,12 @@ def test_a_part_that_no_slide_is_left_for_is_told(given_part: str, missing: str)
         with_parts(entries([], given_part), 0.5, 0)
 
 
+def test_a_patient_written_in_two_ways_is_told() -> None:
+    slides = entries([(1, 0), (2, 1)])
+    with pytest.raises(DatasetError, match=r"s1: patient 'P1' differs from 'p1' \(s0\) in case"):
+        with_parts([slides[0], replace(slides[1], patient="P1"), *slides[2:]], 0.5, 0)
+
+
 def test_slides_without_label_or_too_few() -> None:
     with pytest.raises(DatasetError, match="s1: has no label; give every slide one in the manifest's column"):
         with_parts([replace(slide, label=None) if slide.name == "s001" else slide for slide in entries([])], 0.5, 0)
