@@ -42,6 +42,28 @@ def test_patients_stay_whole_and_every_part_has_all_classes(
     assert with_parts(given_slides[::-1], share, seed, NAMES)[::-1] == slides
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_patients_of_several_classes_leave_no_side_without_one(seed: int) -> None:
+    """Two with slides of both, four with tumour alone, one with none."""
+    held = {"A": (0, 1), "B": (0, 1), "C": (1,), "D": (1,), "E": (1,), "F": (1,), "G": (0,)}
+    slides = [
+        SlideEntry(f"{patient}{label}", Path(f"{patient}{label}"), label, patient=patient)
+        for patient, labels in held.items()
+        for label in labels
+    ]
+    found = with_parts(slides, 0.25, seed)
+    split_validation(found, 0.25, seed)  # refuses a side that lacks a class
+    assert {slide.label for slide in found if slide.part == "testing"} == {0, 1}
+
+
+def test_a_class_that_is_not_tested_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    testing = [
+        replace(slide, name=f"t{slide.name}", patient="", part="testing") for slide in entries([]) if slide.label
+    ]
+    with_parts([*entries([], "training"), *testing], 0.5, 0)
+    assert caplog.messages == ["testing: no slide of normal, of which scores say nothing; give slides other parts"]
+
+
 def test_parts_that_somebody_said_are_kept_and_leaks_told() -> None:
     slides = entries([(1, 0), (1, 1), (2, 1)])
     slides[0] = replace(slides[0], part="testing")
