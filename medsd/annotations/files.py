@@ -48,8 +48,8 @@ def read_annotations(
 
     Raises:
         AnnotationError: the file is missing, too large, damaged, of no known format, declares entities, has an unknown
-            group or type, an outline without coordinates, or coordinates that are no level-0 pixels; a mask does not
-            fit the slide, or has values that may mean anything.
+            group or type, an outline without coordinates, coordinates that are no level-0 pixels, or tumour that is
+            marked by nothing that has an area; a mask does not fit the slide, or has values that may mean anything.
 
     Example:
         >>> found = read_annotations("slide.xml")

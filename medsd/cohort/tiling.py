@@ -276,10 +276,10 @@ class _TilingWork(Tiles, Work[TiledSlide]):
     summaries = (INDEX,)
 
     def recipe(self, entry: SlideEntry) -> dict[str, Any]:
-        mask = entry.annotation is not None and entry.annotation.suffix.lower() in (".tif", ".tiff")
         return {
-            # Since 5 masks of rounded size lie elsewhere; what has none need not be tiled anew.
-            "format": 5 if mask else _FORMAT,
+            # Since 5 masks of rounded size lie elsewhere, and tumour marked without an area is refused; what has no
+            # annotation need not be tiled anew.
+            "format": _FORMAT if entry.annotation is None else 5,
             "annotation": None if entry.annotation is None else identity(entry.annotation),
             "label": entry.label,
             "exhaustive": entry.exhaustive,
