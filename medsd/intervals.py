@@ -1,4 +1,8 @@
-"""Values with 95 % bootstrap intervals over items, or over groups of items such as the tiles of a slide."""
+"""Values with 95 % bootstrap intervals over items, or over groups of items such as the tiles of a slide.
+
+Over few groups such intervals are too narrow: of an AUC over 4, 6, 10 and 20 slides they held the truth in 74, 78, 85
+and 90 % of 300 drawn cohorts, not in 95 (`tests/evaluate/test_scores.py` draws such).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ class Interval:
 
     Attributes:
         value: the score of all items.
-        low, high: bounds of the interval; nan where there is none.
+        low, high: bounds of the interval; nan where there is none: of one item or group, or where every resample has
+            the same score, as an AUC of 1 has, which does not mean that it is known to the last digit.
         level: its coverage, 0 to 1.
         resamples: resamples that the bounds rest on (those without both classes have no AUC and are left out); 0 where
             that is not known.
@@ -35,6 +40,12 @@ class Interval:
     high: float = math.nan
     level: float = LEVEL
     resamples: int = 0
+
+    def __format__(self, digits: str) -> str:
+        """`f"{found:.3f}"`: the value with its bounds, "0.814 (0.700 to 0.902)", or alone where there are none."""
+        if math.isnan(self.low + self.high):
+            return format(self.value, digits)
+        return f"{self.value:{digits}} ({self.low:{digits}} to {self.high:{digits}})"
 
 
 def bootstrap_groups(
@@ -103,6 +114,8 @@ def bootstrap_mean(
 
 
 def _interval(value: float, drawn: Floats) -> Interval:
-    """From the scores of resamples; nan where there are none."""
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) else (math.nan, math.nan)
+    """From the scores of resamples; nan where there are none, or all are alike (but for rounding)."""
+    if not len(drawn) or np.ptp(drawn) <= 1e-12 * abs(value):
+        return Interval(value, resamples=len(drawn))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), LEVEL, len(drawn))

@@ -202,8 +202,7 @@ def summary(output_dir: str) -> str:
             (f"{tiles['items']} tiles", "patch_auc"),
             (f"{tiles['groups']} groups", "patch_auc_by_group"),
         ):
-            value, low, high = (_number(tiles[key][name]) for name in ("value", "low", "high"))
-            lines.append(f"  patch AUC    {value}, 95 % interval {low} to {high} (resampling {words})")
+            lines.append(f"  patch AUC    {_with_interval(tiles[key])} (resampling {words})")
         if "slides" in scores:
             slides = scores["slides"]
             ratio = _number(slides["mean_pointing_ratio"], 1)
@@ -212,9 +211,8 @@ def summary(output_dir: str) -> str:
             lines.append(f"  pointing     {what} in {target}: {ratio} times its share of the tissue")
         if "lesions" in scores:
             lesions, froc = scores["lesions"], scores["lesions"]["maps"]["model"]["froc"]
-            value, low, high = (_number(froc[name]) for name in ("value", "low", "high"))
             what = f"{lesions['lesions']} lesions, resampling {lesions['slides']} slides"
-            lines.append(f"  lesion FROC  {value}, 95 % interval {low} to {high} ({what})")
+            lines.append(f"  lesion FROC  {_with_interval(froc)} ({what})")
         if learnt := scores.get("learnt_before"):
             lines.append(f"  beware       {why_too_good(learnt)}")
     for label, name in (
@@ -232,6 +230,13 @@ def summary(output_dir: str) -> str:
 def _number(value: float | None, digits: int = 3) -> str:
     """A score in words; a dash where it has no value (one class only, no annotation)."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _with_interval(found: dict[str, Any]) -> str:
+    """A score in words, with the interval that it has."""
+    if found["low"] is None or found["high"] is None:
+        return f"{_number(found['value'])}, no interval"
+    return f"{_number(found['value'])}, 95 % interval {_number(found['low'])} to {_number(found['high'])}"
 
 
 def _read_scores(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medsd.cohort.learnt import why_too_good
 from medsd.evaluate.plots import draw_comparison
 from medsd.evaluate.runs import Run, number_text, read_runs, setting_text, settings_that_differ
 from medsd.evaluate.scores import Interval
@@ -38,7 +39,8 @@ class Metric:
 
 
 METRICS = (
-    Metric("auc", "patch AUC", "tiles.patch_auc", "higher"),
+    Metric("auc", "patch AUC, interval over slides or groups", "tiles.patch_auc_by_group", "higher"),
+    Metric("auc_by_tile", "the same, over tiles (too narrow)", "tiles.patch_auc", "higher"),
     Metric("ece", "calibration error (ECE)", "calibration.ece", "lower"),
     Metric("ece_before", "the same, before calibration", "calibration.ece_before", "lower"),
     Metric("ece_by_chance", "calibration error of true probabilities (chance)", "calibration.ece_by_chance", ""),
@@ -82,9 +84,10 @@ METRICS = (
 )
 
 _NOTES = """\
-Intervals are 95 %, by bootstrap over tiles (over slides, of what slides are); tiles of a slide are alike, so they are
-narrower than intervals over slides. A dash is what a run did not measure. Tiles are judged by the |input gradient| of
-their true class, slides by the map that the run draws of them; rows of masks are AIM's own. Masking, deletion and
+Intervals are 95 %, by bootstrap over tiles; over slides or groups in the first row and of what slides are. Tiles of a
+slide are alike, so intervals over tiles are too narrow; so are, of few slides, those over slides. Without an interval:
+of one slide, or alike in every resample. A dash is what a run did not measure. Tiles are judged by the |input gradient|
+of their true class, slides by the map that the run draws of them; rows of masks are AIM's own. Masking, deletion and
 insertion replace pixels in the order of the map. A low accuracy under masking speaks for the map
 only as far as it lies below the random control: a robust network loses less whatever is masked. Research use only."""
 
@@ -110,7 +113,12 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> list[Run]:
 
 def _row_of(run: Run) -> dict[str, float | str | None]:
     """A row of the table for machines; cells of what a run did not measure are empty, so that columns stay numbers."""
-    row: dict[str, float | str | None] = {"run": str(run.folder), "label": run.label}
+    learnt = run.node("learnt_before")
+    row: dict[str, float | str | None] = {
+        "run": str(run.folder),
+        "label": run.label,
+        "learnt_before": len(learnt) if learnt else None,
+    }
     for metric in METRICS:
         found = run.estimate(metric.path)
         for suffix, name in (("", "value"), ("_low", "low"), ("_high", "high")):
@@ -121,7 +129,11 @@ def _row_of(run: Run) -> dict[str, float | str | None]:
 def _markdown(runs: Sequence[Run]) -> str:
     labels = [run.label for run in runs]
     measured = [(metric, [run.estimate(metric.path) for run in runs]) for metric in METRICS]
-    lines = [f"# {len(runs)} runs on {runs[0].node('tiles.items')} test tiles", ""]
+    tiles, groups = (runs[0].node(f"tiles.{key}") for key in ("items", "groups"))
+    lines = [f"# {len(runs)} runs on {tiles} test tiles of {groups or 'unknown'} slides or groups", ""]
+    for run in runs:
+        if learnt := run.node("learnt_before"):
+            lines += [f"**Beware, {run.label}**: {why_too_good(learnt)}", ""]
     lines += [table_row("", "better", *labels), "| --- | --- |" + " ---: |" * len(runs)]
     lines += [table_row(metric.title, metric.better, *map(_cell, found)) for metric, found in measured if any(found)]
     told = settings_that_differ(runs)

@@ -152,14 +152,14 @@ def draw_froc(
     for (name, found), (colour, marker) in zip(scores.maps.items(), RUN_STYLES, strict=False):
         if name in curves:
             curve, area = curves[name], found.froc
-            label = f"{name}: {area.value:.2f} ({area.low:.2f} to {area.high:.2f})"
+            label = f"{name}: {area:.2f}"
             places = np.append(curve.false_per_slide, max(RATES[-1], curve.false_per_slide[-1]))
             froc.plot(places, np.append(curve.sensitivity, curve.sensitivity[-1]), color=colour)
             froc.plot(RATES, curve.at(), marker, color=colour, ms=5, label=label)
         if both and name != PEAKS:
             rates = roc_curve([one.label for one in judged[name]], [one.score for one in judged[name]])
             area = found.slide_auc
-            label = f"{name}: {area.value:.2f} ({area.low:.2f} to {area.high:.2f})"
+            label = f"{name}: {area:.2f}"
             roc.plot(*rates[:2], "-", marker=marker, ms=4, color=colour, label=label)
     title = f"{scores.lesions} lesions of {target} ({scores.isolated} more are isolated cells, left out)"
     froc.set(
@@ -195,7 +195,7 @@ def draw_comparison(path: str | Path, runs: Sequence[Run]) -> None:
     features = "explanations.features"
     by_chance = f"{features}.correlation_by_chance"
     panels = (
-        ("patch AUC\n(dotted: chance)", "tiles.patch_auc", "higher", None),
+        ("patch AUC, over groups\n(dotted: chance)", "tiles.patch_auc_by_group", "higher", None),
         ("masking gap", "explanations.maps.gradient.gap", "higher", None),
         (f"energy pointing, {of}\n(dotted: chance)", pointing, "higher", chance),
         ("|correlation| of features\n(dotted: chance)", f"{features}.mean_abs_correlation", "lower", by_chance),
@@ -239,7 +239,8 @@ def _draw_masking(part: SubFigure, runs: Sequence[Run]) -> None:
             axes.text(0.5, 0.5, "– not measured", ha="center", color="#777777", transform=axes.transAxes)
             continue
         percent = 100 * np.asarray(shares)
-        bounds = [[step[end] for step in saliency] for end in ("low", "high")]
+        # Where all tiles are right there is no interval.
+        bounds = [[step["value"] if step[end] is None else step[end] for step in saliency] for end in ("low", "high")]
         axes.fill_between(percent, *bounds, color=colour, alpha=0.18, lw=0)
         axes.plot(percent, [step["value"] for step in saliency], marker + "-", color=colour, ms=5)
         axes.plot(percent, [step["value"] for step in control], "--", color=_INK, lw=1.5)
@@ -255,7 +256,8 @@ def _drawable(steps: Any, count: int) -> bool:
     return (
         isinstance(steps, list)
         and len(steps) == count
-        and all(isinstance(step, dict) and None not in map(step.get, ("value", "low", "high")) for step in steps)
+        and all(isinstance(step, dict) and step.get("value") is not None for step in steps)
+        and all({"low", "high"} <= step.keys() for step in steps)
     )
 
 

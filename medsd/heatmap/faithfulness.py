@@ -8,6 +8,7 @@ choice.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,7 +78,8 @@ class Faithfulness:
             if self.sure
             else ""
         )
-        told = " The map is not told apart from random places." if self.gained.low <= 0 <= self.gained.high else ""
+        apart = self.gained.low > 0 or self.gained.high < 0
+        told = "" if apart else " The map is not told apart from random places."
         return (
             f"On {self.tiles} tiles of this slide, hiding the 10 % brightest of the {self.kind} map "
             f"{self._change(self.brightest)}, hiding a random 10 % {self._change(self.random)}, hiding the 10 % lowest "
@@ -104,11 +106,12 @@ class Faithfulness:
         sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
             f"{sure.format(self.kind)}: on this slide, hiding what it shows brightest lowers the {self.output} no more "
-            f"than hiding random tissue (difference {gained.value:+.2f}, {gained.low:+.2f} to {gained.high:+.2f}, on "
-            f"{self.tiles} tiles)."
+            f"than hiding random tissue (difference {gained:+.2f}, on {self.tiles} tiles)."
         )
 
     def _change(self, drop: Interval) -> str:
+        if math.isnan(drop.low):  # of one tile
+            return f"changes the {self.output} by {-drop.value:+.2f}"
         ends = sorted((abs(drop.low), abs(drop.high)))
         if drop.low < 0 < drop.high:
             return f"changes the {self.output} by {-drop.value:+.2f} ({-drop.high:+.2f} to {-drop.low:+.2f})"
@@ -217,7 +220,8 @@ def randomised_check(
     first, *_, last, _all = randomised_cascade(classifier, maker, x, target, layers)
     alike = rank_correlation(first.maps, last.maps).cpu().numpy()
     found = bootstrap_mean(alike[np.isfinite(alike)], seed=_SEED)
-    return Randomised(found.value, found.low, found.high, len(images), layers)
+    low, high = (found.value if math.isnan(end) else end for end in (found.low, found.high))  # all maps alike
+    return Randomised(found.value, low, high, len(images), layers)
 
 
 def randomised_card(

@@ -37,7 +37,7 @@ def scores(auc: float = 0.8) -> dict[str, Any]:
     return {
         "data_sha256": "abc",
         "target": "tumour",
-        "tiles": {"patch_auc": interval(auc), "items": 40},
+        "tiles": {"patch_auc": interval(auc), "patch_auc_by_group": interval(auc) | {"low": 0.55}, "items": 40},
         "calibration": {"ece": 0.03, "ece_before": 0.09, "brier": 0.1, "temperature": 1.5, "threshold": 0.4},
         "explanations": {
             "settings": {"items": 12, "draws": 2, "fill": "mean", "steps": 4, "batch_size": 8, "seed": 0, "target": 1},
@@ -78,7 +78,7 @@ def full(tmp_path: Path) -> Path:
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """An AUC and nothing else."""
-    content = {"data_sha256": "abc", "tiles": {"patch_auc": interval(0.7), "items": 40}}
+    content = {"data_sha256": "abc", "tiles": {"patch_auc_by_group": interval(0.7), "items": 40}}
     return write_run(tmp_path / "bare", content, {"encoder": "resnet18", "seed": 0, "decorrelation": 0.0})
 
 
@@ -103,7 +103,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_number_of_a_run_reaches_the_tables(full, tmp_path):
     compare_runs([full], tmp_path / "out")
     (row,) = rows_of(tmp_path / "out" / "compare.csv")
-    assert (float(row["auc"]), float(row["auc_low"]), float(row["auc_high"])) == pytest.approx((0.8, 0.75, 0.85))
+    assert (float(row["auc"]), float(row["auc_low"]), float(row["auc_high"])) == pytest.approx((0.8, 0.55, 0.85))
     expected = {"ece": 0.03, "ece_before": 0.09, "brier": 0.1, "gap": 0.3, "random_area": 0.85, "pointing": 0.6}
     expected |= {"area_share": 0.25, "correlation": 0.21, "effective_rank": 12.34, "dead_channels": 3}
     expected |= {"slide_pointing": 0.6, "slide_area_share": 0.3, "slide_pointing_ratio": 2.125}
@@ -111,7 +111,8 @@ def test_every_number_of_a_run_reaches_the_tables(full, tmp_path):
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
     assert 0.5 <= float(row["slide_pointing_low"]) <= 0.6 <= float(row["slide_pointing_high"]) <= 0.7
     table = table_of(tmp_path / "out" / "compare.md")
-    assert table["patch AUC"] == ["higher", "0.800 (0.750 to 0.850)"]
+    assert table["patch AUC, interval over slides or groups"] == ["higher", "0.800 (0.550 to 0.850)"]
+    assert table["the same, over tiles (too narrow)"] == ["higher", "0.800 (0.750 to 0.850)"]
     assert table["calibration error (ECE)"] == ["lower", "0.030"]
     assert table["dead channels"] == ["lower", "3"]
     assert table["mean !correlation! of features"] == ["lower", "0.210"]
@@ -123,12 +124,21 @@ def test_what_a_run_lacks_is_a_dash_and_never_a_zero(full, bare, tmp_path):
     runs = compare_runs([full, bare], tmp_path / "out")
     lacking = rows_of(tmp_path / "out" / "compare.csv")[1]
     assert lacking.pop("auc") == "0.7"
-    assert {value for key, value in lacking.items() if not key.startswith(("auc", "run", "label"))} == {""}
+    assert {value for key, value in lacking.items() if not key.startswith(("auc_", "run", "label"))} == {""}
     table = table_of(tmp_path / "out" / "compare.md")
     assert all(cells[2] == "–" for title, cells in table.items() if title in {m.title for m in METRICS[1:]})
     assert len(table) > 15 and "mask: deletion" not in table  # no run has masks
     assert runs[1].estimate("explanations.maps.gradient.gap") is None
     assert runs[0].estimate("tiles.patch_auc") == Interval(0.8, pytest.approx(0.75), pytest.approx(0.85))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_was_tested_on_what_it_learnt_from_is_told(full, tmp_path):
+    leaky = write_run(tmp_path / "leaky", scores(0.99) | {"learnt_before": ["patient p07"]})
+    compare_runs([full, leaky], tmp_path / "out")
+    (line,) = [line for line in (tmp_path / "out" / "compare.md").read_text("utf-8").splitlines() if "Beware" in line]
+    assert line.startswith("**Beware, leaky**") and "patient p07" in line
+    assert [row["learnt_before"] for row in rows_of(tmp_path / "out" / "compare.csv")] == ["", "1"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -225,10 +235,10 @@ def test_bars_stand_at_their_values_with_their_intervals(full, bare):
     runs = read_runs([full, bare])
     figure = plots.Figure()
     axes = figure.subplots()
-    plots._draw_bars(axes, runs, "tiles.patch_auc", None)
+    plots._draw_bars(axes, runs, "tiles.patch_auc_by_group", None)
     assert [bar.get_width() for bar in axes.patches] == [0.8, 0.7]
     ends = [line.get_xdata() for line in axes.lines[:2]]
-    np.testing.assert_allclose(ends, [[0.75, 0.85], [0.65, 0.75]])
+    np.testing.assert_allclose(ends, [[0.55, 0.85], [0.65, 0.75]])
     figure = plots.Figure()
     axes = figure.subplots()
     plots._draw_bars(axes, runs, "calibration.ece", None)
