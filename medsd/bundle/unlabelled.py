@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +125,7 @@ class CtVolumes:
 
     Attributes:
         dataset_dir: the folder.
-        work_dir: where slices are kept.
+        work_dir: where slices are kept; no volumes are looked for in it.
         slices: how a volume becomes images.
         held_out: share of the volumes that is measured on and not trained on.
         seed: draws the held-out volumes.
@@ -162,7 +163,14 @@ class CtVolumes:
     @cached_property
     def _files(self) -> list[Path]:
         folder = Path(str(self.dataset_dir))
-        volumes = [path for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES) and path.name[0] != "."]
+        own = os.path.realpath(self.work_dir)  # slices look like volumes
+        volumes = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.name.endswith(SUFFIXES)
+            and path.name[0] != "."
+            and not Path(os.path.realpath(path)).is_relative_to(own)
+        ]
         if not volumes:
             raise DatasetError(f"{folder}: no volumes ({', '.join(SUFFIXES)}); check dataset_dir")
         return prepare_volumes(volumes, self.work_dir, self.slices, progress_bar("slices"))

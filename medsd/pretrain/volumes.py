@@ -137,15 +137,18 @@ def prepare_volumes(
         The files, in the order of the volumes; a volume that cannot be read is left out, with a warning that says why.
 
     Raises:
-        DatasetError: two volumes of one name, or none can be read.
+        DatasetError: two volumes of one name (nothing is written then), or none can be read.
         OutputError: a file cannot be written.
     """
-    made: list[Path] = []
-    for path in progress([Path(path) for path in paths], len(paths), "volume"):
+    volumes: dict[str, Path] = {}
+    for path in map(Path, paths):
         stem = path.name.removesuffix(".gz").rpartition(".")[0]
+        if stem in volumes:
+            raise DatasetError(f"{path}: {volumes[stem]} has the name {stem}, too; rename one, or move it elsewhere")
+        volumes[stem] = path
+    made: list[Path] = []
+    for stem, path in progress(list(volumes.items()), len(volumes), "volume"):
         target = Path(folder) / f"{stem}.npy"
-        if target in made:
-            raise DatasetError(f"{path}: another volume has the name {stem}, too; rename one")
         try:
             recipe: dict[str, Any] = {"volume": identity(path), "slices": asdict(settings)}
             if read_record(target.with_suffix(".json"), recipe) is None:

@@ -327,6 +327,17 @@ def test_folders_and_volumes_are_data_too(tmp_path: Path) -> None:
     assert volumes.description == "2 CT volumes of ct"
 
 
+def test_slices_below_the_volumes_are_no_volumes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).integers(-500, 500, (16, 16, 6)))
+    work = tmp_path / "runs" / "slices"
+    for _ in range(2):  # the second run finds what the first one left
+        volumes = CtVolumes(str(tmp_path), str(work), SliceSettings(side_px=16), 0.5)
+        volumes.prepare()
+        assert np.load(work / "a.npy").shape == (2, 16, 16)
+    assert volumes.description.startswith("2 CT volumes of ")
+
+
 @pytest.mark.parametrize(
     ("files", "overrides", "words"),
     [

@@ -83,8 +83,16 @@ def test_a_bad_volume_costs_itself_and_done_ones_are_kept(tmp_path: Path, caplog
     assert made[0].stat().st_mtime_ns > before and SliceDataset(made).fingerprint() != digest
     with pytest.raises(DatasetError, match="no volume could be read"):
         prepare_volumes([tmp_path / "bad.npy"], tmp_path / "other", SMALL)
-    with pytest.raises(DatasetError, match="another volume has the name one, too"):
-        prepare_volumes([paths[0], paths[0]], out, SMALL)
+
+
+def test_volumes_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "one.npy", tmp_path / "other" / "one.npy"]
+    for path in paths:
+        volume(path)
+    with pytest.raises(DatasetError, match=r"other/one\.npy: .*one\.npy has the name one, too; rename one, or move"):
+        prepare_volumes(paths, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_volume_is_a_group_and_its_slices_are_grey(tmp_path: Path) -> None:
