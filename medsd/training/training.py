@@ -32,6 +32,7 @@ from medsd.networks.memory import freed_memory_kept
 from medsd.tables import read_table, write_table
 from medsd.training.checkpoint import Checkpoint, TrainingState
 from medsd.training.hard_negatives import HardNegativeRound
+from medsd.training.network import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,11 @@ def settings_of(trainer: SupervisedTrainer, **parts: object) -> dict[str, Any]:
     """What a training follows from, read off the objects that it is made of: plain values, nested by name.
 
     Of every object its public plain attributes, as it was built: a choice that is added to one is recorded with it. Of
-    modules also their parts, of losses weights of classes, of schedules phases and milestones.
+    modules also their parts, of losses weights of classes, of schedules phases and milestones. Of an encoder the names
+    of what is frozen, unless it is all, which the number of trained values tells.
 
     Args:
-        trainer: its epochs, loss function, optimiser and data loader.
+        trainer: its epochs, loss function, optimiser, data loader, and network with an `encoder`.
         parts: what belongs to the training beside it, by name; None is kept as None.
     """
     loader, optimizer = cast(DataLoader[Any], trainer.data_loader), trainer.optimizer
@@ -62,12 +64,15 @@ def settings_of(trainer: SupervisedTrainer, **parts: object) -> dict[str, Any]:
     for name, key in (("rises_from", "initial_lr"), ("ends_at", "min_lr")):
         if "max_lr" in groups[0]:  # of a OneCycleLR, as a share of the highest rate
             rates[name] = [float(f"{group[key] / (group['max_lr'] or 1):.6g}") for group in groups]
+    learns = {name: each.requires_grad for name, each in cast(Encoded, trainer.network).encoder.named_parameters()}
+    frozen = [name for name, learning in learns.items() if not learning]
     return {
         "max_epochs": trainer.state.max_epochs,
         "batch_size": loader.batch_size,
         "loss_function": _plain(trainer.loss_function),
         "sampler": {**_plain(loader.sampler), "epoch": None},
         "optimizer": {"name": type(optimizer).__name__, **optimizer.defaults, **rates},
+        **({"frozen": frozen} if 0 < len(frozen) < len(learns) else {}),
         **{name: _plain(part) for name, part in parts.items()},
     }
 

@@ -15,6 +15,8 @@ from monai.losses import DiceCELoss
 from monai.optimizers import WarmupCosineSchedule
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
+from medsd.record import differences
+from medsd.training.network import parameter_groups
 from medsd.training.step import ObjectiveStep
 from medsd.training.training import settings_of
 from tests.training.small import Blobs, Training, Whole, checkpoint, equal, refuse, rows, training
@@ -177,6 +179,20 @@ def test_settings_are_read_off_the_objects() -> None:
         run.scheduler.step()
     assert settings_of(run.trainer, step=run.step)["sampler"] == found["sampler"]
     assert settings_of(run.trainer, step=run.step)["optimizer"]["lr"] == [0.01]
+
+
+def test_what_is_frozen_is_recorded_though_as_much_is_trained() -> None:
+    def found(*frozen: str) -> dict[str, Any]:
+        run = training()
+        groups = parameter_groups(run.trainer.network, 0.01, 0.01, frozen)  # type: ignore[arg-type]
+        run.trainer.optimizer = torch.optim.AdamW(groups)
+        return settings_of(run.trainer)
+
+    one, other = found("layer2.0.bn1"), found("layer2.0.bn2")
+    assert one["optimizer"]["trained_values"] == other["optimizer"]["trained_values"]
+    assert differences(one, other) == ["frozen"]
+    assert other["frozen"] == ["layer2.0.bn2.weight", "layer2.0.bn2.bias"]
+    assert "frozen" not in found() and "frozen" not in found("encoder")  # as runs of before were recorded
 
 
 LINEAR = torch.nn.Linear(2, 2)
