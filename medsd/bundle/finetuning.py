@@ -36,6 +36,7 @@ from medsd.record import read_record, write_record
 from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.step import ObjectiveStep
+from medsd.training.terms import Growing
 from medsd.training.training import run_training, settings_of
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,14 @@ def finetune(
     )
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers
     begin = partial(start_head, network, data.part("training"), workers) if regressed else None
-    state = run_training(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, begin=begin)
+    objective = trainer.loss_function
+    complete_from = objective.complete_from(network) if isinstance(objective, Growing) else 1
+    # A warm epoch leaves a classifier like any other, which is told; masks that are still to close are none.
+    best_from = 1 if isinstance(objective, SaliencyDecor) else complete_from
+    state = run_training(
+        *(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives), begin=begin, complete_from=best_from
+    )
+    tell_of_best_epoch(objective, complete_from, state.best_epoch, trainer.state.max_epochs)
     if idist.get_rank() > 0:
         return
     if (config := command_config()) is not None:
@@ -147,4 +155,13 @@ def tell_of_warm_epochs(objective: object, max_epochs: int) -> None:
             "in; lower warm_epochs, or set consistency and decorrelation to 0",
             objective.warm_epochs,
             max_epochs,
+        )
+
+
+def tell_of_best_epoch(objective: object, complete_from: int, best_epoch: int, max_epochs: int) -> None:
+    """Warn where the network that is kept has not learnt by all of its objective, though later ones have."""
+    if best_epoch < complete_from <= max_epochs:
+        logger.warning(
+            "the best network on validation, which is kept, is that of epoch %d; %s is complete from epoch %d on",
+            *(best_epoch, type(objective).__name__, complete_from),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,15 @@ class AimObjective:
         done = min(1.0, epoch / anneal_epochs) if anneal_epochs > 0 else 1.0
         return 1 - (1 - self.mask_target) * done
 
+    def complete_from(self, network: nn.Module) -> int:
+        """The first epoch, counted from 1, at whose end tau has reached the target; before, masks are still to close.
+
+        That is the first of all where nothing closes masks, or there are none.
+        """
+        if self._weight(network) == 0:
+            return 1
+        return next(epoch for epoch in count(1) if self.target_at(epoch) - self.mask_target < 1e-6)
+
     def noise_at(self, epoch: float) -> bool:
         """Whether masks are drawn with Gumbel noise after `epoch` epochs."""
         return epoch < (1 - self.noise_off_share) * self.max_epochs
@@ -92,9 +102,12 @@ class AimObjective:
             "mask_target": torch.tensor(tau),
             **_shares(network.stages, output.masks),
         }
-        # A network without masks has nothing that the loss of their size could change.
-        weight = self.mask_weight if network.options["masking"] else 0.0
-        return Terms(cross_entropy + stages + weight * mask_loss, parts, output.logits.detach())
+        total = cross_entropy + stages + self._weight(network) * mask_loss
+        return Terms(total, parts, output.logits.detach())
+
+    def _weight(self, network: nn.Module) -> float:
+        """A network without masks has nothing that the loss of their size could change."""
+        return self.mask_weight if isinstance(network, AimClassifier) and network.options["masking"] else 0.0
 
 
 def _shares(stages: Sequence[int], masks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -145,6 +145,10 @@ class SaliencyDecor:
                     "decorrelation: needs at least 2 images at once; raise batch_size or lower accumulation"
                 )
 
+    def complete_from(self, network: nn.Module) -> int:
+        """The first epoch, counted from 1, that has all terms: the one after the warm epochs."""
+        return self.warm_epochs + 1 if self.consistency or self.decorrelation else 1
+
     def __call__(
         self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
     ) -> Terms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,4 +40,13 @@ class Objective(Protocol):
             epoch: epochs done so far, fractions allowed; drives schedules.
             generator: draws what is random, on the device of `x`.
         """
+        ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """An objective whose terms are not all there from the first step on."""
+
+    def complete_from(self, network: nn.Module) -> int:
+        """The first epoch, counted from 1, whose network has learnt by all of it."""
         ...

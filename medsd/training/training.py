@@ -114,6 +114,7 @@ def run_training(
     hard_negatives: HardNegativeRound | None = None,
     stage: str = "finetune",
     begin: Callable[[], None] | None = None,
+    complete_from: int = 1,
 ) -> TrainingState:
     """Train to `max_epochs`, or go on from the last step saved; the network ends as the best one on validation.
 
@@ -133,6 +134,8 @@ def run_training(
         hard_negatives: from its epoch on, false positives among the training items are drawn more often.
         stage: its name in the progress bar and the log.
         begin: called before the first step of all; a training that is resumed is past it.
+        complete_from: the first epoch, counted from 1, that may be the best one and that `early_stop` counts; one
+            before is kept where none of these is validated.
 
     Raises:
         TrainingError: another training's folder, or one at work in it, a damaged checkpoint, or a loss or metric that
@@ -144,7 +147,7 @@ def run_training(
         end = f"[0, {trainer.state.max_epochs})"
         check_number("hard_negative_epoch", hard_negatives.epoch, end, whole=True, hint="below max_epochs, or null")
     with _alone_in(make_folder(checkpoint.folder)):
-        return _run(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, stage, begin)
+        return _run(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives, stage, begin, complete_from)
 
 
 @contextmanager
@@ -168,6 +171,7 @@ def _run(
     hard_negatives: HardNegativeRound | None,
     stage: str,
     begin: Callable[[], None] | None,
+    complete_from: int,
 ) -> TrainingState:
     folder = checkpoint.folder
     state = checkpoint.load(settings)
@@ -180,7 +184,7 @@ def _run(
         # With ignite's pausing on, a trainer that once failed would return from a second run having done nothing.
         trainer.interrupt_resume_enabled = False
         trainer.state.epoch = state.epoch
-        epochs = _Epochs(trainer, evaluator, checkpoint, state, hard_negatives, stage)
+        epochs = _Epochs(trainer, evaluator, checkpoint, state, hard_negatives, stage, complete_from)
         if state.steps and state.epoch_length != epochs.length:
             raise TrainingError(
                 f"{folder}: had {state.epoch_length} steps an epoch, now {epochs.length}; start as many processes as "
@@ -191,7 +195,8 @@ def _run(
         with ExitStack() as stack:
             stack.callback(epochs.bar.close)
             if early_stop is not None and evaluator is not None:
-                stack.enter_context(evaluator.add_event_handler(Events.COMPLETED, early_stop))
+                counts = Events.COMPLETED(lambda engine, _: engine.state.epoch >= complete_from)
+                stack.enter_context(evaluator.add_event_handler(counts, early_stop))
             for event, handler in (
                 (Events.EPOCH_STARTED, epochs.start),
                 (Events.ITERATION_COMPLETED, epochs.step),
@@ -217,8 +222,9 @@ class _Epochs:
         state: TrainingState,
         hard_negatives: HardNegativeRound | None,
         stage: str,
+        complete_from: int,
     ) -> None:
-        self.trainer, self.evaluator = trainer, evaluator
+        self.trainer, self.evaluator, self.complete_from = trainer, evaluator, complete_from
         self.checkpoint, self.state, self.hard_negatives = checkpoint, state, hard_negatives
         self.loader = cast(DataLoader[Any], trainer.data_loader)
         self.sampler = cast(GroupedSampler, self.loader.sampler)
@@ -288,7 +294,7 @@ class _Epochs:
                 f"{validated.key_metric_name} is {metric} in epoch {state.epoch}; validation data need items of every "
                 "class"
             )
-        if metric > state.best_metric:
+        if metric > state.best_metric or state.best_epoch < self.complete_from <= state.epoch:
             network = self.trainer.network.state_dict().items()
             state.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network}
             state.best_metric, state.best_epoch = metric, state.epoch

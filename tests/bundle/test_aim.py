@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from medsd.errors import TrainingError
 from medsd.evaluate.compare import compare_runs
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.networks.aim import AimClassifier
@@ -52,6 +53,20 @@ def test_the_network_masks_its_features_and_its_weights_say_so(folder: Path) -> 
     assert (settings["loss_function"]["name"], settings["loss_function"]["mask_target"]) == ("AimObjective", 0.4)
     assert settings["network"]["options"]["end_stage"] == 2
     assert settings["hard_negatives"]["epoch"] == 1 and settings["patience"] == 5
+
+
+def test_the_best_epoch_is_one_whose_masks_have_closed(
+    folder: Path, phantoms: Path, run_bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_training(*_: object, complete_from: int, **__: object) -> None:
+        raise TrainingError(f"from epoch {complete_from} on")
+
+    monkeypatch.setattr("medsd.bundle.finetuning.run_training", run_training)
+    overrides = {**SMALL, "phantom_dir": str(phantoms), "output_dir": str(folder / "aim"), "max_epochs": 20}
+    with pytest.raises(SystemExit, match="from epoch 6 on"):
+        run_bundle(FILES, "finetune", **overrides)
+    with pytest.raises(SystemExit, match="from epoch 1 on"):
+        run_bundle(FILES, "finetune", **overrides, masking=False, methods=["gradient"])
 
 
 def test_its_map_is_that_of_the_masks(folder: Path) -> None:

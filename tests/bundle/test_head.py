@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from medsd.bundle.finetuning import _check_methods, finetune, tell_of_warm_epochs
+from medsd.bundle.finetuning import _check_methods, finetune, tell_of_best_epoch, tell_of_warm_epochs
 from medsd.bundle.head import start_head
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
@@ -80,6 +80,15 @@ def test_an_objective_that_never_comes_in_is_told(
 ) -> None:
     tell_of_warm_epochs(objective, epochs)
     assert ("warm_epochs=2 of max_epochs=2" in caplog.text) == told
+
+
+@pytest.mark.parametrize(("warm_epochs", "best", "told"), [(1, 1, True), (1, 2, False), (2, 2, True), (4, 4, False)])
+def test_a_kept_network_of_a_warm_epoch_is_told(
+    warm_epochs: int, best: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective, network = SaliencyDecor(warm_epochs=warm_epochs), TileClassifier("test_resnet")
+    tell_of_best_epoch(objective, objective.complete_from(network), best, 4)
+    assert (f"that of epoch {best}; SaliencyDecor is complete from epoch {warm_epochs + 1} on" in caplog.text) == told
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,24 @@ def test_total_is_the_weighted_sum_of_independent_parts() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("epochs", "options", "first"),
+    [
+        (10, {}, 3),
+        (11, {}, 4),
+        (1, {}, 1),
+        (100, {"anneal_share": 0.07}, 7),  # 0.07 * 100 is a little more than 7
+        (5, {"anneal_share": 1.0}, 5),
+        (10, {"anneal_share": 0.0}, 1),
+        (10, {"mask_target": 1.0}, 1),
+        (10, {"mask_weight": 0.0}, 1),
+    ],
+)
+def test_it_is_complete_when_tau_has_fallen(epochs: int, options: dict[str, float], first: int) -> None:
+    assert AimObjective(epochs, **options).complete_from(network()) == first
+    assert AimObjective(epochs, **options).complete_from(network(masking=False)) == 1
+
+
 def test_gradient_of_the_mask_loss_at_every_position() -> None:
     masks = [(torch.rand(2, 1, 3, 5) < 0.6).float().requires_grad_(), (torch.rand(2, 1, 6, 10) < 0.3).float()]
     masks[1].requires_grad_()

@@ -142,6 +142,25 @@ def test_patience_stops_a_training_that_no_longer_improves(tmp_path: Path) -> No
     assert equal(again.state, state.best_network)
 
 
+def test_epochs_before_an_objective_is_complete_are_not_the_best_and_try_no_patience(tmp_path: Path) -> None:
+    metrics = [0.9, 0.8, 0.7, 0.75]
+
+    def run(folder: Path, epochs: int, complete_from: int) -> Any:
+        part = training(epochs=4)
+        part.trainer.state.max_epochs = epochs
+        part.evaluator.add_event_handler(
+            Events.EPOCH_COMPLETED,
+            lambda engine: engine.state.metrics.update(validation_auc=metrics[engine.state.epoch - 1]),
+        )
+        return part.run(folder, patience=1, complete_from=complete_from)
+
+    run(tmp_path / "late", 2, 3)
+    state = run(tmp_path / "late", 4, 3)  # resumed
+    assert (state.epoch, state.best_epoch, state.best_metric) == (4, 4, 0.75)
+    state = run(tmp_path / "never", 2, 3)  # what there is is kept
+    assert (state.epoch, state.best_epoch, state.best_metric) == (2, 1, 0.9)
+
+
 def test_epochs_may_go_without_validation(tmp_path: Path) -> None:
     state = training(interval=2).run(tmp_path)
     assert state.epoch == 3 and state.best_epoch == 2
