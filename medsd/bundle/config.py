@@ -143,11 +143,14 @@ def mistake(error: BaseException | None) -> str | None:
             # A DataLoader worker's error comes with its traceback; the last line is the message.
             last = str(found).strip().splitlines()[-1]
             return last.removeprefix(f"{type(found).__module__}.{type(found).__name__}: ")
-    built = re.match(r"Failed to instantiate component '([\w.]+)'", str(chain[-2])) if len(chain) > 1 else None
+    failed = r"Failed to instantiate component '([\w.]+)' with keywords: ([\w,]*)"
+    built = re.match(failed, str(chain[-2])) if len(chain) > 1 else None
     # MONAI's parts tell of a package that is not there by a RuntimeError, which from our own would be a bug.
     told = (ValueError, TypeError, ImportError, *([] if not built or built[1].startswith("medsd.") else [RuntimeError]))
     if built and isinstance(chain[-1], told):
-        return f"{built[1]}: {' '.join(str(chain[-1]).split())}"
+        # Of a value of another kind Python does not say whose it is.
+        given = f"; check {built[2].replace(',', ', ')}" if isinstance(chain[-1], TypeError) else ""
+        return f"{built[1]}: {' '.join(str(chain[-1]).split())}{given}"
     return None
 
 
@@ -165,8 +168,8 @@ def _check_kind(key: str, before: Any, value: Any) -> None:
         raise ConfigError(f"{key}=None: MONAI takes that for not given; write --{key} '$None'")
     if isinstance(value, str) and value[:1] in ("@", "$", "%"):
         return
-    folder = key.endswith(("_dir", "_root")) and value is not None
-    if folder or (isinstance(before, str) and before[:1] not in ("@", "$", "%")):
+    path = key.endswith(("_dir", "_root", "_weights")) and value is not None
+    if path or (isinstance(before, str) and before[:1] not in ("@", "$", "%")):
         kinds: tuple[type, ...] = (str,)
         words = f"text; a name like a number is put in quotes twice, --{key} \"'2024'\""
     elif isinstance(before, bool):
@@ -177,6 +180,8 @@ def _check_kind(key: str, before: Any, value: Any) -> None:
         kinds, words = (int, float), "a number, with a point before decimals"
     elif isinstance(before, list):
         kinds, words = (list, tuple), "a list, such as \"['a','b']\""
+    elif isinstance(before, dict):
+        kinds, words = (dict,), "a dictionary, such as \"{'a': 1}\""
     else:
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -151,6 +151,8 @@ def test_an_overlay_may_bring_keys_that_it_uses(tmp_path):
         ("encoder", 5, "encoder=5"),
         ("cache", "false", "cache='false': must be True or False"),
         ("frozen", "layer1", "frozen='layer1': must be a list"),
+        ("encoder_weights", 5, "encoder_weights=5: must be text"),
+        ("encoder_options", "abc", "encoder_options='abc': must be a dictionary"),
         ("data::seed", "a", None),
     ],
 )
@@ -229,6 +231,11 @@ def test_a_mistake_is_found_in_a_chain_of_exceptions():
     assert mistake(chain(worker, RuntimeError("Failed to evaluate"), RuntimeError("x"))) == "a.png: damaged"
     built = RuntimeError("Failed to instantiate component 'torch.optim.adamw.AdamW' with keywords: lr")
     assert mistake(chain(ValueError("Invalid\nlr: -1"), built)) == "torch.optim.adamw.AdamW: Invalid lr: -1"
+    of_kind = "torch.optim.adamw.AdamW: no float; check lr, betas"
+    built_of_two = RuntimeError(
+        "Failed to instantiate component 'torch.optim.adamw.AdamW' with keywords: lr,betas\n set"
+    )
+    assert mistake(chain(TypeError("no float"), built_of_two)) == of_kind
     assert mistake(chain(KeyError("a bug"), built)) is None and mistake(ValueError("a bug")) is None
     assert mistake(None) is None
 
