@@ -37,7 +37,7 @@ from medsd.training.checkpoint import Checkpoint
 from medsd.training.hard_negatives import HardNegativeRound
 from medsd.training.step import ObjectiveStep
 from medsd.training.terms import Growing
-from medsd.training.training import run_training, settings_of
+from medsd.training.training import run_training, settings_of, validation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def finetune(
     hard_negatives: HardNegativeRound | None = None,
     head_start: HeadStart = "random",
     test_time_augmentation: bool = False,
+    val_interval: int = 1,
 ) -> None:
     """Stage finetune: train (or go on), then fix on validation data what maps and scores need, then write the weights.
 
@@ -59,6 +60,7 @@ def finetune(
     validation data's. Of several processes the first does what follows the training. `head_start` "regression": see
     `start_head`. `test_time_augmentation`: see `Classifier.augment_at_test_time`. Training and its validation see tiles
     as they are, so it may be changed of a finished training, whose weights are then calibrated and written anew.
+    `val_interval` is that of the trainer's `ValidationHandler`.
     """
     check_choice("head_start", head_start, get_args(HeadStart))
     network, regressed = cast(Classifier, trainer.network), head_start == "regression"
@@ -83,7 +85,7 @@ def finetune(
         data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
         # Not how fast they are found.
         hard_negatives=hard_negatives and replace(hard_negatives, batch_size=1, workers=0),
-        patience=early_stop and early_stop.patience,
+        **validation_settings(trainer, early_stop, val_interval),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers

@@ -38,7 +38,7 @@ from medsd.segment.network import SegmentationNetwork, standardise_channels
 from medsd.segment.weights import SegmentationCard, load_segmentation, save_segmentation, start_weights_for
 from medsd.tables import write_table
 from medsd.training.checkpoint import Checkpoint
-from medsd.training.training import run_training, settings_of
+from medsd.training.training import run_training, settings_of, validation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def segment(
     protocol: Protocol = "full",
     early_stop: EarlyStopping | None = None,
     start_weights: str | None = None,
+    val_interval: int = 1,
 ) -> None:
     """Stage segment: train (or go on), then write the network of the best epoch beside the checkpoint's folder.
 
@@ -67,9 +68,10 @@ def segment(
         early_stop: see `run_training`.
         start_weights: a `segmentation.safetensors` of the same network, decoder and all, that the training starts from;
             None starts from the network as it was made.
+        val_interval: that of the trainer's `ValidationHandler`.
 
     Raises:
-        ConfigError: an unknown protocol.
+        ConfigError: an unknown protocol, or see `validation_settings`.
         WeightsError: start weights of another network.
     """
     check_choice("protocol", protocol, get_args(Protocol))
@@ -83,7 +85,7 @@ def segment(
         **_network_settings(network, start_weights),
         protocol=protocol,
         data={"side_px": data.side_px, "split": data.fingerprint()},
-        patience=early_stop and early_stop.patience,
+        **validation_settings(trainer, early_stop, val_interval),
         **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
     )
     if start is None:

@@ -104,6 +104,24 @@ def _is_settings(value: object) -> bool:
     return isinstance(value, (*_PLAIN, LRScheduler)) or dataclasses.is_dataclass(value)
 
 
+def validation_settings(
+    trainer: SupervisedTrainer, early_stop: EarlyStopping | None, val_interval: int
+) -> dict[str, Any]:
+    """What of a training's settings says how it is validated; an interval of 1 is left out, as in runs of before.
+
+    Raises:
+        ConfigError: no epoch would be trained or validated, or a number that is no whole one.
+    """
+    epochs = trainer.state.max_epochs
+    check_number("max_epochs", epochs, "[1, inf)", whole=True)
+    hint = f"above max_epochs={epochs} no epoch is validated"
+    check_number("val_interval", val_interval, f"[1, {epochs}]", whole=True, hint=hint)
+    if early_stop is not None:
+        check_number("patience", early_stop.patience, "[1, inf)", whole=True, hint="null trains to the end")
+    patience = early_stop and early_stop.patience
+    return {"patience": patience, **({} if val_interval == 1 else {"val_interval": val_interval})}
+
+
 @freed_memory_kept()
 def run_training(
     trainer: SupervisedTrainer,
