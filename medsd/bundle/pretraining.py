@@ -11,6 +11,7 @@ import torch
 from monai.engines import SupervisedTrainer
 from torch.utils.data import DataLoader
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError
 from medsd.files import sha256_of
 from medsd.networks.start import save_encoder, weights_sha256
@@ -56,11 +57,12 @@ def pretrain(
         checkpoint: of the network, the optimiser, the schedule and the step.
 
     Raises:
-        ConfigError: a queue that is no multiple of the batch of all processes, or larger than a quarter of the images,
-            or `separate_slides` of one slide.
+        ConfigError: fewer than one epoch, a queue that does not fit, or `separate_slides` of one slide, see
+            `check_negatives`.
     """
     if trainer is None or checkpoint is None:
         return
+    check_number("pretrain_epochs", trainer.state.max_epochs, "[1, inf)", whole=True, hint="0 leaves pre-training out")
     network, loader = cast(MedMoCo, trainer.network), cast("DataLoader[Unlabelled]", trainer.data_loader)
     images = cast(UnlabelledImages, loader.dataset)
     check_negatives(network, images, cast(int, loader.batch_size))

@@ -225,6 +225,7 @@ def test_the_full_job_is_probed_on_data_of_its_own(finished: Path, tmp_path: Pat
     ("overrides", "words"),
     [
         ({"queue": 12}, ["queue=12", "multiple", "batch_size"]),
+        ({"pretrain_epochs": -1}, ["pretrain_epochs=-1", "0 leaves pre-training out"]),
         ({"queue": 1024}, ["queue=1024", "more than a quarter of the", "images"]),
         ({"pretrain_batch_size": 64}, ["pretrain_batch_size=64", "pretrain_samples=32"]),
         ({"pretrain_lr": 0.5}, ["another optimizer::lr; ", "output_dir"]),
