@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from monai.engines import SupervisedTrainer
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from medsd.pretrain.med_moco import MedMoCo
 from medsd.pretrain.start import EncoderStart
 from medsd.record import read_record, write_record
 from medsd.training.checkpoint import Checkpoint
+from medsd.training.distributed import EvenSampler
 from medsd.training.training import run_training, settings_of
 
 ENCODER = "encoder.safetensors"
@@ -65,7 +67,9 @@ def pretrain(
     check_number("pretrain_epochs", trainer.state.max_epochs, "[1, inf)", whole=True, hint="0 leaves pre-training out")
     network, loader = cast(MedMoCo, trainer.network), cast("DataLoader[Unlabelled]", trainer.data_loader)
     images = cast(UnlabelledImages, loader.dataset)
-    check_negatives(network, images, cast(int, loader.batch_size))
+    sampler = loader.sampler
+    even = isinstance(sampler, EvenSampler) and sampler.by_group
+    check_negatives(network, images, cast(int, loader.batch_size), even)
     told = {**asdict(start), "weights": start.weights and weights_sha256(start.weights)}
     settings = settings_of(
         trainer,
@@ -102,21 +106,35 @@ def _write_encoder(folder: Path, network: MedMoCo, start: EncoderStart, recipe: 
         write_record(record, recipe, [f"../{ENCODER}"], sha256=sha256_of(path))
 
 
-def check_negatives(network: MedMoCo, images: UnlabelledImages, batch_size: int) -> None:
+def check_negatives(network: MedMoCo, images: UnlabelledImages, batch_size: int, even_groups: bool = False) -> None:
     """Refuse a queue that does not fit the batch (of one process) or the images, and slides of which there is one.
 
+    The queue holds a key of an image itself where the image was drawn a short while ago. That shall be so of a quarter
+    of the queries at most; `even_groups` draws images of small slides more often.
+
     Raises:
-        ConfigError: see `pretrain`.
+        ConfigError: a queue that is no multiple of the batch of all processes, or too large for the images, or
+            `separate_slides` of one slide.
     """
     network.queue.check_batch(batch_size * idist.get_world_size())
-    queue, items = network.settings.queue, len(images)
+    queue, items, separate = network.settings.queue, len(images), network.settings.separate_slides
     if 4 * queue > items:
         raise ConfigError(
             f"queue={queue}: more than a quarter of the {items} images, so that the keys told apart would often be of "
             f"the image itself; at most {items // 4}"
         )
-    if network.settings.separate_slides and len(set(images.groups.tolist())) < 2:
+    sizes = np.unique(images.groups, return_counts=True)[1]
+    if separate and len(sizes) < 2:
         raise ConfigError(
             f"separate_slides: all {items} images to train on are of one slide or volume, so that there is no key to "
             "tell apart; set it to False, or give more slides"
+        )
+    # Keys of an image's own slide are told apart from it unless slides are kept separate.
+    copies = queue / (len(sizes) * sizes) if even_groups and not separate else np.zeros(1)
+    own = -np.expm1(-copies).mean()  # at least one, of draws at random
+    if own > 1 / 4:
+        most = int(queue / (4 * copies.mean()))
+        raise ConfigError(
+            f"queue={queue}: images of small slides or groups are drawn so often that for {own:.0%} of all draws a key "
+            f"told apart would be of the image itself; at most {most}, or set even_groups to False"
         )

@@ -271,6 +271,27 @@ def test_one_slide_alone_leaves_no_key_to_tell_apart(tmp_path: Path) -> None:
     check_negatives(network, several, 4)
 
 
+def test_small_slides_that_are_drawn_often_make_a_queue_too_large() -> None:
+    class Images(list[int]):
+        @property
+        def groups(self) -> Any:
+            return np.array(self)
+
+    def check(sizes: list[int], queue: int = 25, even: bool = True, separate: bool = False) -> None:
+        settings = MedMoCoSettings(queue=queue, separate_slides=separate)
+        network = EncoderStart("test_resnet").network(settings, torch.device("cpu"))
+        images: Any = Images(np.repeat(range(len(sizes)), sizes))
+        check_negatives(network, images, 1, even)
+
+    unequal = 9 * [5] + [55]
+    check(10 * [10])
+    check(unequal, even=False)
+    check(unequal, separate=True)
+    check(unequal, queue=13)
+    with pytest.raises(ConfigError, match=r"queue=25: .* 36% of all draws .* at most 13, or set even_groups to False"):
+        check(unequal)
+
+
 def test_segmentation_models_pytorch_and_explain_take_the_encoder(tmp_path: Path) -> None:
     moco = EncoderStart("resnet18").network(MedMoCoSettings(queue=8), torch.device("cpu")).eval()
     path = tmp_path / "encoder.safetensors"
