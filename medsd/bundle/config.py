@@ -17,6 +17,7 @@ import fire
 import monai.bundle
 from monai.bundle import ConfigParser
 
+from medsd.checks import check_number
 from medsd.errors import ConfigError, MedsdError, nearest
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ _MONAI_KEYS |= {"run_name", "save_execute_config", "is_not_rank0", "_desc_"}
 _PLAIN = {"stain_target": ", as medsd stain writes them", "encoder_options": ""}
 
 
-def check() -> None:
+def check(seed: int = 0) -> None:
     """First of a bundle's `initialize`: check the command line's configuration, then tell any mistake in one line.
+
+    The seed is the bundle's, of which numpy takes no negative one.
 
     MONAI hands its expressions no reference to the running workflow. `python -m monai.bundle run` leaves its arguments
     in `sys.argv`, so they are read once more, by the parser and the merging that MONAI uses. In a process that runs a
@@ -41,6 +44,7 @@ def check() -> None:
     given = _command_line()
     if given is not None:
         check_config(given.pop("config_file"), given.pop("run_id", "run"), **given)
+    check_number("seed", seed, "[0, 1e18]", whole=True)
 
 
 def command_config() -> dict[str, Any] | None:

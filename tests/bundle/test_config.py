@@ -197,6 +197,16 @@ def test_the_command_line_is_read_as_monai_reads_it(tmp_path, monkeypatch, words
         check()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_numpy_or_torch_does_not_take_is_refused(monkeypatch, seed):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for bundle in (BUNDLE, str(ROOT / "bundles" / "segmentation.json")):
+        flow = ConfigWorkflow(config_file=bundle, logging_file=False, bundle_root=str(ROOT), seed=seed)
+        with pytest.raises(RuntimeError, match=r"bundle\.check") as stop:
+            flow.initialize()
+        assert mistake(stop.value) == f"seed={seed}: must be a whole number from 0 to 1e18"
+
+
 def test_the_command_lines_configuration_is_whole_and_unresolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--max_epochs", "3", "--map_settings::smooth_um", "8.0", "--classes", "['a','b']"]
