@@ -26,6 +26,7 @@ from medsd.evaluate.probes import Labelled, ProbeScores, features_of, knn_probe,
 from medsd.evaluate.scores import Floats
 from medsd.networks.classifier import Normalise
 from medsd.networks.memory import freed_memory_kept
+from medsd.networks.modes import usable_device
 from medsd.networks.start import load_encoder
 from medsd.pretrain.collapse import spectrum
 from medsd.pretrain.start import EncoderStart, settle
@@ -79,6 +80,7 @@ def probe(
             "labelled_dir: not set, and the stage 'probe' needs labels; name a folder with labels.csv and patches, "
             "--labelled_dir FOLDER"
         )
+    device = usable_device(device)
     trained = start.encoder_alone()
     normalise = start.normalise().to(device)
     load_encoder(trained, Path(output_dir) / ENCODER, normalise)

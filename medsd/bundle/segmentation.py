@@ -29,7 +29,7 @@ from medsd.evaluate.mask_sheet import SheetItem, draw_mask_sheet
 from medsd.evaluate.summary import as_json
 from medsd.files import sha256_of, write_json
 from medsd.networks.memory import freed_memory_kept
-from medsd.networks.modes import evaluating
+from medsd.networks.modes import evaluating, usable_device
 from medsd.networks.start import learnt_by, weights_sha256
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
@@ -181,7 +181,7 @@ def score_masks(
     """
     check_number("sheet_items", sheet_items, "[1, inf)", whole=True)
     folder = Path(output_dir)
-    network, card, digest = load_segmentation(folder / SEGMENTATION, device)
+    network, card, digest = load_segmentation(folder / SEGMENTATION, usable_device(device))
     if card.data_sha256 != data.fingerprint():
         raise WeightsError(
             f"{folder / SEGMENTATION}: trained on another split of the data; run the stage 'segment' for this one"

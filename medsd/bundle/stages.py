@@ -35,6 +35,7 @@ from medsd.heatmap.model import MapRequest
 from medsd.networks.calibrated import calibrated
 from medsd.networks.classifier import Classifier
 from medsd.networks.memory import freed_memory_kept
+from medsd.networks.modes import usable_device
 from medsd.networks.weights import ModelCard, load_classifier
 from medsd.progress import progress_bar
 from medsd.training.predict import collect
@@ -57,7 +58,7 @@ def load_own(data: Data, path: Path, device: torch.device) -> tuple[Classifier, 
     Raises:
         WeightsError: there is none, or it was trained on other classes or on another split.
     """
-    network, card, digest = load_classifier(path, device)
+    network, card, digest = load_classifier(path, usable_device(device))
     if list(map(folded, card.classes)) != list(map(folded, data.classes)):
         raise WeightsError(
             f"{path}: its classes are {', '.join(card.classes)}, those of the data {', '.join(data.classes)}; set "

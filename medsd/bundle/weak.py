@@ -22,6 +22,7 @@ from medsd.errors import ConfigError, DatasetError, WeightsError
 from medsd.files import atomic_path
 from medsd.heatmap.legend import ADDITIVE
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
+from medsd.networks.modes import usable_device
 from medsd.networks.weights import load_classifier
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record
@@ -153,7 +154,7 @@ class WeaklyLabelled:
     @cached_property
     def _model(self) -> MapModel:
         load_classifier(str(self.classifier))  # or a line that says what the file is instead
-        model = load_map_model(str(self.classifier), MapRequest(), self.device)
+        model = load_map_model(str(self.classifier), MapRequest(), usable_device(self.device))
         if model.card is None or len(model.card.classes) != 2 or model.engine.settings.methods[0] != ADDITIVE:
             raise WeightsError(
                 f"{self.classifier}: weak masks want a classifier of two classes whose maps add up ('{ADDITIVE}'); use "

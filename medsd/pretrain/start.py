@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from medsd.errors import NetworkError
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Normalise, create_encoder
+from medsd.networks.modes import usable_device
 from medsd.networks.start import load_encoder
 from medsd.networks.tokens import token_stride
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
@@ -61,10 +62,11 @@ class EncoderStart:
         Raises:
             NetworkError: timm has no such encoder, its features are not a map, or it is a vision transformer.
             WeightsError: the file holds no weights of it, or of other input.
+            ConfigError: the device cannot be used here.
         """
         with torch.random.fork_rng([]):  # made on the CPU
             torch.manual_seed(self.seed)
-            return MedMoCo(self._made(), settings, self.normalise()).to(device)
+            return MedMoCo(self._made(), settings, self.normalise()).to(usable_device(device))
 
     def encoder_alone(self) -> nn.Module:
         """The encoder before its pre-training, on the CPU; errors as `network`."""

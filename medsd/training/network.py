@@ -15,6 +15,7 @@ from medsd.checks import check_number
 from medsd.errors import ConfigError, NetworkError, nearest
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier
+from medsd.networks.modes import usable_device
 from medsd.networks.start import load_encoder
 from medsd.networks.whitening import WhitenedHead
 
@@ -70,7 +71,7 @@ def ready_to_train(
 
     Raises:
         WeightsError: the file holds no weights of this encoder, or of other input.
-        ConfigError: `whitening` of an AIM network.
+        ConfigError: `whitening` of an AIM network, or a device that cannot be used here.
     """
     if encoder_weights is not None:
         load_encoder(network.encoder, encoder_weights, network.normalise)
@@ -88,11 +89,15 @@ def ready_to_train(
 def on_device(
     network: OneNetwork, device: torch.device, channels_last: bool = False, compiled: bool = False
 ) -> OneNetwork:
-    """The network where it is trained; other arguments as in `ready_to_train`."""
+    """The network where it is trained; other arguments as in `ready_to_train`.
+
+    Raises:
+        ConfigError: the device cannot be used here.
+    """
     if idist.get_world_size() > 1 and device.type == "cuda":
         # timm's: torch's own would replace timm's BatchNorms that hold an activation, and lose it.
         network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-    network = network.to(device)
+    network = network.to(usable_device(device))
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:

@@ -157,6 +157,7 @@ def test_damaged_weights_are_written_anew_and_equal(finished, tmp_path, run_bund
         ("pretrain", {}, ["prepared", "run the stage 'prepare'"]),
         ("finetune", {}, ["prepared", "run the stage 'prepare'"]),
         ("evaluate", {}, ["model.safetensors", "finetune"]),
+        ("evaluate", {"device": "cuda:99"}, ["device 'cuda:99': cannot be used here"]),
         ("heatmap", {}, ["model.safetensors", "finetune"]),
         ("report", {}, ["scores.json", "evaluate"]),
         ("prepare", {"output_dir": "/dev/null/out"}, ["/dev/null/out", "another output folder"]),

@@ -181,6 +181,11 @@ def test_the_start_is_the_one_that_was_trained() -> None:
         assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
+def test_a_device_that_is_not_there_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^device 'cuda:99': cannot be used here"):
+        EncoderStart("test_resnet").network(MedMoCoSettings(queue=8), torch.device("cuda:99"))
+
+
 def test_a_random_start_is_judged_with_the_statistics_of_images() -> None:
     encoder = EncoderStart("test_resnet").encoder_alone().eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}

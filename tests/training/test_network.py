@@ -264,6 +264,8 @@ def test_a_network_starts_from_a_file_and_may_whiten_its_features(tmp_path: Path
         ready_to_train(network, torch.device("cpu"), "nowhere.pt")
     with pytest.raises(ConfigError, match="whitening: AIM's head"):
         ready_to_train(AimClassifier("test_resnet"), torch.device("cpu"), whitening=True)
+    with pytest.raises(ConfigError, match=r"^device 'cuda:99': cannot be used here \(.*\); try 'cpu'"):
+        ready_to_train(TileClassifier("test_resnet"), torch.device("cuda:99"))
 
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer1.0.conv1")
