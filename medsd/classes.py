@@ -64,7 +64,7 @@ def target_number(names: Sequence[str], target: str | None) -> int:
     """
     if target is None:
         return min(1, len(names) - 1)
-    number = class_number(names, target)
+    number = class_number(names, str(target))  # a command line gives the class '1' as a number
     if number is None:
-        raise ConfigError(f"target='{target}': the classes are {', '.join(names)}{nearest(target, names)}")
+        raise ConfigError(f"target='{target}': the classes are {', '.join(names)}{nearest(str(target), names)}")
     return number

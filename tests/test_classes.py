@@ -19,6 +19,9 @@ def test_words_mean_classes_in_any_case_and_either_spelling() -> None:
     assert target_number(("no class",), None) == 0
     with pytest.raises(ConfigError, match=r"target=.invasiv.: the classes are .*did you mean .invasive."):
         target_number(names, "invasiv")
+    assert target_number(("0", "1", "2"), 2) == 2  # type: ignore[arg-type]  # as a command line reads it
+    with pytest.raises(ConfigError, match=r"target='1': the classes are benign"):
+        target_number(names, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def _stage(network: Encoded, name: str) -> list[nn.Parameter]:
         made = [info["module"] for info in getattr(encoder, "feature_info", ())]
         known = [_ENCODER, _STEM, _BATCHNORM, *(path for path in made if stages.get(path))]
         raise NetworkError(
-            f"frozen '{name}': {network.encoder_name} has no such stage to freeze{nearest(name, stages)}; it has "
+            f"frozen '{name}': {network.encoder_name} has no such stage to freeze{nearest(str(name), stages)}; it has "
             f"{', '.join(known)}"
         )
     return stages[name]

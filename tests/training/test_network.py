@@ -205,6 +205,7 @@ def test_convnexts_stages_have_its_names(convnext: TileClassifier) -> None:
             "layer5",
             "has no such stage to freeze; did you mean 'layer[1-4]'.*it has encoder, stem, batchnorm, layer1,.*layer4$",
         ),
+        (1, "frozen '1': resnet18 has no such stage"),  # as a command line reads it
         ("act1", "frozen 'act1': resnet18 has no such stage"),  # a module without parameters
         ("head", "frozen 'head': resnet18"),
         ("", "frozen ''"),
