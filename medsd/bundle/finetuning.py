@@ -97,9 +97,9 @@ def finetune(
     state = run_training(
         *(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives), begin=begin, complete_from=best_from
     )
-    tell_of_best_epoch(objective, complete_from, state.best_epoch, trainer.state.max_epochs)
     if idist.get_rank() > 0:
         return
+    tell_of_best_epoch(objective, complete_from, state.best_epoch, trainer.state.max_epochs)
     if (config := command_config()) is not None:
         write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"

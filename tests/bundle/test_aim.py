@@ -55,7 +55,7 @@ def test_the_network_masks_its_features_and_its_weights_say_so(folder: Path) -> 
     assert settings["hard_negatives"]["epoch"] == 1 and settings["patience"] == 5
 
 
-def test_the_best_epoch_is_one_whose_masks_have_closed(
+def test_the_best_epoch_is_one_after_the_fall_of_the_target(
     folder: Path, phantoms: Path, run_bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_training(*_: object, complete_from: int, **__: object) -> None:
