@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import stat
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medsd.errors import SlideError
 from medsd.files import sha256_of
 from medsd.slides.readers.damage import DAMAGED
 
-# A header is a few kilobytes; private elements and icons may stand before what is looked for.
-_HEADER_BYTES = 2**20
+_PART_BYTES = 2**20
+_SERIES = 0x0020_000E
 # Hamamatsu's index files name the others, a key and a name a line.
 _NAMED = re.compile(rb"^[^=\n]+=([^\r\n]+)", re.MULTILINE)
 
@@ -39,7 +38,7 @@ def files_of(path: str | Path) -> list[Path]:
         beside = path.parent.glob(f"*{path.suffix}") if series else ()
         others = [other for other in beside if other != path and dicom_series(other) == series]
     elif suffix in (".vms", ".vmu"):
-        named = (os.fsdecode(name.strip()) for name in _NAMED.findall(_start_of(path)))
+        named = (os.fsdecode(name.strip()) for name in _NAMED.findall(_part_of(path, 0)))
         others = [path.parent / name for name in named if Path(name).name == name and (path.parent / name).is_file()]
     return [path, *sorted(others)]
 
@@ -78,7 +77,7 @@ def slide_fingerprint(path: str | Path) -> str:
     files = sorted(files_of(path))
     digest = hashlib.sha256(repr(sorted(file.stat().st_size for file in files)).encode())
     length = files[0].stat().st_size
-    for start in (0, length // 2, length - _HEADER_BYTES):
+    for start in (0, length // 2, length - _PART_BYTES):
         digest.update(_part_of(files[0], max(0, start)))
     return digest.hexdigest()
 
@@ -104,26 +103,30 @@ def dicom_series(path: Path) -> str:
 
 @lru_cache(maxsize=2**16)  # a folder's files are asked for again with each of its slides
 def _series(path: Path, _size: int, _changed_ns: int) -> str:
-    from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
 
     try:
-        header = dcmread(io.BytesIO(_start_of(path)), stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+        # No further than its tag: places of frames come behind, and are megabytes.
+        with _opened(path) as handle:
+            header = read_partial(handle, lambda tag, _vr, _length: tag > _SERIES, specific_tags=[_SERIES])
         return str(header.get("SeriesInstanceUID", ""))
     # NotImplementedError and RecursionError are RuntimeErrors.
     except (SlideError, InvalidDicomError, *DAMAGED):
         return ""
 
 
-def _start_of(path: Path) -> bytes:
-    return _part_of(path, 0)
-
-
 def _part_of(path: Path, start: int) -> bytes:
-    """A MiB of a regular file: pipes and devices may never answer."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-            raise SlideError(f"{path}: is no regular file; name a slide")
+    """A MiB of a regular file."""
+    with _opened(path) as handle:
         handle.seek(start)
-        return handle.read(_HEADER_BYTES)
+        return handle.read(_PART_BYTES)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file, to be read: pipes and devices may never answer."""
+    handle = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        return handle
+    handle.close()
+    raise SlideError(f"{path}: is no regular file; name a slide")

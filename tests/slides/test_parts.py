@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydicom import Dataset
 
 from medsd.slides.parts import dicom_series, files_of, slide_identity, slide_sha256
 
@@ -64,3 +65,16 @@ def test_headers_that_are_none_and_pipes_are_of_no_series(tmp_path: Path) -> Non
     (tmp_path / "b.dcm").symlink_to("b.dcm")
     os.mkfifo(tmp_path / "c.dcm")  # opening one for reading waits for a writer
     assert [dicom_series(tmp_path / f"{name}.dcm") for name in "abcd"] == [""] * 4
+
+
+def test_a_series_is_known_whatever_the_length_of_its_headers(tmp_path: Path) -> None:
+    """Places of frames are a sequence of undefined length, which cannot be read where it is cut."""
+    files = [tmp_path / "label.dcm", tmp_path / "volume.dcm"]
+    for path in files:
+        found, frames = Dataset(), Dataset()
+        frames.ICCProfile = b"\0" * 2**21
+        found.SeriesInstanceUID, found.PerFrameFunctionalGroupsSequence = "1.2.3", [frames]
+        found["PerFrameFunctionalGroupsSequence"].is_undefined_length = True
+        found.preamble = b"\0" * 128
+        found.save_as(path, implicit_vr=False, little_endian=True)
+    assert dicom_series(files[1]) == "1.2.3" and files_of(files[1]) == files[::-1]
