@@ -85,8 +85,8 @@ def _windowed(volume: npt.NDArray[np.floating], settings: SliceSettings) -> npt.
     return grey
 
 
-def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], tuple[float, float, float]]:
-    """Values (x, y, z) that run left, posterior, superior, and millimetres between voxels (1 of bare arrays).
+def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.float64]]:
+    """Values (x, y, z) that run left, posterior, superior, and the affine (4, 4) from voxels to mm (1 of bare arrays).
 
     Raises:
         DatasetError: the file cannot be read, or is no volume of finite numbers.
@@ -101,7 +101,7 @@ def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], tuple[float, floa
     try:
         image = LoadImage(reader, image_only=True, ensure_channel_first=True)(path)
         array: Any = image if bare else Orientation(axcodes="LPS")(image)
-        steps = (1.0, 1.0, 1.0) if bare else tuple(float(step) for step in array.pixdim)
+        affine = np.eye(4) if bare else np.asarray(array.affine, np.float64)
     except DAMAGED as error:
         reason = printable(str(error).strip().partition("\n")[0])[:200]  # MONAI goes on about libraries to install
         raise DatasetError(f"{path}: cannot be read as a volume ({reason}); copy it again") from error
@@ -110,7 +110,7 @@ def read_volume(path: Path) -> tuple[npt.NDArray[np.floating], tuple[float, floa
         raise DatasetError(f"{path}: {len(array)} volumes in one file (times or channels); give a CT volume")
     if values.ndim != 3 or not np.isfinite(values).all():
         raise DatasetError(f"{path}: shape {values.shape}, all finite: {np.isfinite(values).all()}; give a CT volume")
-    return values, (steps[0], steps[1], steps[2])
+    return values, affine
 
 
 def _squares(slices: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:

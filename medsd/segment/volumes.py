@@ -94,7 +94,7 @@ def prepare_labelled(
         The slices' files, in the order of the volumes.
 
     Raises:
-        DatasetError: a volume or its labels cannot be read, or differ in shape: nothing is left out.
+        DatasetError: a volume or its labels cannot be read, or differ in shape or place: nothing is left out.
     """
     made = []
     for each in progress(list(volumes), len(volumes), "volume"):
@@ -106,24 +106,31 @@ def prepare_labelled(
             "coding": asdict(coding),
         }
         if read_record(target.with_suffix(".json"), recipe) is None:
-            values, spacing = read_volume(each.volume)
-            labels, _ = read_volume(each.labels)
+            values, affine = read_volume(each.volume)
+            labels, affine_of_labels = read_volume(each.labels)
             if values.shape != labels.shape:
                 raise DatasetError(
                     f"{each.labels}: labels {labels.shape} of a volume {values.shape} ({each.volume.name}); give those "
                     "of this volume"
+                )
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            # As far as a corner may lie from that of the volume; bare arrays say nothing of their place.
+            apart = np.abs(affine - affine_of_labels)[:3] @ (*values.shape, 1)
+            if ".npy" not in (each.volume.suffix, each.labels.suffix) and apart.max() > spacing.min() / 2:
+                raise DatasetError(
+                    f"{each.labels}: these labels lie elsewhere than their volume ({each.volume.name}), by up to "
+                    f"{apart.max():.0f} mm; save them with its affine"
                 )
             numbers = _numbers(labels, coding, each.labels)[:, :, :: settings.every].transpose(2, 1, 0)
             outputs = {target: grey_slices(values, settings), _labels_of(target): np.ascontiguousarray(numbers)}
             for path, array in outputs.items():
                 with atomic_path(path) as temporary:
                     np.save(temporary, array)
-            along_z = spacing[2] * settings.every
             write_record(
                 target.with_suffix(".json"),
                 recipe,
                 [path.name for path in outputs],
-                spacing_mm=[along_z, spacing[1], spacing[0]],
+                spacing_mm=(spacing * (1, 1, settings.every))[::-1].tolist(),
             )
         made.append(target)
     return made

@@ -66,6 +66,19 @@ def test_a_square_and_back_is_the_same_where_sizes_are_whole_multiples() -> None
         assert torch.equal(from_square(to_square(numbers, side), 24, 40), numbers)
 
 
+@pytest.mark.parametrize("affine", [np.eye(4), np.diag([-2.0, -2.0, 5.0, 1.0]), np.diag([2.0, 2.0, 4.0, 1.0])])
+def test_labels_that_lie_elsewhere_than_their_volume_are_refused(tmp_path: Path, affine: np.ndarray) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    volumes = find_volumes(write_volumes(tmp_path / "ct", nifti=True))
+    labels = nibabel.load(volumes[0].labels)
+    rounded = labels.affine + 0.01  # as of programs that keep it as angles
+    nibabel.save(nibabel.Nifti1Image(labels.get_fdata(), rounded), volumes[0].labels)
+    nibabel.save(nibabel.Nifti1Image(labels.get_fdata(), affine), volumes[1].labels)
+    with pytest.raises(DatasetError, match=r"label0002\.nii\.gz: these labels lie elsewhere .*save them with its affine"):
+        prepare_labelled(volumes, tmp_path / "work", SETTINGS, CODING)
+    assert (tmp_path / "work" / "0001.npy").exists()
+
+
 def test_half_a_data_set_is_refused(tmp_path: Path) -> None:
     folder = write_volumes(tmp_path / "ct")
     extra = folder / "label" / "label0009.npy"
