@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,10 +125,11 @@ def _part_of(path: Path, start: int) -> bytes:
         return handle.read(_PART_BYTES)
 
 
-def _opened(path: Path) -> BinaryIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, to be read: pipes and devices may never answer."""
-    handle = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
-    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-        return handle
-    handle.close()
-    raise SlideError(f"{path}: is no regular file; name a slide")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise SlideError(f"{path}: is no regular file; name a slide")
+        yield handle
