@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 from torch.utils.data import Dataset
 
 from medsd.checks import check_number
@@ -86,6 +86,11 @@ def read_patch(path: Path) -> RGB:
     Raises:
         DatasetError: it cannot be decoded, is not of 8 bits a colour, or has more than 4,096 x 4,096 px.
     """
+    return read_turned(path)[0]
+
+
+def read_turned(path: Path) -> tuple[RGB, int]:
+    """What `read_patch` gives, and the EXIF orientation (1 is upright) by which it was turned for that."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             file.seek(0)
@@ -97,10 +102,17 @@ def read_patch(path: Path) -> RGB:
             # A JPEG shows its first picture in every viewer.
             if not isinstance(image, JpegImagePlugin.JpegImageFile) and getattr(image, "is_animated", False):
                 raise DatasetError(f"{path}: has several pages; save the one that is meant as a file of its own")
+            turn = stated_turn(image)
             upright = ImageOps.exif_transpose(image)
-            return on_white(upright) if upright.has_transparency_data else np.array(upright.convert("RGB"))
+            return on_white(upright) if upright.has_transparency_data else np.array(upright.convert("RGB")), turn
     except DAMAGED as error:
         raise DatasetError(f"{path}: cannot be read as an image ({error}); copy it again") from error
+
+
+def stated_turn(image: Image.Image) -> int:
+    """The EXIF orientation of a picture, 1 (upright) to 8; to be asked before decoding, which turns TIFFs."""
+    turn = image.getexif().get(ExifTags.Base.Orientation)
+    return turn if turn in range(1, 9) else 1
 
 
 def read_patch_table(

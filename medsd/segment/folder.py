@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from medsd.checks import check_number
 from medsd.cohort.manifest import PART_OF_WORD
-from medsd.cohort.patches import SUFFIXES, read_patch
+from medsd.cohort.patches import SUFFIXES, read_turned
 from medsd.errors import DatasetError, nearest
 from medsd.progress import Progress, no_progress
 from medsd.segment.items import MaskedSample, as_masked_sample
@@ -175,9 +175,9 @@ class MaskedImages(Dataset[MaskedSample]):
     def whole(self, item: int) -> tuple[RGB, npt.NDArray[np.uint8]]:
         """Pixels (height, width, 3) and class numbers (height, width) of the whole image, which holds the square."""
         path = self.table.images[item]
-        pixels = read_patch(path)
+        pixels, turn = read_turned(path)
         height, width = pixels.shape[:2]
-        mask = read_mask(self.table.masks[item], self.coding, height, width)
+        mask = read_mask(self.table.masks[item], self.coding, height, width, turn)
         if min(height, width) < self.side_px:
             raise DatasetError(f"{path}: {width} x {height} px is smaller than {self.key}={self.side_px}; lower it")
         return pixels, mask

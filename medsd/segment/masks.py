@@ -9,16 +9,19 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from medsd.checks import check_choice
 from medsd.classes import checked_classes
+from medsd.cohort.patches import stated_turn
 from medsd.errors import ConfigError, DatasetError
 from medsd.segment.items import Numbers
 from medsd.slides.readers.damage import DAMAGED
+from medsd.slides.readers.picture import bits_a_colour
 
 # Pillow would try every decoder it has; JPEG is known to be told what it does to masks.
 _FORMATS = ("PNG", "TIFF", "JPEG", "WEBP")
+_WHITE_IS_ZERO = 0
 _GREY = ("1", "L", "I", "I;16", "I;16B")
 
 Kind = Literal["semantic", "instances"]
@@ -81,18 +84,22 @@ class MaskCoding:
         return numbers
 
 
-def mask_values(path: Path, height: int, width: int) -> npt.NDArray[np.integer]:
-    """The values (height, width) of a grey mask, PNG or TIFF, as stored.
+def mask_values(path: Path, height: int, width: int, turn: int = 1) -> npt.NDArray[np.integer]:
+    """The values (height, width) of a grey mask, PNG or TIFF, as stored, whatever a viewer makes of them.
+
+    Args:
+        path: the mask.
+        height, width: of its image as shown.
+        turn: the EXIF orientation of its image; a mask of another one was drawn on who knows which side up.
 
     Raises:
-        DatasetError: it cannot be read, is of another size than its image, a JPEG, in colour, or has a palette.
+        DatasetError: it cannot be read, is of another size or orientation than its image, a JPEG, in colour, of several
+            pages, or has a palette.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            if image.size != (width, height):
-                raise DatasetError(
-                    f"{path}: {image.width} x {image.height} px, its image {width} x {height}; draw it at that size"
-                )
+        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+            file.seek(0)
+            bits = bits_a_colour(image, file.read(32))
             if image.format not in ("PNG", "TIFF"):
                 raise DatasetError(f"{path}: a mask as {image.format}, whose values blur; save it anew as a grey PNG")
             if image.mode == "P":
@@ -102,17 +109,32 @@ def mask_values(path: Path, height: int, width: int) -> npt.NDArray[np.integer]:
                 )
             if image.mode not in _GREY:
                 raise DatasetError(f"{path}: a mask in colour ({image.mode}); save it as a grey PNG, 0 is background")
-            values = np.asarray(image)
+            if getattr(image, "is_animated", False):
+                raise DatasetError(f"{path}: has several pages; save the one that is the mask as a file of its own")
+            own = stated_turn(image)
+            if own != turn:
+                raise DatasetError(f"{path}: a mask of Orientation {own}, its image of {turn}; save both upright")
+            tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+            inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
+            upright = ImageOps.exif_transpose(image)
+            if upright.size != (width, height):
+                raise DatasetError(
+                    f"{path}: {upright.width} x {upright.height} px, its image {width} x {height}; draw it at that size"
+                )
+            # Pillow makes shades of up to 8 bits: 0 is black, 255 white.
+            values: npt.NDArray[np.integer] = np.asarray(upright.convert("L") if bits <= 8 else upright)
     except DAMAGED as error:
         raise DatasetError(f"{path}: cannot be read as a mask ({error}); write it again") from error
-    return values.astype(np.uint8) if values.dtype == bool else values
+    if bits <= 8:
+        values = (255 - values if inverted else values) // (255 // (2**bits - 1))
+    return values
 
 
-def read_mask(path: str | Path, coding: MaskCoding, height: int, width: int) -> Numbers:
-    """Class numbers (height, width) uint8 of a mask, for an image of that size.
+def read_mask(path: str | Path, coding: MaskCoding, height: int, width: int, turn: int = 1) -> Numbers:
+    """Class numbers (height, width) uint8 of a mask, for an image of that size and orientation.
 
     Raises:
         DatasetError: see `mask_values` and `MaskCoding.numbers`.
     """
     path = Path(path)
-    return coding.numbers(mask_values(path, height, width), path)
+    return coding.numbers(mask_values(path, height, width, turn), path)

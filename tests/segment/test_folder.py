@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -65,6 +67,10 @@ def test_pairs_are_cropped_alike_and_values_become_classes(
     assert found.groups.tolist() == ["p0", "p0", "p1", "p1", "p2", "p2"] and len(set(found.units)) == 6
 
 
+TURNED = Image.Exif()
+TURNED[274] = 3
+
+
 def save(path: Path, mode: str, **how: Any) -> None:
     mask = Image.fromarray(np.random.default_rng(1).integers(0, 2, (34, 40), dtype=np.uint8))
     mask.convert(mode).save(path, **how)
@@ -79,6 +85,9 @@ def save(path: Path, mode: str, **how: Any) -> None:
         (lambda f: save(f / "2m.png", "P"), r"2m\.png: a mask with a palette"),
         (lambda f: save(f / "2m.png", "RGB"), r"2m\.png: a mask in colour \(RGB\)"),
         (lambda f: save(f / "2m.png", "L", format="JPEG"), r"2m\.png: a mask as JPEG, whose values blur"),
+        (lambda f: save(f / "2m.png", "L", format="TIFF", save_all=True, append_images=[Image.new("L", (40, 34))]),
+         r"2m\.png: has several pages; save the one that is the mask"),
+        (lambda f: save(f / "2.png", "RGB", exif=TURNED), r"2m\.png: a mask of Orientation 1, its image of 3"),
         (lambda f: (f / "2m.png").write_bytes(b"no picture"), r"2m\.png: cannot be read as a mask"),
         (lambda f: (f / "2.png").write_bytes((f / "2.png").read_bytes()[:60]), r"2\.png: cannot be read as an image"),
         (lambda f: Image.new("RGB", (20, 34)).save(f / "2.png") or Image.new("L", (20, 34)).save(f / "2m.png"),
@@ -172,6 +181,37 @@ def test_images_larger_than_the_square_are_told_with_the_share_that_is_used(
     caplog.clear()
     check_masks(items(folder), "training")
     assert "larger than" not in caplog.text
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16])
+def test_the_numbers_of_a_tiff_are_those_that_are_stored(tmp_path: Path, photometric: Any, kind: Any) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2, (34, 40)).astype(kind)
+    tifffile.imwrite(tmp_path / "m.tif", numbers, photometric=photometric)
+    assert np.array_equal(read_mask(tmp_path / "m.tif", TWO, 34, 40), numbers)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_numbers_of_a_png_of_few_bits_are_those_that_are_stored(tmp_path: Path, bits: int) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2**bits, (34, 40), dtype=np.uint8)
+    palette = Image.fromarray(numbers, "P")
+    palette.putpalette([0] * 3 * 2**bits)
+    palette.save(tmp_path / "m.png", bits=bits)
+    data = (tmp_path / "m.png").read_bytes()
+    head = b"IHDR" + data[16:25] + b"\0" + data[26:29]  # grey in the place of a palette
+    start = data.index(b"IDAT") - 4
+    (tmp_path / "m.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4) + data[start:])
+    classes = MaskCoding(tuple(f"class {number}" for number in range(2**bits)))
+    assert np.array_equal(read_mask(tmp_path / "m.png", classes, 34, 40), numbers)
+
+
+def test_an_image_and_its_mask_are_turned_alike(tmp_path: Path) -> None:
+    found = items(write_pairs(tmp_path))
+    for name in ("2.png", "2m.png"):
+        with Image.open(tmp_path / name) as image:
+            image.copy().save(tmp_path / name, exif=TURNED)
+    pixels, mask = found.whole(2)
+    assert np.array_equal(pixels[..., 0], mask * 50)
 
 
 def test_instances_of_sixteen_bits_and_wrong_codings(tmp_path: Path) -> None:
