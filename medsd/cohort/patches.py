@@ -111,7 +111,7 @@ def read_turned(path: Path) -> tuple[RGB, int]:
 
 def stated_turn(image: Image.Image) -> int:
     """The EXIF orientation of a picture, 1 (upright) to 8; to be asked before decoding, which turns TIFFs."""
-    turn = image.getexif().get(ExifTags.Base.Orientation)
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     return turn if turn in range(1, 9) else 1
 
 
