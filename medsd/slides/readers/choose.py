@@ -27,6 +27,7 @@ from medsd.slides.readers.tiff_layout import (
     levels_of_sizes,
     ome_levels,
     pages_of,
+    tiled_pages,
 )
 from medsd.slides.readers.vendor import VendorSlide, is_unknown
 from medsd.slides.readers.zarr_levels import NgffSlide, is_zarr, unfit
@@ -46,6 +47,9 @@ READERS = {
 _MOST_LOOKED_AT = 8
 # Grey levels; a wrong colour space moves the mean by tens, half a pixel by one or two.
 _MOST_APART = 8.0
+
+_GREYS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+_TRANSPARENT = ((tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,))
 
 # OpenSlide vendors whose levels are nothing but TIFF tiles (no overlaps, gaps or separate regions), and whether
 # OpenSlide, too, shows an absent tile as white.
@@ -132,6 +136,7 @@ def _of_tiff(path: Path, tiff: tifffile.TiffFile, handle: BinaryIO, cache: TileC
         raise _unread(path, f"{bits} bits a colour")
     levels = levels_of_sizes(tiff, vendor.sizes, absent=_PLAIN_VENDORS[kind], reduced=kind == "generic-tiff")
     if levels is None:
+        _check_shown(path, tiff)
         return vendor
     tiled = TiledTiff(path, levels, vendor.properties, cache, handle)
     if all(_agree(tiled, vendor, number) for number in range(len(levels))):
@@ -151,6 +156,13 @@ def _unknown_to_openslide(
     page = tiff.pages[0].aspage()
     unusual = what_is_unusual(page)
     if is_unknown(error):
+        if page.is_tiled:  # OpenSlide 4.0.1 does not know classic TIFFs whose bytes are in Motorola's order
+            _check_tables(path, tiff)
+            levels = levels_of_generic(tiff)
+            if levels is not None:
+                return TiledTiff(path, *levels, cache, handle)
+            if unusual and len(tiff.pages) > 1:
+                raise _unread(path, unusual) from error
         if page.compression not in COMPRESSION_INFO:
             raise _unread(path, f"compression {tifffile.COMPRESSION(page.compression).name} in strips") from error
         if page.bitspersample > 8:
@@ -180,6 +192,19 @@ def _check_tables(path: Path, tiff: tifffile.TiffFile) -> None:
                 f"{path}: a page of {page.imagewidth} x {page.imagelength} px has {found} tiles instead of {wanted}; "
                 "its header is damaged, copy it again"
             )
+
+
+def _check_shown(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError for tiles that OpenSlide shows otherwise than they are, without a word."""
+    for page in tiled_pages(tiff, reduced=True):
+        samples, extra = page.samplesperpixel, page.extrasamples[:1]
+        # Its lines are sheared in tiles that reach beyond the picture.
+        wrong = page.imagewidth % page.tilewidth > 0 or extra == (tifffile.EXTRASAMPLE.UNASSALPHA,)
+        if wrong and page.photometric in _GREYS and (page.bitspersample > 8 or samples > 1):
+            raise _unread(path, f"grey of {samples} channels" if samples > 1 else f"grey of {page.bitspersample} bits")
+        # A fourth channel is taken for transparency, whatever it is.
+        if page.photometric == tifffile.PHOTOMETRIC.RGB and samples > 3 and extra not in _TRANSPARENT:
+            raise _unread(path, f"{samples} channels, of which the fourth is not called transparency,")
 
 
 def _check_generic(path: Path, tiff: tifffile.TiffFile) -> None:

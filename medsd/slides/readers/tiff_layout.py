@@ -49,7 +49,7 @@ def levels_of_sizes(
     """
     levels = []
     with suppress(*DAMAGED):
-        free = _tiled_pages(file, reduced)
+        free = tiled_pages(file, reduced)
         for size in sizes:
             page = _page_of_size(free, size)
             level = None if page is None else level_of_page(page, size)
@@ -63,7 +63,7 @@ def levels_of_sizes(
 
 def levels_of_generic(file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
     """Levels and scale of a generic TIFF without OpenSlide's help: its first page and what is marked as reduced."""
-    pages = _tiled_pages(file, reduced=True)
+    pages = tiled_pages(file, reduced=True)
     sizes = sorted(((page.imagewidth, page.imagelength) for page in pages), reverse=True)
     levels = levels_of_sizes(file, sizes, absent=True, reduced=True) if sizes else None
     if levels is None:
@@ -141,7 +141,7 @@ def level_of_page(page: tifffile.TiffPage, size: Size, believe_jfif: bool = Fals
     return TiledLevel(*size, across, offsets, counts, codec)
 
 
-def _tiled_pages(file: tifffile.TiffFile, reduced: bool) -> list[tifffile.TiffPage]:
+def tiled_pages(file: tifffile.TiffFile, reduced: bool) -> list[tifffile.TiffPage]:
     """The tiled ones of the pages, with `reduced` only the first and those marked so."""
     pages = pages_of(file)
     return [page for page in pages if page.is_tiled and (page is pages[0] or page.is_reduced or not reduced)]
