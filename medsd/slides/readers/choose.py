@@ -26,6 +26,7 @@ from medsd.slides.readers.tiff_layout import (
     levels_of_generic,
     levels_of_sizes,
     ome_levels,
+    ome_scale,
     pages_of,
     tiled_pages,
 )
@@ -93,6 +94,8 @@ def open_reader(path: Path, name: str | None = None, cache: TileCache | None = N
             raise _unfit(path, name)
         if name not in (None, reader.name):
             raise _unfit(path, str(name))
+        if tiff is not None and tiff.is_ome:  # whoever reads its pixels
+            reader.properties = {**reader.properties, **ome_scale(tiff.pages[0].aspage().description)}
         if tiff is not None and reader.properties.get("openslide.vendor", "generic-tiff") == "generic-tiff":
             _check_generic(path, tiff)
     return reader

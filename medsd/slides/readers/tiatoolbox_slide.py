@@ -22,8 +22,8 @@ from medsd.errors import SlideError
 from medsd.slides.readers.absent import LOST, is_lost
 from medsd.slides.readers.base import RGB, Bools, Handles, LevelReader, Size
 from medsd.slides.readers.damage import damage_named
-from medsd.slides.readers.tiff_layout import ome_scale
-from medsd.slides.readers.zarr_levels import ArrayLevel, as_rgb, unfit
+from medsd.slides.readers.tiff_layout import ome_colours, resolution
+from medsd.slides.readers.zarr_levels import ArrayLevel, as_rgb, check_colours, unfit
 from medsd.slides.tiatoolbox_import import logging_untouched
 
 _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
@@ -79,14 +79,15 @@ def _open(path: Path) -> _OmeLevels | _Jp2Levels:
             _check_openjpeg(path)
             return _Jp2Levels(path, JP2WSIReader(path))
         with tifffile.TiffFile(path) as file:
-            series, description = file.series[0], file.pages[0].aspage().description
+            series, page = file.series[0], file.pages[0].aspage()
             if series.axes not in _OME_AXES:
                 raise unfit(path, f"axes {series.axes}")
+            check_colours(path, ome_colours(page.description))
             tables = [
                 _Stored.of([page.aspage() for page in level.pages if page is not None]) for level in series.levels
             ]
         reader = TIFFWSIReader(path, cache_size=_CACHE_BYTES, post_proc=None)
-        return _OmeLevels(path, reader, tables, ome_scale(description))
+        return _OmeLevels(path, reader, tables, resolution(page))
 
 
 def _check_openjpeg(path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
+from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
 import tifffile
@@ -21,6 +21,7 @@ from medsd.slides.readers.damage import DAMAGED
 from medsd.slides.readers.tiff import TiledLevel
 
 _MOST_PAGES = 10_000
+_WHITE = -1
 
 
 def is_tiff(start: bytes) -> bool:
@@ -68,13 +69,17 @@ def levels_of_generic(file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, ...], 
     levels = levels_of_sizes(file, sizes, absent=True, reduced=True) if sizes else None
     if levels is None:
         return None
-    tags = pages[0].tags
-    found = {"openslide.vendor": "generic-tiff"}
-    found["tiff.ResolutionUnit"] = {2: "inch", 3: "centimeter"}.get(tags.valueof("ResolutionUnit", 2), "none")
+    return levels, {"openslide.vendor": "generic-tiff", **resolution(pages[0])}
+
+
+def resolution(page: tifffile.TiffPage) -> dict[str, str]:
+    """The resolution tags of a page under OpenSlide's names."""
+    found = {"tiff.ResolutionUnit": {2: "inch", 3: "centimeter"}.get(page.tags.valueof("ResolutionUnit", 2), "none")}
     for name in ("XResolution", "YResolution"):
-        above, below = tags.valueof(name, (0, 1))
-        found[f"tiff.{name}"] = str(above / below if below else 0)
-    return levels, found
+        with suppress(TypeError, ValueError):  # no ratio
+            above, below = page.tags.valueof(name, (0, 1))
+            found[f"tiff.{name}"] = str(above / below if below else 0)
+    return found
 
 
 def is_ome_pyramid(file: tifffile.TiffFile) -> bool:
@@ -86,7 +91,7 @@ def is_ome_pyramid(file: tifffile.TiffFile) -> bool:
 
 
 def ome_levels(path: Path, file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, ...], Mapping[str, str]] | None:
-    """Levels (in SubIFDs) and scale of an OME-TIFF; None where the file is none, or not plain.
+    """Levels (in SubIFDs) and resolution tags of an OME-TIFF; None where the file is none, or not plain.
 
     Raises:
         SlideError: one of several files of an image, or its first image is not the slide.
@@ -103,16 +108,12 @@ def ome_levels(path: Path, file: tifffile.TiffFile) -> tuple[tuple[TiledLevel, .
     pages = [level.keyframe for level in series.levels]
     found = [level_of_page(page, (page.imagewidth, page.imagelength), believe_jfif=True) for page in pages]
     levels = tuple(level for level in found if level is not None)
-    return (levels, ome_scale(file.pages[0].aspage().description)) if len(levels) == len(found) else None
+    return (levels, resolution(file.pages[0].aspage())) if len(levels) == len(found) else None
 
 
 def ome_scale(description: str) -> dict[str, str]:
     """The size of a pixel in um from an OME-XML description: `ome.mpp-x` and `ome.mpp-y`, where it is stated."""
-    try:
-        root = fromstring(description.encode())
-    except (ParseError, DefusedXmlException, ValueError, LookupError):
-        return {}
-    pixels = next((element for element in root.iter() if element.tag.endswith("}Pixels")), None)
+    pixels = _ome_pixels(description)
     if pixels is None:
         return {}
     scale = {}
@@ -126,6 +127,25 @@ def ome_scale(description: str) -> dict[str, str]:
             return {}
         scale[f"ome.mpp-{axis.lower()}"] = str(size * unit)
     return scale
+
+
+def ome_colours(description: str) -> list[str]:
+    """The colours (RRGGBB) of the channels of an OME-XML description; "" where it is white, the default."""
+    pixels = _ome_pixels(description)
+    channels = [] if pixels is None else [each for each in pixels if each.tag.endswith("}Channel")]
+    with suppress(ValueError):
+        colours = [int(each.get("Color", _WHITE)) for each in channels]  # signed, of red, green, blue and alpha
+        return ["" if colour == _WHITE else f"{colour >> 8 & 0xFFFFFF:06X}" for colour in colours]
+    return []
+
+
+def _ome_pixels(description: str) -> Element | None:
+    """The first Pixels of an OME-XML description."""
+    try:
+        root = fromstring(description.encode())
+    except (ParseError, DefusedXmlException, ValueError, LookupError):
+        return None
+    return next((element for element in root.iter() if element.tag.endswith("}Pixels")), None)
 
 
 def level_of_page(page: tifffile.TiffPage, size: Size, believe_jfif: bool = False) -> TiledLevel | None:

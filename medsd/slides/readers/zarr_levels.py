@@ -106,6 +106,12 @@ def unfit(path: Path, why: str) -> SlideError:
     return SlideError(f"{path}: not one picture of 8-bit RGB or grey ({why}); export it as such")
 
 
+def check_colours(path: Path, colours: Sequence[str]) -> None:
+    """Raise SlideError where three channels are said to be shown in other colours (RRGGBB) than red, green and blue."""
+    if len(colours) == 3 and all(colours) and colours != _RGB_HEX:
+        raise unfit(path, f"its channels are to be shown in the colours {', '.join(colours)}")
+
+
 def is_zarr(path: Path) -> bool:
     """Whether the path is a zarr folder, of version 2 or 3."""
     return path.is_dir() and any((path / name).is_file() for name in (".zgroup", ".zattrs", "zarr.json"))
@@ -191,18 +197,12 @@ def _multiscale(path: Path, attributes: Any) -> Mapping[str, Any]:
     attributes = attributes.get("ome", attributes)
     scales = attributes.get("multiscales") or [{}]
     if all(isinstance(axis, dict) for axis in scales[0].get("axes") or [None]):
-        _check_colours(path, attributes.get("omero"))
+        omero = attributes.get("omero")
+        channels = omero.get("channels") if isinstance(omero, dict) else None
+        check_colours(path, [str(channel.get("color", "")).upper() for channel in channels or []])
         return dict(scales[0])
     inner = f"name an image in it, such as {path / '0'}" if is_zarr(path / "0") else "write it as OME-NGFF 0.4"
     raise SlideError(f"{path}: a zarr folder, but no image of OME-NGFF 0.4 or 0.5; {inner}")
-
-
-def _check_colours(path: Path, omero: Any) -> None:
-    """Raise SlideError where three channels are said to be shown in other colours than red, green and blue."""
-    channels = omero.get("channels") if isinstance(omero, dict) else None
-    colours = [str(channel.get("color", "")).upper() for channel in channels or []]
-    if len(colours) == 3 and all(colours) and colours != _RGB_HEX:
-        raise unfit(path, f"its channels are to be shown in the colours {', '.join(colours)}")
 
 
 def _scale(multiscale: Mapping[str, Any]) -> dict[str, str]:

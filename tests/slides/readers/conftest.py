@@ -93,10 +93,13 @@ def write_jp2(path: Path, pixels: np.ndarray, description: str | None = None, **
     return path
 
 
-def write_planes(path: Path, levels: list[np.ndarray], mpp: float = 0.5, **coding: Any) -> Path:
-    """An OME-TIFF pyramid in SubIFDs whose colours are a page each."""
+def write_planes(
+    path: Path, levels: list[np.ndarray], mpp: float = 0.5, channels: dict[str, Any] | None = None, **coding: Any
+) -> Path:
+    """An OME-TIFF pyramid in SubIFDs whose colours are a page each; `channels` is what its OME-XML says of them."""
     coding = {"tile": (64, 64), "photometric": "minisblack", "compression": "deflate", **coding}
     size = {f"PhysicalSize{axis}": mpp for axis in "XY"} | {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
+    size |= {} if channels is None else {"Channel": channels}
     with tifffile.TiffWriter(path, ome=True) as writer:
         planes = [np.moveaxis(level, -1, 0) for level in levels]
         writer.write(planes[0], subifds=len(levels) - 1, metadata={"axes": "CYX", **size}, **coding)

@@ -207,6 +207,25 @@ def test_planes_of_colours_are_joined(tmp_path: Path, formats: Any, coding: Any,
             assert np.array_equal(slide.read(0, 0, *size, mpp=0.25 * 2**number), level)
 
 
+@pytest.mark.parametrize(
+    ("colours", "words"),
+    [
+        ((0x0000FFFF, 0x00FF00FF, -16776961), "colours 0000FF, 00FF00, FF0000"),  # DAPI, FITC, Cy5
+        ((-16776961, 0x00FF00FF, 0x0000FFFF), None),
+        ((-1, -1, -1), None),
+    ],
+)
+def test_channels_in_other_colours_than_rgb_are_refused(
+    tmp_path: Path, formats: Any, pixels: np.ndarray, colours: tuple[int, ...], words: str | None
+) -> None:
+    path = formats.planes(tmp_path / "three.ome.tif", [pixels], channels={"Color": list(colours)})
+    if words is None:
+        assert np.array_equal(open_reader(path).read(0, 0, 0, 300, 201), pixels)
+        return
+    with pytest.raises(SlideError, match=rf"three\.ome\.tif: not one picture of 8-bit RGB .*{words}"):
+        open_reader(path)
+
+
 def test_interleaved_colours_of_a_rarer_compression(tmp_path: Path, coding: Any) -> None:
     pixels, path = coding.coded_pixels(300, 201), tmp_path / "rare.ome.tif"
     half, options = coding.halved(pixels, 2), {"tile": (64, 64), "photometric": "rgb", "compression": "lzma"}
@@ -214,7 +233,7 @@ def test_interleaved_colours_of_a_rarer_compression(tmp_path: Path, coding: Any)
         writer.write(pixels, subifds=1, metadata={"axes": "YXS"}, **options)
         writer.write(half, subfiletype=1, metadata=None, **options)
     reader = open_reader(path)
-    assert isinstance(reader, TiatoolboxSlide) and reader.properties == {}
+    assert isinstance(reader, TiatoolboxSlide)
     assert np.array_equal(reader.read(1, 0, 0, *reader.sizes[1]), half)
 
 

@@ -260,6 +260,36 @@ def test_levels_in_subifds_of_ome_tiff(tmp_path: Path) -> None:
         assert np.array_equal(slide.read(100, 50, 90, 80), base[50:130, 100:190])
 
 
+KINDS_OF_OME: dict[str, dict[str, Any]] = {
+    "tiles": {"tile": (64, 64)},
+    "strips": {},
+    "deep": {"tile": (64, 64), "dtype": np.uint16},
+    "alpha": {"tile": (64, 64), "extrasamples": ["unassalpha"]},
+    "planes": {"tile": (64, 64), "planarconfig": "separate"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OME)
+def test_the_scale_of_ome_xml_is_known_whoever_reads_the_pixels(tmp_path: Path, kind: str) -> None:
+    path, options, pixels = tmp_path / "slide.ome.tif", {**KINDS_OF_OME[kind]}, picture()
+    pixels = np.dstack([pixels, pixels[..., 0]]) if kind == "alpha" else pixels
+    pixels = pixels.astype(options.pop("dtype", np.uint8))
+    stored = np.moveaxis(pixels, -1, 0) if kind == "planes" else pixels
+    scale = {f"PhysicalSize{axis}": 0.35 for axis in "XY"}
+    axes = "SYX" if kind == "planes" else "YXS"
+    tifffile.imwrite(path, stored, ome=True, photometric="rgb", metadata={"axes": axes, **scale}, **options)
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source, slide.dimensions) == (0.35, "OME-XML", (371, 437))
+
+
+def test_an_ome_tiff_that_states_no_size_has_that_of_its_tags(tmp_path: Path) -> None:
+    path = tmp_path / "slide.ome.tif"
+    options: dict[str, Any] = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "tile": (64, 64)}
+    tifffile.imwrite(path, picture(), ome=True, photometric="rgb", metadata={"axes": "YXS"}, **options)
+    with open_slide(path) as slide:
+        assert (slide.reader, slide.mpp, slide.mpp_source) == ("tifffile", 0.5, "TIFF resolution tags")
+
+
 def test_the_real_ome_pyramid_is_the_real_tiff_pyramid(shared_data: Path) -> None:
     ome, plain = (
         open_reader(shared_data / "wsi" / "derived" / f"cmu1-region-pyramid{end}") for end in (".ome.tif", "-jpeg.tif")
