@@ -290,12 +290,16 @@ def level_of(base: tuple[int, int], size: tuple[int, int]) -> Level:
     """The scale of a level of that size.
 
     Writers round odd sizes up or down, so base / size is not the scale: 2,967 px over 741 px is a factor of 4, not
-    4.004, which would drift by most of a pixel over the slide. The longer side tells the factor best.
+    4.004, which would drift by most of a pixel over the slide. The longer side tells the factor best. Of a coarse
+    level several fit, and a power of 2 is the likeliest.
     """
     longer = 0 if base[0] >= base[1] else 1
-    factor = round(base[longer] / size[longer])
-    if all(part in (whole // factor, math.ceil(whole / factor)) for whole, part in zip(base, size, strict=True)):
-        return Level(*size, float(factor), float(factor))
+    ratio = base[longer] / size[longer]
+    nearest = round(ratio)
+    exact = base == (nearest * size[0], nearest * size[1])
+    for factor in (nearest,) if exact else (2 ** round(math.log2(ratio)), nearest):
+        if all(part in (whole // factor, math.ceil(whole / factor)) for whole, part in zip(base, size, strict=True)):
+            return Level(*size, float(factor), float(factor))
     return Level(*size, base[0] / size[0], base[1] / size[1])
 
 
