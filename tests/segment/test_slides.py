@@ -14,6 +14,7 @@ import pytest
 import shapely
 import tifffile
 import torch
+from scipy import ndimage
 from shapely.geometry import shape
 from torch import nn
 
@@ -30,6 +31,7 @@ from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom.files import write_pyramid
 from medsd.record import read_record, rewrite_record
+from medsd.segment import contours
 from medsd.segment.contours import class_regions
 from medsd.segment.label_tiff import NAMESPACE, label_map_words
 from medsd.segment.network import SegmentationNetwork
@@ -232,6 +234,25 @@ def test_small_specks_are_in_areas_and_not_in_contours(array_slide) -> None:
     assert [region.number for region in regions] == [1, 2]
     assert not regions[0].polygon.interiors and regions[0].polygon.bounds == (100, 100, 300, 300)
     assert regions[1].polygon.bounds == (0, 200, 40, 280)
+
+
+@pytest.mark.parametrize("side", [1.0, 1.37, 2.0])
+def test_outlines_that_lie_apart_are_not_united(monkeypatch: pytest.MonkeyPatch, side: float) -> None:
+    """The union of all of them at once is the answer, and takes long where there are many."""
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(300, 300)), 4)
+    numbers = (1 + (smooth > np.quantile(smooth, 0.9))).astype(np.uint8)
+    labels = SimpleNamespace(numbers=numbers, classes=CLASSES[:2], pixels=(1, 1), level0_px=side, mpp=1.0)
+    union, seen, united = shapely.union_all, [], []
+    monkeypatch.setattr(contours, "_BLOCK_PX", 128)
+    monkeypatch.setattr(shapely, "simplify", lambda polygons, _: seen.append(polygons) or polygons)
+    monkeypatch.setattr(shapely, "union_all", lambda pieces, **how: united.append(len(pieces)) or union(pieces, **how))
+    dimensions = (int(300 * side),) * 2
+    class_regions(labels, 0.5, dimensions)
+    pieces = list(contours._pieces(labels, 1, dimensions))
+    wanted = shapely.get_parts(union(pieces, grid_size=1.0))
+    found = seen[0][~shapely.is_empty(seen[0])]
+    assert sorted(map(str, found)) == sorted(map(str, shapely.normalize(wanted)))
+    assert 0 < sum(united) < len(pieces) / 2
 
 
 def test_what_cannot_be_used_is_told_in_a_line(slide: Path, done: SimpleNamespace, monkeypatch, tmp_path: Path) -> None:
