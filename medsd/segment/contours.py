@@ -53,6 +53,8 @@ def class_regions(labels: SlideLabels, slide_mpp: float, dimensions: tuple[int, 
         if not labels.pixels[number]:
             continue
         pieces = np.array(list(_pieces(labels, number, dimensions)), dtype=object)
+        if not len(pieces):  # too small for whole pixels
+            continue
         simple = shapely.simplify(_joined(pieces), _TOLERANCE * labels.level0_px)
         for polygon in _valid(simple):
             kept = [ring for ring in polygon.interiors if shapely.Polygon(ring).area >= smallest]

@@ -119,7 +119,7 @@ def prepare_labelled(
             if ".npy" not in (each.volume.suffix, each.labels.suffix) and apart.max() > spacing.min() / 2:
                 raise DatasetError(
                     f"{each.labels}: these labels lie elsewhere than their volume ({each.volume.name}), by up to "
-                    f"{apart.max():.0f} mm; save them with its affine"
+                    f"{apart.max():.2g} mm; save them with its affine"
                 )
             numbers = _numbers(labels, coding, each.labels)[:, :, :: settings.every].transpose(2, 1, 0)
             outputs = {target: grey_slices(values, settings), _labels_of(target): np.ascontiguousarray(numbers)}
