@@ -17,6 +17,7 @@ from medsd.annotations.shapes import Annotations, Outline, one_line
 from medsd.errors import AnnotationError
 from medsd.slides.readers.base import Bools
 from medsd.slides.readers.damage import DAMAGED
+from medsd.slides.readers.tiff_layout import has_too_many_pages
 from medsd.slides.slide import level_of
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def _pixels(path: Path) -> npt.NDArray[Any]:
     """The finest level that is small enough, shape (height, width)."""
     try:
         with tifffile.TiffFile(path) as file:
+            if has_too_many_pages(file):
+                raise AnnotationError(f"{path}: damaged mask (a list of pages without end); copy it again")
             levels = file.series[0].levels
             sizes = [int(np.prod(level.shape, dtype=object)) for level in levels]
             chosen = next((number for number, size in enumerate(sizes) if size <= MOST_MASK_PX), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,15 @@ def test_damaged_masks_are_read_or_raise_annotation_error(edits: list[Any], cut:
         assert "\n" not in str(error)
     else:
         assert found.tumour.is_valid
+
+
+def test_a_list_of_pages_without_end_is_no_mask(tmp_path: Path) -> None:
+    """Bytes that no page ends: 20,000 pages without a tag, each naming the next."""
+    places = range(8, 8 + 6 * 20_000, 6)
+    chain = b"".join(struct.pack("<HI", 0, place + 6) for place in places)
+    (tmp_path / "mask.tif").write_bytes(struct.pack("<2sHI", b"II", 42, 8) + chain)
+    with pytest.raises(AnnotationError, match=r"mask\.tif: damaged mask \(a list of pages without end\)"):
+        read_annotations(tmp_path / "mask.tif", (600, 600))
 
 
 def test_noise_is_refused_before_it_is_outlined(tmp_path: Path) -> None:

@@ -32,9 +32,20 @@ def is_tiff(start: bytes) -> bool:
 def pages_of(file: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     """The pages up to the first damaged one, without their SubIFDs."""
     pages: list[tifffile.TiffPage] = []
-    with suppress(*DAMAGED):
-        pages.extend(file.pages[number].aspage() for number in range(min(len(file.pages), _MOST_PAGES)))
+    with suppress(*DAMAGED):  # there is no such page, too
+        pages.extend(file.pages[number].aspage() for number in range(_MOST_PAGES))
     return pages
+
+
+def has_too_many_pages(file: tifffile.TiffFile) -> bool:
+    """Whether bytes that are no list of pages look like one, which tifffile would walk through for minutes."""
+    try:
+        _ = file.pages[_MOST_PAGES]
+    except IndexError:
+        return False
+    except DAMAGED:
+        pass  # it is there
+    return True
 
 
 def levels_of_sizes(
