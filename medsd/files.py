@@ -11,10 +11,14 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medsd.errors import OutputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Of a process whose life cannot be asked for, as that of another machine (our choice).
 _DEAD_AFTER_S = 86_400.0
@@ -143,6 +147,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON to `path` atomically; NaN is refused (it is not JSON)."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def as_json(found: DataclassInstance) -> dict[str, Any]:
+    """A data class, of scores above all, as JSON values; what is not finite becomes null."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(found)), parse_constant=lambda _name: None)
+    return plain
 
 
 def printable(text: str) -> str:

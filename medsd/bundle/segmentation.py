@@ -26,8 +26,8 @@ from medsd.cohort.learnt import learnt_and_tested, learnt_from, tell_of_learnt, 
 from medsd.errors import DatasetError, WeightsError
 from medsd.evaluate.mask_scores import UnitScores, joined_scores, rows_of, score_unit, summarise_masks
 from medsd.evaluate.mask_sheet import SheetItem, draw_mask_sheet
-from medsd.evaluate.summary import as_json
-from medsd.files import sha256_of, write_json
+from medsd.evaluate.summary import interval_text
+from medsd.files import as_json, sha256_of, write_json
 from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating, usable_device
 from medsd.networks.start import learnt_by, weights_sha256
@@ -329,9 +329,7 @@ def segmentation_summary(output_dir: str) -> str:
         for name, each in scores["masks"].items():
             dice, distance = each["dice"], each["hausdorff95"]["value"]
             what = f"{each['units']} {scores['unit']}s, {each['patients']} patients"
-            bounds = f"95 % interval {_number(dice['low'])} to {_number(dice['high'])}"
-            bounds = bounds if each["patients"] > 1 else "no interval"
-            line = f"  {name:<12} Dice {_number(dice['value'])}, {bounds} ({what})"
+            line = f"  {name:<12} Dice {interval_text(dice)} ({what})"
             lines.append(line + (f"; Hausdorff 95 {distance:.1f} {scores['length']}" if distance is not None else ""))
         if learnt := scores.get("learnt_before"):
             lines.append(f"  beware       {why_too_good(learnt)}")
@@ -339,7 +337,3 @@ def segmentation_summary(output_dir: str) -> str:
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -25,11 +25,11 @@ from medsd.evaluate.lesion_scores import judge_slides, score_lesions, write_lesi
 from medsd.evaluate.plots import draw_froc, draw_summary
 from medsd.evaluate.probes import score_probe
 from medsd.evaluate.runs import read_run_json
-from medsd.evaluate.summary import as_json, score_slides, score_tiles
+from medsd.evaluate.summary import interval_text, score_slides, score_text, score_tiles
 from medsd.evaluate.temperature import score_calibration, softmax
 from medsd.explain.explain import explain_images
 from medsd.explain.settings import ExplainSettings
-from medsd.files import atomic_path, make_folder, write_json
+from medsd.files import as_json, atomic_path, make_folder, write_json
 from medsd.heatmap.cohort import map_slides, read_results
 from medsd.heatmap.model import MapRequest
 from medsd.networks.calibrated import calibrated
@@ -203,17 +203,17 @@ def summary(output_dir: str) -> str:
             (f"{tiles['items']} tiles", "patch_auc"),
             (f"{tiles['groups']} groups", "patch_auc_by_group"),
         ):
-            lines.append(f"  patch AUC    {_with_interval(tiles[key])} (resampling {words})")
+            lines.append(f"  patch AUC    {interval_text(tiles[key])} (resampling {words})")
         if "slides" in scores:
             slides = scores["slides"]
-            ratio = _number(slides["mean_pointing_ratio"], 1)
-            lines.append(f"  slide AUC    {_number(slides['slide_auc'])} ({len(slides['slides'])} slides)")
+            ratio = score_text(slides["mean_pointing_ratio"], 1)
+            lines.append(f"  slide AUC    {score_text(slides['slide_auc'])} ({len(slides['slides'])} slides)")
             what = "open masks" if slides.get("quantity") == "mask" else "positive saliency"
             lines.append(f"  pointing     {what} in {target}: {ratio} times its share of the tissue")
         if "lesions" in scores:
             lesions, froc = scores["lesions"], scores["lesions"]["maps"]["model"]["froc"]
             what = f"{lesions['lesions']} lesions, resampling {lesions['slides']} slides"
-            lines.append(f"  lesion FROC  {_with_interval(froc)} ({what})")
+            lines.append(f"  lesion FROC  {interval_text(froc)} ({what})")
         if learnt := scores.get("learnt_before"):
             lines.append(f"  beware       {why_too_good(learnt)}")
     for label, name in (
@@ -226,18 +226,6 @@ def summary(output_dir: str) -> str:
         if (folder / name).is_file():
             lines.append(f"  {label:<12} {folder / name}")
     return "\n".join(lines)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """A score in words; a dash where it has no value (one class only, no annotation)."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _with_interval(found: dict[str, Any]) -> str:
-    """A score in words, with the interval that it has."""
-    if found["low"] is None or found["high"] is None:
-        return f"{_number(found['value'])}, no interval"
-    return f"{_number(found['value'])}, 95 % interval {_number(found['low'])} to {_number(found['high'])}"
 
 
 def _read_scores(folder: Path) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from medsd.checks import check_number
 from medsd.classes import target_number
 from medsd.cohort.dataset import Sample, SlideGroupedSampler
 from medsd.evaluate.scores import auc
-from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import softmax
 from medsd.explain.surrogates import SurrogateCard, save_surrogate
-from medsd.files import sha256_of
+from medsd.files import as_json, sha256_of
 from medsd.networks.classifier import Classifier
 from medsd.progress import progress_bar
 from medsd.record import read_record, write_record

@@ -114,6 +114,9 @@ def check_names(slides: Iterable[SlideEntry]) -> None:
         paths[key] = slide.path
 
 
+PATIENT = "patient"  # the column of tables
+
+
 def check_patients(patients: Iterable[tuple[str, str]]) -> None:
     """Raise DatasetError where patients, each with the place of its name, differ in case alone: they would be two."""
     known: dict[str, tuple[str, str]] = {}

@@ -1,7 +1,7 @@
 """What a network learnt from goes with its weights, as digests, so that nobody tests on it unawares.
 
-Slides are known by their bytes, under any name; patients and other groups by their names, in any case. No paper asks
-for this (our choice): weights travel further than the tables that say who was trained on.
+Slides are known by their bytes, under any name; patients by their names in any case, other groups by theirs. No paper
+asks for this (our choice): weights travel further than the tables that say who was trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from medsd.classes import folded
-from medsd.cohort.entry import SlideEntry
+from medsd.cohort.entry import PATIENT, SlideEntry
 from medsd.errors import SlideError
 from medsd.slides.parts import slide_fingerprint
 
@@ -22,7 +22,6 @@ Sources = Mapping[str, frozenset[str]]
 """What is dealt to parts, by name (slides, patients, clusters), each with the digests it is known by."""
 
 _DIGITS, _NAMED = 16, 5
-_PATIENT = "patient"
 
 
 class Dealt(Protocol):
@@ -44,8 +43,8 @@ def slide_sources(slides: Iterable[SlideEntry]) -> Sources:
 
 def group_sources(column: str, groups: Iterable[str], folder: str) -> Sources:
     """Groups of a table's column by name: patients in any table, others (clusters, organs) in folders of that name."""
-    kind = _PATIENT if folded(column) == _PATIENT else f"{folded(column)} of {folder}"
-    return {name: frozenset([_digest(kind, name)]) for name in sorted(set(groups))}
+    kind = PATIENT if folded(column) == PATIENT else f"{folded(column)} of {folder}"
+    return {name: _digests(kind, name) for name in sorted(set(groups))}
 
 
 def learnt_from(data: Dealt, starts: Iterable[str] = ()) -> tuple[str, ...]:
@@ -96,8 +95,10 @@ def _of_slide(slide: SlideEntry) -> frozenset[str]:
 
 
 def _of_patient(slide: SlideEntry) -> frozenset[str]:
-    return frozenset([_digest(_PATIENT, slide.patient)] if slide.patient else [])
+    return _digests(PATIENT, slide.patient) if slide.patient else frozenset()
 
 
-def _digest(kind: str, name: str) -> str:
-    return hashlib.sha256(f"{kind}\0{folded(name)}".encode()).hexdigest()[:_DIGITS]
+def _digests(kind: str, name: str) -> frozenset[str]:
+    """Of the name as it is written; of patients in small letters, too, for tables write one now so, now so."""
+    spelt = {name, folded(name)} if kind == PATIENT else {name}
+    return frozenset(hashlib.sha256(f"{kind}\0{each}".encode()).hexdigest()[:_DIGITS] for each in spelt)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from medsd.checks import check_number
 from medsd.cohort.dataset import Sample, as_sample
+from medsd.cohort.entry import PATIENT, check_patients
 from medsd.errors import ConfigError, DatasetError
 from medsd.slides.readers.base import RGB
 from medsd.slides.readers.damage import DAMAGED
@@ -166,6 +167,8 @@ def read_patch_table(
             )
         if not group[number]:
             raise DatasetError(f"{place}: {group_column} is empty; give every patch a group")
+    if wanted[-1] == PATIENT:
+        check_patients((f"{table}: row {number}", name) for number, name in group.items())
     chosen = patches_of(table, rows[column])
     return PatchTable(chosen, rows["label"].map(numbers).to_numpy(np.int8), group.to_numpy(str))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,6 @@ from medsd.evaluate.scores import Interval, PointingShare, auc, bootstrap_auc, i
 from medsd.heatmap.cohort import read_slide_record
 from medsd.heatmap.report import SlideResult
 from medsd.heatmap.tiff import read_ome_tiff
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,13 @@ def score_slides(
     return SlideScores(auc(labels, scores), slides, pointing, ratio, quantity)
 
 
-def as_json(scores: DataclassInstance) -> dict[str, Any]:
-    """The scores (any data class of numbers) as JSON values; what is not finite becomes null."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(scores)), parse_constant=lambda _name: None)
-    return plain
+def score_text(value: float | None, digits: int = 3) -> str:
+    """A score of `as_json` in words; a dash where it has no value (one class only, no annotation)."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def interval_text(found: Mapping[str, Any]) -> str:
+    """An `Interval` of `as_json` in words."""
+    if found["low"] is None or found["high"] is None:
+        return f"{score_text(found['value'])}, no interval"
+    return f"{score_text(found['value'])}, 95 % interval {score_text(found['low'])} to {score_text(found['high'])}"

@@ -17,13 +17,12 @@ from medsd import RESEARCH_USE_ONLY
 from medsd.evaluate.calibration import SCALE_PERCENTILE
 from medsd.evaluate.measures import MEASURES, mean_of_known
 from medsd.evaluate.scores import Interval
-from medsd.evaluate.summary import as_json
 from medsd.explain.explained import ExplainedImage, ExplainedImages
 from medsd.explain.model import INPUT
 from medsd.explain.notes import additivity, orange_elsewhere, reading_notes
 from medsd.explain.settings import MEASURED, ExplainSettings
 from medsd.explain.sheet import SheetColumn, SheetRow, draw_sheets
-from medsd.files import write_json
+from medsd.files import as_json, write_json
 from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, unit_of
 from medsd.heatmap.numbers import probability_text
 from medsd.heatmap.scale import explanation_scale

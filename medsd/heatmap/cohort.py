@@ -15,6 +15,7 @@ from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FOLDERS, TABLE, Kept
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
+from medsd.files import as_json
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.detections import write_tiles
 from medsd.heatmap.dicom import REGIONS, Origin, file_of_map, write_dicom
@@ -181,7 +182,7 @@ class _MapWork(Maps, Work[SlideResult]):
             "target": self.target,
             "misfits": apart,
             "methods": [shown.method for shown in (*probability, *maps.explanations.values())],
-            "faithfulness": None if checks.faithful is None else asdict(checks.faithful),
+            "faithfulness": None if checks.faithful is None else as_json(checks.faithful),
             "appearance": None if checks.appearance is None else asdict(checks.appearance),
             "seam": maps.seam,
             "moved_share": maps.moved,

@@ -95,13 +95,13 @@ class Faithfulness:
         """
         gained, enough = self.gained, self.sure >= _LEAST_SURE
         agreeing = self.agreeing >= _LEAST_AGREEING * self.sure
-        if enough and not agreeing and gained.high >= 0:
+        if enough and not agreeing and not gained.high < 0:
             return (
                 f"Do not believe the maps: on this slide, {self.sure - self.agreeing} of {self.sure} tiles that the "
                 "network is sure of when shown alone have the other sign in them. Run the stage 'finetune' again: it "
                 "chooses to map tile by tile where surroundings change the answer."
             )
-        if gained.value > 0 or (enough and agreeing and gained.high >= 0):
+        if gained.value > 0 or (enough and agreeing and not gained.high < 0):
             return ""
         sure = "Do not believe the {} map" if gained.high < 0 else "The {} map may mean nothing here"
         return (
@@ -110,7 +110,7 @@ class Faithfulness:
         )
 
     def _change(self, drop: Interval) -> str:
-        if math.isnan(drop.low):  # of one tile
+        if math.isnan(drop.low):  # all tiles lose alike
             return f"changes the {self.output} by {-drop.value:+.2f}"
         ends = sorted((abs(drop.low), abs(drop.high)))
         if drop.low < 0 < drop.high:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from medsd.checks import check_number
+from medsd.cohort.entry import PATIENT, check_patients
 from medsd.cohort.manifest import PART_OF_WORD
 from medsd.cohort.patches import SUFFIXES, read_turned
 from medsd.errors import DatasetError, nearest
@@ -91,6 +92,8 @@ def read_mask_table(
             if label not in known:
                 raise DatasetError(f"{table}: no row has the label '{label}'{nearest(label, known)}; check labels")
         rows = rows[rows["label"].isin(list(labels))]
+    if column == PATIENT:
+        check_patients((f"{table}: row {number}", name) for number, name in rows[column].items())
     root, seen = folder.resolve(), dict[Path, int]()
     for number in rows.index:
         for name in ("file", "mask"):

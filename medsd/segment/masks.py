@@ -85,7 +85,7 @@ class MaskCoding:
 
 
 def mask_values(path: Path, height: int, width: int, turn: int = 1) -> npt.NDArray[np.integer]:
-    """The values (height, width) of a grey mask, PNG or TIFF, as stored, whatever a viewer makes of them.
+    """The values (height, width) of a grey mask, PNG or TIFF, as stored, whatever a viewer shows; of 1 bit white is 1.
 
     Args:
         path: the mask.
@@ -115,7 +115,8 @@ def mask_values(path: Path, height: int, width: int, turn: int = 1) -> npt.NDArr
             if own != turn:
                 raise DatasetError(f"{path}: a mask of Orientation {own}, its image of {turn}; save both upright")
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-            inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
+            # Of two levels that is how they are encoded (usual of a fax); of more, numbers whose picture is a negative.
+            inverted = bits > 1 and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
             upright = ImageOps.exif_transpose(image)
             if upright.size != (width, height):
                 raise DatasetError(

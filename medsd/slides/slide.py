@@ -286,6 +286,9 @@ def hatched(pixels: RGB, mask: Bools) -> RGB:
     return np.where(mask[..., None], stripes[..., None], pixels)
 
 
+_POWER_NEAR = 0.05  # our choice: beyond it a power of 2 is another factor that happens to fit
+
+
 def level_of(base: tuple[int, int], size: tuple[int, int]) -> Level:
     """The scale of a level of that size.
 
@@ -297,7 +300,8 @@ def level_of(base: tuple[int, int], size: tuple[int, int]) -> Level:
     ratio = base[longer] / size[longer]
     nearest = round(ratio)
     exact = base == (nearest * size[0], nearest * size[1])
-    for factor in (nearest,) if exact else (2 ** round(math.log2(ratio)), nearest):
+    doubled = 2 ** round(math.log2(ratio))
+    for factor in (nearest,) if exact or abs(doubled / ratio - 1) > _POWER_NEAR else (doubled, nearest):
         if all(part in (whole // factor, math.ceil(whole / factor)) for whole, part in zip(base, size, strict=True)):
             return Level(*size, float(factor), float(factor))
     return Level(*size, base[0] / size[0], base[1] / size[1])

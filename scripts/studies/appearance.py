@@ -225,7 +225,7 @@ def tables(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             lost = bootstrap_mean(np.array([deal[name]["auc"] - deal["as it is"]["auc"] for deal in deals]), _RESAMPLES)
             mean = np.mean([deal[name]["auc"] for deal in deals])
             lines.append(
-                f"| {name} | {mean:.3f} | {lost.value:+.3f} ({lost.low:+.3f} to {lost.high:+.3f}) | "
+                f"| {name} | {mean:.3f} | {lost:+.3f} | "
                 f"{sum(bool(one['odd']) for one in clusters)} of {len(clusters)} |"
             )
         same = [one for deal in deals for one in deal["as it is"]["clusters"].values() if one["auc"] is not None]

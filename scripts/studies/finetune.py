@@ -30,8 +30,7 @@ from studies.objectives import STARTS
 from medsd.cohort.dataset import Sample
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.scores import auc
-from medsd.evaluate.summary import as_json
-from medsd.files import sha256_of
+from medsd.files import as_json, sha256_of
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import Classifier, TileClassifier
 from medsd.networks.memory import freed_memory_kept

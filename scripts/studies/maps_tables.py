@@ -94,7 +94,7 @@ def _interval(values: Floats, sign: str = "") -> str:
     if len(known) < _FEW:
         return ", ".join(f"{value:{sign}.3f}" for value in known)
     found = bootstrap_mean(known)
-    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+    return f"{found:{sign}.3f}"
 
 
 def _mean(found: list[dict[str, Any]], key: str, measure: str) -> str:

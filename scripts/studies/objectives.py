@@ -36,9 +36,8 @@ from medsd.errors import ConfigError, NetworkError
 from medsd.evaluate.explanations import ExplanationSettings, score_explanations
 from medsd.evaluate.probes import Labelled, LinearHead, features_of, fit_head
 from medsd.evaluate.scores import auc
-from medsd.evaluate.summary import as_json
 from medsd.evaluate.temperature import calibration_error, calibration_error_by_chance, fit_temperature, softmax
-from medsd.files import sha256_of
+from medsd.files import as_json, sha256_of
 from medsd.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, TileClassifier
 from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import training

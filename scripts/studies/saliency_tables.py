@@ -144,8 +144,7 @@ def ratio(values: Floats, reference: Floats, groups: npt.NDArray[np.int64]) -> s
 
 def interval(values: Floats, groups: npt.NDArray[np.int64], digits: int, sign: str = "") -> str:
     found = bootstrap_mean(by_group(values, groups), _RESAMPLES)
-    value, low, high = (f"{each:{sign}.{digits}f}" for each in (found.value, found.low, found.high))
-    return f"{value} ({low} to {high})"
+    return f"{found:{sign}.{digits}f}"
 
 
 def _cascade(found: dict[str, dict[str, Any]]) -> str:

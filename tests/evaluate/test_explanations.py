@@ -16,7 +16,7 @@ from medsd.evaluate import explanations as module
 from medsd.evaluate.explanations import ExplanationSettings, explanation_maps, score_explanations
 from medsd.evaluate.features import feature_health
 from medsd.evaluate.scores import bootstrap_mean
-from medsd.evaluate.summary import as_json
+from medsd.files import as_json
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 
@@ -222,7 +222,7 @@ def test_bootstrap_of_a_mean_covers_like_the_normal_law():
 
 def test_bootstrap_of_nothing_and_of_bad_values():
     assert math.isnan(bootstrap_mean([]).value) and bootstrap_mean([]).resamples == 0
-    assert (bootstrap_mean([2.0]).low, bootstrap_mean([2.0]).high) == (2, 2)
+    assert np.isnan(bootstrap_mean([2.0]).low) and bootstrap_mean([2.0]).value == 2
     for wrong in ([1.0, math.nan], [[1.0]], [math.inf]):
         with pytest.raises(DatasetError, match="mean of"):
             bootstrap_mean(wrong)

@@ -188,6 +188,13 @@ def test_images_larger_than_the_square_are_told_with_the_share_that_is_used(
 def test_the_numbers_of_a_tiff_are_those_that_are_stored(tmp_path: Path, photometric: Any, kind: Any) -> None:
     numbers = np.random.default_rng(0).integers(0, 2, (34, 40)).astype(kind)
     tifffile.imwrite(tmp_path / "m.tif", numbers, photometric=photometric)
+    shown_negative = kind is bool and photometric == "miniswhite"  # a fax, not a negative
+    assert np.array_equal(read_mask(tmp_path / "m.tif", TWO, 34, 40), ~numbers if shown_negative else numbers)
+
+
+def test_white_is_the_class_in_a_fax(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2, (34, 40), dtype=np.uint8)
+    Image.fromarray(numbers.astype(bool)).save(tmp_path / "m.tif", compression="group4", tiffinfo={262: 0})
     assert np.array_equal(read_mask(tmp_path / "m.tif", TWO, 34, 40), numbers)
 
 
