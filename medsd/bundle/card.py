@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from medsd.bundle.data import Data
 from medsd.cohort.dataset import SlideGroupedSampler
 from medsd.errors import DatasetError
 from medsd.evaluate.temperature import fit_scaling, fit_temperature
+from medsd.files import as_json
 from medsd.heatmap.appearance import appearance_card
 from medsd.heatmap.engine import make_engine
 from medsd.heatmap.faithfulness import randomised_card
@@ -75,7 +76,7 @@ def card_of(
         data_sha256=settings["data"]["split"],
         settings_sha256=sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         # Through JSON, as the card goes: tuples are lists there.
-        stain_target=None if data.stain_target is None else json.loads(json.dumps(asdict(data.stain_target))),
+        stain_target=None if data.stain_target is None else as_json(data.stain_target),
         architecture=network.architecture,
         options=network.options,
         others=others,

@@ -22,6 +22,7 @@ from medsd.cohort.outlines import read_outlines
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
 from medsd.errors import DatasetError, NoTissueError
+from medsd.files import as_json
 from medsd.progress import Progress, no_progress
 from medsd.record import identity, read_record
 from medsd.slides.reading import read_tiles
@@ -342,7 +343,7 @@ class _TilingWork(Tiles, Work[TiledSlide]):
         return Made(row, [name.format(entry.name) for name in self.outputs], {"unseen_level0": corners})
 
     def publish(self, rows: Sequence[TiledSlide], recipes: Mapping[str, Mapping[str, Any]]) -> None:
-        write_index(self, rows, recipes, json.loads(json.dumps(asdict(self.tiling))))
+        write_index(self, rows, recipes, as_json(self.tiling))
 
     def tiles_of(self, row: TiledSlide) -> TileIndex:
         """The tiles of a slide that was tiled with these settings."""

@@ -8,9 +8,8 @@ is drawn in the same colours: another organ passes. Statistics and limits: our c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medsd.cohort.dataset import Sample, evenly
+from medsd.files import as_json
 from medsd.slides.stain.augment import RUIFROK
 
 STATISTICS = ("haematoxylin", "eosin", "yellow", "contrast", "sharpness")
@@ -142,7 +142,7 @@ def appearance_card(dataset: Dataset[Sample], length: int) -> dict[str, Any] | N
     """Fields of `usual_appearance` of up to 512 tiles of the dataset, evenly, as a card keeps them."""
     found = usual_appearance(dataset[row]["image"] for row in evenly(length, _ASKED).tolist())
     # Through JSON, as the card goes: tuples are lists there.
-    return None if found is None else json.loads(json.dumps(asdict(found)))
+    return None if found is None else as_json(found)
 
 
 def statistics(images: Tensor) -> Floats:
