@@ -1,7 +1,7 @@
 """Values with 95 % bootstrap intervals over items, or over groups of items such as the tiles of a slide.
 
-Over few groups such intervals are too narrow: of an AUC over 4, 6, 10 and 20 slides they held the truth in 74, 78, 85
-and 90 % of 300 drawn cohorts, not in 95 (`tests/evaluate/test_scores.py` draws such).
+Over few groups such intervals are too narrow: of an AUC over 4 slides they hold the truth in about three of four drawn
+cohorts, over 20 slides in nine of ten, not in 95 % (`tests/evaluate/test_scores.py`).
 """
 
 from __future__ import annotations
