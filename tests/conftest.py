@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from medsd.phantom import write_phantom_dataset
+from tests.pretended_gpu import GPU, pretended_gpu
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,25 @@ def shared_data() -> Path:
     if not (folder / "SOURCES.md").is_file():
         pytest.skip(f"real data not present: {folder} (set MEDSD_DATA to the folder that holds them)")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretended-gpu", action="store_true", help="Every test sees a GPU: tests/pretended_gpu.py.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not item.config.getoption("--pretended-gpu"):
+        return (yield)
+    with pretended_gpu():
+        return (yield)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """A GPU, pretended."""
+    with pretended_gpu():
+        yield GPU
 
 
 class ArraySlide:

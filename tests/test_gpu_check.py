@@ -1,4 +1,4 @@
-"""The check of a GPU, tried on the CPU."""
+"""The check of a GPU, tried on the CPU and on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check"
 # What a bare CUDA machine lacks and the script does not name.
@@ -62,6 +64,16 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def test_on_a_gpu_nothing_is_elsewhere_than_the_network(
+    check: ModuleType, gpu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check, "peak_tflops", lambda _device: None)
+    monkeypatch.setattr(check, "profile", MagicMock())
+    parts = ["training", "pretraining", "maps"]
+    assert check.main(["--out", str(tmp_path), "--small", "--device", str(gpu), "--part", *parts]) == 0
+    assert (tmp_path / "table.md").read_text().count("| True | 0.0e+00 |") == 4  # but for the map, of half precision
 
 
 @pytest.fixture

@@ -160,7 +160,8 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     Args:
         encoder: a timm network without pooling and head.
         path: the file.
-        normalise: what makes the encoder's input; compared with what medsd's own files say of theirs.
+        normalise: what makes the encoder's input; compared with what medsd's own files say of theirs. Of others'
+            files that is warned of where it is ImageNet's, and timm's own weights of the encoder take another.
 
     Raises:
         WeightsError: no such file, of another kind, damaged, of another network, or of other input; the encoder is
@@ -173,9 +174,9 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
             "do without it (pretrain_epochs 0)"
         )
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path, encoder, normalise)
+        state, says_its_input = _read_safetensors(path, encoder, normalise)
     elif path.suffix in (".pt", ".pth"):
-        state = read_pickled(path)
+        state, says_its_input = read_pickled(path), False
     else:
         raise WeightsError(f"{path}: encoder weights of unknown kind; use .safetensors, .pt or .pth")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -190,6 +191,21 @@ def load_encoder(encoder: nn.Module, path: str | Path, normalise: Normalise | No
     _compare(path, state, expected)
     encoder.load_state_dict(state, strict=False)
     logger.info("%s: %d tensors loaded; left out: %s", path, len(state), ", ".join(heads) or "none")
+    if not says_its_input and normalise is not None:
+        _warn_of_input(path, encoder, normalise)
+
+
+def _warn_of_input(path: Path, encoder: nn.Module, normalise: Normalise) -> None:
+    """Tell where ImageNet's mean and deviation were left as they are, and timm's weights of the encoder take others."""
+    timms = getattr(encoder, "pretrained_cfg", None) or {}
+    mean, std = (tuple(timms.get(name, usual)) for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    given = normalise.input_mean, normalise.input_std
+    if given == (IMAGENET_MEAN, IMAGENET_STD) != (mean, std):
+        logger.warning(
+            "%s: says nothing of the input it takes; timm's weights of this encoder take input_mean %s and input_std "
+            "%s, and ImageNet's %s and %s are set. Set both, unless these weights were trained with ImageNet's",
+            *(path, list(mean), list(std), *map(list, given)),
+        )
 
 
 def _compare(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -214,10 +230,11 @@ def _scale(card: dict[str, Any]) -> dict[str, Any]:
     return {name: card[name] for name in ("input_mean", "input_std") if name in card}
 
 
-def _read_safetensors(path: Path, encoder: nn.Module, normalise: Normalise | None) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, encoder: nn.Module, normalise: Normalise | None) -> tuple[dict[str, Tensor], bool]:
+    """The tensors, and whether the file says what makes its input."""
     file = read_tensors(path)
     if file.kind not in (FORMAT, ENCODER_FORMAT):
-        return file.state
+        return file.state, False
     try:
         name = str(file.card["encoder"])
     except KeyError as error:
@@ -228,7 +245,7 @@ def _read_safetensors(path: Path, encoder: nn.Module, normalise: Normalise | Non
     if normalise is not None:
         said = {"input_mean": IMAGENET_MEAN, "input_std": IMAGENET_STD} | _scale(file.card)
         normalise.check_weights(str(path), said["input_mean"], said["input_std"])
-    return file.state
+    return file.state, True
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

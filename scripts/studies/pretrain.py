@@ -27,7 +27,7 @@ from medsd.evaluate.mask_probe import DecoderSettings, Masked, decoder_dice, map
 from medsd.evaluate.probes import features_of, knn_probe, linear_probe, score_probe
 from medsd.evaluate.scores import auc
 from medsd.files import make_folder, sha256_of, write_json
-from medsd.networks.classifier import TileClassifier, create_encoder
+from medsd.networks.classifier import Normalise, TileClassifier, create_encoder
 from medsd.networks.memory import freed_memory_kept
 from medsd.networks.modes import evaluating
 from medsd.networks.start import load_encoder, save_encoder
@@ -64,6 +64,11 @@ class Part:
     weight_decay: float = 1e-4
     blur: float = 0.5
     grey: float = 0.2
+
+    @property
+    def normalise(self) -> Normalise:
+        """What makes the encoder's input: of given weights their own."""
+        return Normalise((0.5,) * 3, (0.5,) * 3) if self.imagenet else Normalise()
 
 
 _ADAMW: dict[str, Any] = {"adamw": True, "lr": 1e-3, "weight_decay": 0.05}
@@ -166,8 +171,12 @@ def _pretraining_of(job: Job) -> dict[str, Any]:
         "version": [VERSION, pretrain_data.VERSION],
         "part": asdict(PARTS[job.part]),
         "variant": {"settled": _SETTLED_BY} if job.variant == START else asdict(VARIANTS[job.variant]),
-        "weights": None if weights is None else sha256_of(weights),
+        "weights": None if weights is None else {"sha256": sha256_of(weights), "input": _input_of(PARTS[job.part])},
     }
+
+
+def _input_of(part: Part) -> dict[str, tuple[float, ...]]:
+    return {"input_mean": part.normalise.input_mean, "input_std": part.normalise.input_std}
 
 
 def _weights(job: Job) -> Path | None:
@@ -187,7 +196,7 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     part = PARTS[job.part]
     sides = sides_of(part.data, Path(job.data), Path(job.folder, "images"), job.seed)
     encoder, found = _kept_encoder(job, part, sides.unlabelled)
-    found |= _measured(encoder, sides) | _decoded(encoder, part, sides, job.device)
+    found |= _measured(encoder, part, sides) | _decoded(encoder, part, sides, job.device)
     for name, (share, epochs) in FRACTIONS.items():
         found[name] = _finetuned(encoder, part, sides, share, epochs, job)
     return job, found
@@ -201,22 +210,22 @@ def _kept_encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict
         kept = json.loads(record.read_text("utf-8"))
         if kept["recipe"] == recipe:
             encoder, _ = create_encoder(part.encoder, pretrained=False)
-            load_encoder(encoder, weights)
+            load_encoder(encoder, weights, part.normalise)
             return encoder.to(job.device).eval(), kept["found"]
     record.unlink(missing_ok=True)
     started = time.perf_counter()
     encoder, found = _encoder(job, part, images)
     found["seconds"] = time.perf_counter() - started
-    save_encoder(weights, encoder, part.encoder, f"study of pre-training, {job.variant}, seed {job.seed}")
+    source = f"study of pre-training, {job.variant}, seed {job.seed}"
+    save_encoder(weights, encoder, part.encoder, source, part.normalise)
     write_json(record, {"recipe": recipe, "found": found})
     return encoder, found
 
 
 def _encoder(job: Job, part: Part, images: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     weights = _weights(job)
-    start = EncoderStart(
-        part.encoder, weights=None if weights is None else str(weights), channels_last=True, seed=job.seed
-    )
+    given = None if weights is None else str(weights)
+    start = EncoderStart(part.encoder, weights=given, channels_last=True, seed=job.seed, **_input_of(part))
     if job.variant == START:
         encoder = start.encoder_alone().to(job.device).eval()
         if start.is_random:
@@ -264,9 +273,13 @@ def _batches(images: int, part: Part, seed: int) -> Iterator[Tensor]:
         yield from (rows for rows in order.split(part.batch_size) if len(rows) == part.batch_size)
 
 
-def _measured(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
+def _measured(encoder: nn.Module, part: Part, sides: Sides) -> dict[str, Any]:
     """Collapse of the features of test images, and what probes read off them."""
-    features = [features_of(encoder, images.pixels.split(64)) for images in (sides.training, sides.testing)]
+
+    def read(images: Images) -> np.ndarray:
+        return features_of(encoder, images.pixels.split(64), normalise=part.normalise)
+
+    features = [read(images) for images in (sides.training, sides.testing)]
     found = spectrum(features[1])
     measures: dict[str, Any] = {
         "rank": found.effective_rank,
@@ -280,7 +293,7 @@ def _measured(encoder: nn.Module, sides: Sides) -> dict[str, Any]:
             scores = probe(train_on, test.features, whiten=whiten)
             measures[name + kind] = score_probe(test.labels, scores, test.groups).auc.value
     if sides.validation is not None:
-        held = sides.validation.labelled(features_of(encoder, sides.validation.pixels.split(64)))
+        held = sides.validation.labelled(read(sides.validation))
         measures["validation_rank"] = spectrum(held.features).effective_rank
         scores = linear_probe(train_on, held.features)
         measures["validation_probe"] = score_probe(held.labels, scores, held.groups).auc.value
@@ -295,7 +308,7 @@ def _decoded(encoder: nn.Module, part: Part, sides: Sides, device: str) -> dict[
 
     def maps(images: Images) -> Masked:
         assert images.masks is not None
-        return Masked(maps_of(dilated, images.pixels.split(16)), images.masks, images.groups)
+        return Masked(maps_of(dilated, images.pixels.split(16), normalise=part.normalise), images.masks, images.groups)
 
     found = decoder_dice(maps(sides.masked_training), maps(sides.masked_testing), _DECODER, device)
     return {"dice": found.dice.value, "oracle": found.oracle.value}
@@ -311,7 +324,7 @@ def _finetuned(encoder: nn.Module, part: Part, sides: Sides, share: float, epoch
     rows = np.sort(np.concatenate(chosen))
     with torch.random.fork_rng([]):
         torch.manual_seed(job.seed)
-        network = TileClassifier(part.encoder)
+        network = TileClassifier(part.encoder, **_input_of(part))
     network.encoder.load_state_dict(encoder.state_dict())
     network.to(job.device)
     labels = torch.from_numpy(sides.training.labels[rows]).to(job.device)

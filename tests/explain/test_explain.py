@@ -28,7 +28,7 @@ from medsd.saliency.metrics.perturb import at_pixels
 from medsd.saliency.metrics.pointing import energy_pointing
 from medsd.saliency.metrics.scoring import Perturbation
 from medsd.saliency.metrics.smoothness import normalised_variation
-from medsd.saliency.registry import make_method
+from medsd.saliency.registry import METHODS, make_method
 
 QUICK = ExplainSettings(methods=("gradient_x_activation", "tsm"), layer="layer3", measured=False)
 
@@ -63,6 +63,18 @@ def test_maps_are_those_of_the_methods(folder, weights, classifier, tmp_path):
         torch.testing.assert_close(maps[f"{name}.png/gradient"], expected, rtol=1e-5, atol=1e-9)
         expected = make_method("eigencam", classifier, "encoder.layer2")(x)[0]
         torch.testing.assert_close(maps[f"{name}.png/eigencam"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gpu_has_the_cpus_maps_and_measures(gpu, folder, weights, tmp_path):
+    """Also where numbers are drawn. The images are all on one side, so no reference is neutral for "deeplift"."""
+    names = (*sorted(METHODS.keys() - {"deeplift"}), "captum.LayerIntegratedGradients", "captum.Occlusion")
+    for settings in (ExplainSettings(names, "layer3", measured=False), replace(QUICK, measured=True)):
+        for device in ("cpu", gpu):
+            explain_images([folder], weights, tmp_path / str(device), settings, folder.parent / "masks", device)
+        (on_cpu, _), (on_gpu, _) = (read_maps(tmp_path / str(device)) for device in ("cpu", gpu))
+        assert len(on_cpu) == 4 * len(settings.methods)
+        assert all(torch.equal(on_gpu[name], values) for name, values in on_cpu.items())
+        assert rows_of(tmp_path / str(gpu)) == rows_of(tmp_path / "cpu")
 
 
 def test_the_table_says_what_the_network_and_the_measures_say(folder, weights, classifier, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,20 @@ def test_methods_of_either_way_stand_side_by_side_as_they_are_alone(classifier, 
     np.testing.assert_array_equal(maps.probability.values, whole.probability.values)
     assert maps.blocks == whole.blocks + tiles.blocks and maps.pixels_read == whole.pixels_read + tiles.pixels_read
     assert maps.moved == whole.moved
+
+
+def test_a_gpu_has_the_cpus_maps(gpu, classifier, reference, array_slide):
+    """Dense and tile by tile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 264, 3), dtype=np.uint8)
+    slide, tissue = array_slide(pixels), TissueMask(np.ones((1, 1), bool), 512.0)
+    settings = MapSettings(METHODS, "layer2", smoothing="backward_hook")
+    on_cpu, on_gpu = (
+        make_engine(network, 64, 1.0, settings=settings, reference=reference).map(slide, tissue)
+        for network in (classifier, deepcopy(classifier).to(gpu))
+    )
+    np.testing.assert_array_equal(on_gpu.probability.values, on_cpu.probability.values)
+    for name, shown in on_cpu.explanations.items():
+        np.testing.assert_array_equal(on_gpu.explanations[name].values, shown.values)
 
 
 @pytest.mark.parametrize("methods", [("gradcam",), ("gradcam", "smoothgrad"), ("gradcam", "gradient"), ("tsm",)])

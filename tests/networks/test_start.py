@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medsd.errors import OutputError, WeightsError
 from medsd.networks.aim import AimClassifier
-from medsd.networks.classifier import Normalise, TileClassifier
+from medsd.networks.classifier import Normalise, TileClassifier, create_encoder
 from medsd.networks.start import load_encoder, open_encoder, save_encoder
 from medsd.networks.weights import ModelCard, save_classifier
 from medsd.pretrain.med_moco import MedMoCoSettings
@@ -110,6 +110,25 @@ def test_the_input_that_weights_take_goes_with_them(
     ready_to_train(classifier, cpu, str(path))
     old = open_encoder(path)
     assert old is not None and torch.equal(old.normalise(images), Normalise()(images))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "normalise", "warns"),
+    [
+        ("tf_efficientnet_lite0", Normalise(), True),
+        ("tf_efficientnet_lite0", Normalise((0.5,) * 3, (0.5,) * 3), False),
+        ("tf_efficientnet_lite0", Normalise((0.0,) * 3, (1.0,) * 3), False),  # chosen on purpose
+        ("resnet10t", Normalise(), False),
+    ],
+)
+def test_others_weights_that_take_another_input_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, encoder: str, normalise: Normalise, warns: bool
+) -> None:
+    """With a wrong mean and deviation every tensor fits."""
+    network, _ = create_encoder(encoder, pretrained=False)
+    save_file(network.state_dict(), tmp_path / "others.safetensors")
+    load_encoder(network, tmp_path / "others.safetensors", normalise)
+    assert ("take input_mean [0.5, 0.5, 0.5]" in caplog.text) == warns
 
 
 def test_half_precision_weights_are_the_same_numbers(tmp_path: Path, trained: nn.Module, encoder: nn.Module) -> None:
