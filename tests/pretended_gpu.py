@@ -142,6 +142,8 @@ def _wrapped(leaf: Any) -> Any:
 
 
 def _plain(function: Any, *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(leaf, OnGpu) for leaf in tree_leaves((args, kwargs))):
+        return function(*args, **kwargs)  # what is of the CPU alone may be of another class
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
 

@@ -191,9 +191,11 @@ def recipe_of(job: Job) -> dict[str, Any]:
     weights = Path(job.encoder)
     # Results from before there was a choice of decoders are still good.
     setting = {name: value for name, value in asdict(job.setting).items() if value is not None}
+    files = ("bundles/segmentation.json", "configs/weak_labels.json", *PARTS[job.part].configs)
     return {
         "version": VERSION,
         "part": asdict(PARTS[job.part]),
+        "files": {name: sha256_of(Path(name)) for name in files},
         "setting": setting,
         **({"linear": _linear_keys(job.part)} if job.setting.protocol == "linear" else {}),
         "encoder": sha256_of(weights) if weights.is_file() else None,

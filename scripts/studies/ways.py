@@ -60,7 +60,12 @@ def key_of(job: Job) -> tuple[str, str]:
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
     weights = Path(job.weights)
-    return {"version": VERSION, "weights": sha256_of(weights) if weights.is_file() else None}
+    return {
+        "version": VERSION,
+        "layer": LAYERS[job.network],
+        "after_um": maps.AFTER_UM,
+        "weights": sha256_of(weights) if weights.is_file() else None,
+    }
 
 
 def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
