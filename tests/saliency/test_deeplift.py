@@ -213,12 +213,16 @@ class Gated(nn.Module):
         return (x * x.var(dim=(2, 3), keepdim=True)).mean(dim=(2, 3))
 
 
-def test_what_has_no_rule_is_told_once(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_has_no_rule_is_told_once(images: Tensor, sign: int, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    method = DeepLift(Gated().double())
+    network = Gated().double().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.mul_(sign)
+    method, x = DeepLift(network), torch.cat([images, torch.zeros_like(images[:1])])  # the last misses nothing
     with caplog.at_level(logging.WARNING):
-        method(images, 1)
-        method(images, 1)
+        method(x, 1)
+        method(x, 1)
     (message,) = captured(caplog)
     assert "DeepLift at 'input': attributions miss the output's change from the baseline by" in message
     assert "\n" not in message

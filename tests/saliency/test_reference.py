@@ -141,6 +141,29 @@ def test_global_pooling_has_no_plane() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("reference", [torch.ones(2), torch.ones(3, 1, 1)])
+def test_a_reference_of_another_shape_is_refused(reference: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"reference: shape .*; give \(3,\) or \(3, 8, 8\)"):
+        DeepLift(Summed(Cells()), reference=reference)(torch.rand(1, 3, 8, 8), 1)
+
+
+class BySize(nn.Module):
+    """Calls another function, or none, where maps are small."""
+
+    def __init__(self, small: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.small = small
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.shape[-1] >= 16 else self.small(x)
+
+
+@pytest.mark.parametrize(("small", "told"), [(torch.sigmoid, "other"), (torch.neg, "fewer")])
+def test_a_network_that_depends_on_the_size_of_maps_has_no_plane(small: Callable[[Tensor], Tensor], told: str) -> None:
+    with pytest.raises(NetworkError, match=f"calls {told} functions on another size of map"):
+        DeepLift(Summed(BySize(small)), reference=torch.ones(3), plane=True)(torch.rand(1, 3, 8, 8), 1)
+
+
 def test_a_product_by_hand() -> None:
     """3 * 5 from 1 * 1: the change of 14 is 2 * 3 (mean of the other) and 4 * 2."""
 

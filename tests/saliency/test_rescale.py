@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_a_softmax_whose_sides_lie_apart_loses_nothing(apart: float, dtype: torc
     torch.testing.assert_close((found * change).sum(dim=-1), expected, rtol=0, atol=grown)
     alone = multipliers(lambda x: x.softmax(-1), near.to(dtype), weight.to(dtype)).double()
     torch.testing.assert_close(found[:, [0, 2]], alone[:, [0, 2]], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", ["is_causal", "enable_gqa"])
+def test_attention_without_a_rule_keeps_its_gradient(option: str) -> None:
+    x = torch.randn(2, 1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    gradients = []
+    for block in (nullcontext(), Rescale(1)):
+        with block:
+            after = F.scaled_dot_product_attention(x, x * 2, x + 1, **{option: True})
+        gradients += torch.autograd.grad(after[0].square().sum(), x)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_mask_of_attention_may_be_an_activation() -> None:

@@ -103,6 +103,7 @@ def test_drop_and_increase_are_grad_cams(network, x):
     np.testing.assert_allclose(drop * probability, DropInConfidence()(*arguments), atol=1e-6)
     np.testing.assert_array_equal(rises, IncreaseInConfidence()(*arguments))
     assert 0 < rises.sum() < 4  # both happen
+    assert not torch.stack(drop_and_increase(network, x, torch.ones_like(shares), LABELS)).any()  # nothing is hidden
 
 
 def test_unit_range_and_how_many_are_flat():
