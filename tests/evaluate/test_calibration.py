@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from medsd.annotations import Outline, annotations_of, write_geojson
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import DatasetError
-from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, with_reference
+from medsd.evaluate.calibration import calibrate_on_patches, calibrate_on_slides, find_reference, with_reference
 from medsd.heatmap.engine import make_engine
-from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.maps import Engine, MapSettings
 from medsd.networks.aim import AimClassifier
 from medsd.networks.classifier import TileClassifier
 
@@ -32,7 +34,7 @@ def patches(side_px: int) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("way", ["dense", "tiled"])
 def test_patches_fix_threshold_scale_and_temperature(way: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # its strongest values are negative
     network, dataset = TileClassifier("test_resnet").eval(), patches(64)
     settings = MapSettings(("gradient",), "layer3", "none", way=way)  # type: ignore[arg-type]
     engine = make_engine(network, 64, 1.0, settings=settings, temperature=1.7)
@@ -75,12 +77,24 @@ def test_one_class_alone_is_refused() -> None:
         calibrate_on_patches(engine, patches(64), np.zeros(6, np.int8), PROBABILITIES)  # type: ignore[arg-type]
 
 
-def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
+def test_the_reference_lies_between_tiles_without_and_with_the_target() -> None:
+    def numbers(batches: Iterable[torch.Tensor]) -> list[int]:
+        return torch.cat(list(batches))[:, 0, 0, 0].tolist()
+
+    engine = SimpleNamespace(target=2, neutral=lambda without, having, _: (numbers(without), numbers(having)))
+    dataset, labels = [{"image": torch.full((3, 1, 1), n)} for n in range(6)], np.array([0, 2, 1, 2, 0, 1], np.int8)
+    assert find_reference(engine, dataset, labels, "tiles") == ([0, 2, 4, 5], [1, 3])  # type: ignore[arg-type]
+
+
+def test_thresholds_on_slides_follow_the_temperature(phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tempering keeps the order of the probabilities: the threshold becomes the same logit, divided."""
+    maps, made = [], Engine.map
+    monkeypatch.setattr(Engine, "map", lambda *given: maps.append(made(*given)) or maps[-1])
     slide = next(entry for entry in find_slides(phantoms) if entry.label == 1)
     torch.manual_seed(0)
     network = TileClassifier("test_resnet").eval()
     network.head.bias.data.zero_()
+    network.head.weight.data.neg_()  # the strongest values are negative
     plain, tempered = (
         calibrate_on_slides(
             make_engine(network, 64, 1.0, settings=MapSettings(("gradient_x_activation",), "layer3"), temperature=t),
@@ -90,7 +104,8 @@ def test_thresholds_on_slides_follow_the_temperature(phantoms: Path) -> None:
     )
     logit = np.log(plain.threshold / (1 - plain.threshold))
     assert tempered.threshold == pytest.approx(1 / (1 + np.exp(-logit / 2)), abs=1e-5)
-    assert tempered.limits == plain.limits
+    limit = np.nanpercentile(np.abs(maps[0].saliency.values), 99.5)
+    assert tempered.limits == plain.limits == {"gradient_x_activation": pytest.approx(limit)}
     assert (plain.temperature, tempered.temperature) == (1.0, 2.0)
 
 

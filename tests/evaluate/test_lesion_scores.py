@@ -95,6 +95,7 @@ def test_what_lies_on_the_slide_by_less_than_half_a_map_pixel_is_a_place_of_it(f
     values[27:, 47:], values[-1, -1] = 0.8, 0.9
     found = judge_slides([slide(folder, "edge", 1, (3160, 1900), values)], folder, CARD, folder / "edges")
     assert {len(slides) for slides in found.values()} == {1}
+    assert math.isnan(found[MODEL][0].dice)  # what is outlined lies where the map has seen nothing
     places = [line.split(",")[1:] for line in (folder / "edges" / "edge.csv").read_text().splitlines()]
     assert places and all(int(x) < 3160 and int(y) < 1900 for x, y in places)
 

@@ -21,6 +21,7 @@ from medsd.evaluate.mask_probe import (
     predict_masks,
     train_decoder,
 )
+from medsd.intervals import bootstrap_mean
 from medsd.networks.classifier import create_encoder
 from medsd.segment.linear import LinearDecoder
 
@@ -45,6 +46,9 @@ def test_masks_linear_in_the_maps_are_read_off(classes: int) -> None:
     assert found.dice.value > 0.93 and found.dice.low <= found.dice.value <= found.dice.high
     assert 0.85 < found.oracle.value < 1
     assert (found.images, found.groups, found.stride) == (9, 3, 4.0)
+    oracle = dice_per_image(oracle_masks(test.masks, (8, 8), classes), test.masks, classes)
+    for interval, values in ((found.dice, found.per_image), (found.oracle, oracle)):
+        assert interval == bootstrap_mean(values, groups=test.groups)
     noise = Masked(torch.randn(9, 6, 8, 8, generator=torch.Generator().manual_seed(3)).half(), test.masks, test.groups)
     assert decoder_dice(train, noise, SHORT).dice.value < 0.7
 
@@ -57,6 +61,13 @@ def test_the_seed_decides_and_torch_s_own_generator_is_left_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(one.convolution.weight, same.convolution.weight)
     assert not torch.equal(one.convolution.weight, other.convolution.weight)
+
+
+def test_the_learning_rate_falls_as_a_cosine() -> None:
+    """Adam's first steps are as long as it is: of two the second is half as long."""
+    settings = [DecoderSettings(steps=steps, batch_size=4, lr=1e-4, weight_decay=0) for steps in (1, 2)]
+    one, two = (train_decoder(linear(4), each).convolution.weight.detach() for each in settings)
+    assert float((two / one).nanmedian()) == pytest.approx(1.5, rel=0.01)
 
 
 def test_test_masks_change_no_prediction() -> None:

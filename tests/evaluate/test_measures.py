@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from medsd.errors import ConfigError
 from medsd.evaluate.measures import MEASURES, MeasureSettings, agreement, measure_maps
+from medsd.saliency.metrics.masking import masking_curve, random_masking_curve
+from medsd.saliency.metrics.scoring import Perturbation
 
 SIDE = 16
 QUICK = MeasureSettings(draws=1, steps=5, seed=2)
@@ -59,6 +63,16 @@ def test_the_masking_gap_is_of_what_is_predicted(network, x):
     torch.testing.assert_close(measured["gap"], control.area - measured["masking_area"])
     assert measured["masking_gap"].isnan().tolist() == [False, True, True]
     assert measured["masking_gap"][0] == measured["gap"][0]
+
+
+def test_pixels_are_filled_as_the_settings_say(network, x):
+    target, maps = network(x).argmax(dim=1), random_maps(0)
+    found = measure_maps(network, x, target, {"a": maps}, ["gap"], None, replace(QUICK, fill="zero"))
+    drawn = Perturbation("zero", generator=torch.Generator().manual_seed(2))
+    control = random_masking_curve(network, x, target, 1, drawn)
+    curve = masking_curve(network, x, target, maps, drawn)
+    for one, other in ((found.control, control), (found.masking["a"], curve)):
+        torch.testing.assert_close(one.probability, other.probability)
 
 
 def test_from_a_seed_a_maps_measures_do_not_depend_on_those_beside_it(network, x):
