@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medsd.errors import ConfigError, NetworkError
-from medsd.networks.aim import AimClassifier
+from medsd.networks.aim import AimClassifier, AimOutput
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.geometry import measure_fields
 
@@ -130,6 +130,12 @@ def test_masks_start_open() -> None:
     with torch.no_grad():
         shares = [float(mask.mean()) for mask in network().train().masked(images(16), noise=False).masks]
     assert all(share > 0.9 for share in shares)
+
+
+def test_the_mean_mask_repeats_coarse_cells() -> None:
+    masks = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1, 0, 1], [0, 0, 0, 0]]]])
+    mean = AimOutput(torch.zeros(1, 2), (), masks, torch.zeros(1)).mean_mask()
+    assert mean.tolist() == [[[0.5, 1, 0, 0.5], [0.5, 0.5, 0, 0]]]
 
 
 def test_closed_positions_give_no_gradient_to_features_but_to_their_masks() -> None:

@@ -55,5 +55,8 @@ def test_a_calibration_through_json_is_the_same() -> None:
     old = {"threshold": 0.3, "limits": {}, "layer": "layer3", "smoothing": "none", "source": "a test"}
     assert read_calibration(old) == Calibration(0.3, {}, "layer3", "none", "a test")
     assert read_calibration(old).offset == () and read_calibration(old).cut_off is None
+    called = {"having": "tumour", "without": "normal"}  # before there were other classes
+    fields = {called.get(name, name): value for name, value in asdict(cut_off).items()}
+    assert read_calibration({**old, "cut_off": fields}).cut_off == cut_off
     with pytest.raises(KeyError):
         read_calibration({**old, "cut_off": {"score": 0.4}})

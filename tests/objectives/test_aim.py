@@ -197,6 +197,8 @@ def test_the_unmasked_twin_trains_with_the_same_objective() -> None:
     _, told = train(10, masking=False)
     assert told[-1]["cross_entropy"] < told[0]["cross_entropy"]
     assert told[-1]["mask_share_3"] == 1.0
+    terms = AimObjective(10)(network(masking=False), *data(), 9.0)
+    torch.testing.assert_close(terms.total, terms.parts["cross_entropy"] + terms.parts["stage_cross_entropy"])
 
 
 def test_under_autocast() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medsd.errors import ConfigError
-from medsd.pretrain.local import left_edge_vectors, region_contrast, region_vectors, shared_regions
+from medsd.pretrain.local import ViewRegions, left_edge_vectors, region_contrast, region_vectors, shared_regions
 from medsd.pretrain.views import ViewSettings, draw_views
 
 ALL = torch.ones(2, dtype=torch.bool)
@@ -132,6 +132,14 @@ def test_an_exactly_shifted_and_mirrored_crop() -> None:
     torch.testing.assert_close(shared.first.boxes, torch.tensor([[16.0, 24, 96, 96]], dtype=torch.float64))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
     assert float((first[:, 0] - second[:, 1]).abs().max()) > 0.01
+
+
+def test_cells_of_a_map_may_be_oblong() -> None:
+    x, y = (torch.arange(16).double() + 0.5) * 5, (torch.arange(8).double() + 0.5) * 10
+    places = torch.stack([x.expand(8, 16), y[:, None].expand(8, 16)])[None]
+    view = ViewRegions(torch.tensor([[20.0, 30, 50, 60]], dtype=torch.float64), torch.arange(4)[None])
+    middles = [[27.5, 37.5], [42.5, 37.5], [27.5, 52.5], [42.5, 52.5]]
+    torch.testing.assert_close(region_vectors(places, view, 80)[0], torch.tensor(middles, dtype=torch.float64))
 
 
 def test_too_little_in_common_is_left_out() -> None:

@@ -155,6 +155,8 @@ def test_iter_norm_in_eval_mode_is_its_last_batch_and_a_convolution() -> None:
     maps = features(3 * 4 * 4, 5).view(3, 4, 4, 5).movedim(-1, 1)
     layer = layer_with_affine(5)
     trained = layer(maps)
+    variance = trained.var(dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(layer.weight.square() * layer.running_variance, variance)
     layer.eval()
     torch.testing.assert_close(layer(maps), trained, rtol=0, atol=1e-9)
     torch.testing.assert_close(nn.functional.conv2d(maps, *layer.as_convolution()), trained, rtol=0, atol=1e-9)
