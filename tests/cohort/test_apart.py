@@ -41,6 +41,16 @@ def test_signatures_tell_stain_and_not_tissue() -> None:
     assert np.isfinite(stain_signature(np.full((1, 8, 8, 3), 255, np.uint8))).all()
 
 
+def test_a_signature_by_hand() -> None:
+    """Tissue whose density varies along one direction, beside a strip of glass."""
+    glass, mean, along = np.array([0.05, 0.06, 0.04]), np.array([0.5, 0.9, 0.4]), np.array([0.8, 0.6, 0.0])
+    density = mean + np.linspace(-0.4, 0.4, 64)[:, None, None] * along + np.zeros((64, 64, 1))
+    density[:, :4] = glass
+    image = np.rint(256 * np.exp(-density) - 1).astype(np.uint8)
+    expected = np.concatenate([glass, mean / np.linalg.norm(mean), along])
+    np.testing.assert_allclose(stain_signature(image[None])[0], expected, atol=0.01)
+
+
 def test_stain_clusters_of_real_patches_are_told(shared_data: Path) -> None:
     """The share of patches that have one of their own cluster among the five nearest, of every fourth patch."""
     table = read_patch_table(shared_data / "pcam_patches", "stain_cluster")

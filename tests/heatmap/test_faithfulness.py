@@ -19,7 +19,10 @@ from medsd.heatmap.value_map import ValueMap
 from medsd.intervals import Interval
 from medsd.networks.classifier import Normalise, TileClassifier
 from medsd.networks.weights import Calibration
+from medsd.saliency.metrics.agreement import rank_correlation
 from medsd.saliency.metrics.perturb import baseline_image
+from medsd.saliency.metrics.randomisation import randomised_cascade
+from medsd.saliency.registry import make_method
 from medsd.tables import read_table
 
 TILE, STRIDE = 40, 4  # a tenth of a tile is 10 of its 100 map pixels
@@ -181,6 +184,13 @@ def test_a_map_of_what_lies_below_does_not_depend_on_what_lies_above() -> None:
         assert bounds[0] <= found.correlation <= bounds[1], method
         assert found.tiles == 6 and found.layers == ("head", "encoder.layer4", "encoder.layer3")
         assert "with random weights in head, encoder.layer4, encoder.layer3" in found.words
+    stages = randomised_cascade(
+        network,
+        lambda copy: make_method("gradient_x_activation", copy, "encoder.layer2", "evidence"),
+        *(network.normalise(images), 1, found.layers),
+    )
+    alike = rank_correlation(stages[0].maps, stages[3].maps)
+    assert found.correlation == pytest.approx(float(alike.mean()))
     tiles, labels = [{"image": image} for image in images], np.array([0, 0, 0, 1, 1, 1])
     of = Calibration(0.5, {"gradient_x_activation": 1.0}, "layer2", "none", "")
     assert randomised_card(network, of, tiles, labels) == asdict(found)

@@ -46,6 +46,7 @@ def test_area_and_place_of_a_disc(radius: float) -> None:
     assert region.area_um2 == pytest.approx(math.pi * (radius * SIDE * MPP) ** 2, rel=0.02)
     assert centre(region) == pytest.approx((61.7 * SIDE, 50.2 * SIDE), abs=SIDE * 0.1)
     left, top, right, bottom = region.polygon.bounds
+    assert region.top[1] == top and region.top in region.polygon.exterior.coords
     assert (left, right) == pytest.approx(((61.7 - radius) * SIDE, (61.7 + radius) * SIDE), abs=SIDE * 0.2)
     assert (top, bottom) == pytest.approx(((50.2 - radius) * SIDE, (50.2 + radius) * SIDE), abs=SIDE * 0.2)
 
@@ -71,7 +72,7 @@ def test_regions_close_along_the_border_of_the_slide() -> None:
 
 def test_unseen_is_below_and_the_line_runs_along_its_edge() -> None:
     values = np.full((20, 20), 0.9)
-    values[:, 8:] = np.nan
+    values[:, :7], values[:, 8:] = 1.0, np.nan
     (region,) = find(values, threshold=0.85)
     assert region.polygon.bounds == (0, 0, 8 * SIDE, 20 * SIDE)
 

@@ -30,7 +30,7 @@ def test_nothing_is_changed_by_none():
 
 
 def test_the_change_of_sums_by_hand():
-    exact = np.array([[1, 1, 0, 0], [1, 1, 0, 0]], np.float32)
-    changed = np.array([[1, 0.5, 0.5, 0], [1, 0.5, 0.5, 0]], np.float32)
-    assert change_of_sums(exact, changed, 2) == pytest.approx((1 + 1) / (4 + 0))
+    exact = np.array([[1, 1, -1, 0], [1, 1, -1, 0]], np.float32)
+    changed = np.array([[1, 0.5, -0.5, 0], [1, 0.5, -0.5, 0]], np.float32)
+    assert change_of_sums(exact, changed, 2) == pytest.approx((1 + 1) / (4 + 2))
     assert change_of_sums(np.full((4, 4), np.nan, np.float32), np.full((4, 4), np.nan, np.float32), 2) is None

@@ -45,11 +45,11 @@ def test_a_tile_holds_the_pixels_of_its_square(slide: Slide) -> None:
 
 
 def test_the_last_tiles_end_with_the_slide(tmp_path: Path) -> None:
-    Image.new("RGB", (600, 300), (10, 200, 30)).save(tmp_path / "odd.png")
+    Image.new("RGB", (602, 301), (10, 200, 30)).save(tmp_path / "odd.png")
     with open_slide(tmp_path / "odd.png", 0.5) as odd:
-        assert read_tile(odd, 1, 2, 1).shape == (44, 88, 3)
-        assert read_tile(odd, 4, 0, 0).shape == (75, 150, 3)
-        assert (read_tile(odd, 4, 0, 0)[-1, -1] == (10, 200, 30)).all()
+        assert read_tile(odd, 1, 2, 1).shape == (45, 90, 3)
+        assert read_tile(odd, 4, 0, 0).shape == (76, 151, 3)
+        assert (read_tile(odd, 4, 0, 0)[-2, -2] == (10, 200, 30)).all()
 
 
 @given(
@@ -102,6 +102,16 @@ def test_a_small_budget_is_kept_and_goes_to_the_regions_first(
     whole = [level for level in range(4) if levels[level] == levels[level + 4]]
     assert whole and whole == list(range(whole[0], 4)) and whole[0] > 0
     assert f"the tissue at {tiles.steps[whole[0]] * 0.5:g};" in tiles.words
+
+
+def test_what_is_most_probable_is_cut_first(slide: Slide, mapped: MappedSlide, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(zoom, "read_tile", lambda _, *place: asked.append(place) or np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(zoom, "_AROUND_PX", 2)
+    assert mapped.findings is not None
+    region = replace(mapped.findings.regions[0], peak=(300.0, 900.0))
+    cut_tiles(slide, replace(mapped, findings=replace(mapped.findings, regions=[region])))
+    assert asked[0] == (1, 1, 3)
 
 
 def test_a_slide_without_classes_or_regions_has_tiles(slide: Slide, mapped: MappedSlide) -> None:

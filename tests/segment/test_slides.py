@@ -32,7 +32,7 @@ from medsd.networks.weights import ModelCard, save_classifier
 from medsd.phantom.files import write_pyramid
 from medsd.record import read_record, rewrite_record
 from medsd.segment import contours
-from medsd.segment.contours import class_regions
+from medsd.segment.contours import ClassRegion, class_regions, write_class_regions
 from medsd.segment.label_tiff import NAMESPACE, label_map_words
 from medsd.segment.network import SegmentationNetwork
 from medsd.segment.slides import Segmented, SegmentRequest, segment_slides
@@ -238,6 +238,14 @@ def test_small_specks_are_in_areas_and_not_in_contours(array_slide) -> None:
     numbers[10, 10] = 2
     labels.level0_px = 0.5  # nothing is left of it at whole pixels
     assert class_regions(labels, 0.5, (150, 150)) == []
+
+
+def test_contours_count_from_where_qupath_does(tmp_path: Path) -> None:
+    region = ClassRegion(2, shapely.box(100, 60, 300, 200), 7.0)
+    write_class_regions(tmp_path / "r.geojson", [region], CLASSES, "slide", (100, 60))
+    (feature,) = json.loads((tmp_path / "r.geojson").read_text(encoding="utf-8"))["features"]
+    assert shape(feature["geometry"]).bounds == (0, 0, 200, 140)
+    assert feature["properties"]["name"] == "blue 1"
 
 
 @pytest.mark.parametrize("side", [1.0, 1.37, 2.0])
