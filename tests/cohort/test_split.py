@@ -42,6 +42,13 @@ def test_patients_stay_whole_and_every_part_has_all_classes(
     assert with_parts(given_slides[::-1], share, seed, NAMES)[::-1] == slides
 
 
+@pytest.mark.parametrize(("share", "dealt"), [(0.1, 1), (0.27, 1), (0.4, 2), (0.9, 3)])
+def test_the_share_is_that_of_each_classs_patients(share: float, dealt: int) -> None:
+    """Of four: at least one, the nearest number, and one is left."""
+    found = with_parts(entries([]), share, 0)
+    assert [slide.label for slide in found if slide.part == "testing"].count(1) == dealt
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_patients_of_several_classes_leave_no_side_without_one(seed: int) -> None:
     """Two with slides of both, four with tumour alone, one with none."""

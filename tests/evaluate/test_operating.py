@@ -38,6 +38,8 @@ def test_intervals_are_exact() -> None:
     assert found is not None and found.score == pytest.approx(0.7)
     assert found.sensitivity == pytest.approx((1, 0.025**0.1, 1))
     assert found.specificity == pytest.approx((8 / 9, 0.5175, 0.9972), abs=1e-4)
+    few = slide_cut_off([1] * 5 + [0] * 35, [0.4, 0.6, 0.7, 0.8, 0.9, *[0.1] * 35])
+    assert few is not None and few.found == 5  # slides without the target leave none to miss
     alone = slide_cut_off([1, 1], [0.3, 0.2])
     assert alone is not None and (alone.score, alone.specificity) == (0.2, None)
     next_to = np.nextafter(0.5, 1)

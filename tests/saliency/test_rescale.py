@@ -69,6 +69,13 @@ def test_in_place_functions_stay_in_place() -> None:
     assert torch.autograd.grad(given[0, 0], x)[0][0].item() == pytest.approx(2 / 3)
 
 
+def test_what_is_no_batch_of_images_and_references_keeps_its_slope() -> None:
+    x = torch.tensor([-1.0, 3.0], requires_grad=True)
+    with Rescale(2):
+        after = torch.relu(x)
+    assert torch.autograd.grad(after.sum(), x)[0].tolist() == [0, 1]
+
+
 def test_without_a_change_the_slope_stays() -> None:
     x = torch.tensor([[-1.0, 3.0], [-1.0, 3.0]], requires_grad=True)
     with Rescale(1):

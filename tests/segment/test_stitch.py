@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,8 @@ def test_it_is_brute_force_stitching_wherever_blocks_end(network, array_slide, t
     assert sure.mean() > 0.99 and (numbers - 1 == expected.argmax(axis=0))[sure].all()
     assert set(np.unique(numbers)) == {1, 2, 3}
     assert labels.pixels == tuple(int((numbers == number).sum()) for number in (1, 2, 3))
+    areas = [count / 4e6 for count in labels.pixels]
+    assert list(replace(labels, mpp=0.5).areas_mm2.values()) == pytest.approx(areas)
     # Each tile once.
     assert labels.tiles == np.prod([-(-(length - 64) // segmenter.step_px) + 1 for length in (250, 330)])
 
