@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_tiling")
 def odd(tmp_path_factory: pytest.TempPathFactory, coding: Any, phantoms: Path) -> Path:
     """Slides that are blank, broken, or know no scale."""
     folder = tmp_path_factory.mktemp("odd")
-    coding.write_levels(folder / "blank.tif", [np.full((1024, 1024, 3), 243, np.uint8)], 0.5, 2)
+    coding.write_levels(folder / "blank.tif", [np.full((960, 1024, 3), 243, np.uint8)], 0.5, 2)
     tissue = draw_phantom(PhantomSpec(5, False, 1024)).image
     coding.write_levels(folder / "bare.tif", [tissue], 500.0, 2)  # no microscope has 500 um per pixel
     (folder / "broken.tif").write_bytes(b"II*\0 nonsense")
@@ -89,6 +89,7 @@ def test_one_row_a_slide_and_bad_ones_cost_only_themselves(
     assert rows["bare"]["reason"].endswith("which no microscope has); give it with mpp=... (--mpp), or in a manifest")
     assert "broken.tif" in rows["broken"]["reason"] and "ruined.tif" in rows["ruined"]["reason"]
     assert rows["blank"]["reason"] == "no tissue found; see the thumbnail"
+    assert (rows["blank"]["width"], rows["blank"]["height"]) == ("1024", "960")
     for entry, row in zip(cohort, rows.values(), strict=True):
         tiles = of(tiled.index, entry.name)
         assert (row["path"], row["part"]) == (str(entry.path), entry.part)
@@ -160,10 +161,10 @@ def test_the_picture_shows_tissue_and_tiles_and_nothing_else(
     for entry in (cohort[2], cohort[7]):  # a tumour slide and the blank one
         with open_slide(entry.path) as slide:
             plain, level0_px = thumbnail(slide, 1280)
-            mask = find_tissue(slide).at(1024, 1024, 1.0) >= 0.5
+            mask = find_tissue(slide).at(1024, len(plain), 1.0) >= 0.5
         picture = np.asarray(Image.open(folder / "thumbnails" / f"{entry.name}.png"))
-        assert level0_px == 1 and picture.shape == (1024 + 58, 1024, 3)
-        changed = (picture[:1024] != plain).any(-1)
+        assert level0_px == 1 and picture.shape == (len(plain) + 58, 1024, 3)
+        changed = (picture[: len(plain)] != plain).any(-1)
         edge = mask & ~np.roll(mask, 1, 0) | mask & ~np.roll(mask, 1, 1)
         tiles, inside = of(tiled.index, entry.name), mask.copy()
         for x, y in zip(tiles.x, tiles.y, strict=True):
@@ -171,7 +172,7 @@ def test_the_picture_shows_tissue_and_tiles_and_nothing_else(
             assert changed[y + 1 : y + 127, x + 1 : x + 127].mean() > 0.9
         assert not edge.any() or changed[edge].mean() > 0.95
         assert not changed[~inside].any()
-        assert (picture[1024:] < 128).any()  # the legend
+        assert (picture[len(plain) :] < 128).any()  # the legend
 
 
 def test_a_slide_without_enough_tissue_for_a_tile_is_empty(entries: list[SlideEntry], tmp_path: Path) -> None:

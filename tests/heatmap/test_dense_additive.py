@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 from medsd.errors import NetworkError
+from medsd.heatmap.additive import blurred, change_of_sums
 from medsd.heatmap.dense import DenseEngine
 from medsd.heatmap.grid import MapGrid
-from medsd.heatmap.maps import MapSettings
+from medsd.heatmap.maps import Assembled, MapSettings
 from medsd.networks.classifier import TileClassifier
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
@@ -138,6 +139,19 @@ def test_another_grid_of_blocks_changes_nothing(adding, array_slide, shape):
         np.testing.assert_allclose(maps.saliency.values, whole, rtol=0, atol=1e-5 * np.nanmax(np.abs(whole)))
         one = found[0].probability.values
         np.testing.assert_allclose(maps.probability.values, one, rtol=0, atol=1e-6)
+
+
+def test_a_finished_map_is_smoothed_in_micrometres_and_what_tiles_lose_is_told(adding, array_slide, monkeypatch):
+    slide, rng = array_slide(np.zeros((192, 288, 3), np.uint8)), np.random.default_rng(0)
+    coarse, fine = (MapGrid.over(slide, adding.mpp, stride) for stride in adding.strides)
+    probability, exact = (rng.normal(size=grid.shape).astype(np.float32) for grid in (coarse, fine))
+    made = Assembled(probability, {"deeplift": exact}, np.zeros((0, 2), np.int32), 1, 1)
+    for um in (0.0, 24.0):
+        monkeypatch.setattr(adding, "settings", replace(adding.settings, smooth_um=um))
+        maps = adding._finished(slide, all_tissue(slide), made)
+        smoothed = blurred(exact, um / (fine.stride * adding.mpp))
+        np.testing.assert_allclose(maps.saliency.values, smoothed)
+        assert maps.missed == pytest.approx(change_of_sums(exact, smoothed, adding.tile_px // fine.stride))
 
 
 def test_random_weights_destroy_the_map(adding, array_slide):

@@ -10,7 +10,10 @@ import pytest
 
 import medsd.heatmap.findings as findings
 from medsd.heatmap.findings import top_mean, verdict
-from medsd.networks.calibrated import SlideCutOff
+from medsd.heatmap.maps import SlideMaps
+from medsd.heatmap.value_map import ValueMap
+from medsd.networks.calibrated import Calibration, SlideCutOff
+from medsd.networks.weights import ModelCard
 
 
 @pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (1.1, 0), (1.2, 1)])
@@ -20,10 +23,20 @@ def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
     assert len(words) == told and all(f"the slide has {mpp} µm per pixel, the network takes 1." in one for one in words)
 
 
+def test_regions_end_where_the_slide_does(array_slide):
+    probability = ValueMap(np.ones((10, 30), np.float32), 32.0, 32.0, "probability", "tumour", "", "")
+    calibration = Calibration(0.5, {}, "layer3", "none", "drawings")
+    card = ModelCard("test_resnet", ("normal", "tumour"), 64, 1.0, "drawings", calibration)
+    maps = SlideMaps(probability, {"gradient": probability}, 1, 1)
+    found = findings._findings(array_slide(np.zeros((310, 950, 3), np.uint8)), maps, card, calibration)
+    assert [region.polygon.bounds for region in found.regions] == [(0, 0, 950, 310)] and found.score == 1
+
+
 def test_the_slide_score_is_the_mean_of_the_top_percent():
     values = np.linspace(0, 1, 1000, dtype=np.float32)
     assert top_mean(values) == pytest.approx(values[-10:].mean(), abs=1e-6)
     assert top_mean(values[:5]) == pytest.approx(values[4])
+    assert top_mean(values[:160]) == pytest.approx(values[158:160].mean())
 
 
 def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():

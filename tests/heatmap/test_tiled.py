@@ -416,6 +416,9 @@ def test_deeplift_sums_to_the_log_odds_of_each_tile(request, kind, layer, channe
     size = np.abs(maps).sum(axis=(1, 2))
     assert maps.std() > 0
     assert (np.abs(maps.sum(axis=(1, 2)) - (logits[:, 1] - logits[:, 0]).numpy()) <= 1e-4 * size).all()
+    moved = np.array([engine._run(tile[None])[2] for tile in tiles])
+    assert (moved[:, 0] >= 0).all()
+    np.testing.assert_allclose(moved[:, 1], size, rtol=1e-4)
     np.testing.assert_allclose(probability, logits.softmax(dim=1)[:, 1], rtol=1e-4, atol=1e-7)
 
 

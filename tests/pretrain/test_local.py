@@ -149,6 +149,8 @@ def test_too_little_in_common_is_left_out() -> None:
     both = torch.cat([at(left) for left in (0, 24, 31, 32, 40)])  # views of 40 px: shares 1, .4, .225, .2, 0
     kept = shared_regions(at(0).expand(5, -1, -1), both, 80, 3, 0.21).kept
     assert kept.tolist() == [True, True, True, False, False]
+    whole = torch.eye(2, 3, dtype=torch.float64)[None]  # of 80 px
+    assert shared_regions(at(0), whole, 80, 3, 0.9).kept.all()  # the smaller view is in it
     assert not shared_regions(at(0), at(40), 80, 3, 0.0).kept.any()  # nothing in common is never enough
     shared = shared_regions(at(0), at(90), 80, 3, 0.2)
     assert region_vectors(torch.ones(1, 2, 10, 10), shared.second, 80).isfinite().all()

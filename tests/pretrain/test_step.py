@@ -154,6 +154,7 @@ def test_the_history_shows_the_terms_and_what_the_features_use(whole: Path) -> N
     assert {"mean_abs_correlation", "embedding_rank", "alignment", "uniformity"} < rows[0].keys()
     assert float(rows[0]["loss"]) == pytest.approx(float(rows[0]["contrast"]) + 0.5 * float(rows[0]["local"]), rel=1e-4)
     assert 1 <= float(rows[1]["effective_rank"]) <= 11 and float(rows[1]["uniformity"]) < 0
+    assert 0 < float(rows[1]["alignment"]) < 4
 
 
 def test_two_processes_train_one_network_and_one_queue(tmp_path: Path, run_apart: Callable[..., list[int]]) -> None:
