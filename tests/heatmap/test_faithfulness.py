@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medsd.heatmap import faithfulness
 from medsd.heatmap.faithfulness import Faithfulness, _above, judge_map, randomised_card, randomised_check
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.sample import MOST_TILES, sample_tiles
@@ -165,6 +166,16 @@ def test_when_a_reader_is_warned(gained: tuple[float, ...], sure: int, agreeing:
     found = Faithfulness("evidence", 20, drop, drop, drop, no, sure=sure, agreeing=agreeing)
     assert found.warning.startswith(begins) and bool(found.warning) == bool(begins)
     assert ("not told apart from random places" in found.words) == (gained[1] <= 0 <= gained[2])
+
+
+def test_only_tiles_that_the_network_is_sure_of_are_asked_for_their_sign(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, nothing = np.array([2.0, -2.0, 0.5, -0.5] * 4), np.zeros(16)
+    drops = dict.fromkeys(("brightest", "random", "lowest", "gained"), nothing)
+    monkeypatch.setattr(faithfulness, "_drops", lambda *_: (clean, drops))
+    found = judge_map(engine, SimpleNamespace(images=torch.zeros(16, 3, 4, 4), maps=torch.ones(16, 2, 2)))  # type: ignore[arg-type]
+    assert found is not None and (found.sure, found.agreeing) == (8, 4)
 
 
 def test_a_slide_with_few_tiles_is_not_judged(engine: Any, known: tuple[Any, ValueMap, np.ndarray]) -> None:

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medsd.errors import ConfigError, DatasetError, TrainingError
-from medsd.pretrain import watch
+from medsd.pretrain import step, watch
 from medsd.pretrain.images import UnlabelledImages
 from medsd.pretrain.med_moco import MedMoCo, MedMoCoSettings
 from medsd.pretrain.start import EncoderStart
 from medsd.pretrain.step import PretrainStep
-from medsd.pretrain.views import ViewSettings
+from medsd.pretrain.views import Views, ViewSettings, draw_views
 from medsd.pretrain.watch import CollapseHandler
 from medsd.pretrain.whitening import ShuffledWhitening
 from medsd.training.checkpoint import Checkpoint
@@ -180,6 +180,19 @@ def engine(moco: MedMoCo, iteration: int = 1, lr: float = 0.05) -> Any:
 def batch(seed: int = 0) -> dict[str, Tensor]:
     images = torch.randint(256, (8, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return {"image": images, "group": torch.arange(8) % 3}
+
+
+def test_each_view_goes_with_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Views] = []
+    monkeypatch.setattr(step, "draw_views", lambda *given: drawn.append(draw_views(*given)) or drawn[-1])
+    asked, forward = [], MedMoCo.forward
+    monkeypatch.setattr(MedMoCo, "forward", lambda moco, *given: asked.append(given) or forward(moco, *given))
+    moco = network()
+    PretrainStep(views=VIEWS)(engine(moco), batch())
+    images, places = [moco.normalise(one.images) for one in drawn], [one.to_source for one in drawn]
+    assert not torch.equal(*places)
+    for given, expected in zip(asked[0], [*images, *places], strict=False):
+        assert torch.equal(given, expected)
 
 
 def without_batch_statistics(settings: MedMoCoSettings) -> MedMoCo:

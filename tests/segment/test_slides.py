@@ -225,7 +225,7 @@ def test_a_run_that_is_killed_goes_on(slide: Path, done: SimpleNamespace, monkey
 
 def test_small_specks_are_in_areas_and_not_in_contours(array_slide) -> None:
     numbers = np.ones((300, 300), np.uint8)
-    numbers[10:14, 10:14] = 2
+    numbers[10:17, 10:17] = 2
     numbers[50:150, 50:150] = 2
     numbers[80:83, 80:83] = 1  # a hole as small
     numbers[100:140, 0:20] = 3  # at the slide's edge
@@ -234,7 +234,7 @@ def test_small_specks_are_in_areas_and_not_in_contours(array_slide) -> None:
     assert [region.number for region in regions] == [1, 2]
     assert not regions[0].polygon.interiors and regions[0].polygon.bounds == (100, 100, 300, 300)
     assert regions[1].polygon.bounds == (0, 200, 40, 280)
-    numbers[10:14, 10:14] = numbers[50:150, 50:150] = numbers[100:140, 0:20] = 1
+    numbers[10:17, 10:17] = numbers[50:150, 50:150] = numbers[100:140, 0:20] = 1
     numbers[10, 10] = 2
     labels.level0_px = 0.5  # nothing is left of it at whole pixels
     assert class_regions(labels, 0.5, (150, 150)) == []
