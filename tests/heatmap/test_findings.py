@@ -24,12 +24,15 @@ def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
 
 
 def test_regions_end_where_the_slide_does(array_slide):
-    probability = ValueMap(np.ones((10, 30), np.float32), 32.0, 32.0, "probability", "tumour", "", "")
+    values = np.ones((10, 30), np.float32)
+    values[:, 28], values[1:, 29] = 0, 0  # leaves a place of a map pixel, too small to be told
+    probability = ValueMap(values, 32.0, 32.0, "probability", "tumour", "", "")
     calibration = Calibration(0.5, {}, "layer3", "none", "drawings")
     card = ModelCard("test_resnet", ("normal", "tumour"), 64, 1.0, "drawings", calibration)
     maps = SlideMaps(probability, {"gradient": probability}, 1, 1)
     found = findings._findings(array_slide(np.zeros((310, 950, 3), np.uint8)), maps, card, calibration)
-    assert [region.polygon.bounds for region in found.regions] == [(0, 0, 950, 310)] and found.score == 1
+    assert [region.polygon.bounds for region in found.regions] == [(0, 0, 896, 310)] and found.score == 1
+    assert findings.smallest_region_um2(64, 0.5) == 32**2
 
 
 def test_the_slide_score_is_the_mean_of_the_top_percent():

@@ -1,13 +1,16 @@
-"""Whether a map has seams where blocks meet."""
+"""Grids over slides, and whether a map has seams where blocks meet."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from medsd.heatmap.grid import seam_score
+from medsd.heatmap.grid import MapGrid, seam_score
 
 
 def blocks_of(seed: int, cells: int) -> np.ndarray:
@@ -39,3 +42,16 @@ def test_without_borders_there_is_no_seam():
     islands[:9], islands[20:] = 0, 1
     assert seam_score(smooth, islands) is None
     assert seam_score(np.full((60, 60), np.nan, np.float32), blocks_of(0, 30)) is None
+
+
+@pytest.mark.parametrize(
+    ("slide_mpp", "mpp", "dimensions", "shape"),
+    [
+        (0.25, 0.5, (1000, 641), (11, 16)),
+        (0.25, 0.5, (64, 128), (2, 1)),
+        (0.1, 0.3, (288, 192), (2, 3)),  # 0.3 / 0.1 is a little less than 3
+    ],
+)
+def test_a_grid_covers_the_slide_and_no_more(slide_mpp, mpp, dimensions, shape):
+    grid = MapGrid.over(SimpleNamespace(mpp=slide_mpp, dimensions=dimensions), mpp, 32)
+    assert grid.shape == shape and grid.level0_px == pytest.approx(32 * mpp / slide_mpp)
