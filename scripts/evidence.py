@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import torch
+from studies.redealt import RATIOS
 from tqdm import tqdm
 
 from medsd.errors import MedsdError
@@ -66,7 +67,7 @@ def main() -> None:
         if not arguments.tables:
             study.prepare(arguments, folder)
             run(study, [job for job in jobs if not is_done(study, job, folder)], folder, arguments.processes)
-        results = {study.key_of(job): read(job, folder)["scores"] for job in jobs if is_done(study, job, folder)}
+        results = {study.key_of(job): scores_of(study, job, folder) for job in jobs if is_done(study, job, folder)}
         text = study.tables(results)
         write_text(folder / "tables.md", text)
         for name, table in csv_tables(text).items():
@@ -105,6 +106,12 @@ def read(job: Job, folder: Path) -> dict[str, Any]:
     """A job's results with the recipe they follow."""
     content: dict[str, Any] = json.loads(path_of(job, folder).read_text("utf-8"))
     return content
+
+
+def scores_of(study: ModuleType, job: Job, folder: Path) -> dict[str, Any]:
+    """A job's results; of studies that deal the same groups anew with what their intervals must know of the deal."""
+    scores: dict[str, Any] = read(job, folder)["scores"]
+    return scores | ({RATIOS: study.dealt(job)} if hasattr(study, "dealt") else {})
 
 
 def is_done(study: ModuleType, job: Job, folder: Path) -> bool:

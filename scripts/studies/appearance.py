@@ -1,7 +1,8 @@
 """Is the warning of odd looks worth anything? How often it comes, beside what changed looks cost the classifier.
 
 `pcam`: frozen EfficientNet-Lite0 and a logistic regression on PatchCamelyon, clusters dealt six times; the range is
-that of the validation clusters, and each test cluster is taken for a slide, as it is and with its looks changed.
+that of the validation clusters, and each test cluster is taken for a slide, as it is and with its looks changed. Deals
+share clusters: one counts once for each deal that tests on it.
 `others`: fields and slides of other scanners and organs beside the range of all of PatchCamelyon, and the other way.
 """
 
@@ -23,12 +24,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from studies.fields import imagenet_lite0
+from studies.redealt import difference_of, ratio_of
 from torch import Tensor
 
 from medsd.cohort.patches import PatchTable, read_patch_table, split_groups
 from medsd.evaluate.scores import auc
 from medsd.heatmap.appearance import usual_appearance
-from medsd.intervals import bootstrap_mean
 from medsd.slides.slide import open_slide
 from medsd.slides.stain.augment import RUIFROK, restain
 
@@ -37,7 +38,6 @@ VERSION = 2
 _SHARES, _DEALS = (0.15, 0.25), 6  # as configs/pcam.json
 _SIDE_PX, _MPP = 96, 0.97
 _LEAST = 8  # patches of a cluster
-_RESAMPLES = 10_000
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
@@ -118,6 +118,16 @@ def prepare(_arguments: argparse.Namespace, _folder: Path) -> None:
 def key_of(job: Job) -> tuple[str, int]:
     """What the tables find a job's results by."""
     return job.part, job.deal
+
+
+def dealt(job: Job) -> dict[str, float]:
+    """See `studies.redealt.RATIOS`."""
+    if job.part != "pcam":
+        return {}
+    training, _, test = split_groups(
+        read_patch_table(Path(job.data, "pcam_patches"), "stain_cluster"), _SHARES, job.deal
+    )
+    return {"testing": float(test.sum() / training.sum())}
 
 
 def recipe_of(_job: Job) -> dict[str, Any]:
@@ -219,15 +229,20 @@ def tables(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     lines: list[str] = []
     deals = [scores for (part, _), scores in results.items() if part == "pcam"]
     if deals:
-        lines += ["| test clusters | AUC | change | clusters warned of |", "|---" * 4 + "|"]
+        lines += ["| test clusters, as dealt | AUC | change | warned of |", "|---" * 4 + "|"]
         for name in CHANGES:
             clusters = [one for deal in deals for one in deal[name]["clusters"].values()]
-            lost = bootstrap_mean(np.array([deal[name]["auc"] - deal["as it is"]["auc"] for deal in deals]), _RESAMPLES)
+            lost = np.array([deal[name]["auc"] - deal["as it is"]["auc"] for deal in deals])
             mean = np.mean([deal[name]["auc"] for deal in deals])
             lines.append(
-                f"| {name} | {mean:.3f} | {lost:+.3f} | "
+                f"| {name} | {mean:.3f} | {difference_of(lost, 3, ratio_of(deals))} | "
                 f"{sum(bool(one['odd']) for one in clusters)} of {len(clusters)} |"
             )
+        numbers = [set(deal["as it is"]["clusters"]) for deal in deals]
+        lines += [
+            "",
+            f"{sum(map(len, numbers))} clusters in {len(deals)} deals, {len(set().union(*numbers))} different.",
+        ]
         same = [one for deal in deals for one in deal["as it is"]["clusters"].values() if one["auc"] is not None]
         for word, odd in (("warned of", True), ("not warned of", False)):
             values = [one["auc"] for one in same if bool(one["odd"]) == odd]

@@ -16,7 +16,11 @@ from medsd.phantom.slides import Phantom, PhantomSpec, draw_phantom
 TILE_PX = 64
 _SLIDE_PX, _MPP, _DIFFICULTY = 2048, 1.0, 0.3
 _PLACES = 60
-_STUDY_SLIDES, _START_SLIDES = 24, 10
+# For training, validation and test; and for the encoder that all start from.
+_DEALT, _START_SLIDES = (14, 4, 6), 10
+_STUDY_SLIDES = sum(_DEALT)
+# Slides tested on over slides trained on.
+RATIO = _DEALT[2] / _DEALT[0]
 SLIDES = range(_STUDY_SLIDES + _START_SLIDES)
 # How much of the tint surrounds a nest: 1 is the shortcut of `PhantomSpec`, 0 none.
 _TINT = 0.5
@@ -60,11 +64,11 @@ def phantoms_with_shortcut(cache: Path, seed: int) -> Split:
     shortcut (a tint), so that all four agree in anatomy and light. A tile of 64 um is the untinted slide inside a disc
     of 14 to 20 um radius, with or without tumour, and the slide without tumour around it, with or without tint. In
     training the tint goes with the label in every tile; validation and test sides hold every place four times, once a
-    group. The seed deals 24 slides to the sides: 14, 4 and 6.
+    group. The seed deals the slides to the sides.
     """
     slides = np.random.default_rng((seed, 2)).permutation(_STUDY_SLIDES)
     sides = []
-    for side in np.split(slides, (14, 18)):
+    for side in np.split(slides, np.cumsum(_DEALT[:2])):
         images, masks = _tiles_of(cache, side.tolist())
         sides.append(_grouped(_tinted(images, np.full(len(images), _TINT)), masks, training=not sides))
     return Split(*sides)

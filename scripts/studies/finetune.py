@@ -151,6 +151,11 @@ def key_of(job: Job) -> tuple[str, str, int]:
     return job.part, job.method, job.seed
 
 
+def dealt(job: Job) -> dict[str, float]:
+    """See `studies.redealt.RATIOS`."""
+    return {"testing": data.RATIO if job.part == "phantoms" else tissue.ratio_of(job.part, Path(job.data), job.seed)}
+
+
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
     part, phantoms = PARTS[job.part], job.part == "phantoms"

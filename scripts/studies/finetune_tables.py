@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from studies.pretrain_tables import difference_of, mean_of
+from studies.redealt import difference_of, mean_of, ratio_of
 
 from medsd.drawing import save_figure
 
@@ -73,6 +73,7 @@ def tables(results: Results) -> str:
 def _part(part: str, results: Results) -> Iterator[str]:
     methods = [method for method in WORDS if any(key[:2] == (part, method) for key in results)]
     seeds = sorted({seed for at, _, seed in results if at == part})
+    ratio = ratio_of(scores for (at, _, _), scores in results.items() if at == part)
     columns = [
         column
         for column in COLUMNS
@@ -94,7 +95,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
         if base not in methods or not others:
             continue
         yield ""
-        yield f"Less {of}, paired by seed, with the 95 % interval of Student's t:"
+        yield f"Less {of}, paired by seed, with the 95 % interval over deals:"
         yield ""
         yield from head
         for method in others:
@@ -102,6 +103,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
                 difference_of(
                     _values(results, part, method, column, seeds) - _values(results, part, base, column, seeds),
                     column.digits,
+                    ratio,
                 )
                 for column in columns
             ]

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from studies.fields import camelyon16_patches
 from studies.networks import ENCODER
-from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, split
+from studies.objectives_data import FOLDS, GRADES, Items, Part, items_of, ratio_dealt, split
 from studies.objectives_methods import objective_of
 from studies.objectives_tables import WORDS, draw, tables
 from torch import Tensor
@@ -146,6 +146,11 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
 def key_of(job: Job) -> tuple[str, str, str, int, int]:
     """What the tables find a job's results by."""
     return job.part, job.encoder, job.method, job.repeat, job.fold
+
+
+def dealt(job: Job) -> dict[str, float]:
+    """See `studies.redealt.RATIOS`."""
+    return {"testing": ratio_dealt(job.part, part_of(job), Path(job.data), job.repeat, job.fold)}
 
 
 def recipe_of(job: Job) -> dict[str, Any]:

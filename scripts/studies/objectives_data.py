@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,14 @@ def items_of(name: str, part: Part, data: Path) -> Items:
     """All items of a part that have a group."""
     folder = data / part.folder
     if name == "pcam":
-        return _read(read_patch_table(folder, "stain_cluster"), part)
+        return _read(_table(name, folder), part)
     return masked_items(folder, part, GRADES, _OTHER_GRADES)
+
+
+def _table(name: str, folder: Path) -> PatchTable:
+    if name == "pcam":
+        return read_patch_table(folder, "stain_cluster")
+    return read_patch_table(folder, "patient", GRADES, _OTHER_GRADES)
 
 
 def masked_items(folder: Path, part: Part, grades: Sequence[str], left_out: Sequence[str]) -> Items:
@@ -85,13 +92,12 @@ def _mask(path: Path, part: Part) -> npt.NDArray[np.bool_]:
 
 def split(items: Items, part: Part, data: Path, repeat: int, fold: int) -> tuple[Items, Items, Items]:
     """Training, calibration and test sides of whole groups; with the further patches that may be trained on."""
-    rest, test = _folds(items, FOLDS, repeat)[fold]
-    kept, held = _folds(items.of(rest), 4, repeat)[0]
-    fit = items.of(rest[kept])
+    kept, held, test = _sides(items.labels, items.groups, repeat, fold)
+    fit = items.of(kept)
     if part.more is not None:
         more = _read(read_patch_table(data / part.more, "id"), part)
         held_out = np.ones(len(items.labels), bool)
-        held_out[rest[kept]] = False
+        held_out[kept] = False
         pixels = (side.images.permute(0, 2, 3, 1).numpy() for side in (more, items))
         more = more.of(np.flatnonzero(may_train(*pixels, held_out)))
         fit = Items(
@@ -99,18 +105,45 @@ def split(items: Items, part: Part, data: Path, repeat: int, fold: int) -> tuple
             np.concatenate([fit.labels, more.labels]),
             np.concatenate([fit.groups, np.char.add(f"{part.more} ", more.groups)]),
         )
-    return fit, items.of(rest[held]), items.of(test)
+    return fit, items.of(held), items.of(test)
 
 
-def _folds(items: Items, count: int, seed: int) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+@lru_cache
+def ratio_dealt(name: str, part: Part, data: Path, repeat: int, fold: int) -> float:
+    """Items tested on over items trained on, of what a repeat and its folds deal: no further patch is."""
+    table = _table(name, data / part.folder)
+    return ratio_of_sides(table.label, table.group, repeat, fold)
+
+
+def ratio_of_sides(labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], repeat: int, fold: int) -> float:
+    """The same of labels and groups that are at hand."""
+    kept, _, test = _sides(labels, groups, repeat, fold)
+    return len(test) / len(kept)
+
+
+_Rows = npt.NDArray[np.intp]
+
+
+def _sides(
+    labels: npt.NDArray[np.int8], groups: npt.NDArray[np.str_], repeat: int, fold: int
+) -> tuple[_Rows, _Rows, _Rows]:
+    """Rows of the training, calibration and test sides."""
+    rest, test = _folds(labels, groups, FOLDS, repeat)[fold]
+    kept, held = _folds(labels[rest], groups[rest], 4, repeat)[0]
+    return rest[kept], rest[held], test
+
+
+def _folds(
+    labels: npt.NDArray[np.int8], names: npt.NDArray[np.str_], count: int, seed: int
+) -> list[tuple[_Rows, _Rows]]:
     """Rows of either side of each fold: whole groups in an order of the seed, each to the fold that lacks it most.
 
     scikit-learn's `StratifiedGroupKFold` deals the same folds whatever its seed, unless groups tie.
     """
-    groups, which = np.unique(items.groups, return_inverse=True)
+    groups, which = np.unique(names, return_inverse=True)
     shares = np.zeros((len(groups), 2))
     for label in (0, 1):
-        shares[:, label] = np.bincount(which[items.labels == label], minlength=len(groups))
+        shares[:, label] = np.bincount(which[labels == label], minlength=len(groups))
     shares /= shares.sum(axis=0)
     held, fold_of = np.zeros((count, 2)), np.zeros(len(groups), int)
     for group in np.random.default_rng((seed, count)).permutation(len(groups)):

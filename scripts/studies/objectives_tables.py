@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from studies.objectives_data import FOLDS
+from studies.redealt import difference_of, mean_of, ratio_of
 
 from medsd.files import atomic_path
 
@@ -83,7 +82,7 @@ Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
 
 
 def tables(results: Results) -> str:
-    """Means over trainings; paired differences from CE with 95 % intervals, see `_half_width`."""
+    """Means over trainings; paired differences from CE with 95 % intervals, see `studies.redealt.half_width`."""
     lines: list[str] = []
     for part, encoder in dict.fromkeys(key[:2] for key in results):
         of = {key[2:]: scores for key, scores in results.items() if key[:2] == (part, encoder)}
@@ -102,14 +101,14 @@ def tables(results: Results) -> str:
             folds = [key[1:] for key in of if key[0] == method and ("ce", *key[1:]) in of]
             if method == "ce" or not folds:
                 continue
-            cells = [_cell(_differences(of, method, folds, column), column, paired=True) for column in COLUMNS]
+            ratio = ratio_of(of[(method, *fold)] for fold in folds)
+            cells = [_cell(_differences(of, method, folds, column), column, ratio) for column in COLUMNS]
             lines.append(f"| *{WORDS[method]} less CE* | {len(folds)} | " + " | ".join(cells) + " |")
         for method in done:
             rows = [scores for key, scores in of.items() if key[0] == method and "auc_half" in scores]
             if rows:
-                cells = [
-                    _cell([_half_less_whole(row, column) for row in rows], column, paired=True) for column in COLUMNS
-                ]
+                ratio = ratio_of(rows)
+                cells = [_cell([_half_less_whole(row, column) for row in rows], column, ratio) for column in COLUMNS]
                 lines.append(f"| *{WORDS[method]}, halfway less whole* | {len(rows)} | " + " | ".join(cells) + " |")
         lines += ["", *(line for method in done if method != "ce" for line in _by_field(of, method))]
         missing = [WORDS[method] for method in WORDS if method not in done]
@@ -148,30 +147,16 @@ def _by_field(of: dict[tuple[str, int, int], dict[str, Any]], method: str) -> It
         yield ""
 
 
-def _cell(values: list[float | None], column: str, paired: bool = False) -> str:
-    """Mean and standard error, or mean difference with its 95 % t interval; a dash where nothing was measured."""
-    _, scale, digits = COLUMNS[column]
-    known = scale * np.array([value for value in values if value is not None and math.isfinite(value)])
-    if not len(known):
-        return "-"
-    mean = f"{known.mean():{'+' if paired else ''}.{digits}f}"
-    if len(known) < 2:
-        return mean
-    if not paired:
-        return f"{mean} ± {known.std(ddof=1) / np.sqrt(len(known)):.{digits}f}"
-    half = _half_width(known)
-    return f"{mean} ({known.mean() - half:+.{digits}f} to {known.mean() + half:+.{digits}f})"
+def _cell(values: list[float | None], column: str, ratio: float | None = None) -> str:
+    """Mean and standard error, or, with a ratio, mean difference with its 95 % interval, see `studies.redealt`.
 
-
-def _half_width(differences: npt.NDArray[np.float64]) -> float:
-    """Half of the 95 % interval of a mean over folds of several repeats, whose training sides overlap.
-
-    The corrected resampled t-test of Nadeau and Bengio (2003): the variance of the mean is that of the differences
-    times 1 / n + (items tested on) / (items trained on).
+    A dash where nothing was measured; how many trainings have the measure, in brackets, where not all of the row have.
     """
-    count = len(differences)
-    error = np.sqrt((1 / count + 1 / (FOLDS - 1)) * differences.var(ddof=1))
-    return float(stats.t.ppf(0.975, count - 1) * error)
+    _, scale, digits = COLUMNS[column]
+    found = scale * np.array([math.nan if value is None else value for value in values], np.float64)
+    known = int(np.isfinite(found).sum())
+    shown = mean_of(found, digits) if ratio is None else difference_of(found, digits, ratio)
+    return (shown or "-") + (f" ({known})" if 0 < known < len(found) else "")
 
 
 def draw(results: Results, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from studies import pretrain_data
 from studies.data import Items
 from studies.finetune import Recipe, start_worker, train
-from studies.pretrain_data import Images, Sides, sides_of
+from studies.pretrain_data import Images, Sides, ratios_of, sides_of
 from studies.pretrain_tables import draw, tables
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -153,6 +153,11 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
 def key_of(job: Job) -> tuple[str, str, int]:
     """What the tables find a job's results by."""
     return job.part, job.variant, job.seed
+
+
+def dealt(job: Job) -> dict[str, float]:
+    """See `studies.redealt.RATIOS`."""
+    return ratios_of(PARTS[job.part].data, Path(job.data), job.seed)
 
 
 def recipe_of(job: Job) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ VERSION = 2
 EBHI_PX = 112
 _NUCLEI_PX = 128
 _LABELS = {"normal": 0, "adenocarcinoma": 1}
+# Of clusters for validation and test, and of stretches or patients for test.
+_SHARES, _TEST_SHARE = (0.15, 0.25), 0.4
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,33 @@ def sides_of(data: str, source: Path, kept: Path, seed: int) -> Sides:
     return {"pcam": _pcam, "ebhi": _ebhi}[data](source, kept, seed)
 
 
+@lru_cache
+def ratios_of(data: str, source: Path, seed: int) -> dict[str, float]:
+    """By side, items tested on over items trained on, of what the seed deals: no patch of unknown cluster is."""
+    if data == "ebhi":
+        table = read_table(source / "ebhi_seg" / "index.csv", ("label", "patient"))
+        test, known = _dealt(table["patient"].to_numpy(str), seed), table["label"].isin(_LABELS).to_numpy()
+        return {"testing": _ratio(test & known, ~test & known), "masks": _ratio(test, ~test)}
+    patches = read_patch_table(source / "pcam_patches", "stain_cluster")
+    training, validation, testing = split_groups(patches, _SHARES, seed)
+    test = _dealt(read_table(source / "nuinsseg" / "index.csv", ("run",))["run"].to_numpy(str), seed)
+    found = {"testing": _ratio(testing, training), "validation": _ratio(validation, training)}
+    return found | {"masks": _ratio(test, ~test)}
+
+
+def _ratio(tested: npt.NDArray[np.bool_], trained: npt.NDArray[np.bool_]) -> float:
+    return float(tested.sum() / trained.sum())
+
+
 def _pcam(source: Path, kept: Path, seed: int) -> Sides:
     """Patches by stain cluster, with the patches of no cluster to pre-train on; nuclei of NuInsSeg by organ."""
     table = read_patch_table(source / "pcam_patches", "stain_cluster")
-    training, validation, testing = split_groups(table, (0.15, 0.25), seed)
+    training, validation, testing = split_groups(table, _SHARES, seed)
     patches = Images(_patches(table, kept / "pcam.npy"), table.label.astype(np.int64), table.group)
     more = read_images([source / "pcam_more", source / "pcam_unlabelled"])
     unlabelled = torch.cat([patches.of(training).pixels, _patches(more, kept / "pcam_more.npy")])
     nuclei = _nuclei(source / "nuinsseg", kept)
-    test = _dealt(nuclei.groups, 0.4, seed)
+    test = _dealt(nuclei.groups, seed)
     masked = nuclei.of(~test), nuclei.of(test)
     return Sides(unlabelled, patches.of(training), patches.of(testing), *masked, patches.of(validation))
 
@@ -86,7 +107,7 @@ def _ebhi(source: Path, kept: Path, seed: int) -> Sides:
         table["patient"].to_numpy(str),
         _squares(source / "ebhi_seg", table["mask"], kept / "ebhi_masks.npy", EBHI_PX),
     )
-    test = _dealt(images.groups, 0.4, seed)
+    test = _dealt(images.groups, seed)
     training, testing = images.of(~test), images.of(test)
     return Sides(training.pixels, training, testing, training, testing)
 
@@ -98,11 +119,11 @@ def _nuclei(source: Path, kept: Path) -> Images:
     return Images(pixels, np.full(len(table), -1), table["run"].to_numpy(str), masks)
 
 
-def _dealt(groups: npt.NDArray[Any], share: float, seed: int) -> npt.NDArray[np.bool_]:
+def _dealt(groups: npt.NDArray[Any], seed: int) -> npt.NDArray[np.bool_]:
     """Rows of the test side: whole groups, until it holds its share."""
     side = np.zeros(len(groups), bool)
     for group in np.random.default_rng((seed, 3)).permutation(np.unique(groups)):
-        if side.mean() >= share:
+        if side.mean() >= _TEST_SHARE:
             break
         side |= groups == group
     return side

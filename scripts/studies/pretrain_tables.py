@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
+from studies.redealt import difference_of, mean_of, ratio_of
 
 from medsd.drawing import save_figure
 from medsd.evaluate.plots import RUN_STYLES
@@ -51,12 +51,13 @@ _PARTS = {
 
 
 class Column(NamedTuple):
-    """A measure: its key, its title, the digits that are shown, and whether variants are compared by it."""
+    """A measure: its key and title, the digits that are shown, whether variants are compared by it, what it is of."""
 
     key: str
     title: str
     digits: int
     compared: bool = True
+    side: str = "testing"
 
 
 COLUMNS = (
@@ -68,12 +69,12 @@ COLUMNS = (
     Column("probe_white", "probe AUC, whitened", 3),
     Column("knn", "k-NN AUC", 3),
     Column("knn_white", "k-NN AUC, whitened", 3, compared=False),
-    Column("dice", "decoder Dice", 3),
-    Column("oracle", "oracle Dice", 3, compared=False),
+    Column("dice", "decoder Dice", 3, side="masks"),
+    Column("oracle", "oracle Dice", 3, compared=False, side="masks"),
     Column("finetune_10", "fine-tuned AUC, 10 %", 3),
     Column("finetune_100", "fine-tuned AUC, 100 %", 3),
-    Column("validation_rank", "effective rank, validation", 1, compared=False),
-    Column("validation_probe", "probe AUC, validation", 3),
+    Column("validation_rank", "effective rank, validation", 1, compared=False, side="validation"),
+    Column("validation_probe", "probe AUC, validation", 3, side="validation"),
 )
 
 
@@ -99,10 +100,8 @@ def _schedules(first: str, others: list[str], results: Results) -> Iterator[str]
     yield "|---" * (len(compared) + 2) + "|"
     for part in others:
         seeds = [seed for at, name, seed in results if (at, name) == (part, _BASE) and (first, _BASE, seed) in results]
-        pairs = [[_values(results, at, _BASE, column.key, seeds) for at in (part, first)] for column in compared]
-        cells = [
-            difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
-        ]
+        found = [[results[at, _BASE, seed] for seed in seeds] for at in (part, first)]
+        cells = [_compared(*found, column) for column in compared]
         yield "| " + " | ".join([_PARTS[part], str(len(seeds)), *cells]) + " |"
 
 
@@ -136,41 +135,33 @@ def _differences(part: str, results: Results, base: str, variants: list[str], se
     """A table of what variants have more than a base."""
     compared = [column for column in COLUMNS if column.compared]
     yield ""
-    yield f"Difference to {_words(part, base)}, paired by seed, with the 95 % interval of Student's t; ratio of ranks:"
+    yield f"Difference to {_words(part, base)}, paired by seed, with its 95 % interval over deals; ratio of ranks:"
     yield ""
     yield "| " + " | ".join(["", *(column.title for column in compared), "times its rank"]) + " |"
     yield "|---" * (len(compared) + 2) + "|"
     for variant in variants:
-        pairs = [[_values(results, part, name, column.key, seeds) for name in (variant, base)] for column in compared]
-        cells = [
-            difference_of(ours - theirs, column.digits) for column, (ours, theirs) in zip(compared, pairs, strict=True)
-        ]
-        ours, theirs = pairs[0]
-        words = _words_seeds(part, variant, results, seeds)
-        yield "| " + " | ".join([words, *cells, difference_of(ours / theirs, 2).replace("+", "")]) + " |"
+        both = [seed for seed in seeds if {(part, variant, seed), (part, base, seed)} <= results.keys()]
+        if not both:
+            continue
+        found = [[results[part, name, seed] for seed in both] for name in (variant, base)]
+        cells = [_compared(*found, column) for column in compared]
+        ours, theirs = (np.array([each["rank"] for each in of]) for of in found)
+        times = difference_of(ours / theirs, 2, ratio_of(found[0])).replace("+", "")
+        yield "| " + " | ".join([_words_seeds(part, variant, results, seeds), *cells, times]) + " |"
+
+
+def _compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], column: Column) -> str:
+    """What a measure has more in the first results than in the second, of the same deals; empty where none has it."""
+    pairs = [[each.get(column.key, np.nan) for each in found] for found in (ours, theirs)]
+    differences = np.subtract(*pairs, dtype=np.float64)
+    if not np.isfinite(differences).any():
+        return ""
+    return difference_of(differences, column.digits, ratio_of(ours, column.side))
 
 
 def _values(results: Results, part: str, variant: str, key: str, seeds: list[int]) -> npt.NDArray[np.float64]:
     """A measure by seed, nan where it is missing."""
     return np.array([results.get((part, variant, seed), {}).get(key, np.nan) for seed in seeds], np.float64)
-
-
-def mean_of(values: npt.NDArray[np.float64], digits: int) -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return ""
-    spread = f" ± {stats.sem(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{known.mean():.{digits}f}{spread}"
-
-
-def difference_of(values: npt.NDArray[np.float64], digits: int) -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return ""
-    if len(known) < 2 or known.std() == 0:
-        return f"{known.mean():+.{digits}f}"
-    low, high = stats.t.interval(0.95, len(known) - 1, known.mean(), stats.sem(known))
-    return f"{known.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def draw(results: Results, folder: Path) -> None:

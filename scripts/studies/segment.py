@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -184,6 +185,21 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
 def key_of(job: Job) -> tuple[str, Setting, int]:
     """What the tables find a job's results by."""
     return job.part, job.setting, job.seed
+
+
+def dealt(job: Job) -> dict[str, float]:
+    """See `studies.redealt.RATIOS`; phantom slides are drawn anew for each seed, and nothing is dealt twice."""
+    return {"testing": _ratio_dealt(job.part, Path(job.data), job.seed) if PARTS[job.part].folder else 0.0}
+
+
+@lru_cache
+def _ratio_dealt(part: str, data: Path, seed: int) -> float:
+    parser = monai.bundle.ConfigParser()
+    parser.read_config(["bundles/segmentation.json", *PARTS[part].configs])
+    parser.update(PARTS[part].keys | {"dataset_dir": str(data / PARTS[part].folder), "seed": seed})
+    masks = parser.get_parsed_content("masked")
+    trained, tested = (len(masks.part(name)) for name in ("training", "testing"))
+    return tested / trained
 
 
 def recipe_of(job: Job) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
-from studies.pretrain_tables import WORDS, difference_of, mean_of
+from studies.pretrain_tables import WORDS
+from studies.redealt import difference_of, mean_of, ratio_of
 
 from medsd.drawing import save_figure
 
@@ -75,7 +76,7 @@ def _part(part: str, results: Results) -> Iterator[str]:
     to = f"'{_STARTS[base]}'{others}"
     yield (
         f"Mean and standard error over {len(seeds)} seed(s), each with its own split; differences of Dice to {to} of "
-        "the same protocol, decoder and share, paired by seed, with the 95 % interval of Student's t."
+        "the same protocol, decoder and share, paired by seed, with the 95 % interval over deals."
     )
     yield ""
     heads = [
@@ -96,7 +97,8 @@ def _part(part: str, results: Results) -> Iterator[str]:
             like = _like(settings, setting, other)
             compared = like is not None and like != setting
             found = [_values(results, part, one, "dice", seeds) for one in (setting, like)]
-            cells.append(difference_of(found[0] - found[1], 3) if compared else "")
+            ratio = ratio_of(scores for (at, _, _), scores in results.items() if at == part)
+            cells.append(difference_of(found[0] - found[1], 3, ratio) if compared else "")
         words = _STARTS[setting.start]
         if setting.start == "weak":
             words += f", sure {setting.sure:g}, {setting.fill.replace('_', ' ')}"

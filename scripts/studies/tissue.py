@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from studies import objectives_data
 from studies.data import Items, Split
-from studies.objectives_data import Part, items_of, masked_items, split
+from studies.objectives_data import Part, items_of, masked_items, ratio_dealt, ratio_of_sides, split
 from torch import Tensor
 
 from medsd.slides.stain.augment import RUIFROK, restain
@@ -46,19 +48,35 @@ def tissue_with_shortcut(name: str, data: Path, seed: int, shortcut: bool = True
     every item twice, with it and without.
     """
     part = PARTS[name]
-    if name == "ebhi":
-        items = masked_items(data / part.folder, part, _GRADES, _OTHER_GRADES)
-        assert items.masks is not None
-        share = items.masks.mean(axis=(1, 2))
-        items = items.of(np.flatnonzero((share >= _OBJECT[0]) & (share <= _OBJECT[1])))
-    else:
-        items = items_of(name, part, data)
+    items = _biopsies(data) if name == "ebhi" else items_of(name, part, data)
     fit, held, test = split(items, part, data, seed, fold=0)
     cue = fit.labels if shortcut else np.random.default_rng((seed, 5)).integers(0, 2, len(fit.labels))
     tint = TINT[name]
     return Split(
         _in_groups(fit, tint, torch.from_numpy(cue.astype(np.int64))), _in_groups(held, tint), _in_groups(test, tint)
     )
+
+
+def ratio_of(name: str, data: Path, seed: int) -> float:
+    """Items tested on (each counted once) over items trained on, of what the seed deals."""
+    if name == "pcam":
+        return ratio_dealt(name, PARTS[name], data, seed, fold=0)
+    return ratio_of_sides(*_of_biopsies(data), seed, fold=0)
+
+
+@lru_cache
+def _of_biopsies(data: Path) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.str_]]:
+    """Their labels and groups; what they are is known by their masks alone."""
+    items = _biopsies(data)
+    return items.labels, items.groups
+
+
+def _biopsies(data: Path) -> objectives_data.Items:
+    part = PARTS["ebhi"]
+    items = masked_items(data / part.folder, part, _GRADES, _OTHER_GRADES)
+    assert items.masks is not None
+    share = items.masks.mean(axis=(1, 2))
+    return items.of(np.flatnonzero((share >= _OBJECT[0]) & (share <= _OBJECT[1])))
 
 
 def _in_groups(side: objectives_data.Items, tint: float, cue: Tensor | None = None) -> Items:
