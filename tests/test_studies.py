@@ -2,22 +2,26 @@
 
 import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from scipy import stats
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-STUDIES = ("redealt", "pretrain_tables", "objectives_tables", "finetune_tables", "objectives_data", "appearance")
+STUDIES = (
+    "redealt", "pretrain_data", "pretrain_tables", "objectives_data", "objectives_tables", "finetune_tables",
+    "segment_tables", "appearance",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def studies() -> dict[str, ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        return {name: importlib.import_module(f"studies.{name}") for name in STUDIES}
+        found = {name: importlib.import_module(f"studies.{name}") for name in STUDIES}
+        return found | {"evidence": importlib.import_module("evidence")}
 
 
 def test_interval_of_deals_that_share_nothing_is_student_s(studies: dict[str, ModuleType]) -> None:
@@ -63,6 +67,30 @@ def test_ratio_of_three_folds_of_which_a_quarter_calibrates(studies: dict[str, M
     groups = np.repeat([f"{number:02d}" for number in range(12)], 10)
     labels = np.tile(np.array([0, 1], np.int8), 60)
     assert studies["objectives_data"].ratio_of_sides(labels, groups, 0, 1) == pytest.approx(40 / 60)
+
+
+def test_ratios_of_biopsies_count_what_a_measure_is_of(studies: dict[str, ModuleType], tmp_path: Path) -> None:
+    # Ten patients of three images, four of them tested on; a probe knows one image of each of the first five alone.
+    lines = [
+        f"{number},{'normal' if number < 5 and not image else 'polyp'}" for number in range(10) for image in range(3)
+    ]
+    (tmp_path / "ebhi_seg").mkdir()
+    (tmp_path / "ebhi_seg" / "index.csv").write_text("\n".join(["patient,label", *lines]), "utf-8")
+    ratios = studies["pretrain_data"].ratios_of("ebhi", tmp_path, 0)
+    assert ratios["masks"] == pytest.approx(12 / 18)
+    tested = 5 * ratios["testing"] / (1 + ratios["testing"])
+    assert tested == pytest.approx(round(tested))
+
+
+@pytest.mark.parametrize("deals", [True, False])
+def test_results_have_the_ratio_of_studies_that_deal(
+    studies: dict[str, ModuleType], tmp_path: Path, deals: bool
+) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "job.json").write_text('{"recipe": {}, "scores": {"auc": 1.0}}', "utf-8")
+    study = SimpleNamespace(**({"dealt": lambda _: {"testing": 0.5}} if deals else {}))
+    found = studies["evidence"].scores_of(study, SimpleNamespace(part="part", name="job"), tmp_path)
+    assert found == {"auc": 1.0, **({studies["redealt"].RATIOS: {"testing": 0.5}} if deals else {})}
 
 
 def _rows(text: str) -> dict[str, dict[str, str]]:
@@ -125,6 +153,33 @@ def test_finetune_table_is_over_deals(studies: dict[str, ModuleType]) -> None:
     }
     row = _rows(studies["finetune_tables"].tables(results))["AIM's twin without masks"]
     assert row["accuracy %"] == "+2.0 (-1.9 to +5.9)"
+
+
+class Setting(NamedTuple):
+    """What tables ask of a setting of the study of segmentation."""
+
+    start: str
+    kind: str = "full"
+    fraction: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("part", "starts", "ratio", "shown"),
+    [
+        ("nuinsseg", ("moco", "med-moco"), 0.5, "+0.200 (-0.193 to +0.593)"),
+        # Slides are drawn anew for each seed: Student's t.
+        ("weak", ("masks", "weak then masks"), 0.0, "+0.200 (-0.048 to +0.448)"),
+    ],
+)
+def test_segmentation_table_is_over_what_was_dealt(
+    studies: dict[str, ModuleType], part: str, starts: tuple[str, str], ratio: float, shown: str
+) -> None:
+    results = {
+        (part, Setting(start), seed): {"dice": gain * (1 + seed) / 10, studies["redealt"].RATIOS: {"testing": ratio}}
+        for start, gain in zip(starts, (1, 2), strict=True)
+        for seed in range(3)
+    }
+    assert shown in studies["segment_tables"].tables(results)
 
 
 def test_warnings_count_clusters_of_each_deal_and_tell_the_different_ones(studies: dict[str, ModuleType]) -> None:
