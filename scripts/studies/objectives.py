@@ -155,15 +155,21 @@ def dealt(job: Job) -> dict[str, float]:
 
 def recipe_of(job: Job) -> dict[str, Any]:
     """What the results of a job depend on."""
-    part, data = part_of(job), Path(job.data)
-    table = next(
-        data / part.folder / name for name in ("labels.csv", "index.csv") if (data / part.folder / name).is_file()
-    )
-    fixed = {"version": VERSION, "table": sha256_of(table), "start": asdict(STARTS[job.encoder])}
+    part, data, start = part_of(job), Path(job.data), STARTS[job.encoder]
+    fixed = {
+        "version": VERSION,
+        "tables": {folder: _table_sha256(data / folder) for folder in (part.folder, part.more) if folder},
+        "start": asdict(start),
+        "weights": sha256_of(data / "weights_encoders" / start.file) if start.file else None,
+    }
     if job.method == "frozen":
         return fixed | {"side_px": part.side_px, "scale": part.scale}
     objective = {name: value for name, value in vars(objective_of(job.method)).items() if not name.startswith("_")}
     return fixed | asdict(part) | {"objective": objective, "explained": asdict(EXPLAINED)}
+
+
+def _table_sha256(folder: Path) -> str:
+    return sha256_of(next(folder / name for name in ("labels.csv", "index.csv") if (folder / name).is_file()))
 
 
 def prepare(_arguments: argparse.Namespace, _folder: Path) -> None:
