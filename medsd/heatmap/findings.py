@@ -216,6 +216,19 @@ def model_words(model: MapModel) -> str:
     return (
         f"Classifier trained on {card.trained_on}; tissue: {card.tissue or 'not stated'}; at {card.mpp:g} µm per "
         f"pixel. {prevalence_words(card, model.engine.target, model.calibration)}"
+        f"{_others_words(card, model.engine.target)}"
+    )
+
+
+def _others_words(card: ModelCard, target: int) -> str:
+    """Of three or more classes: that a map of one says nothing of which of the others is there; empty of two."""
+    *others, last = (name for number, name in enumerate(card.classes) if number != target)
+    if not others:
+        return ""
+    known = f"{', '.join(others)} and {last}"
+    return (
+        f" Mapped: {card.classes[target]} alone, against {known}, which are not told apart here: tissue in grey or "
+        "blue may be any of these."
     )
 
 

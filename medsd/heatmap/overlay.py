@@ -210,7 +210,7 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     head = [(line, FAINT) for line in wrapped(slide.model, 15, room)]
     if slide.findings is not None:
         score, _ = score_texts(slide.findings.score, slide.findings.cut_off)
-        words = f"Slide score {score}. {' '.join(slide.findings.verdict)}"
+        words = f"Slide score, {slide.findings.probability.target}: {score}. {' '.join(slide.findings.verdict)}"
         head += [(line, BLACK) for line in wrapped(words, 15, room)]
     head += [(line, RED) for words in slide.misfits for line in wrapped(words, 15, room, bold=True)]
     foot = _footer(slide, opacity)

@@ -222,6 +222,12 @@ def test_the_class_asked_for_is_mapped_by_its_name(tmp_path, fiducial_slide, gre
     drawn = json.loads((folder / "regions.geojson").read_text())["features"]
     assert {feature["properties"]["classification"]["name"] for feature in drawn} == {"Invasive (model)"}
     assert "3 of 3 validation slides with invasive" in row.verdict
+    told = "Mapped: invasive alone, against benign and in situ, which are not told apart here: tissue in grey or blue"
+    assert told in row.model and "against benign and invasive, which" in first.model
+    page = (folder / "report.html").read_text("utf-8")
+    assert (
+        told in page and "<dt>Slide score, invasive</dt>" in page and told in (tmp_path / "out/index.html").read_text()
+    )
     for path in ("record.json", "report.html", "regions.geojson", "../index.html", "../slides.csv"):
         text = re.sub("[A-Za-z0-9+/]{60,}", "", (folder / path).read_text("utf-8"))  # without pictures
         assert "tumo" not in text.casefold()

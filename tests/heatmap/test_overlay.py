@@ -210,7 +210,7 @@ def test_threshold_and_score_are_no_round_numbers_that_they_are_not(
     draw(tmp_path / "o.png", threshold=threshold, score=0.0743)
     words = " ".join(line.text for line in written)
     assert f"tumour probability above {threshold} (fixed on a test)" in words
-    assert "Slide score 0.0743. Below the cut-off." in words
+    assert "Slide score, tumour: 0.0743. Below the cut-off." in words
 
 
 def test_every_method_has_a_panel(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
         "What the features hold.",
         "Of this slide.",
         "8,000 × 6,000 px",
-        "Slide score 0.97 (mean of the highest 1% of the probability in tissue)",
+        "Slide score, tumour 0.97 (mean of the highest 1% of the probability in tissue)",
         "abc",
     ):
         assert sentence in words
@@ -247,7 +247,7 @@ def test_a_threshold_is_no_round_number_that_it_is_not(tmp_path: Path, threshold
     words = write(tmp_path, replace(content(), findings=found))[1].words
     for sentence in (f"Back to {text}", f"with a probability above {text} (", f"the table keeps to {text}."):
         assert sentence in words
-    assert f"Slide score {threshold} (mean" in words
+    assert f"Slide score, tumour {threshold} (mean" in words
     assert "No region" in write(tmp_path, replace(content(), findings=replace(found, regions=[])))[1].words
     assert f"has a probability above {text};" in Page((tmp_path / "report.html").read_text()).words
 
