@@ -51,7 +51,7 @@ def gpu() -> Iterator[torch.device]:
 class ArraySlide:
     """A slide held in memory, read at multiples of its mpp only: whole pixels, white outside."""
 
-    reader, mpp_source, path = "array", "test", Path("array")
+    reader, mpp_source, mpp_doubt, path = "array", "test", "", Path("array")
 
     def __init__(self, pixels: np.ndarray, mpp: float = 1.0) -> None:
         self.pixels, self.mpp = pixels, mpp

@@ -71,7 +71,10 @@ def test_info_tells_size_scale_and_levels(monkeypatch, capsys, slide):
     assert "1024 x 1024 px, 0.51 x 0.51 mm" in out
     assert "0.5 um per pixel (TIFF resolution tags)" in out
     assert "level 1     256 x 256 px, 2 um per pixel" in out
-    assert "0.25 um per pixel (given by the caller)" in run(monkeypatch, capsys, "info", slide, "--mpp", 0.25)[1]
+    assert (
+        "0.25 um per pixel (given by the caller; the file says 0.5)"
+        in run(monkeypatch, capsys, "info", slide, "--mpp", 0.25)[1]
+    )
 
 
 def test_info_does_not_wait_for_a_pipe(monkeypatch, capsys, tmp_path):

@@ -304,7 +304,8 @@ class _TilingWork(Tiles, Work[TiledSlide]):
         tissue = find_tissue(slide, method=tiling.tissue, force=tiling.force_tissue)
         found = tiles_of_slide(slide, entry.name, tiling.grid, tissue, outlines)
         enlarged = f"tiles ({found.mpp:g} um per pixel) are finer than the slide ({slide.mpp:g}): they are enlarged"
-        doubts = [enlarged] if slide.mpp > _ENLARGED * found.mpp else []
+        doubts = [slide.mpp_doubt] if slide.mpp_doubt else []
+        doubts += [enlarged] if slide.mpp > _ENLARGED * found.mpp else []
         doubts += label_doubts(found, entry, outlines, tiling.classes)
         labelled = forget_unknown(found, entry, outlines, slide.mpp, tiling.grid.outlined_from)
         seen = np.ones(len(found), np.bool_)

@@ -247,12 +247,14 @@ def misfits(slide: Slide, model: MapModel, checks: Checks = _UNCHECKED) -> list[
 
 
 def scale_misfits(slide: Slide, mpp: float) -> list[str]:
-    """Where a slide is coarser than what a network takes, at `mpp`; none where it is not."""
+    """Where a slide's scale is in doubt, or coarser than what a network takes, at `mpp`; none where it is not."""
+    doubts = [slide.mpp_doubt] if slide.mpp_doubt else []
     if slide.mpp <= _COARSER * mpp:
-        return []
+        return doubts
     return [
+        *doubts,
         f"Does not fit: the slide has {slide.mpp:g} µm per pixel, the network takes {mpp:g}. It was enlarged, and "
-        "detail that the network looks for is missing."
+        "detail that the network looks for is missing.",
     ]
 
 

@@ -26,6 +26,10 @@ _SOURCES = {
     "jp2.mpp-{}": "JPEG 2000 capture resolution",
 }
 _TAGS = "TIFF resolution tags"
+# Scales that differ by less are one: pixels are square, a file says what the caller says (our choice).
+_SAME = 0.02
+# What is given and what the file says: beyond, one of them is another objective or a slip (our choice).
+_DOUBTFUL = 0.1
 UM_PER_UNIT = {
     **{"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0},
     **{"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "angstrom": 1e-4},
@@ -35,10 +39,15 @@ UM_PER_UNIT = {
 
 @dataclass(frozen=True)
 class Mpp:
-    """Micrometres per level-0 pixel and where the number comes from (kept on every output)."""
+    """Micrometres per level-0 pixel and where the number comes from (kept on every output).
+
+    Attributes:
+        doubt: where the caller's is far from the file's, a sentence for a reader; else empty.
+    """
 
     value: float
     source: str
+    doubt: str = ""
 
 
 def is_plausible(mpp: float) -> bool:
@@ -72,27 +81,45 @@ def resolve_mpp(path: Path, properties: Mapping[str, str], override: float | Non
     Raises:
         MissingMppError: no source gives a plausible scale, or the pixels are not square; the message names the fix.
     """
+    candidates = _candidates(properties)
+    pair, source = next((one for one in candidates if one[0] and all(map(is_plausible, one[0]))), (None, ""))
     if override is not None:
         if not is_plausible(override):
             raise MissingMppError(f"{path}: mpp={override:g} given; {WANTED_MPP}")
-        return Mpp(float(override), "given by the caller")
-    candidates = [(source, _pair(properties, key)) for key, source in _SOURCES.items()]
-    if properties.get("openslide.vendor") == "generic-tiff":
-        # OpenSlide fills mpp-x of plain TIFFs from the resolution tags: that is the TIFF's word, not the vendor's.
-        candidates = [*candidates[1:], (_TAGS, candidates[0][1])]
-    candidates.append((_TAGS, _tiff_mpp(properties)))
-    for source, pair in candidates:
-        if pair is None or not all(map(is_plausible, pair)):
-            continue
-        if abs(pair[0] - pair[1]) > 0.02 * pair[0]:
+        return _given(float(override), pair)
+    if pair is not None:
+        if abs(pair[0] - pair[1]) > _SAME * pair[0]:
             raise MissingMppError(
                 f"{path}: pixels are not square ({pair[0]:g} x {pair[1]:g} um); give one scale with mpp=..."
             )
         return Mpp((pair[0] + pair[1]) / 2, source)
-    stated = next((pair for _, pair in candidates[:-1] if pair is not None), None)
+    stated = next((pair for pair, _ in candidates[:-1] if pair is not None), None)
     raise MissingMppError(
         f"{path}: scale unknown{_hint(properties, stated)}; give it with mpp=... (--mpp), or in a manifest"
     )
+
+
+def _candidates(properties: Mapping[str, str]) -> list[tuple[tuple[float, float] | None, str]]:
+    """What the file says along x and y, and where, as it is to be believed: the tags last."""
+    found = [(_pair(properties, key), source) for key, source in _SOURCES.items()]
+    if properties.get("openslide.vendor") == "generic-tiff":
+        # OpenSlide fills mpp-x of plain TIFFs from the resolution tags: that is the TIFF's word, not the vendor's.
+        found = [*found[1:], (found[0][0], _TAGS)]
+    return [*found, (_tiff_mpp(properties), _TAGS)]
+
+
+def _given(mpp: float, stated: tuple[float, float] | None) -> Mpp:
+    """The caller's scale, and how far it is from what the file says, if anything."""
+    source = "given by the caller"
+    apart = max((max(mpp, one) / min(mpp, one) - 1 for one in stated or ()), default=0.0)
+    if stated is None or apart <= _SAME:
+        return Mpp(mpp, source)
+    said = " x ".join(dict.fromkeys(f"{one:g}" for one in stated))
+    doubt = (
+        f"Scale in doubt: {mpp:g} µm per pixel was given, the file says {said}. If the file is right, all sizes and "
+        "answers here are wrong."
+    )
+    return Mpp(mpp, f"{source}; the file says {said}", doubt if apart > _DOUBTFUL else "")
 
 
 def _tiff_mpp(properties: Mapping[str, str]) -> tuple[float, float] | None:

@@ -89,6 +89,7 @@ class SharedSlide(Slide):
     def __init__(self, slide: Slide, times: int) -> None:
         self.path, self.dimensions, self.bounds = slide.path, slide.dimensions, slide.bounds
         self.mpp, self.mpp_source, self.reader = slide.mpp, slide.mpp_source, slide.reader
+        self.mpp_doubt = slide.mpp_doubt
         self._opened = [deepcopy(slide) for _ in range(times)]
         self._free: SimpleQueue[Slide] = SimpleQueue()
         for one in self._opened:

@@ -44,6 +44,7 @@ class Slide(ABC):
         dimensions: (width, height) of level 0 in pixels.
         mpp: micrometres per level-0 pixel.
         mpp_source: where the mpp comes from.
+        mpp_doubt: where the caller's mpp is far from the file's, a sentence for a reader; else empty.
         reader: name of the library that reads the file.
         bounds: (x, y, width, height) of the scanned area in level-0 pixels, where the file says that the rest of its
             canvas is empty (MIRAX, Leica); else the whole slide. QuPath shows this area alone and counts from its
@@ -54,6 +55,7 @@ class Slide(ABC):
     dimensions: tuple[int, int]
     mpp: float
     mpp_source: str
+    mpp_doubt: str = ""
     reader: str
     bounds: tuple[int, int, int, int]
 
@@ -162,7 +164,7 @@ class FileSlide(Slide):
             raise SlideError(f"{path}: a level is larger than level 0; its header is damaged, copy it again")
         self.levels = tuple(level_of(self.dimensions, size) for size in sizes)
         resolved = resolve_mpp(path, self._reader.properties, mpp)
-        self.mpp, self.mpp_source = resolved.value, resolved.source
+        self.mpp, self.mpp_source, self.mpp_doubt = resolved.value, resolved.source, resolved.doubt
         self.bounds = _bounds(self._reader.properties, self.dimensions)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ HEAD = ("names", "paths", "slide_mpp", "tile_px", "mpp")
 class Blank:
     """A slide of a size and scale, without pixels."""
 
-    path, mpp_source, reader = Path("blank.tif"), "test", "test"
+    path, mpp_source, mpp_doubt, reader = Path("blank.tif"), "test", "", "test"
 
     def __init__(self, width: int, height: int, mpp: float = 1.0) -> None:
         self.dimensions, self.mpp = (width, height), mpp

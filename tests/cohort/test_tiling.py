@@ -188,6 +188,12 @@ def test_the_manifests_scale_is_used_and_kept(odd: Path, tmp_path: Path) -> None
     assert (tiled.index.x % 256 == 0).all() and tiled.index.x.max() > 0
 
 
+def test_a_scale_that_is_not_the_files_is_told(entries: list[SlideEntry], tmp_path: Path) -> None:
+    (row,) = tile_slides([replace(entries[0], mpp=1.0)], tmp_path, TILING).slides
+    assert "Scale in doubt: 1 µm per pixel was given, the file says 0.5." in row.reason
+    assert row.mpp_source == "given by the caller; the file says 0.5"
+
+
 def test_a_second_run_redoes_failures_only(
     copy: Path, cohort: list[SlideEntry], odd: Path, tmp_path: Path, opened: list[str]
 ) -> None:

@@ -91,12 +91,17 @@ def test_what_is_complete_is_kept_and_another_recipe_redone(tmp_path, small_slid
     map_slides([job_of(small_slide, mpp=0.25)], green_weights, tmp_path, isolate=False)
     record = read_slide_record(folder)
     assert record["recipe"]["mpp"] == record["scale"]["mpp"] == 0.25
-    assert record["scale"]["mpp_source"] == "given by the caller"
+    assert record["scale"]["mpp_source"] == "given by the caller; the file says 0.5"
     words = (
         "Classifier trained on green discs; tissue: not stated; at 1 µm per pixel. Probabilities are not corrected for"
     )
     assert record["model"] == first.model and first.model.startswith(words)
-    assert record["misfits"] == [] and first.model in (tmp_path / "slides.csv").read_text(encoding="utf-8")
+    assert record["misfits"][0].startswith("Scale in doubt: 0.25 µm per pixel was given, the file says 0.5.")
+    assert (
+        "Scale in doubt" in (tmp_path / "index.html").read_text()
+        and first.misfit == ""
+        and first.model in (tmp_path / "slides.csv").read_text(encoding="utf-8")
+    )
     assert read_ome_tiff(folder / "probability.ome.tif").level0_px == 128
 
 

@@ -19,7 +19,7 @@ from medsd.networks.weights import ModelCard
 @pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (1.1, 0), (1.2, 1)])
 def test_a_slide_coarser_than_the_network_takes_does_not_fit(mpp, told):
     model = SimpleNamespace(engine=SimpleNamespace(mpp=1.0))
-    words = findings.misfits(SimpleNamespace(mpp=mpp), model)
+    words = findings.misfits(SimpleNamespace(mpp=mpp, mpp_doubt=""), model)
     assert len(words) == told and all(f"the slide has {mpp} µm per pixel, the network takes 1." in one for one in words)
 
 

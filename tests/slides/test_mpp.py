@@ -17,8 +17,24 @@ TAGS = {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "20000", "tiff.
 
 
 def test_the_callers_word_comes_first() -> None:
-    found = resolve_mpp(PATH, VENDOR | TAGS, override=0.3)
-    assert (found.value, found.source) == (0.3, "given by the caller")
+    found = resolve_mpp(PATH, {}, override=0.3)
+    assert (found.value, found.source, found.doubt) == (0.3, "given by the caller", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "doubtful"), [(0.25, "", False), (0.254, "", False), (0.26, "0.25", False), (0.5, "0.25", True)]
+)
+def test_a_word_of_the_caller_against_the_file_is_told(given: float, said: str, doubtful: bool) -> None:
+    """One --mpp stands for a whole folder: files that say otherwise are not to be overruled unseen."""
+    found = resolve_mpp(PATH, VENDOR | TAGS, given)
+    assert (found.value, found.source) == (given, "given by the caller" + (f"; the file says {said}" if said else ""))
+    assert bool(found.doubt) == doubtful
+    assert not doubtful or found.doubt.startswith("Scale in doubt: 0.5 µm per pixel was given, the file says 0.25.")
+
+
+def test_pixels_that_are_not_square_are_in_doubt_whatever_is_given() -> None:
+    found = resolve_mpp(PATH, {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, 0.25)
+    assert found.source == "given by the caller; the file says 0.25 x 0.5" and "0.25 x 0.5" in found.doubt
 
 
 def test_the_vendor_comes_before_the_tags() -> None:

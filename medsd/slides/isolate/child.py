@@ -29,7 +29,7 @@ if sys.platform != "win32":
 LENGTH = struct.Struct(">I")
 """The length that goes before an answer's text."""
 
-DESCRIBED = ("dimensions", "mpp", "mpp_source", "reader", "levels", "bounds")
+DESCRIBED = ("dimensions", "mpp", "mpp_source", "mpp_doubt", "reader", "levels", "bounds")
 """The attributes of a `FileSlide` that its first answer tells."""
 
 IMPORT_S = 60.0

@@ -95,6 +95,7 @@ class IsolatedSlide(Slide):
         width, height = self._description["dimensions"]
         self.dimensions, self.mpp = (width, height), float(self._description["mpp"])
         self.mpp_source, self.reader = self._description["mpp_source"], self._description["reader"]
+        self.mpp_doubt = self._description["mpp_doubt"]
         self.levels = tuple(Level(*level) for level in self._description["levels"])
         self.bounds = tuple(self._description["bounds"])
 

@@ -85,6 +85,7 @@ class NormalisedSlide(Slide):
     def __init__(self, slide: Slide, source: StainProfile, target: StainProfile) -> None:
         self.path, self.dimensions, self.bounds = slide.path, slide.dimensions, slide.bounds
         self.mpp, self.mpp_source, self.reader = slide.mpp, slide.mpp_source, slide.reader
+        self.mpp_doubt = slide.mpp_doubt
         self.source, self.target = source, target
         self._slide = slide
         self._transform = transform_between(source, target)

@@ -73,7 +73,8 @@ def open_fake(path, mpp, reader):
 
     levels = (Level(size, size, 1.0, 1.0),)
     return SimpleNamespace(
-        dimensions=(size, size), mpp=0.5, mpp_source="fake", reader="fake", levels=levels, bounds=(0, 0, size, size),
+        dimensions=(size, size), mpp=0.5, mpp_source="fake", mpp_doubt="", reader="fake", levels=levels,
+        bounds=(0, 0, size, size),
         read=read, read_seen=read_seen,
     )
 
@@ -134,7 +135,7 @@ def test_pixels_are_those_of_the_slide_itself(shared_data: Path, tmp_path: Path)
     write_phantom(PhantomSpec(seed=1, tumour=True, size_px=512), phantom)
     for path in (shared_data / "wsi" / "CMU-1-Small-Region.svs", phantom):
         with open_slide(path) as plain, IsolatedSlide(path) as isolated:
-            for name in ("path", "dimensions", "mpp", "mpp_source", "reader", "levels", "bounds"):
+            for name in ("path", "dimensions", "mpp", "mpp_source", "mpp_doubt", "reader", "levels", "bounds"):
                 assert getattr(isolated, name) == getattr(plain, name), name
             width, height = plain.dimensions
             for area in [

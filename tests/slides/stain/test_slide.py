@@ -123,7 +123,7 @@ def test_blocks_tiles_and_the_whole_are_equal_pixels(skin: Path) -> None:
 def test_it_is_a_slide(skin: Path) -> None:
     raw = open_slide(skin)
     slide: Slide = NormalisedSlide(raw, SOURCE, TARGET)
-    for name in ("path", "dimensions", "mpp", "mpp_source", "reader"):
+    for name in ("path", "dimensions", "mpp", "mpp_source", "mpp_doubt", "reader"):
         assert getattr(slide, name) == getattr(raw, name)
     outside = slide.read(-500, -500, 64, 64)
     assert outside.min() == 255
