@@ -97,7 +97,7 @@ def heatmap(
 
 
 def _of_map(result: SlideResult) -> str:
-    if result.score is None:
+    if result.score is None or result.region_area_mm2 is None:
         return ""
     from medsd.heatmap.numbers import score_texts
 

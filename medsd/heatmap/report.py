@@ -61,7 +61,7 @@ class SlideResult(ReportedSlide):
     Attributes:
         score: mean of the highest 1 % of the probability map's tissue; None unless ok, and without classes.
         verdict: what the score means, by what its cut-off did on validation slides; empty without a score.
-        regions: number of regions at the threshold.
+        regions: number of regions at the threshold; None, as their area, where the score is: nobody counted.
         region_area_mm2: their area.
         drop_brightest, drop_random, drop_lowest: mean fall of the log-odds when a tenth of a tile is hidden, see
             `medsd.heatmap.faithfulness.Faithfulness`; None where it was not measured.
@@ -70,8 +70,8 @@ class SlideResult(ReportedSlide):
     """
 
     score: float | None = None
-    regions: int = 0
-    region_area_mm2: float = 0.0
+    regions: int | None = None
+    region_area_mm2: float | None = None
     verdict: str = ""
     drop_brightest: float | None = None
     drop_random: float | None = None

@@ -80,11 +80,11 @@ class SegmentedSlide(ReportedSlide):
 
     Attributes:
         areas_mm2: of each class, the background's (tissue of no other class) first; empty unless ok.
-        regions: number of outlines.
+        regions: number of outlines; None unless ok.
     """
 
     areas_mm2: Mapping[str, float] = field(default_factory=dict)
-    regions: int = 0
+    regions: int | None = None
 
 
 @freed_memory_kept()

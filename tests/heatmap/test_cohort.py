@@ -27,6 +27,7 @@ from medsd.networks.aim import AimClassifier
 from medsd.networks.calibrated import Calibration, SlideCutOff
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import save_classifier
+from medsd.tables import read_table
 from tests.heatmap.mapping import job_of, map_here
 
 
@@ -118,6 +119,9 @@ def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):
     assert not (tmp_path / "out" / "blank" / "overlay.png").exists()
     assert [path.name for path in (tmp_path / "out" / "truncated").iterdir()] == ["record.json"]
     assert read_results(tmp_path / "out") == [replace(result, path="") for result in results]
+    # No regions were looked for: a mean over the table is one of slides that were judged.
+    table = read_table(tmp_path / "out" / "slides.csv").set_index("slide")[["regions", "region_area_mm2"]]
+    assert (table.drop("small") == "").all(axis=None) and (table.loc["small"] != "").all()
     page = (tmp_path / "out" / "index.html").read_text()
     assert "no tissue" in page and "no such file" in page
     assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
