@@ -91,6 +91,11 @@ def own_name(path: Path) -> str:
     return f"{output_name(path.stem).encode()[: _LONGEST_BYTES - 9].decode(errors='ignore')}-{digits}"
 
 
+def file_words(path: Path) -> str:
+    """A slide's file for a reader: with its folder, for many are called HE.tif."""
+    return str(Path(*path.parts[-2:]))
+
+
 def named_slides(paths: Iterable[Path]) -> list[SlideEntry]:
     """Entries of slides, of which nothing else is known, each with a name of its own."""
     return with_own_names([SlideEntry(output_name(path.stem), path) for path in paths])

@@ -90,12 +90,12 @@ def map_slides(
     return run_cohort(work, slides, 1, isolate, progress, sharing)
 
 
-def _write_findings(folder: Path, found: Findings, slide: Slide, quantity: str) -> None:
+def _write_findings(folder: Path, name: str, found: Findings, slide: Slide, quantity: str) -> None:
     probability, regions = (folder / file for file in _FINDINGS)
     write_ome_tiff(probability, found.probability)
-    name = found.probability.target
-    words = f"{name[:1].upper()}{name[1:]} (model)"
-    write_regions(regions, found.regions, words, slide.path.stem, quantity, slide.bounds[:2])
+    target = found.probability.target
+    words = f"{target[:1].upper()}{target[1:]} (model)"
+    write_regions(regions, found.regions, words, name, quantity, slide.bounds[:2])
 
 
 def _file_of(method: str) -> str:
@@ -111,7 +111,7 @@ class Maps(Kept[SlideResult]):
     row_type = SlideResult
     columns = (
         *("slide", "status", "model", "misfit", "reason", "target", "score", "verdict", "regions", "region_area_mm2"),
-        *(*_DROPS, "seconds"),
+        *(*_DROPS, "path", "seconds"),
     )
     record = FOLDERS
 
@@ -199,7 +199,7 @@ class _MapWork(Maps, Work[SlideResult]):
     def _write(self, folder: SlideFolder, maps: SlideMaps, checks: Checks) -> tuple[SlideResult, list[str]]:
         """The outputs of a slide with tissue; its row and its files."""
         path, slide = folder.path, folder.slide
-        mapped = mapped_slide(slide, maps, self.model, *folder.picture, checks)
+        mapped = mapped_slide(folder.entry.name, slide, maps, self.model, *folder.picture, checks)
         reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
         row, files = self.row(folder.entry, "ok", reason), [_SALIENCY, OVERLAY, REPORT]
         write_ome_tiff(path / _SALIENCY, maps.saliency)
@@ -208,7 +208,7 @@ class _MapWork(Maps, Work[SlideResult]):
             files.append(_file_of(name))
         if (found := mapped.findings) is not None:
             files += _FINDINGS
-            _write_findings(path, found, slide, maps.saliency.quantity)
+            _write_findings(path, mapped.name, found, slide, maps.saliency.quantity)
             area_mm2 = found.region_area_mm2
             row = replace(row, score=found.score, regions=len(found.regions), region_area_mm2=area_mm2)
             row = replace(row, verdict=found.verdict[0], cut_off=found.cut_off, target=self.target)
@@ -236,7 +236,7 @@ class _MapWork(Maps, Work[SlideResult]):
 
 
 def read_results(output: str | Path) -> list[SlideResult]:
-    """The rows of `slides.csv` that `map_slides` left in `output`; of all slides in there, without their paths.
+    """The rows of `slides.csv` that `map_slides` left in `output`; of all slides in there.
 
     Raises:
         DatasetError: there is none.

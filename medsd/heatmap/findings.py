@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medsd.cohort.entry import SlideEntry
+from medsd.cohort.entry import SlideEntry, file_words
 from medsd.cohort.learnt import learnt_words
 from medsd.heatmap.appearance import AppearanceCheck
 from medsd.heatmap.faithfulness import Faithfulness, Randomised, judge_map
@@ -74,6 +74,7 @@ def check_slide(model: MapModel, entry: SlideEntry, slide: Slide, saliency: Valu
 
 
 def mapped_slide(
+    name: str,
     slide: Slide,
     maps: SlideMaps,
     model: MapModel,
@@ -81,10 +82,11 @@ def mapped_slide(
     level0_px: float,
     checks: Checks = _UNCHECKED,
 ) -> MappedSlide:
-    """What is shown of a slide with tissue; a pixel of its thumbnail `picture` is `level0_px` wide."""
+    """What is shown of a slide with tissue, by the `name` of its outputs, which no other slide has; a pixel of its
+    thumbnail `picture` is `level0_px` wide."""
     card, calibration = model.card, model.calibration
     return MappedSlide(
-        name=slide.path.stem,
+        name=name,
         model=model_words(model),
         misfits=misfits(slide, model, checks),
         dimensions=slide.dimensions,
@@ -268,7 +270,7 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
     if maps.seam is not None:
         found["Seams"] = f"{maps.seam:.2f} (jump across block borders over beside them)"
     found["Looked at"] = f"{looked_at_mm2(maps):.2f} mm² of tissue; not at pen marks with a rim, nor at specks"
-    found["Slide file"] = f"{slide.path.name}, read by {slide.reader}"
+    found |= slide_file(slide)
     if card is None:
         found["Encoder"] = f"{model.name} at {engine.mpp:g} µm per pixel"
     else:
@@ -276,6 +278,11 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
         if card.randomised is not None and engine.target == 1:
             found["Random weights"] = Randomised(**card.randomised).words
     return found | {"Weights SHA-256": model.sha256}
+
+
+def slide_file(slide: Slide) -> dict[str, str]:
+    """Where a slide's pixels come from: its file as of `file_words`, and its reader."""
+    return {"Slide file": f"{file_words(slide.path)}, read by {slide.reader}"}
 
 
 def _region_picture(slide: Slide, region: Region) -> RGB:

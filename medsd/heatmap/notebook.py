@@ -74,7 +74,7 @@ def view_slide(
     known = () if model is None or model.card is None else model.card.learnt_from
     checks = Checks(learnt=learnt_words(named_slides([slide.path])[0], known))
     if isinstance(maps, SlideMaps) and model is not None:
-        mapped = mapped_slide(slide, maps, model, *picture, checks)
+        mapped = mapped_slide(slide.path.stem, slide, maps, model, *picture, checks)
     else:
         mapped = MappedSlide(
             name=slide.path.stem,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medsd import RESEARCH_USE_ONLY
+from medsd.cohort.entry import file_words
 from medsd.cohort.kept import SlideRow, count_by_status
 from medsd.files import write_text
 from medsd.heatmap.numbers import probability_text, score_texts
@@ -263,6 +264,7 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
     environment.filters |= {
         "relative_link": lambda target: quote(os.fsencode(target), safe="/"),
         "area": "{:.4f}".format,
+        "renamed": lambda row: file_words(Path(row.path)) if row.path and Path(row.path).stem != row.slide else "",
         "probability": probability_text,
         "score": lambda found: score_texts(found.score, found.cut_off)[0],
     }

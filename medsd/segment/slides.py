@@ -19,7 +19,7 @@ from medsd.cohort.learnt import learnt_words
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
-from medsd.heatmap.findings import scale_misfits
+from medsd.heatmap.findings import scale_misfits, slide_file
 from medsd.heatmap.folder import OVERLAY, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
 from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
@@ -150,7 +150,7 @@ class Segmented(Kept[SegmentedSlide]):
 
     def header(self, rows: Sequence[SegmentedSlide]) -> Sequence[str]:
         names = dict.fromkeys(name for row in rows for name in row.areas_mm2)
-        return (*self.columns, *(f"{name}_mm2" for name in names), "seconds")
+        return (*self.columns, *(f"{name}_mm2" for name in names), "path", "seconds")
 
     def publish(self, rows: Sequence[SegmentedSlide], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
         areas = {row.slide: row.areas_mm2 for row in rows}
@@ -218,14 +218,14 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
         regions = class_regions(labels, slide.mpp, slide.dimensions)
         areas = {name: round(area, 6) for name, area in labels.areas_mm2.items()}
         write_labels(path / LABELS, labels)
-        write_class_regions(path / CONTOURS, regions, labels.classes, slide.path.stem, slide.bounds[:2])
+        write_class_regions(path / CONTOURS, regions, labels.classes, folder.entry.name, slide.bounds[:2])
         if self.request.probabilities:
             write_probabilities(path / PROBABILITIES, labels)
             files.append(PROBABILITIES)
         if self.request.dicom:
             self._write_dicom(path / REGIONS, slide, labels, folder.sha256)
             files.append(REGIONS)
-        shown = self._shown(slide, labels, *folder.picture, misfits)
+        shown = self._shown(folder, labels, misfits)
         draw_overlay(path / OVERLAY, shown)
         write_report(path / REPORT, shown, partial(cut_tiles, slide, shown))
         return replace(row, regions=len(regions), areas_mm2=areas), files
@@ -240,10 +240,9 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
         others = np.maximum(numbers, 1) - 1
         write_class_dicom(path, slide, others, labels.classes[1:], labels.level0_px * step, origin)
 
-    def _shown(
-        self, slide: Slide, labels: SlideLabels, picture: Any, level0_px: float, misfits: Sequence[str]
-    ) -> MappedSlide:
+    def _shown(self, folder: SlideFolder, labels: SlideLabels, misfits: Sequence[str]) -> MappedSlide:
         """What overlay and report show: the share of each class in map pixels, as fine as a page takes them."""
+        slide, (picture, level0_px) = folder.slide, folder.picture
         cell = 1
         while max(labels.numbers.shape) > cell * MAX_MAP_SIDE_PX:
             cell *= 2
@@ -262,7 +261,7 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
         areas = {f"Area of {words.get(name, name)}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
         network = f"{self.card.encoder} with {self.card.decoder}, {labels.method}"
         return MappedSlide(
-            name=slide.path.stem,
+            name=folder.entry.name,
             model=self.model,
             misfits=misfits,
             dimensions=slide.dimensions,
@@ -273,6 +272,6 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
             damaged=labels.unseen > 0,
             explanations=shown,
             findings=None,
-            provenance=areas | {"Network": network, "Weights SHA-256": self.digest},
+            provenance=areas | slide_file(slide) | {"Network": network, "Weights SHA-256": self.digest},
             caveats=caveats,
         )

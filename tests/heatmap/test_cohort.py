@@ -18,6 +18,7 @@ from PIL import Image
 import medsd.heatmap.findings as findings
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.learnt import learnt_from, slide_sources
+from medsd.cohort.manifest import find_slides_at
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
 from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
 from medsd.heatmap.model import MapRequest
@@ -118,7 +119,7 @@ def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):
     assert (tmp_path / "out" / "blank" / "thumbnail.png").is_file()
     assert not (tmp_path / "out" / "blank" / "overlay.png").exists()
     assert [path.name for path in (tmp_path / "out" / "truncated").iterdir()] == ["record.json"]
-    assert read_results(tmp_path / "out") == [replace(result, path="") for result in results]
+    assert read_results(tmp_path / "out") == results
     # No regions were looked for: a mean over the table is one of slides that were judged.
     table = read_table(tmp_path / "out" / "slides.csv").set_index("slide")[["regions", "region_area_mm2"]]
     assert (table.drop("small") == "").all(axis=None) and (table.loc["small"] != "").all()
@@ -302,6 +303,24 @@ def test_a_tempered_classifier_with_masks_is_mapped(tmp_path, small_slide, green
     seen = masks.values[masks.seen]
     assert masks.quantity == "mask" and seen.min() >= 0 and seen.max() <= 1
     assert "blended tiles of 64 px" in read_slide_record(tmp_path / "small")["methods"][0]
+
+
+def test_two_slides_of_one_name_are_told_apart_everywhere(tmp_path, small_slide, green_weights):
+    """A pathologist has two reports open, and both would be headed HE."""
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "HE.tif").write_bytes(small_slide.read_bytes())
+    rows = map_slides(find_slides_at([tmp_path / "a", tmp_path / "b"]), green_weights, tmp_path / "out", isolate=False)
+    index = (tmp_path / "out" / "index.html").read_text()
+    ids = set()
+    for row, folder in zip(rows, "ab", strict=True):
+        page = (tmp_path / "out" / row.slide / "report.html").read_text()
+        assert row.slide.startswith("HE-") and f"<h1>{row.slide}</h1>" in page and f"{folder}/HE.tif, read by" in page
+        assert f"{folder}/HE.tif" in index
+        drawn = json.loads((tmp_path / "out" / row.slide / "regions.geojson").read_text())["features"]
+        ids |= {feature["id"] for feature in drawn}
+    assert len(ids) == 2 * len(drawn)
+    assert [row.path for row in read_results(tmp_path / "out")] == [row.path for row in rows]
 
 
 def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_path, small_slide, green_weights):

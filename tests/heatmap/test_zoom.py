@@ -30,7 +30,7 @@ def slide(fiducial_slide: Path) -> Slide:
 def mapped(slide: Slide, green_weights: Path) -> MappedSlide:
     model = load_map_model(green_weights, MapRequest(), "cpu")
     picture, level0_px = thumbnail(slide, 200)
-    return mapped_slide(slide, model.engine.map(slide, find_tissue(slide)), model, picture, level0_px)
+    return mapped_slide(slide.path.stem, slide, model.engine.map(slide, find_tissue(slide)), model, picture, level0_px)
 
 
 @pytest.mark.parametrize(("size", "steps"), [((256, 10), [1]), ((257, 10), [1, 2]), ((2048, 3000), [1, 2, 4, 8, 16])])
