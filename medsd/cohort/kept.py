@@ -75,6 +75,10 @@ class Kept(ABC, Generic[Row]):
         """The record of a slide."""
         return self.folder / self.record.format(name)
 
+    def row_of(self, record: Mapping[str, Any]) -> Row:
+        """The row that a record holds; TypeError where that is of another version."""
+        return self.row_type(**record["result"])
+
     def cells(self, row: Row) -> Mapping[str, Any]:
         """A row as `slides.csv` has it."""
         return asdict(row)
@@ -154,7 +158,7 @@ def _write_rows(kept: Kept[Row], current: Current[Row]) -> tuple[list[Row], dict
                 if name not in current.entries and is_damaged(path):
                     rows.setdefault(name, kept.row_type(name, "failed", f"{path}: {_CHANGED}"))
                 continue
-            row = kept.row_type(**record["result"])
+            row = kept.row_of(record)
         except (KeyError, TypeError):
             continue  # of an earlier version: done again by a run that is given the slide
         if kept.record_of(row.slide) != path:

@@ -321,7 +321,7 @@ class _Run(Generic[Row]):
         return record
 
     def _row(self, record: Mapping[str, Any], entry: SlideEntry) -> Row:
-        return self.work.row_now(self.work.row_type(**record["result"]), entry)
+        return self.work.row_now(self.work.row_of(record), entry)
 
     def _fail(self, entry: SlideEntry, row: Row, claim: Claim) -> None:
         """Record a failure, unless there are outputs of another file, or of this one that merely cannot be reached."""

@@ -14,13 +14,13 @@ import torch
 
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex, tiles_of_slide
-from medsd.cohort.kept import FEATURES, Kept
+from medsd.cohort.kept import FEATURES
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.features.encoder import FeatureEncoder, FeatureRequest, load_feature_encoder
 from medsd.features.h5 import check_h5, magnification, write_h5
 from medsd.heatmap.findings import scale_misfits
 from medsd.heatmap.folder import SlideFolder
-from medsd.heatmap.report import ReportedSlide
+from medsd.heatmap.report import KeptReports, ReportedSlide, short_digest
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
 from medsd.slides.reading import ReadTile, opened_times, read_tiles
@@ -91,13 +91,25 @@ def write_features(
 
 
 @dataclass(frozen=True)
-class Features(Kept[FeatureSlide]):
+class Features(KeptReports[FeatureSlide]):
     """Slides with features; see `Kept`."""
 
     folder: Path
     row_type = FeatureSlide
     columns = (
-        *("slide", "status", "model", "misfit", "reason", "tiles", "unseen_tiles", "dim", "mpp", "mpp_source"),
+        *(
+            "slide",
+            "status",
+            "model",
+            "weights",
+            "misfit",
+            "reason",
+            "tiles",
+            "unseen_tiles",
+            "dim",
+            "mpp",
+            "mpp_source",
+        ),
         *("path", "seconds"),
     )
     record = FEATURES
@@ -155,6 +167,7 @@ class _FeatureWork(Features, Work[FeatureSlide]):
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
             model=self.model,
+            weights=short_digest(self.encoder.sha256),
             misfit=" ".join(misfits),
         )
         content = folder.about() | {"model": self.model, "misfits": misfits, "tiles": row.tiles}

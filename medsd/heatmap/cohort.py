@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import FOLDERS, TABLE, Kept
+from medsd.cohort.kept import FOLDERS, TABLE
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import DatasetError
 from medsd.files import as_json
@@ -27,7 +27,7 @@ from medsd.heatmap.model import MapModel, MapRequest, load_map_model
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
-from medsd.heatmap.report import SlideResult, write_index, write_report
+from medsd.heatmap.report import KeptReports, SlideResult, short_digest, write_index, write_report
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.heatmap.zoom import cut_tiles
 from medsd.networks.modes import usable_device
@@ -104,13 +104,25 @@ def _file_of(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class Maps(Kept[SlideResult]):
+class Maps(KeptReports[SlideResult]):
     """Mapped slides; see `Kept`."""
 
     folder: Path
     row_type = SlideResult
     columns = (
-        *("slide", "status", "model", "misfit", "reason", "target", "score", "verdict", "regions", "region_area_mm2"),
+        *(
+            "slide",
+            "status",
+            "model",
+            "weights",
+            "misfit",
+            "reason",
+            "target",
+            "score",
+            "verdict",
+            "regions",
+            "region_area_mm2",
+        ),
         *(*_DROPS, "path", "seconds"),
     )
     record = FOLDERS
@@ -194,7 +206,9 @@ class _MapWork(Maps, Work[SlideResult]):
             "stain": None if normaliser is None else asdict(normaliser.fit(slide, tissue)),
         }
         folder.clear_store()
-        return Made(replace(row, model=words, misfit=" ".join(apart)), files, content)
+        return Made(
+            replace(row, model=words, weights=short_digest(self.model.sha256), misfit=" ".join(apart)), files, content
+        )
 
     def _write(self, folder: SlideFolder, maps: SlideMaps, checks: Checks) -> tuple[SlideResult, list[str]]:
         """The outputs of a slide with tissue; its row and its files."""

@@ -7,9 +7,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import jinja2
@@ -19,7 +19,7 @@ from PIL import Image
 
 from medsd import RESEARCH_USE_ONLY
 from medsd.cohort.entry import file_words
-from medsd.cohort.kept import SlideRow, count_by_status
+from medsd.cohort.kept import Kept, SlideRow, count_by_status
 from medsd.files import write_text
 from medsd.heatmap.numbers import probability_text, score_texts
 from medsd.heatmap.overlay import MappedSlide, ShownMap
@@ -49,10 +49,28 @@ class ReportedSlide(SlideRow):
     Attributes:
         model: what the network was trained on, for which tissue and at which scale, in words.
         misfit: where the slide is not what that asks for, in words; empty where it is.
+        weights: the first digits of the network's digest, see `short_digest`: words may be those of several networks.
     """
 
     model: str = field(default="", kw_only=True)
     misfit: str = field(default="", kw_only=True)
+    weights: str = field(default="", kw_only=True)
+
+
+Reported = TypeVar("Reported", bound=ReportedSlide)
+
+
+def short_digest(sha256: str) -> str:
+    """The eight hexadecimal digits that a network is told by where its whole digest has no room."""
+    return sha256[:8]
+
+
+class KeptReports(Kept[Reported]):
+    """Outputs of a network; see `Kept`."""
+
+    def row_of(self, record: Mapping[str, Any]) -> Reported:
+        row = super().row_of(record)  # those of before did not say it
+        return replace(row, weights=short_digest(record["recipe"]["weights_sha256"])) if row.model else row
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,7 @@ def write_index(
         others=[row for row in rows if row.status != "ok"],
         counts=count_by_status(rows),
         models=list(dict.fromkeys(row.model for row in rows if row.model)),
+        networks=list(dict.fromkeys(row.weights for row in rows if row.status == "ok" and row.weights)),
         targets=len({row.target for row in rows if isinstance(row, SlideResult) and row.target}),
         areas=areas_mm2,
         classes=list(dict.fromkeys(name for found in (areas_mm2 or {}).values() for name in found)),

@@ -14,7 +14,7 @@ import torch
 
 from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
-from medsd.cohort.kept import FOLDERS, Kept
+from medsd.cohort.kept import FOLDERS
 from medsd.cohort.learnt import learnt_words
 from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
 from medsd.errors import ConfigError, DatasetError
@@ -22,7 +22,7 @@ from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits, slide_file
 from medsd.heatmap.folder import OVERLAY, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
-from medsd.heatmap.report import MAX_MAP_SIDE_PX, ReportedSlide, write_index, write_report
+from medsd.heatmap.report import MAX_MAP_SIDE_PX, KeptReports, ReportedSlide, short_digest, write_index, write_report
 from medsd.heatmap.scale import share_scale
 from medsd.heatmap.value_map import ValueMap
 from medsd.heatmap.zoom import cut_tiles
@@ -137,12 +137,12 @@ def segment_slides(
 
 
 @dataclass(frozen=True)
-class Segmented(Kept[SegmentedSlide]):
+class Segmented(KeptReports[SegmentedSlide]):
     """Segmented slides; see `Kept`."""
 
     folder: Path
     row_type = SegmentedSlide
-    columns = ("slide", "status", "model", "misfit", "reason", "regions")
+    columns = ("slide", "status", "model", "weights", "misfit", "reason", "regions")
     record = FOLDERS
 
     def cells(self, row: SegmentedSlide) -> Mapping[str, Any]:
@@ -206,7 +206,9 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
             "segment_seconds": seconds,
         }
         folder.clear_store()
-        return Made(replace(row, model=self.model, misfit=" ".join(misfits)), files, content)
+        return Made(
+            replace(row, model=self.model, weights=short_digest(self.digest), misfit=" ".join(misfits)), files, content
+        )
 
     def _write(
         self, folder: SlideFolder, labels: SlideLabels, misfits: Sequence[str]

@@ -28,7 +28,9 @@ from medsd.networks.aim import AimClassifier
 from medsd.networks.calibrated import Calibration, SlideCutOff
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.weights import save_classifier
+from medsd.record import rewrite_record
 from medsd.tables import read_table
+from tests.heatmap.made_up import trained_looking
 from tests.heatmap.mapping import job_of, map_here
 
 
@@ -333,6 +335,30 @@ def test_runs_into_one_folder_add_up_and_another_slide_of_a_name_is_refused(tmp_
     with pytest.raises(DatasetError, match=r"out holds outputs of another slide of this name, .*; rename"):
         map_here([other], green_weights, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_an_index_of_two_networks_tells_them_apart(tmp_path, small_slide, green_classifier, green_card):
+    """Both say of themselves what they were trained on, in the same words."""
+    out, other = tmp_path / "out", tmp_path / "other.tif"
+    other.write_bytes(small_slide.read_bytes())
+    for name, state in (
+        ("first", green_classifier.state_dict()),
+        ("second", trained_looking("test_resnet").state_dict()),
+    ):
+        network = TileClassifier("test_resnet").eval()
+        network.load_state_dict(state)
+        save_classifier(tmp_path / name, network, green_card)
+    (first,) = map_here([small_slide], tmp_path / "first", out)
+    assert first.weights and "networks" not in (out / "index.html").read_text()
+    record = read_slide_record(out / "small")
+    del record["result"]["weights"]  # as records of before have none
+    rewrite_record(out / "small" / "record.json", record)
+    (second,) = map_here([other], tmp_path / "second", out)
+    assert first.model == second.model and len({first.weights, second.weights}) == 2
+    page = (out / "index.html").read_text()
+    assert f"Slides of 2 networks (weights {second.weights}, {first.weights})" in page and "<th>Weights</th>" in page
+    assert {row.slide: row.weights for row in read_results(out)} == {"small": first.weights, "other": second.weights}
+    assert map_here([small_slide], tmp_path / "first", out) == [first]
 
 
 def test_the_map_of_a_slide_that_was_learnt_from_is_no_test(tmp_path, small_slide, green_classifier, green_card):

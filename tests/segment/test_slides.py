@@ -113,6 +113,7 @@ def test_areas_are_those_that_were_drawn(done: SimpleNamespace) -> None:
     assert (table.loc["glass", ["regions", "violet_mm2"]] == "").all() and table.loc["glass", "status"] == "empty"
     record = json.loads((done.folder / "record.json").read_text())
     assert record["model"].endswith("trained on colours, at 1 µm per px; validation dice 0.71 of 1.")
+    assert table["weights"].tolist() == ["0" * 8] * 2
     assert record["result"]["areas_mm2"] == areas and record["scale"]["mpp"] == MPP
 
 
