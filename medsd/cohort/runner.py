@@ -21,6 +21,7 @@ from typing import Any, Generic
 import medsd
 from medsd.checks import WORKERS, check_number
 from medsd.claims import Claim, claimed, forget_abandoned
+from medsd.cohort.before import Before
 from medsd.cohort.entry import SlideEntry, check_names, with_own_names
 from medsd.cohort.kept import Current, Kept, Row, gather, write_rows
 from medsd.cohort.owner import check_kind, check_owner, known_identity, with_free_name
@@ -54,7 +55,7 @@ class Work(Kept[Row]):
 
     Attributes:
         outputs: all files that a slide may leave, named as `record`, from the record's folder; those of an earlier
-            recipe go before new ones are made.
+            recipe stand aside while new ones are made.
         summaries: files of the whole cohort that are wrong while slides are made anew, and go before.
     """
 
@@ -274,12 +275,13 @@ class _Run(Generic[Row]):
         return record.with_name(f".{record.name}.claim")
 
     def _make(self, entry: SlideEntry, progress: Progress, claim: Claim) -> Row:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._before(entry)
         try:
             check_owner(self.work, entry)
             recipe = self._recipe_of_opening(entry)
             with IsolatedSlide(entry.path, entry.mpp) if self.isolate else open_slide(entry.path, entry.mpp) as slide:
-                self.remove(self._files(entry), [entry])
+                before.set_aside()
+                self.remove((), [entry])
                 made = self.work.make(slide, entry, progress)
             if self._recipe_of_opening(entry) != recipe:
                 raise SlideError(f"{entry.path}: was changed while it was read; run again when it is whole")
@@ -287,17 +289,22 @@ class _Run(Generic[Row]):
             if made.row.status == "failed":
                 logger.error("%s", made.row.reason)
             self._write_record(entry, made, recipe, claim)
+            before.forget()
             return made.row
         except MedsdError as error:
-            reason = str(error)
+            reason, blameless = str(error), isinstance(error, OutputError)
             logger.error("%s", reason)
         except UNFORESEEN as error:
             # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
-            reason = in_one_line(entry.path, error)
+            reason, blameless = in_one_line(entry.path, error), isinstance(error, OSError | MemoryError)
             logger.exception("%s", entry.path)
+        except BaseException:  # the run ends
+            if claim.held:
+                before.bring_back()
+            raise
         row = replace(self.work.row(entry, "failed", reason), seconds=round(time.perf_counter() - started, 2))
         try:
-            self._fail(entry, row, claim)
+            self._fail(entry, row, claim, blameless)
         except (MedsdError, *UNFORESEEN) as error:
             logger.error("%s", error)
             self.current.unrecorded[entry.name] = row
@@ -323,15 +330,24 @@ class _Run(Generic[Row]):
     def _row(self, record: Mapping[str, Any], entry: SlideEntry) -> Row:
         return self.work.row_now(self.work.row_of(record), entry)
 
-    def _fail(self, entry: SlideEntry, row: Row, claim: Claim) -> None:
-        """Record a failure, unless there are outputs of another file, or of this one that merely cannot be reached."""
+    def _fail(self, entry: SlideEntry, row: Row, claim: Claim, blameless: bool) -> None:
+        """Record a failure, unless outputs stay: of another file, or of this one where it is not the slide's fault.
+
+        So it is where the slide cannot be reached, or, `blameless`, where a disk or memory is full: such outputs of
+        earlier settings are no worse than they were.
+        """
         check_owner(self.work, entry)
+        claim.check()
+        before = self._before(entry)
+        if blameless:
+            before.bring_back()
         record = read_record(self.work.record_of(entry.name))
-        if record is not None and record["status"] != "failed" and known_identity(entry.path) is None:
+        stays = blameless or known_identity(entry.path) is None
+        if record is not None and record["status"] != "failed" and stays:
             self.current.unrecorded[entry.name] = row
             return
-        claim.check()
         self.remove(self._files(entry), [])
+        before.forget()
         try:
             recipe = self._recipe(entry)
         except OSError:  # no longer there
@@ -353,6 +369,10 @@ class _Run(Generic[Row]):
             raise SlideError(
                 f"{error.filename or entry.path}: no such file ({error.strerror}); check the path"
             ) from error
+
+    def _before(self, entry: SlideEntry) -> Before:
+        record, *outputs = self._files(entry)
+        return Before(record, outputs)
 
     def _files(self, entry: SlideEntry) -> list[Path]:
         """The record of a slide, which goes first, and all its outputs: what the work names, and what the record does.

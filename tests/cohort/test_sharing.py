@@ -19,11 +19,12 @@ from PIL import Image
 
 from medsd import claims
 from medsd.claims import claimed, forget_abandoned
+from medsd.cohort.before import Before
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FEATURES, TILES, Kept, SlideRow, gather
 from medsd.cohort.owner import shard_of
 from medsd.cohort.runner import Made, Sharing, Work, run_cohort
-from medsd.errors import DatasetError, OutputError
+from medsd.errors import DatasetError, OutputError, SlideError
 from medsd.files import MACHINE, process_lives, write_text
 from medsd.progress import Progress
 from medsd.record import write_record
@@ -203,6 +204,65 @@ def test_a_slide_that_changes_while_it_is_read_has_failed(slides: list[SlideEntr
     assert row.status == "failed" and "a.png: was changed while it was read; run again" in row.reason
     assert not (tmp_path / "out/a/sum.txt").exists()
     assert run_cohort(SumWork(tmp_path / "out"), [entry], isolate=False)[0].status == "ok"
+
+
+@dataclass(frozen=True)
+class Kilos(SumWork):
+    """The same of other settings."""
+
+    def recipe(self, _entry: SlideEntry) -> dict[str, Any]:
+        return {"unit": 1000}
+
+
+def left(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), OutputError("disk full"), OSError(28, "no space"), MemoryError()]
+)
+def test_what_was_finished_stays_where_a_run_of_other_settings_stops(
+    slides: list[SlideEntry], tmp_path: Path, stop: BaseException
+) -> None:
+    folder = tmp_path / "s03"
+
+    def stopping(_: SlideEntry) -> None:
+        assert not (folder / "sum.txt").exists()  # nothing old beside what is being made
+        (folder / "sum.txt").write_text("half")
+        raise stop
+
+    (row,) = run_cohort(SumWork(tmp_path), slides[3:4], isolate=False)
+    before = left(folder)
+    if isinstance(stop, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            run_cohort(Kilos(tmp_path, during=stopping), slides[3:4], isolate=False)
+    else:
+        (failed,) = run_cohort(Kilos(tmp_path, during=stopping), slides[3:4], isolate=False)
+        assert failed.status == "failed"
+    assert left(folder) == before and gather(Sums(tmp_path)) == [row]
+    assert run_cohort(Kilos(tmp_path), slides[3:4], isolate=False)[0].status == "ok"
+    assert set(left(folder)) == set(before) and left(folder)["record.json"] != before["record.json"]
+
+
+def test_what_a_killed_run_had_set_aside_is_brought_back_by_the_next(slides: list[SlideEntry], tmp_path: Path) -> None:
+    """Of the slide's own fault it goes all the same: no old output stands beside a new status."""
+    folder = tmp_path / "s03"
+    run_cohort(SumWork(tmp_path), slides[3:4], isolate=False)
+    before, aside = left(folder), Before(folder / "record.json", [folder / "sum.txt"])
+    aside.set_aside()
+    (folder / "sum.txt").write_text("half")
+    assert not (folder / "record.json").exists() and aside.folder.is_dir()
+
+    def failing(error: Exception) -> Callable[[SlideEntry], None]:
+        def fail(_: SlideEntry) -> None:
+            raise error
+
+        return fail
+
+    run_cohort(Kilos(tmp_path, during=failing(OutputError("full"))), slides[3:4], isolate=False)
+    assert left(folder) == before
+    run_cohort(Kilos(tmp_path, during=failing(SlideError("damaged"))), slides[3:4], isolate=False)
+    assert set(left(folder)) == {"record.json"}
 
 
 def test_a_slide_that_another_run_has_in_hand_comes_last(slides: list[SlideEntry], tmp_path: Path) -> None:
