@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +90,7 @@ class Kept(ABC, Generic[Row]):
 
     def row_now(self, row: Row, entry: SlideEntry) -> Row:
         """A row with what a run knows better: folders may be moved."""
-        return replace(row, path=str(entry.path))
+        return replace(row, path=os.path.abspath(entry.path))  # readers start elsewhere
 
 
 @dataclass(frozen=True)

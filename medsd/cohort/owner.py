@@ -75,7 +75,7 @@ def known_identity(path: Path) -> Any:
 def _is_same_slide(path: Path, recorded: str, recorded_identity: Any) -> bool:
     """Whether `path` is what was `recorded`, changed or copied, and no other file of the same name."""
     now = known_identity(path)
-    if str(path) == recorded or now in (None, recorded_identity):
+    if os.path.abspath(path) == os.path.abspath(recorded) or now in (None, recorded_identity):
         return True
     if [part[:2] for part in now] != [part[:2] for part in recorded_identity]:
         return False  # another name or size

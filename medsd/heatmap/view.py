@@ -32,6 +32,7 @@ HOST = "127.0.0.1"
 _INDEX = "index.html"
 _MOST_OPEN = 8  # slides
 _FILES = {"report.html": "text/html; charset=utf-8", "overlay.png": "image/png"}
+_REST = "only what the report holds can be shown"
 _TILE = re.compile(r"tiles/(\d{1,2})/(\d{1,7})_(\d{1,7})\.jpg")
 _MAP = re.compile(r"maps/([\w.]+)\.json")
 _POLICY = (
@@ -69,10 +70,17 @@ class ViewServer(ThreadingHTTPServer):
         self.index = root / _INDEX
         self._opened: OrderedDict[str, IsolatedSlide] = OrderedDict()
         self._opening = threading.Lock()
+        self._told: set[str] = set()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             raise OutputError(f"port {port}: cannot be listened at ({error.strerror}); choose another") from error
+
+    def tell(self, words: str) -> None:
+        """Warn once: a page asks for hundreds of tiles of a slide that is not there."""
+        if words not in self._told:
+            self._told.add(words)
+            logger.warning("%s", words)
 
     @property
     def address(self) -> str:
@@ -94,7 +102,7 @@ class ViewServer(ThreadingHTTPServer):
         """The slide of that name, in a process of its own: a decoder that dies or hangs costs some tiles.
 
         Raises:
-            SlideError: it is not the file that was mapped, or cannot be opened.
+            SlideError: its file is not there, not the one that was mapped, or cannot be opened.
         """
         with self._opening:
             if name not in self._opened:
@@ -114,8 +122,10 @@ class ViewServer(ThreadingHTTPServer):
     def _open(self, name: str) -> IsolatedSlide:
         record = self.record(name)
         path = Path(record["result"]["path"])
-        if not path.exists() or json.loads(json.dumps(slide_identity(path))) != record["recipe"]["slide"]:
-            raise SlideError(f"{path}: is not the file that was mapped; only what the report holds can be shown")
+        if not path.exists():
+            raise SlideError(f"{path}: the slide is not there (moved, or on another disk); {_REST}")
+        if json.loads(json.dumps(slide_identity(path))) != record["recipe"]["slide"]:
+            raise SlideError(f"{path}: is not the file that was mapped, but another or a changed one; {_REST}")
         return IsolatedSlide(path, record["recipe"]["mpp"])
 
 
@@ -129,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._answer()
         except (MedsdError, *UNFORESEEN) as error:
-            logger.warning("%s: %s", self.path, error)
+            self.server.tell(f"{error}")
             self._refuse(HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from medsd.heatmap.report import SlideResult, write_index, write_report
 from medsd.heatmap.scale import probability_scale
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.view import ViewServer
+from medsd.record import read_record, rewrite_record
 from tests.heatmap.browser import PROGRAM, Browser
 from tests.heatmap.test_report import NASTY, content, judged
 
@@ -290,16 +293,41 @@ def test_axe_finds_no_serious_fault(browser: Browser, drawn: Path, mapped: Path)
             assert [name for impact, name in found if impact in ("serious", "critical")] == []
 
 
-def test_behind_the_server_all_of_the_slide_is_there(browser: Browser, mapped: Path) -> None:
-    with ViewServer(mapped.parent) as server:
+def test_a_viewer_of_no_width_is_no_fault(report: Browser) -> None:
+    for width in (0, 300):
+        report.evaluate(f"viewer.style.width = '{width}px', draw(1)")
+        report.settle()
+    assert report.errors == []
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[ViewServer]:
+    with ViewServer(folder) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_behind_the_server_all_of_the_slide_is_there(browser: Browser, mapped: Path) -> None:
+    with serving(mapped.parent) as server:
         browser.open(f"{server.address}fiducials/report.html")
         assert browser.evaluate("location.search") == "?tiles"
         # Glass, of which the page itself holds the overview alone.
         browser.evaluate("fit([0, 0, 150, 150])")
         browser.wait("byId('sharp').textContent === '0.5 µm per pixel'")
         assert any(address.endswith("/fiducials/tiles/0/0_0.jpg") for address in browser.requests)
-        assert browser.errors == []
-        server.shutdown()
-        thread.join()
+        assert browser.errors == [] and browser.evaluate("byId('untiled').offsetHeight") == 0
+
+
+def test_behind_the_server_the_page_says_that_the_slide_is_gone(browser: Browser, mapped: Path, tmp_path: Path) -> None:
+    shutil.copytree(mapped, tmp_path / "fiducials")
+    record = read_record(tmp_path / "fiducials" / "record.json")
+    assert record is not None
+    record["result"]["path"] = str(tmp_path / "gone.tif")
+    rewrite_record(tmp_path / "fiducials" / "record.json", record)
+    with serving(tmp_path) as server:
+        browser.open(f"{server.address}fiducials/report.html")
+        browser.evaluate("fit([0, 0, 150, 150])")
+        browser.wait("byId('untiled').offsetHeight > 0")

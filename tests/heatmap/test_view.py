@@ -10,6 +10,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,24 @@ from medsd.heatmap.zoom import read_tile
 from medsd.record import read_record, rewrite_record
 from medsd.slides.isolate.slide import IsolatedSlide
 from medsd.slides.slide import open_slide
+from tests.heatmap.mapping import map_here
 from tests.heatmap.test_report import unpack
 
 
-@pytest.fixture(scope="module")
-def server(mapped: Path) -> Iterator[ViewServer]:
-    with ViewServer(mapped.parent) as running:
+@contextmanager
+def serving(folder: Path) -> Iterator[ViewServer]:
+    with ViewServer(folder) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(mapped: Path) -> Iterator[ViewServer]:
+    with serving(mapped.parent) as running:
+        yield running
 
 
 def ask(
@@ -136,8 +144,37 @@ def test_a_slide_that_is_not_the_one_mapped_gives_no_tiles(tmp_path: Path, mappe
     content["result"]["path"] = str(slide)
     rewrite_record(record, content)
     os.utime(slide, (0, 0))
-    with ViewServer(tmp_path / "maps" / "fiducials") as server, pytest.raises(Exception, match="not the file"):
+    with ViewServer(tmp_path / "maps" / "fiducials") as server, pytest.raises(SlideError, match="not the file"):
         server.slide("fiducials")
+
+
+def test_a_slide_that_is_not_there_is_called_so_once(
+    tmp_path: Path, mapped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(mapped.parent, tmp_path / "maps")
+    record = tmp_path / "maps" / "fiducials" / "record.json"
+    content = read_record(record)
+    assert content is not None
+    gone = tmp_path / "gone.tif"
+    rewrite_record(record, content | {"result": content["result"] | {"path": str(gone)}})
+    with serving(tmp_path / "maps") as server:
+        for column in range(3):
+            assert ask(server, f"/fiducials/tiles/0/{column}_0.jpg")[0].status == 404
+    (told,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert (
+        told == f"{gone}: the slide is not there (moved, or on another disk); only what the report holds can be shown"
+    )
+
+
+def test_a_record_has_the_whole_path_of_its_slide(
+    tmp_path: Path, small_slide: Path, green_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle names its slides as its configuration does, and `medsd view` starts elsewhere."""
+    monkeypatch.chdir(small_slide.parent)
+    (row,) = map_here([Path(small_slide.name)], green_weights, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with ViewServer(tmp_path) as server:
+        assert row.path == str(small_slide) and server.slide("small").read(0, 0, 8, 8).shape == (8, 8, 3)
 
 
 def test_slides_are_read_in_processes_that_end_with_the_server(mapped: Path) -> None:

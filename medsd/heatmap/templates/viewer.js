@@ -124,6 +124,7 @@ function tile(level, column, row) {
   if (!loaded.has(name)) {
     const image = new Image();
     image.addEventListener("load", () => { image.ready = true; redraw(); });
+    image.addEventListener("error", () => { byId("untiled").hidden = false; });
     image.src = kept ? `data:image/jpeg;base64,${kept}` : `tiles/${name}.jpg`;
     loaded.set(name, image);
     if (loaded.size > 400) loaded.delete(loaded.keys().next().value);
@@ -236,6 +237,7 @@ function redraw() {
 
 function draw(ratio) {
   const width = viewer.clientWidth, height = viewer.clientHeight;
+  if (!width || !height) return;  // in a window of no size; it is drawn when it has one
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(height * ratio);
   const zoom = view.scale * ratio, layer = data.layers[state.layer];
