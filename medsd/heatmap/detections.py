@@ -67,9 +67,9 @@ class _Squares:
         blocks = padded.reshape(padded.shape[0] // count, count, padded.shape[1] // count, count)
         known = (~np.isnan(blocks)).sum(axis=(1, 3), dtype=np.float32)
         total = np.nansum(blocks, axis=(1, 3), dtype=np.float64)
-        found = {shown.title: total / np.where(known > 0, known, np.nan)}
+        found = {shown.heading: total / np.where(known > 0, known, np.nan)}
         if shown.key == ADDITIVE:
-            found[f"{shown.title}, sum"] = np.where(known > 0, total, np.nan)
+            found[f"{shown.heading}, sum"] = np.where(known > 0, total, np.nan)
         return cls(found, known / count**2)
 
 

@@ -155,7 +155,7 @@ class _Writer:
 
         value_map, scale = shown.value_map, shown.scale
         values = np.ascontiguousarray(value_map.values, np.float32)
-        about = printable(f"{shown.title} ({value_map.target})")
+        about = printable(shown.heading)
         seen = values[np.isfinite(values)]
         limits = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
         mapping = RealWorldValueMapping(

@@ -48,6 +48,10 @@ _MEANINGS = {
 }
 
 
+# What evidence counts in, which has no name of its own where there are three classes or more.
+_EVIDENCE = "logit above the others' mean"
+
+
 class Legend(NamedTuple):
     """Fields of a `ValueMap` that are words."""
 
@@ -82,7 +86,7 @@ def legend(method: str, layer: str, smoothing: Smoothing, target: str, tiles: st
     where = tiles if card.needs_label else "of the slide's features as a whole"
     made, word = f"{name} at {layer}{smoothed}, {where}", evidence_word(classes)
     unit = unit_of(method, word)
-    output = word if classes <= 2 else f"{word}, its logit above the mean of the others'"
+    output = word if classes <= 2 else f"{word}, its {_EVIDENCE}"
     words = meaning(method, target, output=output)
     return Legend("saliency", target if card.needs_label else NO_CLASS, made, unit, words)
 
@@ -102,9 +106,11 @@ def unit_of(method: str, output: str, layer: str = "activation") -> str:
 
     Args:
         method: a saliency method or "mask".
-        output: what a class method explains: "log-odds", "logit".
+        output: what a class method explains: "log-odds", "logit", or "evidence", of three classes or more.
         layer: what its slopes are taken by: "activation", or "input".
     """
+    if method == ADDITIVE and output == "evidence":
+        return _EVIDENCE
     other = "as captum gives it" if method.startswith(CAPTUM) else "activation"
     return _UNITS.get(method, other).format(output=output, layer=layer)
 

@@ -52,6 +52,12 @@ class ShownMap(NamedTuple):
     scale: ColourScale
     limits: str
 
+    @property
+    def heading(self) -> str:
+        """The title with its class, for where a map of another class may stand beside it."""
+        # A segmented class's title is its name.
+        return self.title if self.value_map.quantity == "share" else f"{self.title} ({self.value_map.target})"
+
 
 def shown_explanation(method: str, value_map: ValueMap, limit: float, limits: str) -> ShownMap:
     """A method's map, whose colour scale ends at the limit."""
@@ -225,9 +231,7 @@ def overlay_picture(slide: MappedSlide, opacity: float = OPACITY) -> Canvas:
     for box, shown in zip(boxes, (None, *slide.maps), strict=True):
         pixels, heading = plain.copy(), "Slide"
         if shown is not None:
-            # A segmented class's title is its name.
-            of_class = shown.value_map.quantity == "share"
-            heading = shown.title if of_class else f"{shown.title} ({shown.value_map.target})"
+            heading = shown.heading
             pixels = with_map(pixels, shown, level0_px, opacity)
             _draw_bar(picture, box, shown.scale, opacity)
         outline(pixels, shapes)

@@ -40,7 +40,7 @@ def write_overlay_tiff(path: str | Path, slide: Slide, mapped: MappedSlide) -> N
     steps = zoom_steps(slide.dimensions)
     steps = [step for step in steps if step * slide.mpp >= FINEST_MPP] or steps[-1:]
     shown = mapped.maps[0]
-    about = printable(f"{mapped.name}: {shown.title} ({shown.value_map.target}). {RESEARCH_USE_ONLY}")
+    about = printable(f"{mapped.name}: {shown.heading}. {RESEARCH_USE_ONLY}")
     with (
         atomic_path(path) as temporary,
         tifffile.TiffWriter(temporary, bigtiff=True) as writer,  # tiatoolbox takes another for a plain picture

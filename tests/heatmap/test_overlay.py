@@ -15,6 +15,7 @@ from PIL import Image
 
 from medsd.drawing import Canvas, fitted, text_width
 from medsd.errors import OutputError
+from medsd.heatmap.legend import legend, unit_of
 from medsd.heatmap.overlay import (
     Findings,
     MappedSlide,
@@ -28,7 +29,7 @@ from medsd.heatmap.overlay import (
     shown_explanation,
 )
 from medsd.heatmap.regions import Region
-from medsd.heatmap.scale import TUMOUR
+from medsd.heatmap.scale import TUMOUR, explanation_scale
 from medsd.heatmap.value_map import ValueMap
 
 LEVEL0 = 20.0
@@ -291,6 +292,13 @@ def test_words_and_scale_bar_of_long_slides_are_read_in_full(
 def test_a_heading_names_the_class_whatever_it_is_called(tmp_path: Path, written: list[Written]) -> None:
     draw(tmp_path / "o.png", replace(BLANK, target="P"), shape=(30, 40))
     assert "Probability (P)" in [line.text for line in written]
+
+
+def test_evidence_of_three_classes_has_a_unit_that_says_what_it_is() -> None:
+    names = [legend("deeplift", "layer3", "none", "in situ", "dense", classes).unit for classes in (2, 3)]
+    scales = [explanation_scale("deeplift", 1.0, unit).title for unit in names]
+    assert scales == ["Evidence (log-odds)", "Evidence (logit above the others' mean)"]
+    assert unit_of("gradcam", "evidence") == "evidence, sum of channels"
 
 
 def test_threads_draw_the_same_picture(tmp_path: Path) -> None:
