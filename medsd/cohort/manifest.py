@@ -33,6 +33,9 @@ _FILES = ".svs .tif .tiff .btf .ndpi .mrxs .scn .bif .dcm .vms .vmu .svslide .jp
 SLIDE_SUFFIXES = (*_FILES.split(), ".zarr")
 """How names of slides end; `.zarr` is a folder."""
 
+# Pictures are slides where they are named singly: in folders of slides they are labels, sketches, masks, overlays.
+_PICTURES = (".png", ".jpg", ".jpeg")
+
 ANNOTATION_SUFFIXES = (".xml", ".geojson", ".json", ".tif", ".tiff", ".xml.gz", ".geojson.gz", ".json.gz")
 """How names of annotations end, after the slide's name."""
 
@@ -78,7 +81,7 @@ def find_cohort(
         entries = read_manifest(source, classes=classes)
     elif manifest is not None:
         entries = read_manifest(manifest, source, classes)
-        unlisted = len(set(_slide_files(source, leave_out)) - {entry.path for entry in entries})
+        unlisted = len(set(_slide_files(source, leave_out)[0]) - {entry.path for entry in entries})
         if unlisted:
             logger.warning("%s: %d slides that %s does not list are left out", source, unlisted, manifest)
     else:
@@ -106,8 +109,8 @@ def _slides_at(place: Path, leave_out: str | Path | None) -> list[SlideEntry]:
 def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> list[SlideEntry]:
     """The slides in a folder and the folders in it, by name; nothing is known of their labels.
 
-    Left out are hidden files and folders, masks (`*_mask.tif`, CAMELYON's word), and of a DICOM series all files but
-    the largest. Links are followed.
+    Left out are hidden files and folders, masks (`*_mask.tif`, CAMELYON's word), pictures (PNG, JPEG), which the log
+    counts, and of a DICOM series all files but the largest. Links are followed.
 
     Args:
         folder: where to look.
@@ -116,9 +119,14 @@ def search_folder(folder: str | Path, leave_out: str | Path | None = None) -> li
     Raises:
         DatasetError: no such folder, or no slide in it.
     """
-    files = _slide_files(folder, leave_out)
+    files, pictures = _slide_files(folder, leave_out)
+    passed = f"{pictures} picture(s) ({', '.join(_PICTURES)}) are left out; name those that are slides singly"
     if not files:
-        raise DatasetError(f"{folder}: no slides; their names end in {' '.join(SLIDE_SUFFIXES)}")
+        raise DatasetError(
+            f"{folder}: no slides; their names end in {' '.join(SLIDE_SUFFIXES)}" + (f"; {passed}" if pictures else "")
+        )
+    if pictures:
+        logger.info("%s: %s", folder, passed)
     entries = named_slides(files)
     check_names(entries)
     return sorted(entries, key=lambda entry: entry.name)
@@ -129,14 +137,17 @@ def _is_store(path: Path) -> bool:
     return is_zarr(path) or (path.suffix.lower() == ".zarr" and path.is_dir())
 
 
-def _slide_files(folder: str | Path, leave_out: str | Path | None) -> list[Path]:
-    found = list(_walk(Path(folder), None if leave_out is None else os.path.realpath(leave_out)))
+def _slide_files(folder: str | Path, leave_out: str | Path | None) -> tuple[list[Path], int]:
+    """The slides in a folder, and how many pictures."""
+    everything = list(_walk(Path(folder), None if leave_out is None else os.path.realpath(leave_out)))
+    found = [path for path in everything if path.suffix.lower() not in _PICTURES]
     slides = [path for path in found if not path.stem.lower().endswith(_MASK)]
     if len(found) > len(slides):
         logger.info("%s: %d files named *%s.* are left out", folder, len(found) - len(slides), _MASK)
     dicom = [path for path in slides if path.suffix.lower() == ".dcm"]
     kept = set(_one_of_a_series(dicom))
-    return [path for path in slides if path in kept or path.suffix.lower() != ".dcm"]
+    kept_slides = [path for path in slides if path in kept or path.suffix.lower() != ".dcm"]
+    return kept_slides, len(everything) - len(found)
 
 
 def _walk(folder: Path, leave_out: str | None) -> Iterator[Path]:
@@ -152,7 +163,7 @@ def _walk(folder: Path, leave_out: str | None) -> Iterator[Path]:
         stores = sorted(name for name in folders if name.lower().endswith(".zarr"))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in stores)
         for name in [*stores, *sorted(files)]:
-            if name.lower().endswith(SLIDE_SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith((*SLIDE_SUFFIXES, *_PICTURES)) and not name.startswith("."):
                 yield Path(base, name)
 
 

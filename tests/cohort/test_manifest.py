@@ -240,7 +240,11 @@ def test_a_linked_folder_is_searched(folder: Path, tmp_path_factory: pytest.Temp
     ("names", "words"),
     [
         ([], r"no slides; their names end in \.svs \.tif"),
-        (["x.txt", "y_mask.tif"], r"no slides"),
+        (["x.txt", "y_mask.tif"], r"no slides; [^;]*$"),
+        (
+            ["x.PNG", "y.jpg", "z_mask.png"],
+            r"no slides; .*; 3 picture\(s\) \(\.png, .*\) are left out; name those that are",
+        ),
     ],
 )
 def test_folders_that_are_no_cohort(tmp_path: Path, names: list[str], words: str) -> None:
@@ -260,6 +264,18 @@ def test_a_dicom_series_is_one_slide(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.dcm").write_bytes(b"no DICOM")
     largest = max((0, 1), key=lambda number: (tmp_path / f"boxes_{number}.dcm").stat().st_size)
     assert [entry.name for entry in search_folder(tmp_path)] == [f"boxes_{largest}", "broken", "sm_image"]
+
+
+def test_pictures_are_slides_where_they_are_named_and_not_in_a_folder(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (folder / "deep" / "x.png").touch()
+    assert len(search_folder(folder)) == 4
+    assert [one.getMessage() for one in caplog.records] == [
+        f"{folder}: 1 picture(s) (.png, .jpg, .jpeg) are left out; name those that are slides singly"
+    ]
+    assert [entry.name for entry in find_cohort(folder / "deep" / "x.png")] == ["x"]
 
 
 def test_a_cohort_is_a_folder_a_table_or_both(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
