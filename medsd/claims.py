@@ -73,18 +73,21 @@ def claimed(path: str | Path, wait: bool = False) -> Iterator[Claim | None]:
     """
     path = Path(path)
     token = f"{MACHINE} {os.getpid()} {secrets.token_hex(8)}"
+    claim = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while not (taken := _take(path, token)) and wait:
-            time.sleep(_PATIENCE_S)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    claim = Claim(path, token) if taken else None
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while not (taken := _take(path, token)) and wait:
+                time.sleep(_PATIENCE_S)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        claim = Claim(path, token) if taken else None
         yield claim
     finally:
         if claim is not None:
             claim.release()
+        elif _read(path) == token:  # stopped while it was being taken
+            path.unlink(missing_ok=True)
 
 
 def forget_abandoned(path: str | Path) -> None:

@@ -139,12 +139,31 @@ def run_cohort(
     if todo:
         run.tell_of_replaced(todo)
         run.remove((work.folder / name for name in work.summaries), todo)
-    written, pause = 0.0, 0.0
+    try:
+        _go_through(run, todo, workers, progress, sharing.gather, done)
+        if sharing.gather:
+            gather(work, run.current)
+    except KeyboardInterrupt:
+        logger.warning("%s: stopped; the same command goes on", work.folder)
+        raise
+    return [done[entry.name] for entry in entries]
+
+
+def _go_through(
+    run: _Run[Row],
+    todo: Sequence[SlideEntry],
+    workers: int | None,
+    progress: Progress,
+    tables: bool,
+    done: dict[str, Row],
+) -> None:
+    """Make the outputs of slides, with their rows into `done`, and now and then the table of those so far."""
+    work, written, pause = run.work, 0.0, 0.0
     with closing(run.finished(todo, workers, progress)) as finished:
         for row in progress(finished, len(todo), "slide") if todo else ():
             done[row.slide] = row
             logger.info("%s: %s, %g s%s", row.slide, row.status, row.seconds, f"; {row.reason}" if row.reason else "")
-            if time.monotonic() - written > pause and sharing.gather:
+            if time.monotonic() - written > pause and tables:
                 started = time.monotonic()
                 try:
                     write_rows(work, run.current)
@@ -152,15 +171,19 @@ def run_cohort(
                     logger.warning("%s", error)
                 written = time.monotonic()
                 pause = max(_TABLE_SECONDS, (written - started) / _TABLE_SHARE)
-    if sharing.gather:
-        gather(work, run.current)
-    return [done[entry.name] for entry in entries]
 
 
 def is_made(work: Work[Row], entries: Sequence[SlideEntry]) -> bool:
     """Whether `run_cohort` has been through all `entries`, as they are now: each has its outputs, or failed."""
     run = _Run(work, Current(), False)
     return all(run.kept(entry) or run.has_failed(entry) for entry in entries)
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: what libraries raise that it breaks into is no word on the slide."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _StoppedError(Exception):
@@ -291,17 +314,21 @@ class _Run(Generic[Row]):
             self._write_record(entry, made, recipe, claim)
             before.forget()
             return made.row
-        except MedsdError as error:
-            reason, blameless = str(error), isinstance(error, OutputError)
-            logger.error("%s", reason)
-        except UNFORESEEN as error:
-            # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
-            reason, blameless = in_one_line(entry.path, error), isinstance(error, OSError | MemoryError)
-            logger.exception("%s", entry.path)
-        except BaseException:  # the run ends
-            if claim.held:
-                before.bring_back()
-            raise
+        except BaseException as error:
+            if (stopped := _is_stop(error)) or not isinstance(error, (MedsdError, *UNFORESEEN)):
+                if claim.held:
+                    before.bring_back()
+                if stopped:
+                    raise KeyboardInterrupt from error
+                raise
+            blameless = isinstance(error, OutputError | OSError | MemoryError)
+            if isinstance(error, MedsdError):
+                reason = str(error)
+                logger.error("%s", reason)
+            else:
+                # Nobody foresaw these; the cohort goes on all the same, and the log keeps where it happened.
+                reason = in_one_line(entry.path, error)
+                logger.exception("%s", entry.path)
         row = replace(self.work.row(entry, "failed", reason), seconds=round(time.perf_counter() - started, 2))
         try:
             self._fail(entry, row, claim, blameless)

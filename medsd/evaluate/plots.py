@@ -150,17 +150,19 @@ def draw_froc(
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     froc, roc = figure.subplots(1, 2, width_ratios=(1.5, 1))
     for (name, found), (colour, marker) in zip(scores.maps.items(), RUN_STYLES, strict=False):
+        # Curves of controls may lie on the model's: it shows through their gaps.
+        line = "-" if name == MODEL else "--"
         if name in curves:
             curve, area = curves[name], found.froc
             label = f"{name}: {area:.2f}"
             places = np.append(curve.false_per_slide, max(RATES[-1], curve.false_per_slide[-1]))
-            froc.plot(places, np.append(curve.sensitivity, curve.sensitivity[-1]), color=colour)
-            froc.plot(RATES, curve.at(), marker, color=colour, ms=5, label=label)
+            froc.plot(places, np.append(curve.sensitivity, curve.sensitivity[-1]), line, color=colour)
+            froc.plot(RATES, curve.at(), marker, color=colour, mfc=_face(name, colour), ms=5, label=label)
         if both and name != PEAKS:
             rates = roc_curve([one.label for one in judged[name]], [one.score for one in judged[name]])
             area = found.slide_auc
             label = f"{name}: {area:.2f}"
-            roc.plot(*rates[:2], "-", marker=marker, ms=4, color=colour, label=label)
+            roc.plot(*rates[:2], line, marker=marker, ms=4, color=colour, mfc=_face(name, colour), label=label)
     title = f"{scores.lesions} lesions of {target} ({scores.isolated} more are isolated cells, left out)"
     froc.set(
         xlabel="false positives a slide", ylabel="lesions found", title=title, xlim=(-0.1, 8.2), ylim=(-0.02, 1.05)
@@ -173,6 +175,11 @@ def draw_froc(
         if axes.get_legend_handles_labels()[0]:
             axes.legend(title=heading, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize="small")
     save_figure(path, figure, "medsd lesions")
+
+
+def _face(name: str, colour: str) -> str:
+    """What fills a marker: nothing where it may lie on one of the model's."""
+    return colour if name == MODEL else "none"
 
 
 def _as_they_are(axes: Axes) -> None:

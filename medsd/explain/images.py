@@ -12,10 +12,10 @@ import numpy as np
 from PIL import PngImagePlugin, WebPImagePlugin
 
 from medsd.cohort.patches import SUFFIXES
-from medsd.errors import DatasetError
+from medsd.errors import DatasetError, SlideError
 from medsd.slides.readers.base import RGB, Bools, check_file
 from medsd.slides.readers.choose import open_reader
-from medsd.slides.readers.vendor import on_white
+from medsd.slides.readers.vendor import is_unknown, on_white
 
 # The maps of a larger one do not fit a usual memory, and slides have an engine of their own.
 _MOST_PX = 4096 * 4096
@@ -83,7 +83,14 @@ def read_image(path: Path, smallest_px: int = 1) -> RGB:
         start = handle.read(12)
     if start[:4] == b"RIFF" and start[8:] == b"WEBP":
         return _read_webp(path, smallest_px)
-    with closing(open_reader(path)) as reader:
+    try:
+        opened = open_reader(path)
+    except SlideError as error:
+        if not is_unknown(error):
+            raise
+        words = "not a picture of a known format (PNG, JPEG, WebP, TIFF); copy it again, or save it as PNG"
+        raise SlideError(f"{path}: {words}") from error
+    with closing(opened) as reader:
         width, height = reader.sizes[0]
         _check_size(path, width, height, smallest_px)
         return reader.read(0, 0, 0, width, height)

@@ -11,6 +11,7 @@ from medsd.classes import target_number
 from medsd.explain.explained import ExplainedImages
 from medsd.heatmap.findings import prevalence_words
 from medsd.heatmap.legend import ADDITIVE, MASK, explains_class, meaning
+from medsd.heatmap.numbers import percent
 from medsd.heatmap.scale import OPACITY
 from medsd.saliency.registry import method_card
 
@@ -49,8 +50,8 @@ def reading_notes(explained: ExplainedImages) -> Iterator[str]:
         yield "The sign of eigencam_reference is arbitrary, image by image."
     yield (
         "A column has one scale for all images; colours of two columns do not compare. Maps lie over the picture in "
-        f"light grey, their strongest colours at {OPACITY:.0%}, bars over all those greys; their squares are the cells "
-        "of the layer."
+        f"light grey, their strongest colours at {percent(OPACITY)}, bars over all those greys; their squares are the "
+        "cells of the layer."
     )
     if len(set(sizes)) > 1:
         yield "The images differ in size, and values with it: compare the colours of images of one size only."

@@ -24,6 +24,7 @@ from medsd.heatmap.findings import Checks, check_slide, looked_at_mm2, mapped_sl
 from medsd.heatmap.folder import OVERLAY, RECORD, REPORT, THUMBNAIL, SlideFolder, holds_classes
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel, MapRequest, load_map_model
+from medsd.heatmap.numbers import percent
 from medsd.heatmap.overlay import Findings, MappedSlide, draw_overlay
 from medsd.heatmap.overlay_tiff import write_overlay_tiff
 from medsd.heatmap.regions import write_regions
@@ -214,7 +215,7 @@ class _MapWork(Maps, Work[SlideResult]):
         """The outputs of a slide with tissue; its row and its files."""
         path, slide = folder.path, folder.slide
         mapped = mapped_slide(folder.entry.name, slide, maps, self.model, *folder.picture, checks)
-        reason = f"{maps.unseen:.1%} of the tissue could not be decoded" if maps.unseen else ""
+        reason = f"{percent(maps.unseen, 1)} of the tissue could not be decoded" if maps.unseen else ""
         row, files = self.row(folder.entry, "ok", reason), [_SALIENCY, OVERLAY, REPORT]
         write_ome_tiff(path / _SALIENCY, maps.saliency)
         for name, other in list(maps.explanations.items())[1:]:

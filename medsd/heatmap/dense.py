@@ -116,7 +116,7 @@ class DenseEngine(Engine):
 
     @property
     def tiles(self) -> str:
-        return f"dense, mean over tiles of {self.tile_px} px at {self.mpp:g} um/px"
+        return f"dense, mean over tiles of {self.tile_px} px at {self.mpp:g} µm/px"
 
     def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
         blocks = BlockStore(store / f"blocks-{self.block_px or 'auto'}")

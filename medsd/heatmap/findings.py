@@ -15,7 +15,7 @@ from medsd.heatmap.faithfulness import Faithfulness, Randomised, judge_map
 from medsd.heatmap.legend import ADDITIVE, MASK, evidence_word
 from medsd.heatmap.maps import SlideMaps
 from medsd.heatmap.model import MapModel
-from medsd.heatmap.numbers import score_texts
+from medsd.heatmap.numbers import percent, score_texts
 from medsd.heatmap.overlay import Findings, MappedSlide, ShownMap, shown_explanation
 from medsd.heatmap.regions import Region, find_regions
 from medsd.heatmap.sample import LEAST_TILES, sample_tiles
@@ -143,7 +143,11 @@ def verdict(score: float, cut_off: SlideCutOff | None, target: str) -> tuple[str
         f"validation slides with {target} and {normal}."
     )
     shares = [("Sensitivity", cut_off.sensitivity), ("specificity", cut_off.specificity)]
-    known = [f"{word} {one[0]:.0%} (95 % interval {one[1]:.0%} to {one[2]:.0%})" for word, one in shares if one]
+    known = [
+        f"{word} {percent(one[0])} (95 % interval {percent(one[1])} to {percent(one[2])})"
+        for word, one in shares
+        if one
+    ]
     return said, f"{', '.join(known)}, on the slides that the cut-off was fixed on."
 
 
@@ -191,8 +195,8 @@ def shown_map(name: str, shown: ValueMap, calibration: Calibration | None) -> Sh
 def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, checks: Checks) -> Iterator[str]:
     if maps.unseen:
         yield (
-            f"The slide file is damaged: {maps.unseen:.1%} of the tissue (grey stripes) could not be decoded and was "
-            "not judged."
+            f"The slide file is damaged: {percent(maps.unseen, 1)} of the tissue (grey stripes) could not be decoded "
+            "and was not judged."
         )
     if model.card is None:
         yield "The encoder has learned no classes: its maps show what its features hold, not where any class is."
@@ -266,7 +270,7 @@ def _provenance(slide: Slide, maps: SlideMaps, model: MapModel) -> Mapping[str, 
     if ADDITIVE in maps.explanations and maps.moved is not None:
         before = "before it was smoothed, " if engine.settings.smooth_um else ""
         word = evidence_word(len(engine.classifier.classes))
-        found["Adds up"] = f"to the {word} of every tile, {before}by a correction of {maps.moved:.1%}"
+        found["Adds up"] = f"to the {word} of every tile, {before}by a correction of {percent(maps.moved, 1)}"
     if maps.seam is not None:
         found["Seams"] = f"{maps.seam:.2f} (jump across block borders over beside them)"
     found["Looked at"] = f"{looked_at_mm2(maps):.2f} mm² of tissue; not at pen marks with a rim, nor at specks"

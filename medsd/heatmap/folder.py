@@ -15,6 +15,7 @@ from PIL import Image
 from medsd.cohort.entry import SlideEntry
 from medsd.errors import SlideError
 from medsd.files import atomic_path
+from medsd.heatmap.numbers import percent
 from medsd.heatmap.store import own_store
 from medsd.progress import Progress
 from medsd.record import read_record
@@ -83,8 +84,8 @@ class SlideFolder:
         """
         if unseen > allowed:
             raise SlideError(
-                f"{self.entry.path}: {unseen:.1%} of it cannot be decoded, more than {allowed:.0%}; copy it again from "
-                "its source"
+                f"{self.entry.path}: {percent(unseen, 1)} of it cannot be decoded, more than {percent(allowed)}; "
+                "copy it again from its source"
             )
 
     def write_thumbnail(self) -> None:

@@ -21,6 +21,7 @@ from medsd.heatmap.additive import blurred, change_of_sums
 from medsd.heatmap.grid import MapGrid, block_any, seam_score
 from medsd.heatmap.label_free import LABEL_FREE
 from medsd.heatmap.legend import ADDITIVE, MASK, Legend, legend
+from medsd.heatmap.numbers import percent
 from medsd.heatmap.value_map import Floats, ValueMap
 from medsd.networks.calibrated import Smoothing, Way, calibrated
 from medsd.networks.classifier import Classifier
@@ -336,8 +337,8 @@ class Engine(ABC):
             smoothed = blurred(exact.values, settings.smooth_um / exact.mpp)
             missed = change_of_sums(exact.values, smoothed, self.tile_px // grids[1].stride)
             if settings.smooth_um:
-                words = f"{exact.method}, then Gaussian of {settings.smooth_um:g} um"
-                change = "" if missed is None else f", which smoothing changes by {missed:.0%} on average"
+                words = f"{exact.method}, then Gaussian of {settings.smooth_um:g} µm"
+                change = "" if missed is None else f", which smoothing changes by {percent(missed)} on average"
                 meaning = f"{exact.meaning.removesuffix('.')}{change}."
                 explanations[ADDITIVE] = replace(exact, values=smoothed, method=words, meaning=meaning)
         first = next(iter(explanations.values())).values

@@ -1,4 +1,4 @@
-"""Probabilities as a reader sees them, the same on every output."""
+"""Probabilities and shares as a reader sees them, the same on every output."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def probability_text(value: float, least_places: int = _LEAST_PLACES) -> str:
     places = Decimal(1).scaleb(-max(least_places, min(telling, _MOST_PLACES)))
     # Half up, as the script rounds; Python's own is half to even.
     return f"{Decimal(value).quantize(places, ROUND_HALF_UP):f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float, places: int = 0) -> str:
+    """A share in hundredths, with the blank that SI has there: 0.95 is "95 %"."""
+    return f"{100 * share:.{places}f} %"
 
 
 def score_texts(score: float, cut_off: float | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from medsd import RESEARCH_USE_ONLY
 from medsd.drawing import BLACK, FAINT, RED, WHITE, Canvas, outline, resized, text_width, wrapped
 from medsd.heatmap.legend import MASK, name_of
-from medsd.heatmap.numbers import probability_text, score_texts
+from medsd.heatmap.numbers import percent, probability_text, score_texts
 from medsd.heatmap.picture import tinted
 from medsd.heatmap.regions import Region
 from medsd.heatmap.scale import OPACITY, ColourScale, explanation_scale, probability_scale
@@ -345,8 +345,8 @@ def _footer(slide: MappedSlide, opacity: float) -> list[str]:
         parts.insert(0, f"Outlines ({len(found.regions)}): {above}, {where}.")
     parts.append(f"Slide: {slide.mpp:.4g} µm per pixel ({slide.mpp_source}).")
     warning = (
-        f"{RESEARCH_USE_ONLY} Maps lie over the slide in light grey, their strongest colours at {opacity:.0%}; bars "
-        "show each colour over grey from glass (top) to dark nuclei (bottom)."
+        f"{RESEARCH_USE_ONLY} Maps lie over the slide in light grey, their strongest colours at {percent(opacity)}; "
+        "bars show each colour over grey from glass (top) to dark nuclei (bottom)."
     )
     for shown in slide.maps:
         value_map = shown.value_map

@@ -103,7 +103,7 @@ class TiledEngine(Engine):
     @property
     def tiles(self) -> str:
         turns = ", each seen 8 ways, turned and mirrored" if self.classifier.test_time_augmentation else ""
-        return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px{turns}"
+        return f"tiled, blended tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} µm/px{turns}"
 
     def assemble(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress) -> Assembled:
         blocks = BlockStore(store / "blocks")

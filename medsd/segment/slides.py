@@ -21,6 +21,7 @@ from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits, slide_file
 from medsd.heatmap.folder import OVERLAY, REPORT, THUMBNAIL, SlideFolder, holds_classes
+from medsd.heatmap.numbers import percent
 from medsd.heatmap.overlay import MappedSlide, ShownMap, draw_overlay
 from medsd.heatmap.report import MAX_MAP_SIDE_PX, KeptReports, ReportedSlide, short_digest, write_index, write_report
 from medsd.heatmap.scale import share_scale
@@ -215,7 +216,7 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
     ) -> tuple[SegmentedSlide, list[str]]:
         """The outputs of a slide with tissue; its row and its files."""
         path, slide = folder.path, folder.slide
-        reason = f"{labels.unseen:.1%} of the tissue could not be decoded" if labels.unseen else ""
+        reason = f"{percent(labels.unseen, 1)} of the tissue could not be decoded" if labels.unseen else ""
         row, files = self.row(folder.entry, "ok", reason), [LABELS, CONTOURS, OVERLAY, REPORT]
         regions = class_regions(labels, slide.mpp, slide.dimensions)
         areas = {name: round(area, 6) for name, area in labels.areas_mm2.items()}
@@ -258,7 +259,9 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
             shown.append(ShownMap(f"class{number}", title, value_map, share_scale(number), ""))
         caveats = [f"On other material than the network's own ({self.card.trained_on}) its outlines mean little."]
         if labels.unseen:
-            caveats.append(f"The slide file is damaged: {labels.unseen:.1%} of the tissue could not be decoded.")
+            caveats.append(
+                f"The slide file is damaged: {percent(labels.unseen, 1)} of the tissue could not be decoded."
+            )
         words = {labels.classes[0]: f"{labels.classes[0]} (tissue of no other class)"}
         areas = {f"Area of {words.get(name, name)}": f"{area:.4f} mm²" for name, area in labels.areas_mm2.items()}
         network = f"{self.card.encoder} with {self.card.decoder}, {labels.method}"

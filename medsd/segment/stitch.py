@@ -130,7 +130,7 @@ class SlideSegmenter:
     @property
     def method(self) -> str:
         """In words."""
-        return f"tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} um/px, blended"
+        return f"tiles of {self.tile_px} px, {self.step_px} px apart, at {self.mpp:g} µm/px, blended"
 
     def segment(self, slide: Slide, tissue: TissueMask, store: Path, progress: Progress = no_progress) -> SlideLabels:
         """The classes of the slide's tissue; memory holds a few blocks of 2,048 px, whatever the slide's size.

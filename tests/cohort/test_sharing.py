@@ -218,11 +218,21 @@ def left(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def masked(error: BaseException) -> BaseException:
+    """What a library raises that Ctrl-C breaks into."""
+    error.__context__ = KeyboardInterrupt()
+    return error
+
+
 @pytest.mark.parametrize(
-    "stop", [KeyboardInterrupt(), OutputError("disk full"), OSError(28, "no space"), MemoryError()]
+    "stop",
+    [
+        *(KeyboardInterrupt(), masked(RuntimeError("closed")), masked(AttributeError("_lock"))),
+        *(OutputError("disk full"), OSError(28, "no space"), MemoryError()),
+    ],
 )
 def test_what_was_finished_stays_where_a_run_of_other_settings_stops(
-    slides: list[SlideEntry], tmp_path: Path, stop: BaseException
+    slides: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: BaseException
 ) -> None:
     folder = tmp_path / "s03"
 
@@ -233,9 +243,10 @@ def test_what_was_finished_stays_where_a_run_of_other_settings_stops(
 
     (row,) = run_cohort(SumWork(tmp_path), slides[3:4], isolate=False)
     before = left(folder)
-    if isinstance(stop, KeyboardInterrupt):
+    if not isinstance(stop, OutputError | OSError | MemoryError):
         with pytest.raises(KeyboardInterrupt):
             run_cohort(Kilos(tmp_path, during=stopping), slides[3:4], isolate=False)
+        assert f"{tmp_path}: stopped; the same command goes on" in caplog.text
     else:
         (failed,) = run_cohort(Kilos(tmp_path, during=stopping), slides[3:4], isolate=False)
         assert failed.status == "failed"
@@ -263,6 +274,16 @@ def test_what_a_killed_run_had_set_aside_is_brought_back_by_the_next(slides: lis
     assert left(folder) == before
     run_cohort(Kilos(tmp_path, during=failing(SlideError("damaged"))), slides[3:4], isolate=False)
     assert set(left(folder)) == {"record.json"}
+
+
+def test_a_claim_that_is_stopped_while_it_is_taken_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claims, "Claim", stopped)
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / ".claim"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_slide_that_another_run_has_in_hand_comes_last(slides: list[SlideEntry], tmp_path: Path) -> None:

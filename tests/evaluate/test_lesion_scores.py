@@ -24,7 +24,7 @@ from medsd.evaluate.lesion_scores import (
     score_lesions,
     write_lesion_scores,
 )
-from medsd.evaluate.plots import draw_froc
+from medsd.evaluate.plots import RUN_STYLES, draw_froc
 from medsd.files import as_json
 from medsd.heatmap.tiff import write_ome_tiff
 from medsd.heatmap.value_map import ValueMap
@@ -115,6 +115,18 @@ def test_tables_and_figure(judged, tmp_path):
     peaks = [(row["false_per_slide"], row["sensitivity"]) for row in tables["froc"] if row["map"] == PEAKS]
     assert peaks == [("0.0", "0.0"), ("0.0", "0.5"), ("0.5", "0.5")]
     assert {row["map"] for row in tables["roc"]} == {MODEL, RANDOM, CONSTANT}
+
+
+def test_no_control_hides_the_models_curve(judged, tmp_path, monkeypatch):
+    """On a good map and a lucky draw they lie on each other: the model's is solid, and shows between dashes."""
+    drawn = []
+    monkeypatch.setattr("medsd.evaluate.plots.save_figure", lambda _, figure, __: drawn.append(figure))
+    draw_froc(tmp_path / "froc.png", judged, score_lesions(judged))
+    for axes in drawn[0].axes:
+        solid = [line for line in axes.lines if line.get_linestyle() == "-"]
+        assert [line.get_color() for line in solid] == [RUN_STYLES[0][0]]
+        filled = [line for line in axes.lines if line.get_marker() != "None" and line.get_markerfacecolor() != "none"]
+        assert [line.get_color() for line in filled] == [RUN_STYLES[0][0]]
 
 
 def test_of_several_classes_one_is_asked_about(tmp_path: Path) -> None:

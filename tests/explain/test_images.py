@@ -103,8 +103,8 @@ def damaged(folder: Path, kind: str) -> Path:
     ("kind", "words"),
     [
         ("missing", "no such file"),
-        ("text", ""),
-        ("empty", ""),
+        ("text", "not a picture of a known format (PNG, JPEG, WebP, TIFF); copy it again, or save it as PNG"),
+        ("empty", "copy it again"),
         ("truncated", "copy it again"),
         ("truncated_webp", "copy it again"),
         ("animated_webp", "several pictures"),

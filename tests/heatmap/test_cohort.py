@@ -286,7 +286,7 @@ def test_a_slide_with_too_much_damage_has_failed(tmp_path, small_slide, green_we
     damaged, out = tmp_path / "bad.tif", tmp_path / "out"
     hurt_tiles(small_slide, damaged, 0, [1, 2])
     bad, fine = map_here([damaged, small_slide], green_weights, out)
-    assert bad.status == "failed" and "cannot be decoded, more than 5%" in bad.reason and "bad.tif" in bad.reason
+    assert bad.status == "failed" and "cannot be decoded, more than 5 %" in bad.reason and "bad.tif" in bad.reason
     assert fine.status == "ok"
     assert map_here([damaged], green_weights, out, max_unseen=0.9)[0].status == "ok"
 

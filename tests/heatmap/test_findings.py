@@ -48,7 +48,7 @@ def test_a_verdict_says_what_its_cut_off_did_and_none_is_invented():
     assert below == (
         "Below the cut-off 0.4, which found 10 of 10 validation slides with tumour and raised 1 of 9 without it."
     )
-    assert sure.startswith("Sensitivity 100% (95 % interval 69% to 100%), specificity 89% (95 % interval 52% to")
+    assert sure.startswith("Sensitivity 100 % (95 % interval 69 % to 100 %), specificity 89 % (95 % interval 52 % to")
     assert verdict(0.4, cut_off, "tumour")[0].startswith("At or above the cut-off 0.4, which")
     # As many digits as tell it from the score.
     assert verdict(0.39996, cut_off, "tumour")[0].startswith("Below the cut-off 0.4, which")

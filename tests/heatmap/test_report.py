@@ -235,7 +235,7 @@ def test_says_what_a_reader_must_know(page: tuple[str, Page]) -> None:
         "What the features hold.",
         "Of this slide.",
         "8,000 × 6,000 px",
-        "Slide score, tumour 0.97 (mean of the highest 1% of the probability in tissue)",
+        "Slide score, tumour 0.97 (mean of the highest 1 % of the probability in tissue)",
         "abc",
     ):
         assert sentence in words
@@ -357,6 +357,7 @@ def test_index_lists_slides_and_failures(tmp_path: Path) -> None:
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     parsed = Page(text)
     assert [link["href"] for link in parsed.all("a")] == [
+        "blank/thumbnail.png",
         "slide%20%231/report.html",
         "javascript%3Aalert%281%29/report.html",
     ]
