@@ -128,6 +128,11 @@ class Maps(KeptReports[SlideResult]):
     )
     record = FOLDERS
 
+    def row_of(self, record: Mapping[str, Any]) -> SlideResult:
+        row = super().row_of(record)
+        # In those of before, 0 regions were none that anybody had looked for.
+        return replace(row, regions=None, region_area_mm2=None) if row.score is None else row
+
     def publish(self, rows: Sequence[SlideResult], _recipes: Mapping[str, Mapping[str, Any]]) -> None:
         write_index(self.folder / "index.html", rows, "Slide heatmaps")
 

@@ -70,7 +70,7 @@ class KeptReports(Kept[Reported]):
 
     def row_of(self, record: Mapping[str, Any]) -> Reported:
         row = super().row_of(record)  # those of before did not say it
-        return replace(row, weights=short_digest(record["recipe"]["weights_sha256"])) if row.model else row
+        return replace(row, weights=short_digest(record["recipe"].get("weights_sha256", ""))) if row.model else row
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,10 @@ class Segmented(KeptReports[SegmentedSlide]):
     columns = ("slide", "status", "model", "weights", "misfit", "reason", "regions")
     record = FOLDERS
 
+    def row_of(self, record: Mapping[str, Any]) -> SegmentedSlide:
+        row = super().row_of(record)
+        return row if row.status == "ok" else replace(row, regions=None)  # 0 in those of before
+
     def cells(self, row: SegmentedSlide) -> Mapping[str, Any]:
         return asdict(row) | {f"{name}_mm2": area for name, area in row.areas_mm2.items()}
 

@@ -17,10 +17,11 @@ from PIL import Image
 
 import medsd.heatmap.findings as findings
 from medsd.cohort.entry import SlideEntry
+from medsd.cohort.kept import gather
 from medsd.cohort.learnt import learnt_from, slide_sources
 from medsd.cohort.manifest import find_slides_at
 from medsd.errors import ConfigError, DatasetError, OutputError, WeightsError
-from medsd.heatmap.cohort import map_slides, read_results, read_slide_record
+from medsd.heatmap.cohort import Maps, map_slides, read_results, read_slide_record
 from medsd.heatmap.model import MapRequest
 from medsd.heatmap.overlay import head_px, layout
 from medsd.heatmap.tiff import read_ome_tiff
@@ -128,6 +129,11 @@ def test_one_bad_slide_costs_only_itself(tmp_path, small_slide, green_weights):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "no tissue" in page and "no such file" in page
     assert map_slides(jobs[2:3], green_weights, tmp_path / "out")[0].status == "empty"
+    record = read_slide_record(tmp_path / "out" / "blank")
+    record["result"] |= {"regions": 0, "region_area_mm2": 0.0}  # as records of before have it
+    rewrite_record(tmp_path / "out" / "blank" / "record.json", record)
+    (blank,) = [row for row in gather(Maps(tmp_path / "out")) if row.slide == "blank"]
+    assert (blank.regions, blank.region_area_mm2) == (None, None)
 
 
 def test_no_old_output_stands_beside_a_new_status(tmp_path, small_slide, green_weights):
