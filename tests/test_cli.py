@@ -235,7 +235,7 @@ def test_heatmap_hands_on_what_an_encoder_needs(monkeypatch, capsys, slide, tmp_
 
 def test_a_name_that_is_no_utf8_can_be_printed(monkeypatch, tmp_path):
     name = os.fsdecode(b"f\xe9vrier")
-    monkeypatch.setattr(cohort, "map_slides", lambda *_, **__: [cohort.SlideResult(name, "ok", "", 1.0)])
+    monkeypatch.setattr(cohort, "map_slides", lambda *_, **__: [cohort.SlideResult(name, "ok", "", 1.0, 0, 0.0)])
     written = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", written)
     monkeypatch.setattr(sys, "argv", ["medsd", "heatmap", f"{name}.svs", "--weights", "w", "--out", str(tmp_path)])
