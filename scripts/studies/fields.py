@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ MARGIN_UM = 64.0
 """Mirrored tissue around a field, so that maps see no glass at its border; it is not judged."""
 CHECK_UM = 4.0
 """Side of the squares in which masks are known and maps judged."""
+_CAMELYON16_PX = 256
 _SPLIT = (0.15, 0.25)  # as configs/pcam.json, seed 0
 _STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -78,10 +80,25 @@ def camelyon_tiles(data: Path) -> Iterator[Field]:
 
 
 def camelyon16_patches(data: Path) -> Iterator[Field]:
-    """Patches of 256 px at 0.243 um/px that tumour covers in part."""
+    """Patches of 256 px at 0.243 um/px that tumour covers in part; some overlap (`camelyon16_places`)."""
     for row, image, mask in _rows(data / "camelyon16_patches_40x"):
         if mask.any() and not mask.all():
             yield Field(Path(row["file"]).stem, image, mask, 0.243)
+
+
+def camelyon16_places(names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Number of the place of each patch of CAMELYON16, by names SLIDE_X_Y: patches that overlap share one.
+
+    Their maps tell of the same cells, so that intervals are to be drawn over places.
+    """
+    parts = [name.rsplit("_", 2) for name in names]
+    corners = np.array([[int(x), int(y)] for _, x, y in parts])
+    places = np.arange(len(names))
+    for later, earlier in combinations(range(len(names)), 2):
+        apart = np.abs(corners[later] - corners[earlier]).max()
+        if parts[later][0] == parts[earlier][0] and apart < _CAMELYON16_PX:
+            places[places == places[later]] = places[earlier]
+    return np.unique(places, return_inverse=True)[1]
 
 
 def breast_regions(data: Path) -> Iterator[Field]:
@@ -108,11 +125,13 @@ class Subject:
     Attributes:
         words: in tables.
         layers: hidden layers, finest first.
+        default: that of them whose maps are the default.
         scale: how much PatchCamelyon's patches are enlarged for it.
     """
 
     words: str
     layers: tuple[str, ...]
+    default: str
     scale: int = 1
 
 
@@ -129,11 +148,16 @@ class _Frozen:
 
 
 SUBJECTS = {
-    "resnet18d": Subject("ResNet-18-D, PCam recipe", ("layer1", "layer2", "layer3")),
+    "resnet18d": Subject("ResNet-18-D, PCam recipe", ("layer1", "layer2", "layer3"), "layer3"),
     # On uniform maps of lower blocks no vector near tissue is neutral.
-    "lite0": Subject("EfficientNet-Lite0 (ImageNet), head on PCam", ("blocks.3", "blocks.4", "blocks.5"), 2),
+    "lite0": Subject(
+        "EfficientNet-Lite0 (ImageNet), head on PCam", ("blocks.3", "blocks.4", "blocks.5"), "blocks.4", 2
+    ),
     "densenet": Subject(
-        "DenseNet-121 (H&E), head on PCam", ("features.transition2", "features.denseblock3", "features.transition3"), 2
+        "DenseNet-121 (H&E), head on PCam",
+        ("features.transition2", "features.denseblock3", "features.transition3"),
+        "features.denseblock3",
+        2,
     ),
 }
 _FROZEN = {

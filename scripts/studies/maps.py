@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 from studies import fields
 from studies.fields import GROUPS, SUBJECTS, Field
 from studies.maps_tables import draw, tables
@@ -51,12 +51,13 @@ RUNS: tuple[tuple[Literal["none", "backward_hook"], tuple[str, ...]], ...] = (
 """Smoothings, and the methods that are mapped at once under each."""
 AFTER_UM = 24.0  # deviation of the Gaussian; chosen among 8, 16, 24, 32 and 48 on the tiles that choose
 PROBABILITY, OCCLUSION = "probability", "occlusion"
+_SMOOTHED = "/after"  # ends the names of maps that this Gaussian has smoothed
 _SCORED, _STEPS = 4, 8  # fields and steps of insertion and deletion
 _PATCH_PX, _APART = 32, 4  # occlusion at the model's mpp: side of what is hidden, and patches from one to the next
 _DRAWN = 3
 _BATCH, _ASKED_OF_CLASS = 32, 24
 # Raised whenever results mean something else.
-VERSION = 2
+VERSION = 3
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,11 +72,23 @@ class Job:
     data: str
     weights: str
     folder: str
+    quick: bool = False
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.network}-{self.field}"
+        return f"{self.network}{'-quick' * self.quick}-{self.field}"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Hidden layers that are mapped."""
+        subject = SUBJECTS[self.network]
+        return (subject.default,) if self.quick else subject.layers
+
+    @property
+    def runs(self) -> tuple[tuple[Literal["none", "backward_hook"], tuple[str, ...]], ...]:
+        """Smoothings of gradients, and the methods of each."""
+        return tuple(run for run in RUNS if run[0] == "none") if self.quick else RUNS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +96,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="Holds camelyon_tiles_tumour_masks, pcam_patches and the like.")
     parser.add_argument("--run", type=Path, default=Path("runs/pcam"), help="A finished run of configs/pcam.json.")
     parser.add_argument("--networks", choices=tuple(SUBJECTS), nargs="+", default=list(SUBJECTS))
+    parser.add_argument(
+        "--quick", action="store_true", help="The default layer alone, gradients as they are, no insertion or deletion."
+    )
 
 
 def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
     """The groups asked for, for every network."""
     return [
-        Job(part, name, field.name, str(arguments.data), str(_weights(arguments, folder, name)), str(folder))
+        Job(
+            part,
+            name,
+            field.name,
+            str(arguments.data),
+            str(_weights(arguments, folder, name)),
+            str(folder),
+            arguments.quick,
+        )
         for name in arguments.networks
         for part in arguments.part
         for field in GROUPS[part](arguments.data)
@@ -110,9 +134,10 @@ def recipe_of(job: Job) -> dict[str, Any]:
     weights = Path(job.weights)
     return {
         "version": VERSION,
-        "methods": [[smoothing, *methods] for smoothing, methods in RUNS],
+        "methods": [[smoothing, *methods] for smoothing, methods in job.runs],
+        "layers": job.layers,
         "after_um": AFTER_UM,
-        "scored": [_SCORED, _STEPS],
+        "scored": [0 if job.quick else _SCORED, _STEPS],
         "weights": sha256_of(weights) if weights.is_file() else None,
     }
 
@@ -142,20 +167,21 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
     chosen = list(GROUPS[job.part](Path(job.data)))
     names = [field.name for field in chosen]
     field = chosen[names.index(job.field)]
-    classifier, card, engines = _engines(job.data, job.weights, job.network)
+    classifier, card, engines = _engines(replace(job, part="", field=""))
     found: dict[str, Any] = {
         "chooses": field.chooses,
         "share": float(field.tumour.mean()),
         "map_um": {engine.settings.layer: engine.strides[1] * card.mpp for engine in engines},
         "maps": {},
     }
-    scored, drawn = (names.index(job.field) < count for count in (_SCORED, _DRAWN))
+    scored, drawn = (not job.quick and names.index(job.field) < count for count in (_SCORED, _DRAWN))
     example: dict[str, Any] = {"image": field.image, "tumour": field.tumour}
     with open_slide(slide_of(Path(job.folder), job.part, field.name)) as slide:
         judged = Judged(slide, field, classifier, card)
         for name, values, value_map in _maps(slide, engines, judged):
             found["maps"][name] = judged.measures(values, value_map)
-            if scored and name.partition("/")[0] in (PROBABILITY, OCCLUSION, SUBJECTS[job.network].layers[-1]):
+            of_last = name.partition("/")[0] in (PROBABILITY, OCCLUSION, job.layers[-1])
+            if scored and of_last and not name.endswith(_SMOOTHED):
                 found["maps"][name] |= judged.faithfulness(values)
             example[name] = values
     if drawn:
@@ -168,15 +194,15 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
 
 
 @lru_cache(maxsize=1)
-def _engines(data: str, weights: str, network: str) -> tuple[TileClassifier, ModelCard, tuple[Engine, ...]]:
-    """The classifier, and its engines; the neutral reference is that of PatchCamelyon's validation patches."""
-    classifier, card = fields.load_subject(Path(weights))
-    images, labels = fields.patches(Path(data), 1, SUBJECTS[network].scale)
+def _engines(job: Job) -> tuple[TileClassifier, ModelCard, tuple[Engine, ...]]:
+    """The classifier, and its engines for any field; the neutral reference is of PatchCamelyon's validation patches."""
+    classifier, card = fields.load_subject(Path(job.weights))
+    images, labels = fields.patches(Path(job.data), 1, SUBJECTS[job.network].scale)
     temperature = card.calibration.temperature if card.calibration else 1.0
     engines, way = [], "auto"
-    for layer in SUBJECTS[network].layers:
+    for layer in job.layers:
         reference = None
-        for smoothing, methods in RUNS:
+        for smoothing, methods in job.runs:
             settings = MapSettings(methods, layer, smoothing, way="tiled" if way == "tiled" else "auto")
             engine = make_engine(classifier, card.tile_px, card.mpp, 1, settings, temperature, reference)
             if way == "auto":
@@ -195,8 +221,9 @@ def _maps(
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], ValueMap | None]]:
     """Every map of the slide by name, "layer/method/smoothing" or without a layer; its values at the judged squares.
 
-    The probability is taken linear between its pixels, the best that showing it larger can do. What adds up is judged
-    once more after a Gaussian, as a reader would look for regions.
+    The probability is taken linear between its pixels, the best that showing it larger can do. It, and every map made
+    without gradient smoothing, is judged once more after a Gaussian, as a reader would look for regions: masks reward
+    whatever is smooth, so that maps are to be compared at one smoothness.
     """
     everything = TissueMask(np.ones((1, 1), np.bool_), 2.0 * max(slide.dimensions))
     for engine in engines:
@@ -204,13 +231,20 @@ def _maps(
         layer, smoothing = engine.settings.layer, engine.settings.smoothing
         if engine is engines[0]:
             yield PROBABILITY, judged.at_places(maps.probability, linear=True), None
+            yield PROBABILITY + _SMOOTHED, judged.at_places(_smoothed(maps.probability), linear=True), None
         for method, value_map in maps.explanations.items():
             yield f"{layer}/{method}/{smoothing}", judged.at_places(value_map), value_map
-            if (method, smoothing) == ("deeplift", "none"):
-                values = blurred(value_map.values, AFTER_UM / value_map.mpp)
-                smoothed = replace(value_map, values=values)
-                yield f"{layer}/{method}/after", judged.at_places(smoothed), smoothed
-    yield OCCLUSION, judged.occlusion(), None
+            if smoothing == "none":
+                after = _smoothed(value_map)
+                yield f"{layer}/{method}{_SMOOTHED}", judged.at_places(after), after
+    hidden = judged.occlusion()
+    yield OCCLUSION, hidden, None
+    # Known at the judged squares alone; mirrored beyond them, as the tissue that other maps see there.
+    yield OCCLUSION + _SMOOTHED, gaussian_filter(hidden, AFTER_UM / judged.square_um, mode="reflect"), None
+
+
+def _smoothed(value_map: ValueMap) -> ValueMap:
+    return replace(value_map, values=blurred(value_map.values, AFTER_UM / value_map.mpp))
 
 
 class Judged:
@@ -225,6 +259,7 @@ class Judged:
     def __init__(self, slide: Slide, field: Field, classifier: TileClassifier, card: ModelCard) -> None:
         self.field, self.classifier, self.card = field, classifier, card
         self.rows, self.columns, self.tumour = field.places()
+        self.square_um = float(self.rows[1] - self.rows[0]) * field.mpp
         self.ratio = card.mpp / field.mpp
         margin = field.margin_px
         height, width = (round(side / self.ratio) for side in field.tumour.shape)

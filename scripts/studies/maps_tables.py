@@ -10,7 +10,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from studies.fields import SUBJECTS
+from studies.fields import SUBJECTS, camelyon16_places
 
 from medsd.evaluate.scores import bootstrap_mean
 from medsd.files import atomic_path
@@ -27,38 +27,50 @@ _GROUPS = {
 _WORDS = {"probability": "probability, linear between its pixels", "occlusion": "occlusion, patches of 32 px"}
 _SMOOTHED = {"none": "", "backward_hook": ", gradient smoothed", "after": ", then a Gaussian"}
 _SHOWN = ("deeplift/none", "deeplift/after", "gradient_x_activation/none", "gradcam/none")
+_AFTER = "/after"  # ends the names of maps after the Gaussian
 _FEW = 4  # fields below which an interval says nothing
 
 
 def tables(results: Results) -> str:
     """All tables in Markdown."""
-    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for (part, network, _), found in results.items():
-        parts.setdefault((part, network), []).append(found)
+    parts: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for (part, network, field), found in results.items():
+        parts.setdefault((part, network), {})[field] = found
     return "\n\n".join(_table(*of, found) for of, found in parts.items()) + "\n"
 
 
-def _table(part: str, name: str, found: list[dict[str, Any]]) -> str:
+def _table(part: str, name: str, fields: dict[str, dict[str, Any]]) -> str:
+    found = list(fields.values())
+    places = camelyon16_places(list(fields)) if part == "camelyon16" else np.arange(len(found))
     chooses = np.array([of_field["chooses"] for of_field in found])
     judged = ~chooses if not chooses.all() else chooses  # a study that has only begun
     words = f"{len(chooses)} fields" + (f", {chooses.sum()} of them to choose on" if chooses.any() else "")
-    head = ["map", "um a pixel", *(["AUC, choosing"] if chooses.any() else []), "pixel AUC", "less the probability's"]
+    if (of := len(set(places[judged]))) < judged.sum():
+        words += f", of {of} places, over which intervals are"
+    head = ["map", "um a pixel", *(["AUC, choosing"] if chooses.any() else []), "pixel AUC"]
+    head += ["less the probability's", "less the plain probability's"]
     head += ["energy pointing %", "sign right %", "sum apart %", "TV", "insertion", "deletion"]
     lines = [
         f"### {SUBJECTS[name].words}: {_GROUPS[part]}",
         "",
         f"{words}; tumour is {100 * np.mean([of_field['share'] for of_field in found]):.0f} % of the area.",
+        "Maps with a Gaussian are compared with the probability with the same Gaussian, and with the plain one.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
     ]
-    against = _values(found, "probability", "auc")
-    for key in found[0]["maps"]:
-        layer, _, rest = key.partition("/")
-        area = _values(found, key, "auc")
-        row = [_name(key), f"{found[0]['map_um'][layer]:.0f}" if rest else ""]
-        row += [f"{area[chooses].mean():.3f}"] if chooses.any() else []
-        row += [_interval(area[judged]), "" if key == "probability" else _interval((area - against)[judged], "+")]
+    area = {key: _values(found, key, "auc") for key in found[0]["maps"]}
+
+    def less(key: str, other: str) -> str:
+        return "" if key == other else _interval((area[key] - area[other])[judged], places[judged], "+")
+
+    for key in area:
+        smoothed = key.endswith(_AFTER)
+        map_um = found[0]["map_um"].get(key.partition("/")[0])  # of explanations
+        row = [_name(key), f"{map_um:.0f}" if map_um else ""]
+        row += [f"{area[key][chooses].mean():.3f}"] if chooses.any() else []
+        row += [_interval(area[key][judged], places[judged])]
+        row += [less(key, "probability" + _AFTER * smoothed), less(key, "probability") if smoothed else ""]
         row.append(f"{100 * np.nanmean(_values(found, key, 'pointing')[judged]):.1f}")
         row += _of_tiles(found, key, judged)
         row += [_mean(found, key, measure) for measure in ("insertion", "deletion")]
@@ -83,17 +95,17 @@ def _values(found: list[dict[str, Any]], key: str, measure: str) -> Floats:
 
 def _name(key: str) -> str:
     layer, _, rest = key.partition("/")
-    if not rest:
-        return _WORDS[key]
+    if layer in _WORDS:
+        return _WORDS[layer] + _SMOOTHED[rest or "none"]
     method, _, smoothing = rest.partition("/")
     return f"{method.replace('_', ' ')}, {layer}{_SMOOTHED[smoothing]}"
 
 
-def _interval(values: Floats, sign: str = "") -> str:
-    known = values[np.isfinite(values)]
-    if len(known) < _FEW:
-        return ", ".join(f"{value:{sign}.3f}" for value in known)
-    found = bootstrap_mean(known)
+def _interval(values: Floats, places: npt.NDArray[np.int64], sign: str = "") -> str:
+    known = np.isfinite(values)
+    if known.sum() < _FEW:
+        return ", ".join(f"{value:{sign}.3f}" for value in values[known])
+    found = bootstrap_mean(values[known], groups=places[known])
     return f"{found:{sign}.3f}"
 
 

@@ -77,6 +77,9 @@ COLUMNS = {
     "energy": ("energy in masks %", 100.0, 1),
     "pixel_auc_other": ("pixel AUC, CAMELYON16", 1.0, 3),
 }
+# Results do not name their fields of CAMELYON16: the place of each (`fields.camelyon16_places`), by how many have both
+# kinds of tissue left at a network's scale.
+OTHER_PLACES = {11: (0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7), 12: (0, 0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7)}
 
 Results = dict[tuple[str, str, str, int, int], dict[str, Any]]
 
@@ -131,7 +134,7 @@ def _differences(
 
 
 def _by_field(of: dict[tuple[str, int, int], dict[str, Any]], method: str) -> Iterator[str]:
-    """What a method's map gains in each field with a mask, in the mean of trainings; the interval is over fields."""
+    """What a method's map gains in fields with masks, in the mean of trainings; the interval is over their places."""
     for column, words in (("pixel_auc_each", "fields"), ("pixel_auc_other_each", "fields of CAMELYON16")):
         folds = [key[1:] for key in of if key[0] == method and column in of[key]]
         pairs = [[of.get((name, *key), {}).get(column) for name in (method, "ce")] for key in folds]
@@ -139,10 +142,15 @@ def _by_field(of: dict[tuple[str, int, int], dict[str, Any]], method: str) -> It
         if not known:
             continue
         gains = np.mean(known, axis=0)
-        low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
+        places = OTHER_PLACES[len(gains)] if column == "pixel_auc_other_each" else range(len(gains))
+        # Fields of one place err together; where each has its own this is the mean's standard error.
+        errors, count = np.bincount(places, gains - gains.mean()), len(set(places))
+        error = math.sqrt(count / (count - 1) * np.square(errors).sum()) / len(gains)
+        low, high = stats.t.interval(0.95, count - 1, gains.mean(), error)
+        over = "fields" if count == len(gains) else f"their {count} places"
         yield (
             f"{WORDS[method]} less CE, pixel AUC in each of {len(gains)} {words}, mean of {len(known)} trainings: "
-            f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f}) over fields, above 0 in {(gains > 0).sum()}."
+            f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f}) over {over}, above 0 in {(gains > 0).sum()} fields."
         )
         yield ""
 
