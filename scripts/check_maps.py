@@ -3,9 +3,10 @@
 
 python scripts/check_maps.py runs/camelyon/heatmaps
 
-A row a slide: where the tile around a probability pixel has |log-odds| above 1, how often the saliency's sum over that
-tile has its sign, and what it misses it by at most; and how many saliency pixels lie above 0 where the probability is
-above 0.9, and where it is below 0.1. For maps that add up, of two classes, dense.
+A row a slide: where the tile around a probability pixel has |log-odds| from 1 to 12, how often the saliency's sum over
+that tile has its sign, and what it misses it by at most; how many tiles are surer than that, and left out; and how many
+saliency pixels lie above 0 where the probability is above 0.9, and where it is below 0.1. For maps that add up, of two
+classes, dense.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main() -> None:
     folders = sorted(path.parent for path in arguments.folder.glob("*/saliency.ome.tif"))
     if not folders:
         sys.exit(f"{arguments.folder}: no maps in there; name the folder of a heatmap run")
-    print("| slide | tiles | sign right | largest miss | above 0 where p > 0.9 | above 0 where p < 0.1 |")
-    print("|---|---|---|---|---|---|")
+    print("| slide | tiles | surer, left out | sign right | largest miss | above 0 where p > 0.9 | where p < 0.1 |")
+    print("|---|---|---|---|---|---|---|")
     for folder in folders:
         try:
             print(row(folder, arguments.tile_um))
@@ -61,13 +62,14 @@ def row(folder: Path, tile_um: float) -> str:
     values = probability.values.astype(np.float64)
     with np.errstate(divide="ignore"):
         log_odds = np.log(values / (1 - values))
-    told = np.isfinite(sums) & (np.abs(log_odds) > 1) & (np.abs(log_odds) < _LARGEST)
+    seen = np.isfinite(sums)
+    told = seen & (np.abs(log_odds) > 1) & (np.abs(log_odds) < _LARGEST)
+    surer = seen & (np.abs(log_odds) >= _LARGEST)
     sign = share(np.sign(sums[told]) == np.sign(log_odds[told]))
     miss = np.abs(sums[told] - log_odds[told]).max(initial=0.0)
     near = np.kron(values, np.ones((side, side)))
-    seen = np.isfinite(fine)
-    shares = [share(fine[seen & place] > 0) for place in (near > 0.9, near < 0.1)]
-    return f"| {folder.name} | {told.sum()} | {sign} | {miss:.2g} | {shares[0]} | {shares[1]} |"
+    shares = [share(fine[np.isfinite(fine) & place] > 0) for place in (near > 0.9, near < 0.1)]
+    return f"| {folder.name} | {told.sum()} | {surer.sum()} | {sign} | {miss:.2g} | {shares[0]} | {shares[1]} |"
 
 
 def share(of: npt.NDArray[np.bool_]) -> str:
