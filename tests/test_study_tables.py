@@ -38,6 +38,16 @@ def test_maps_are_compared_with_the_probability_of_their_own_smoothness(study: A
     assert [row["map"].endswith("then a Gaussian") for row in rows] == [False, True, False, True]
 
 
+def test_methods_asked_for_are_mapped_at_the_default_layer_and_files_of_their_own(study: Any) -> None:
+    maps = study("maps")
+    whole, some = (
+        maps.Job("camelyon", "lite0", "10072", "", "", "", methods) for methods in ((), ("deeplift", "gradcam"))
+    )
+    assert whole.layers == ("blocks.3", "blocks.4", "blocks.5") and some.layers == ("blocks.4",)
+    assert whole.runs == maps.RUNS and some.runs == (("none", ("deeplift",)), ("none", ("gradcam",)))
+    assert (whole.name, some.name) == ("lite0-10072", "lite0-deeplift-gradcam-10072")
+
+
 def test_patches_that_overlap_are_one_place(study: Any) -> None:
     # The third lies over both of the first two, which do not meet; another slide is another place.
     assert study("fields").camelyon16_places(OVERLAPPING).tolist() == [0, 0, 0, 1, 2]

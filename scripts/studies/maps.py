@@ -72,23 +72,27 @@ class Job:
     data: str
     weights: str
     folder: str
-    quick: bool = False
+    methods: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.network}{'-quick' * self.quick}-{self.field}"
+        return "-".join((self.network, *self.methods, self.field))
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Hidden layers that are mapped."""
         subject = SUBJECTS[self.network]
-        return (subject.default,) if self.quick else subject.layers
+        return (subject.default,) if self.methods else subject.layers
 
     @property
     def runs(self) -> tuple[tuple[Literal["none", "backward_hook"], tuple[str, ...]], ...]:
         """Smoothings of gradients, and the methods of each."""
-        return tuple(run for run in RUNS if run[0] == "none") if self.quick else RUNS
+        if not self.methods:
+            return RUNS
+        plain = [methods for smoothing, methods in RUNS if smoothing == "none"]
+        asked = [tuple(method for method in methods if method in self.methods) for methods in plain]
+        return tuple(("none", methods) for methods in asked if methods)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/pcam"), help="A finished run of configs/pcam.json.")
     parser.add_argument("--networks", choices=tuple(SUBJECTS), nargs="+", default=list(SUBJECTS))
     parser.add_argument(
-        "--quick", action="store_true", help="The default layer alone, gradients as they are, no insertion or deletion."
+        "--methods",
+        choices=("deeplift", "gradient_x_activation", "gradient", "gradcam"),
+        nargs="+",
+        default=[],
+        help="These alone, at the default layer, fields that judge first; no occlusion, insertion or deletion.",
     )
 
 
@@ -111,11 +119,11 @@ def jobs_of(arguments: argparse.Namespace, folder: Path) -> list[Job]:
             str(arguments.data),
             str(_weights(arguments, folder, name)),
             str(folder),
-            arguments.quick,
+            tuple(sorted(arguments.methods)),
         )
         for name in arguments.networks
         for part in arguments.part
-        for field in GROUPS[part](arguments.data)
+        for field in sorted(GROUPS[part](arguments.data), key=lambda field: bool(arguments.methods) and field.chooses)
     ]
 
 
@@ -137,7 +145,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
         "methods": [[smoothing, *methods] for smoothing, methods in job.runs],
         "layers": job.layers,
         "after_um": AFTER_UM,
-        "scored": [0 if job.quick else _SCORED, _STEPS],
+        "scored": [0 if job.methods else _SCORED, _STEPS],
         "weights": sha256_of(weights) if weights.is_file() else None,
     }
 
@@ -174,11 +182,11 @@ def run_job(job: Job) -> tuple[Job, dict[str, Any]]:
         "map_um": {engine.settings.layer: engine.strides[1] * card.mpp for engine in engines},
         "maps": {},
     }
-    scored, drawn = (not job.quick and names.index(job.field) < count for count in (_SCORED, _DRAWN))
+    scored, drawn = (not job.methods and names.index(job.field) < count for count in (_SCORED, _DRAWN))
     example: dict[str, Any] = {"image": field.image, "tumour": field.tumour}
     with open_slide(slide_of(Path(job.folder), job.part, field.name)) as slide:
         judged = Judged(slide, field, classifier, card)
-        for name, values, value_map in _maps(slide, engines, judged):
+        for name, values, value_map in _maps(job, slide, engines, judged):
             found["maps"][name] = judged.measures(values, value_map)
             of_last = name.partition("/")[0] in (PROBABILITY, OCCLUSION, job.layers[-1])
             if scored and of_last and not name.endswith(_SMOOTHED):
@@ -217,7 +225,7 @@ def _engines(job: Job) -> tuple[TileClassifier, ModelCard, tuple[Engine, ...]]:
 
 
 def _maps(
-    slide: Slide, engines: tuple[Engine, ...], judged: Judged
+    job: Job, slide: Slide, engines: tuple[Engine, ...], judged: Judged
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], ValueMap | None]]:
     """Every map of the slide by name, "layer/method/smoothing" or without a layer; its values at the judged squares.
 
@@ -237,6 +245,8 @@ def _maps(
             if smoothing == "none":
                 after = _smoothed(value_map)
                 yield f"{layer}/{method}{_SMOOTHED}", judged.at_places(after), after
+    if job.methods:
+        return
     hidden = judged.occlusion()
     yield OCCLUSION, hidden, None
     # Known at the judged squares alone; mirrored beyond them, as the tissue that other maps see there.
