@@ -26,16 +26,18 @@ def test_maps_are_compared_with_the_probability_of_their_own_smoothness(study: A
         "probability/after": [0.8, 0.8, 0.8, 0.8, 0.8],
         "layer3/deeplift/none": [0.6, 0.5, 0.6, 0.5, 0.6],
         "layer3/deeplift/after": [0.75, 0.75, 0.75, 0.75, 0.75],
+        "layer3/gradcam/after": [0.77, 0.77, 0.77, 0.77, 0.77],
     }
     results = {}
     for field in range(5):
         found = _found({key: values[field] for key, values in areas.items()})
         results["breast", "resnet18d", str(field)] = found
     rows = _rows(study("maps_tables").tables(results))
-    assert [row["less the probability's"] for row in rows] == ["", "", "-0.100", "-0.050"]
-    assert [row["less the plain probability's"][:6] for row in rows] == ["", "+0.140", "", "+0.090"]
-    assert [row["um a pixel"] for row in rows] == ["", "", "16", "16"]
-    assert [row["map"].endswith("then a Gaussian") for row in rows] == [False, True, False, True]
+    assert [row["less the probability's"] for row in rows] == ["", "", "-0.100", "-0.050", "-0.030"]
+    assert [row["less the plain probability's"][:6] for row in rows] == ["", "+0.140", "", "+0.090", "+0.110"]
+    assert [row["the additive map's less this"] for row in rows] == ["", "", "", "", "-0.020"]
+    assert [row["um a pixel"] for row in rows] == ["", "", "16", "16", "16"]
+    assert [row["map"].endswith("then a Gaussian") for row in rows] == [False, True, False, True, True]
 
 
 def test_methods_asked_for_are_mapped_at_the_default_layer_and_files_of_their_own(study: Any) -> None:

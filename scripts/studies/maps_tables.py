@@ -48,13 +48,13 @@ def _table(part: str, name: str, fields: dict[str, dict[str, Any]]) -> str:
     if (of := len(set(places[judged]))) < judged.sum():
         words += f", of {of} places, over which intervals are"
     head = ["map", "um a pixel", *(["AUC, choosing"] if chooses.any() else []), "pixel AUC"]
-    head += ["less the probability's", "less the plain probability's"]
+    head += ["less the probability's", "less the plain probability's", "the additive map's less this"]
     head += ["energy pointing %", "sign right %", "sum apart %", "TV", "insertion", "deletion"]
     lines = [
         f"### {SUBJECTS[name].words}: {_GROUPS[part]}",
         "",
         f"{words}; tumour is {100 * np.mean([of_field['share'] for of_field in found]):.0f} % of the area.",
-        "Maps with a Gaussian are compared with the probability with the same Gaussian, and with the plain one.",
+        "Maps with a Gaussian are compared with those with the same Gaussian, and with the plain probability.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -66,11 +66,13 @@ def _table(part: str, name: str, fields: dict[str, dict[str, Any]]) -> str:
 
     for key in area:
         smoothed = key.endswith(_AFTER)
+        additive = "/".join((key.partition("/")[0], "deeplift", key.rpartition("/")[2]))
         map_um = found[0]["map_um"].get(key.partition("/")[0])  # of explanations
         row = [_name(key), f"{map_um:.0f}" if map_um else ""]
         row += [f"{area[key][chooses].mean():.3f}"] if chooses.any() else []
         row += [_interval(area[key][judged], places[judged])]
         row += [less(key, "probability" + _AFTER * smoothed), less(key, "probability") if smoothed else ""]
+        row.append("" if additive not in area else less(additive, key))
         row.append(f"{100 * np.nanmean(_values(found, key, 'pointing')[judged]):.1f}")
         row += _of_tiles(found, key, judged)
         row += [_mean(found, key, measure) for measure in ("insertion", "deletion")]
