@@ -45,7 +45,10 @@ def _table(part: str, name: str, fields: dict[str, dict[str, Any]]) -> str:
     chooses = np.array([of_field["chooses"] for of_field in found])
     judged = ~chooses if not chooses.all() else chooses  # a study that has only begun
     words = f"{len(chooses)} fields" + (f", {chooses.sum()} of them to choose on" if chooses.any() else "")
-    if (of := len(set(places[judged]))) < judged.sum():
+    known = judged & np.isfinite(_values(found, "probability", "auc"))
+    if known.sum() < judged.sum():
+        words += f", {known.sum()} with enough of both kinds of tissue for an AUC"
+    if (of := len(set(places[known]))) < known.sum():
         words += f", of {of} places, over which intervals are"
     head = ["map", "um a pixel", *(["AUC, choosing"] if chooses.any() else []), "pixel AUC"]
     head += ["less the probability's", "less the plain probability's", "the additive map's less this"]
