@@ -108,7 +108,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what `atomic_path` left in `folder` where its process was killed; what a living one writes stays."""
     for path in Path(folder).glob(".*"):
-        named = re.match(r"\.(\d+)[@-]", path.name)
+        named = re.match(r"\.(\d+)[@-](?!.*\.claim(\.[0-9a-f]{16})?$)", path.name)
         if named and not _alive(int(named[1]), path):
             path.unlink(missing_ok=True)
 

@@ -123,7 +123,8 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     ended.wait()
     old = [f".{ended.pid}-map.tif", f".{ended.pid}@{MACHINE}-map.tif", ".7@elsewhere-old.tif"]
     living = [f".{os.getppid()}-map.tif", f".{os.getpid()}@{MACHINE}-map.tif", ".7@elsewhere-map.tif"]
-    others = [".hidden", "7-map.tif", ".7x-map.tif"]
+    claim = f".{ended.pid}-01.json.claim"  # of a slide whose name begins like a temporary file's
+    others = [".hidden", "7-map.tif", ".7x-map.tif", claim, f"{claim}.0123456789abcdef"]
     for name in (*old, *living, *others):
         (tmp_path / name).touch()
     os.utime(tmp_path / ".7@elsewhere-old.tif", (1, 1))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medsd.files import read_json
 from medsd.record import read_record
 
 
@@ -51,11 +52,20 @@ class Before:
         """
         if self.folder.is_dir() and read_record(self.record) is None:
             places = {path.name: path for path in (*self.outputs, self.record)}
+            own = self._own()
             for path in self.outputs:
-                path.unlink(missing_ok=True)
+                if path.name not in own:  # of a run that was stopped while it moved them, they stand there already
+                    path.unlink(missing_ok=True)
             for kept in sorted(self.folder.iterdir(), key=lambda path: path.name == self.record.name):
                 kept.replace(places.get(kept.name, self.record.with_name(kept.name)))
         self.forget()
+
+    def _own(self) -> set[str]:
+        """Names of what the record that stands aside lists."""
+        try:
+            return {Path(name).name for name in read_json(self.folder / self.record.name)["outputs"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
 
     def forget(self) -> None:
         """Let go of what stands aside."""

@@ -13,7 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -144,7 +144,10 @@ def run_cohort(
         if sharing.gather:
             gather(work, run.current)
     except KeyboardInterrupt:
-        logger.warning("%s: stopped; the same command goes on", work.folder)
+        if sharing.gather:
+            with suppress(MedsdError):
+                write_rows(work, run.current)  # outputs that stood aside are back
+        logger.warning("%s: stopped; the same command goes on (medsd gather: tables of what is there)", work.folder)
         raise
     return [done[entry.name] for entry in entries]
 
@@ -184,6 +187,13 @@ def _is_stop(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _is_blameless(error: BaseException) -> bool:
+    """Whether a disk or memory was full, which is not the slide's fault; torch says so by an error without a class."""
+    return isinstance(error, OutputError | OSError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error))
+    )
 
 
 class _StoppedError(Exception):
@@ -245,6 +255,11 @@ class _Run(Generic[Row]):
             return None
         row = self._row(record, entry)
         forget_abandoned(self._claim_of(entry))  # of a run that was killed between record and release
+        before = self._before(entry)
+        if before.folder.is_dir():
+            with claimed(self._claim_of(entry)) as claim:
+                if claim is not None and self.kept(entry) is not None:
+                    before.forget()
         if asdict(row) != record["result"]:
             rewrite_record(self.work.record_of(entry.name), {**record, "result": asdict(row)})
         return row
@@ -287,8 +302,11 @@ class _Run(Generic[Row]):
         """
         try:
             with claimed(self._claim_of(entry), wait) as claim:
-                return None if claim is None else self.kept(entry) or self._make(entry, progress, claim)
-        except OutputError as error:  # of the claim
+                if claim is None:
+                    return None
+                self._before(entry).bring_back()  # of a run that was killed
+                return self.kept(entry) or self._make(entry, progress, claim)
+        except (OutputError, OSError) as error:  # of the claim
             logger.error("%s", error)
             self.current.unrecorded[entry.name] = row = self.work.row(entry, "failed", str(error))
             return row
@@ -321,7 +339,7 @@ class _Run(Generic[Row]):
                 if stopped:
                     raise KeyboardInterrupt from error
                 raise
-            blameless = isinstance(error, OutputError | OSError | MemoryError)
+            blameless = _is_blameless(error)
             if isinstance(error, MedsdError):
                 reason = str(error)
                 logger.error("%s", reason)
@@ -366,10 +384,10 @@ class _Run(Generic[Row]):
         check_owner(self.work, entry)
         claim.check()
         before = self._before(entry)
-        if blameless:
+        stays = blameless or known_identity(entry.path) is None
+        if stays:
             before.bring_back()
         record = read_record(self.work.record_of(entry.name))
-        stays = blameless or known_identity(entry.path) is None
         if record is not None and record["status"] != "failed" and stays:
             self.current.unrecorded[entry.name] = row
             return

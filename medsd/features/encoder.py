@@ -158,13 +158,6 @@ def _of_timm(weights: Path, request: FeatureRequest) -> FeatureEncoder:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"encoder '{name}': timm cannot make it with encoder_options={options} ({reason})") from error
     normalise = Normalise(request.input_mean or IMAGENET_MEAN, request.input_std or IMAGENET_STD)
-    said: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
-    if request.input_mean is None and tuple(said.get("mean", IMAGENET_MEAN)) != IMAGENET_MEAN:
-        logger.warning(
-            "input_mean: not given, so ImageNet's; timm's own weights of %s take mean %s and deviation %s: give these "
-            "if yours are such",
-            *(name, list(said["mean"]), list(said["std"])),
-        )
     load_encoder(network, weights, normalise)
     return _sized(name, network, _Pooled(network, normalise, pools=True), weights_sha256(weights), request)
 

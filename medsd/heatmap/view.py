@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from medsd.checks import check_number
 from medsd.errors import DatasetError, MedsdError, OutputError, SlideError
+from medsd.heatmap.folder import THUMBNAIL
 from medsd.heatmap.report import packed_map, quoted
 from medsd.heatmap.tiff import read_ome_tiff
 from medsd.heatmap.zoom import TILE_PX, as_jpeg, read_tile, zoom_steps
@@ -64,7 +65,8 @@ class ViewServer(ThreadingHTTPServer):
         folders = (
             [root] if (root / "record.json").is_file() else sorted(path.parent for path in root.glob("*/record.json"))
         )
-        self.slides = {one.resolve().name: one for one in folders if (one / "report.html").is_file()}
+        self.folders = {one.resolve().name: one for one in folders}
+        self.slides = {name: one for name, one in self.folders.items() if (one / "report.html").is_file()}
         if not self.slides:
             raise DatasetError(f"{root}: no slide with a report; name one that medsd heatmap or segment wrote")
         self.index = root / _INDEX
@@ -123,7 +125,8 @@ class ViewServer(ThreadingHTTPServer):
         record = self.record(name)
         path = Path(record["result"]["path"])
         if not path.exists():
-            raise SlideError(f"{path}: the slide is not there (moved, or on another disk); {_REST}")
+            why = "moved, or on another disk" if path.is_absolute() else "recorded from another folder; start there"
+            raise SlideError(f"{path}: the slide is not there ({why}); {_REST}")
         if json.loads(json.dumps(slide_identity(path))) != record["recipe"]["slide"]:
             raise SlideError(f"{path}: is not the file that was mapped, but another or a changed one; {_REST}")
         return IsolatedSlide(path, record["recipe"]["mpp"])
@@ -138,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         try:
             self._answer()
+        except ConnectionError:  # the browser no longer wants it
+            self.close_connection = True
         except (MedsdError, *UNFORESEEN) as error:
             self.server.tell(f"{error}")
             self._refuse(HTTPStatus.NOT_FOUND)
@@ -158,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._start()
         if not rest and name == "favicon.ico":  # every browser asks
             return self._refuse(HTTPStatus.NO_CONTENT)
+        if rest == THUMBNAIL and slide in self.server.folders:  # the index links to it of slides without a report
+            return self._send((self.server.folders[slide] / rest).read_bytes(), "image/png")
         if slide not in self.server.slides:
             return self._refuse(HTTPStatus.NOT_FOUND)
         if rest == "report.html" and address.query != "tiles":

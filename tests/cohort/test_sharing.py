@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medsd import claims
@@ -224,12 +225,14 @@ def masked(error: BaseException) -> BaseException:
     return error
 
 
+FULL = (
+    *(OutputError("disk full"), OSError(28, "no space"), MemoryError()),
+    *(torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")),
+)
+
+
 @pytest.mark.parametrize(
-    "stop",
-    [
-        *(KeyboardInterrupt(), masked(RuntimeError("closed")), masked(AttributeError("_lock"))),
-        *(OutputError("disk full"), OSError(28, "no space"), MemoryError()),
-    ],
+    "stop", [KeyboardInterrupt(), masked(RuntimeError("closed")), masked(AttributeError("_lock")), *FULL]
 )
 def test_what_was_finished_stays_where_a_run_of_other_settings_stops(
     slides: list[SlideEntry], tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: BaseException
@@ -243,7 +246,7 @@ def test_what_was_finished_stays_where_a_run_of_other_settings_stops(
 
     (row,) = run_cohort(SumWork(tmp_path), slides[3:4], isolate=False)
     before = left(folder)
-    if not isinstance(stop, OutputError | OSError | MemoryError):
+    if stop not in FULL:
         with pytest.raises(KeyboardInterrupt):
             run_cohort(Kilos(tmp_path, during=stopping), slides[3:4], isolate=False)
         assert f"{tmp_path}: stopped; the same command goes on" in caplog.text
@@ -274,6 +277,64 @@ def test_what_a_killed_run_had_set_aside_is_brought_back_by_the_next(slides: lis
     assert left(folder) == before
     run_cohort(Kilos(tmp_path, during=failing(SlideError("damaged"))), slides[3:4], isolate=False)
     assert set(left(folder)) == {"record.json"}
+
+
+def test_what_stands_aside_comes_back_before_anything_else_is_asked(slides: list[SlideEntry], tmp_path: Path) -> None:
+    """Of the settings of before it is kept as it is; where the slide is out of reach, too; another slide is refused."""
+    place, folder = tmp_path / "s03.png", tmp_path / "out" / "s03"
+    place.write_bytes(slides[3].path.read_bytes())
+    entry, work = SlideEntry("s03", place, mpp=0.5), tmp_path / "out"
+    run_cohort(SumWork(work), [entry], isolate=False)
+    before, aside = left(folder), Before(folder / "record.json", [folder / "sum.txt"])
+
+    def unreachable(_: SlideEntry) -> None:
+        place.rename(tmp_path / "away.png")
+        raise SlideError("gone")
+
+    run_cohort(Kilos(work, during=unreachable), [entry], isolate=False)
+    assert left(folder) == before
+    aside.set_aside()  # and killed
+    run_cohort(Kilos(work), [entry], isolate=False)
+    assert left(folder) == before
+    aside.set_aside()
+    (other,) = run_cohort(SumWork(work), [replace(slides[4], name="s03")], isolate=False)
+    assert other.status == "failed" and "another slide of this name" in other.reason and left(folder) == before
+    (tmp_path / "away.png").rename(place)
+    aside.set_aside()
+    run_cohort(SumWork(work), [entry], isolate=False)
+    assert left(folder) == before and (work / "made.txt").read_text() == "s03\n"
+    shutil.copytree(folder, aside.folder)  # killed once the new record stood
+    run_cohort(SumWork(work), [entry], isolate=False)
+    assert left(folder) == before and not aside.folder.exists()
+
+
+@pytest.mark.parametrize("step", [Before.set_aside, Before.bring_back])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_moving_that_was_stopped_halfway_is_brought_back(
+    step: Callable[[Before], None], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in outputs:
+        path.write_text(path.name)
+    write_record(tmp_path / "record.json", {}, [path.name for path in outputs], status="ok")
+    whole, before = left(tmp_path), Before(tmp_path / "record.json", [*outputs, tmp_path / "c.txt"])
+    if step is Before.bring_back:
+        before.set_aside()
+    moves, move = iter(range(9)), Path.replace
+
+    def stopping(path: Path, target: Path) -> Path:
+        if next(moves) == number:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        step(before)
+    monkeypatch.undo()
+    (tmp_path / "c.txt").write_text("half of what was being made")
+    before.bring_back()
+    assert {name: text for name, text in left(tmp_path).items() if name != "c.txt"} == whole
+    assert not before.folder.exists()
 
 
 def test_a_claim_that_is_stopped_while_it_is_taken_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,18 @@ def test_pages_are_those_of_the_folder_and_lead_to_the_tiles(server: ViewServer,
     assert (answer.status, picture, answer.getheader("Content-Type")) == (200, b"", "image/png")
 
 
+def test_the_index_leads_to_the_picture_of_a_slide_without_a_report(tmp_path: Path, mapped: Path) -> None:
+    shutil.copytree(mapped, tmp_path / "fiducials")
+    (tmp_path / "glass").mkdir()
+    (tmp_path / "glass" / "record.json").write_text("{}")
+    Image.new("RGB", (2, 2)).save(tmp_path / "glass" / "thumbnail.png")
+    with serving(tmp_path) as running:
+        answer, picture = ask(running, "/glass/thumbnail.png")
+        assert (answer.status, answer.getheader("Content-Type")) == (200, "image/png")
+        assert picture == (tmp_path / "glass" / "thumbnail.png").read_bytes()
+        assert ask(running, "/glass/record.json")[0].status == 404
+
+
 def test_tiles_are_the_slides_and_end_with_it(server: ViewServer, fiducial_slide: Path) -> None:
     with open_slide(fiducial_slide) as slide:
         for level, column, row in ((0, 2, 3), (2, 1, 1), (3, 0, 0)):
