@@ -80,6 +80,7 @@ PARTS = {
     "pcam-resnet10t-colour": replace(_HALF, **_COLOUR),
     "pcam-resnet10t-adamw": replace(_HALF, **_ADAMW),
     "pcam-resnet10t-adamw-colour": replace(_HALF, **_ADAMW, **_COLOUR),
+    "pcam-resnet18-adamw": replace(_HALF, encoder="resnet18", **_ADAMW),
     "pcam-lite0": _LITE0,
     "pcam-lite0-adamw": replace(_LITE0, adamw=True, lr=1e-4, weight_decay=0.05),
     "ebhi-lite0": Part("ebhi", "tf_efficientnet_lite0", True, "blocks.4", epochs=20, lr=0.015, queue=64, view_px=112),

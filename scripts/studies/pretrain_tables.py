@@ -43,6 +43,7 @@ _PARTS = {
     "pcam-resnet10t-adamw": "PatchCamelyon, half-width ResNet-10-t, AdamW",
     "pcam-resnet10t-adamw-colour": "PatchCamelyon, half-width ResNet-10-t, AdamW, views in colour and sharp",
     "pcam-resnet18": "PatchCamelyon, ResNet-18 from random weights",
+    "pcam-resnet18-adamw": "PatchCamelyon, ResNet-18 from random weights, AdamW",
     "pcam-lite0": "PatchCamelyon, EfficientNet-Lite0 from ImageNet",
     "pcam-lite0-adamw": "PatchCamelyon, EfficientNet-Lite0 from ImageNet, AdamW",
     "ebhi-resnet18": "EBHI-Seg, ResNet-18 from random weights",
