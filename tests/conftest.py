@@ -208,11 +208,11 @@ def run_apart() -> Callable[..., list[int | None]]:
 @pytest.fixture
 def quick_tiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pictures of slides that are tiled in the test, and no child processes."""
-    from medsd.cohort import runner, tile_picture
+    from medsd.cohort import making, tile_picture
     from medsd.slides.slide import open_slide
 
     monkeypatch.setattr(tile_picture, "_LONGEST_PX", 64)
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
+    monkeypatch.setattr(making, "IsolatedSlide", open_slide)
 
 
 @pytest.fixture(scope="session")

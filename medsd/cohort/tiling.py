@@ -19,8 +19,9 @@ from medsd.cohort.index import MIXED, TileGrid, TileIndex, join, no_tiles, tiles
 from medsd.cohort.kept import TILES, Kept, SlideRow
 from medsd.cohort.labels import forget_unknown, label_doubts, shared_tiles
 from medsd.cohort.outlines import read_outlines
-from medsd.cohort.runner import ALONE, Made, Sharing, Work, is_made, run_cohort
+from medsd.cohort.runner import ALONE, Sharing, is_made, run_cohort
 from medsd.cohort.tile_picture import draw_tiles
+from medsd.cohort.work import Made, Work
 from medsd.errors import DatasetError, NoTissueError
 from medsd.files import as_json
 from medsd.progress import Progress, no_progress

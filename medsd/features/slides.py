@@ -15,7 +15,8 @@ import torch
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import TileGrid, TileIndex, tiles_of_slide
 from medsd.cohort.kept import FEATURES
-from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
+from medsd.cohort.runner import ALONE, Sharing, run_cohort
+from medsd.cohort.work import Made, Work
 from medsd.features.encoder import FeatureEncoder, FeatureRequest, load_feature_encoder
 from medsd.features.h5 import check_h5, magnification, write_h5
 from medsd.heatmap.findings import scale_misfits

@@ -13,7 +13,8 @@ import torch
 
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FOLDERS, TABLE
-from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
+from medsd.cohort.runner import ALONE, Sharing, run_cohort
+from medsd.cohort.work import Made, Work
 from medsd.errors import DatasetError
 from medsd.files import as_json
 from medsd.heatmap.dense import DenseEngine

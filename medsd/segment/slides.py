@@ -16,7 +16,8 @@ from medsd.checks import check_number
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FOLDERS
 from medsd.cohort.learnt import learnt_words
-from medsd.cohort.runner import ALONE, Made, Sharing, Work, run_cohort
+from medsd.cohort.runner import ALONE, Sharing, run_cohort
+from medsd.cohort.work import Made, Work
 from medsd.errors import ConfigError, DatasetError
 from medsd.heatmap.dicom import REGIONS, Origin, check_dicom, write_class_dicom
 from medsd.heatmap.findings import scale_misfits, slide_file

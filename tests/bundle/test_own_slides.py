@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from medsd.bundle.data import Phantoms, SlideData
-from medsd.cohort import runner
+from medsd.cohort import making
 from medsd.cohort.index import TileGrid
 from medsd.cohort.manifest import read_manifest
 from medsd.cohort.tiling import Tiling, tile_slides
@@ -86,7 +86,7 @@ def test_what_medsd_tiles_left_is_not_cut_again(table: Path, tmp_path: Path, mon
     entries = read_manifest(table, classes=("benign", "cancer"))
     tiling = Tiling(TileGrid(64, 32, 1.0, min_tissue=0.8), classes=("benign", "cancer"))
     tiled = tile_slides(entries, tmp_path / "tiles", tiling, workers=1)
-    monkeypatch.setattr(runner, "IsolatedSlide", None)  # nothing is opened
+    monkeypatch.setattr(making, "IsolatedSlide", None)  # nothing is opened
     found = data(tmp_path / "tiles", tmp_path / "work")
     found.prepare()
     cut = data(table, tmp_path / "work")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medsd.cohort import runner
+from medsd.cohort import making
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import SlideEntry
 from medsd.slides.slide import FileSlide, open_slide
@@ -26,5 +26,5 @@ def opened(quick_tiling: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.stem)
         return open_slide(path, mpp)
 
-    monkeypatch.setattr(runner, "IsolatedSlide", open_and_tell)
+    monkeypatch.setattr(making, "IsolatedSlide", open_and_tell)
     return names

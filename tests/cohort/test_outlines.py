@@ -12,7 +12,7 @@ import shapely
 import tifffile
 
 from medsd.annotations import Outline, annotations_of, read_annotations, write_asap_xml, write_geojson
-from medsd.cohort import runner
+from medsd.cohort import making
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileGrid
 from medsd.cohort.outlines import holds, raster, read_outlines
@@ -158,6 +158,6 @@ def test_outlines_of_qupath_count_from_the_scanned_area(
         slide.bounds = (100, 60, 800, 800)
         return slide
 
-    monkeypatch.setattr(runner, "IsolatedSlide", scanned)
+    monkeypatch.setattr(making, "IsolatedSlide", scanned)
     other = tile_slides([replace(entries[2], annotation=tmp_path / "as_shown.geojson")], tmp_path / "other", TILING)
     assert np.array_equal(other.index.label, expected.label)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medsd.annotations import read_annotations, tumour_share
-from medsd.cohort import runner, tiling
+from medsd.cohort import making, tiling
 from medsd.cohort.camelyon import find_slides
 from medsd.cohort.entry import RESERVED, SlideEntry
 from medsd.cohort.index import MIXED, NORMAL, TileGrid
@@ -79,7 +79,7 @@ def test_tiles_hold_tissue_and_the_annotations_labels(done: tuple[Path, Prepared
 
 def test_a_second_call_opens_no_slide(copy: Path, entries: list[SlideEntry], monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    monkeypatch.setattr(runner, "IsolatedSlide", None)
+    monkeypatch.setattr(making, "IsolatedSlide", None)
     again = prepare_slides(entries, copy, TILING, 0.5, 0)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before and len(again.index) > 0
 

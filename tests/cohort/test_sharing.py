@@ -24,7 +24,8 @@ from medsd.cohort.before import Before
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import FEATURES, TILES, Kept, SlideRow, gather
 from medsd.cohort.owner import shard_of
-from medsd.cohort.runner import Made, Sharing, Work, run_cohort
+from medsd.cohort.runner import Sharing, run_cohort
+from medsd.cohort.work import Made, Work
 from medsd.errors import DatasetError, OutputError, SlideError
 from medsd.files import MACHINE, process_lives, write_text
 from medsd.progress import Progress

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from medsd import cli
-from medsd.cohort import runner
+from medsd.cohort import making
 from medsd.cohort.entry import SlideEntry
 from medsd.cohort.kept import gather
 from medsd.errors import ConfigError, DatasetError, MedsdError, WeightsError
@@ -207,7 +207,7 @@ def test_what_cannot_be_used_is_told_in_a_line(
 def test_as_a_user_runs_it(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "IsolatedSlide", open_slide)
+    monkeypatch.setattr(making, "IsolatedSlide", open_slide)
 
     def run(*words: object) -> tuple[Any, str]:
         monkeypatch.setattr(sys, "argv", ["medsd", *map(str, words)])
