@@ -64,42 +64,25 @@ def finetune(
     """
     check_choice("head_start", head_start, get_args(HeadStart))
     network, regressed = cast(Classifier, trainer.network), head_start == "regression"
-    weights = network.encoder_weights
     _check_fits(trainer, data, checkpoint, map_settings, test_time_augmentation)
-    learnt = learnt_from(data, learnt_by(weights))
+    learnt = learnt_from(data, learnt_by(network.encoder_weights))
     tell_of_learnt(data, learnt)
-    tell_of_warm_epochs(trainer.loss_function, trainer.state.max_epochs)
-    settings = settings_of(
-        trainer,
-        network={
-            "encoder": network.encoder_name,
-            "architecture": network.architecture,
-            "options": network.options,
-            **input_of(network),
-        },
-        # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
-        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
-        | ({"head": head_start} if regressed else {}),
-        head=network.head,
-        # Training patches of one split are test patches of another: a training belongs to its split.
-        data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
-        # Not how fast they are found.
-        hard_negatives=hard_negatives and replace(hard_negatives, batch_size=1, workers=0),
-        **validation_settings(trainer, early_stop, val_interval),
-        **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
+    settings = validation_settings(trainer, early_stop, val_interval) | _settings_of(
+        trainer, data, checkpoint, hard_negatives, regressed
     )
+    objective: object = trainer.loss_function
+    complete_from, usable_from, max_epochs = 1, 1, trainer.state.max_epochs
+    if isinstance(objective, Growing):
+        complete_from, usable_from = objective.complete_from(network), objective.usable_from(network)
+    tell_of_incomplete(objective, complete_from, max_epochs)
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers
     begin = partial(start_head, network, data.part("training"), workers) if regressed else None
-    objective = trainer.loss_function
-    complete_from = objective.complete_from(network) if isinstance(objective, Growing) else 1
-    # A warm epoch leaves a classifier like any other, which is told; masks that are still to close are none.
-    best_from = 1 if isinstance(objective, SaliencyDecor) else complete_from
     state = run_training(
-        *(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives), begin=begin, complete_from=best_from
+        *(trainer, evaluator, checkpoint, settings, early_stop, hard_negatives), begin=begin, complete_from=usable_from
     )
     if idist.get_rank() > 0:
         return
-    tell_of_best_epoch(objective, complete_from, state.best_epoch, trainer.state.max_epochs)
+    tell_of_best_epoch(objective, complete_from, state.best_epoch, max_epochs)
     if (config := command_config()) is not None:
         write_json(checkpoint.folder.parent / CONFIG, config)  # for whoever is given the run, see medsd.export
     path, record = checkpoint.folder.parent / WEIGHTS, checkpoint.folder / "weights.json"
@@ -113,6 +96,36 @@ def finetune(
         network.augment_at_test_time(test_time_augmentation)
         save_classifier(path, network, card_of(network, data, trainer, evaluator, map_settings, settings, learnt))
         write_record(record, recipe, [f"../{WEIGHTS}"], sha256=sha256_of(path))
+
+
+def _settings_of(
+    trainer: SupervisedTrainer,
+    data: Data,
+    checkpoint: Checkpoint,
+    hard_negatives: HardNegativeRound | None,
+    regressed: bool,
+) -> dict[str, Any]:
+    """What a training is known by, beside its validation: with another it does not go on."""
+    network = cast(Classifier, trainer.network)
+    weights = network.encoder_weights
+    return settings_of(
+        trainer,
+        network={
+            "encoder": network.encoder_name,
+            "architecture": network.architecture,
+            "options": network.options,
+            **input_of(network),
+        },
+        # A file by what it holds: a run that is moved goes on, one whose file was made anew does not.
+        start={"pretrained": network.pretrained, "encoder_weights": weights and weights_sha256(weights)}
+        | ({"head": "regression"} if regressed else {}),
+        head=network.head,
+        # Training patches of one split are test patches of another: a training belongs to its split.
+        data={"tile_px": data.tile_px, "mpp": data.mpp, "split": data.fingerprint()},
+        # Not how fast they are found.
+        hard_negatives=hard_negatives and replace(hard_negatives, batch_size=1, workers=0),
+        **{name: part for name, part in checkpoint.parts.items() if name in ("scheduler", "step")},
+    )
 
 
 def _check_fits(
@@ -147,16 +160,13 @@ def _images_at_once(trainer: SupervisedTrainer, step: object) -> int:
     return (loader.batch_size or 0) // pieces * idist.get_world_size()
 
 
-def tell_of_warm_epochs(objective: object, max_epochs: int) -> None:
-    """Warn where a training would be plain cross-entropy though its objective asks for more."""
-    if not isinstance(objective, SaliencyDecor) or objective.warm_epochs < max_epochs:
-        return
-    if objective.consistency or objective.decorrelation:
+def tell_of_incomplete(objective: object, complete_from: int, max_epochs: int) -> None:
+    """Warn where a training ends before it learns by all of its objective."""
+    if complete_from > max_epochs:
         logger.warning(
-            "warm_epochs=%d of max_epochs=%d: all of the training is plain cross-entropy, its other terms never come "
-            "in; lower warm_epochs, or set consistency and decorrelation to 0",
-            objective.warm_epochs,
-            max_epochs,
+            "%s is complete from epoch %d on, and max_epochs is %d: some of its terms never come in; raise max_epochs "
+            "or lower what puts them off (warm_epochs of SaliencyDecor, anneal_share of AIM)",
+            *(type(objective).__name__, complete_from, max_epochs),
         )
 
 

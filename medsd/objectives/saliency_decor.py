@@ -149,6 +149,10 @@ class SaliencyDecor:
         """The first epoch, counted from 1, that has all terms: the one after the warm epochs."""
         return self.warm_epochs + 1 if self.consistency or self.decorrelation else 1
 
+    def usable_from(self, network: nn.Module) -> int:
+        """1: a warm epoch leaves a classifier like any other."""
+        return 1
+
     def __call__(
         self, network: nn.Module, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None
     ) -> Terms:

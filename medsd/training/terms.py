@@ -50,3 +50,7 @@ class Growing(Protocol):
     def complete_from(self, network: nn.Module) -> int:
         """The first epoch, counted from 1, whose network has learnt by all of it."""
         ...
+
+    def usable_from(self, network: nn.Module) -> int:
+        """The first epoch, counted from 1, whose network is of use, though it may not have learnt by all of it."""
+        ...

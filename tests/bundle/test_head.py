@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from medsd.bundle.finetuning import _check_methods, finetune, tell_of_best_epoch, tell_of_warm_epochs
+from medsd.bundle.finetuning import _check_methods, finetune, tell_of_best_epoch, tell_of_incomplete
 from medsd.bundle.head import start_head
 from medsd.errors import ConfigError, DatasetError, NetworkError
 from medsd.evaluate.probes import Labelled, features_of, linear_probe
@@ -67,19 +67,19 @@ def test_a_class_of_one_group_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "epochs", "told"),
+    ("objective", "complete_from", "epochs", "told"),
     [
-        (SaliencyDecor(warm_epochs=1), 2, False),
-        (SaliencyDecor(warm_epochs=2), 2, True),
-        (SaliencyDecor(consistency=0, decorrelation=0, warm_epochs=2), 2, False),  # what was asked for
-        (torch.nn.CrossEntropyLoss(), 1, False),
+        (SaliencyDecor(warm_epochs=1), 2, 2, False),
+        (SaliencyDecor(warm_epochs=2), 3, 2, True),
+        (SaliencyDecor(consistency=0, decorrelation=0, warm_epochs=2), 1, 2, False),  # what was asked for
     ],
 )
 def test_an_objective_that_never_comes_in_is_told(
-    objective: object, epochs: int, told: bool, caplog: pytest.LogCaptureFixture
+    objective: SaliencyDecor, complete_from: int, epochs: int, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_of_warm_epochs(objective, epochs)
-    assert ("warm_epochs=2 of max_epochs=2" in caplog.text) == told
+    assert objective.complete_from(torch.nn.Identity()) == complete_from
+    tell_of_incomplete(objective, complete_from, epochs)
+    assert (f"complete from epoch 3 on, and max_epochs is {epochs}" in caplog.text) == told
 
 
 @pytest.mark.parametrize(("warm_epochs", "best", "told"), [(1, 1, True), (1, 2, False), (2, 2, True), (4, 4, False)])
