@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -288,5 +289,6 @@ def _write_page(path: str | Path, template: str, **shown: Any) -> None:
         "score": lambda found: score_texts(found.score, found.cut_off)[0],
     }
     page = environment.get_template(template).render(research_use_only=RESEARCH_USE_ONLY, **shown)
+    page = re.sub(r"(?<=\d) %", "\u00a0%", page)  # no line ends between a number and its sign
     # What UTF-8 has no place for (a file name of undecodable bytes) becomes question marks.
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
