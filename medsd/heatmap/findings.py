@@ -201,7 +201,7 @@ def _caveats(slide: Slide, maps: SlideMaps, model: MapModel, checks: Checks) -> 
     if model.card is None:
         yield "The encoder has learned no classes: its maps show what its features hold, not where any class is."
     else:
-        yield f"On other material than the classifier's own ({model.card.trained_on}) its scores mean little."
+        yield f"The classifier was trained on {model.card.trained_on}; on other material its scores mean little."
         yield (
             "Whether the answer follows the map was not measured on this slide."
             if checks.faithful is None

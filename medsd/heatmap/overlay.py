@@ -43,7 +43,7 @@ class ShownMap(NamedTuple):
     Attributes:
         key, title: what it is called in addresses and in headings.
         value_map, scale: its values and their colours.
-        limits: what the ends of the scale are, a sentence.
+        limits: what the ends of the scale are, a sentence; of a segmented class its area.
     """
 
     key: str
@@ -54,9 +54,10 @@ class ShownMap(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """The title with its class, for where a map of another class may stand beside it."""
-        # A segmented class's title is its name.
-        return self.title if self.value_map.quantity == "share" else f"{self.title} ({self.value_map.target})"
+        """The title with its class, for where maps of several may stand side by side; of a segmented class its area."""
+        if self.value_map.quantity == "share":
+            return f"{self.title}, {self.limits}"
+        return f"{self.title} ({self.value_map.target})"
 
 
 def shown_explanation(method: str, value_map: ValueMap, limit: float, limits: str) -> ShownMap:

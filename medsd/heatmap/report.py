@@ -169,6 +169,7 @@ def write_report(path: str | Path, slide: MappedSlide, cut: Callable[[int], Zoom
         picture_height=picture_height,
         maps=[_legend(shown, layers[shown.key]) for shown in slide.maps],
         explained=slide.explanations[0],
+        segmented=slide.explanations[0].value_map.quantity == "share",
         listed=LISTED_REGIONS,
         region_pictures=pictures,
         tiles_in_words=tiles.words,

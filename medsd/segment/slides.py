@@ -260,9 +260,9 @@ class _SegmentWork(Segmented, Work[SegmentedSlide]):
             meaning = f"The share of a map pixel that the network takes for {name}, from 0 to 1."
             grid = labels.level0_px * cell, labels.mpp * cell
             value_map = ValueMap(values, *grid, "share", name, labels.method, "", meaning)
-            title = f"{name}, {labels.areas_mm2[name]:.2f} mm²"
-            shown.append(ShownMap(f"class{number}", title, value_map, share_scale(number), ""))
-        caveats = [f"On other material than the network's own ({self.card.trained_on}) its outlines mean little."]
+            area = f"{labels.areas_mm2[name]:.2f} mm² of the slide"
+            shown.append(ShownMap(f"class{number}", name, value_map, share_scale(number), area))
+        caveats = [f"The network was trained on {self.card.trained_on}; on other material its outlines mean little."]
         if labels.unseen:
             caveats.append(
                 f"The slide file is damaged: {percent(labels.unseen, 1)} of the tissue could not be decoded."
