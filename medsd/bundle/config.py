@@ -39,10 +39,13 @@ def check(seed: int = 0) -> None:
     in `sys.argv`, so they are read once more, by the parser and the merging that MONAI uses. In a process that runs a
     workflow by itself there is no such command line: it calls `check_config` with what it gives the workflow, and finds
     a mistake in a chain of MONAI's exceptions with `mistake`.
+
+    Raises:
+        ConfigError: see `check_config`; or a seed outside 0 to 1e18.
     """
-    sys.excepthook = _tell
     given = _command_line()
     if given is not None:
+        sys.excepthook = _tell  # of a process of MONAI's own; anybody else's stays
         check_config(given.pop("config_file"), given.pop("run_id", "run"), **given)
     check_number("seed", seed, "[0, 1e18]", whole=True)
 

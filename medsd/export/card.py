@@ -72,7 +72,8 @@ def _use(has_training: bool) -> str:
         "leaves `output/heatmaps/index.html` and a folder a slide. `python -m monai.bundle run tiles ...` writes the "
         "probabilities of each tile to `output/tiles.csv` instead. In Python: "
         '`monai.bundle.create_workflow(config_file="configs/inference.json", workflow_type="infer")`, or the network '
-        "alone by `monai.bundle.load`. `ckpt_export` and `onnx_export` trace it: add `--use_trace True`.",
+        'alone by `monai.bundle.load(NAME, bundle_dir=FOLDER, workflow_type="inference").eval()`, where this folder is '
+        "FOLDER/NAME. `ckpt_export` and `onnx_export` trace it: add `--use_trace True`.",
     ]
     if has_training:
         lines.append("`configs/train.json` is the configuration that it was trained by.")

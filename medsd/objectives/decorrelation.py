@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medsd.checks import check_choice
+from medsd.errors import TrainingError
 from medsd.networks.moments import feature_moments, first_of_processes, group_channels, sum_over_processes
 from medsd.networks.whitening import inverse_root
 
@@ -50,9 +51,11 @@ def decorrelation_loss(
 
     Raises:
         ConfigError: `mode`, `group_size` or `eps` is not as described.
-        TrainingError: fewer than two samples in all, or "zca" of features that are not finite.
+        TrainingError: features not (B, d), fewer than two samples in all, or "zca" of features that are not finite.
     """
     check_choice("mode", mode, get_args(Mode))
+    if features.ndim != 2:
+        raise TrainingError(f"features {tuple(features.shape)}: decorrelation is of pooled ones, (B, d); pool them")
     groups = _draw_groups(features, group_size, generator)
     return torch.stack([_group_loss(features[:, group], mode, eps) for group in groups]).mean()
 

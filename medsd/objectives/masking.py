@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsd.checks import whole_number
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, NetworkError
 from medsd.networks.blur import blurred
 from medsd.networks.modes import evaluating
 
 Ranking = Literal["absolute", "signed"]
 Fill = Literal["mean", "noise", "blur"]
 SaliencyPass = Literal["eval", "shared"]
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking) -> Tensor:
@@ -40,12 +42,36 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
         parameter.requires_grad_(False)
     try:
         with evaluating(network), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            logits = network.head(network.features(x))  # type: ignore[operator]
+            _, logits = classified(network, x)
             (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), x)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
     return scores_of(gradient, ranking)
+
+
+def classified(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B, d) and logits (B, classes) of images (B, C, H, W).
+
+    Raises:
+        NetworkError: the network has no `features` and `head` of that kind.
+    """
+    name = type(network).__name__
+    head, features_of = (getattr(network, part, None) for part in ("head", "features"))
+    if not isinstance(head, nn.Module) or not callable(features_of):
+        alone = "; of several processes wrap not the network but medsd.training.terms.ObjectiveLoss(network, objective)"
+        raise NetworkError(
+            f"{name}: the objective runs its features(x), (B, d), and its head; give it a module that has both"
+            f"{alone if isinstance(network, _WRAPPERS) else ''}"
+        )
+    features = features_of(x)
+    logits = head(features)
+    if features.ndim != 2 or logits.ndim != 2 or logits.shape[1] < 2:
+        raise NetworkError(
+            f"{name}: features {tuple(features.shape)}, logits {tuple(logits.shape)}; the objective needs (B, d) and "
+            "two or more logits: pool the features, and let a head of one logit give 0 and it"
+        )
+    return features, logits
 
 
 def scores_of(gradient: Tensor, ranking: Ranking) -> Tensor:

@@ -22,6 +22,7 @@ from medsd.objectives.masking import (
     Fill,
     Ranking,
     SaliencyPass,
+    classified,
     mask_lowest,
     masked_count,
     pixel_scores,
@@ -169,12 +170,17 @@ class SaliencyDecor:
             generator: draws the fill noise and the groups of channels, on the device of `x`.
 
         Raises:
-            TrainingError: the batch is too small for the statistics, or its features do not vary.
+            TrainingError: the batch is too small for the statistics, its features do not vary, or labels or images are
+                of another shape or kind.
+            NetworkError: the network has no such `features` and `head`, or fewer than two classes.
             ConfigError: `mode` is "layer" and the head does not whiten, or `masked_share` masks no pixel.
         """
-        head = network.head
-        assert isinstance(head, nn.Module)
-        if self.mode == "layer" and not isinstance(head, WhitenedHead):
+        if labels.shape != x.shape[:1] or labels.dtype != torch.int64 or not x.is_floating_point():
+            raise TrainingError(
+                f"labels {tuple(labels.shape)} {labels.dtype}, images {tuple(x.shape)} {x.dtype}: give class numbers "
+                "(B,) int64 and float images (B, C, H, W), as the network takes them"
+            )
+        if self.mode == "layer" and not isinstance(getattr(network, "head", None), WhitenedHead):
             raise ConfigError("mode='layer': the network's head must whiten its features; set whitening to true")
         warm = epoch < self.warm_epochs
         masking = self.consistency > 0 and not warm
@@ -182,8 +188,7 @@ class SaliencyDecor:
         if masking and not shared:
             scores = pixel_scores(network, x, labels, self.ranking)
         x = x.detach().requires_grad_(shared)
-        features: Tensor = network.features(x)  # type: ignore[operator]
-        logits: Tensor = head(features)
+        features, logits = classified(network, x)
         if shared:
             (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), x, retain_graph=True)
             scores = scores_of(gradient, self.ranking)
@@ -194,8 +199,9 @@ class SaliencyDecor:
         if masking:
             masked = mask_lowest(x, scores, self.masked_share, self.fill, generator, self.block_px)
             with keeping_statistics(network) if self.bn == "own" else nullcontext():
-                penalised.append(network.features(masked))  # type: ignore[operator]
-                parts["consistency"] = consistency_loss(logits, head(penalised[1]))
+                masked_features, masked_logits = classified(network, masked)
+            penalised.append(masked_features)
+            parts["consistency"] = consistency_loss(logits, masked_logits)
             total = total + self.consistency * parts["consistency"]
         if self.decorrelation > 0 and self.mode != "layer" and not warm:
             chosen = penalised if self.decorrelated == "both" else penalised[:1]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from monai.engines.trainer import SupervisedTrainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from medsd.checks import check_number
 from medsd.errors import TrainingError
@@ -16,7 +16,7 @@ from medsd.networks.modes import training
 from medsd.slides.stain.augment import StainAugment
 from medsd.training.augment import augment
 from medsd.training.optimise import OptimiserStep
-from medsd.training.terms import Objective, Terms
+from medsd.training.terms import Objective, ObjectiveLoss, Terms
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ObjectiveStep(OptimiserStep):
         training(network)
         # The loss is wrapped and not the network: an objective runs the network several times a step, while
         # DistributedDataParallel wants one forward pass a backward pass.
-        loss = self.on_all_ranks((network, objective), lambda: _Loss(network, objective))
+        loss = self.on_all_ranks((network, objective), lambda: ObjectiveLoss(network, objective))
 
         def piece(rows: slice) -> Terms:
             terms: Terms = loss(network.normalise(images[rows]), labels[rows], epochs_done, draws)
@@ -74,15 +74,6 @@ class ObjectiveStep(OptimiserStep):
     def _augmented(self, images: Tensor, seed: int) -> Tensor:
         images = augment(images, torch.Generator().manual_seed(seed), self.stain)
         return images if self._restain is None else self._restain(images, torch.Generator().manual_seed(seed + 2))
-
-
-class _Loss(nn.Module):
-    def __init__(self, network: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.network, self.objective = network, objective
-
-    def forward(self, x: Tensor, labels: Tensor, epoch: float, draws: torch.Generator) -> Terms:
-        return self.objective(self.network, x, labels, epoch, draws)
 
 
 def _check_labels(labels: torch.Tensor, classes: tuple[str, ...]) -> None:

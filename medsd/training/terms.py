@@ -43,6 +43,30 @@ class Objective(Protocol):
         ...
 
 
+class ObjectiveLoss(nn.Module):
+    """An objective with its network, as one module: what `DistributedDataParallel` is to wrap.
+
+    An objective runs the network several times a step, while DistributedDataParallel wants one forward pass for a
+    backward pass; of a network that it wraps alone the gradients would not be those of all processes.
+
+    Example:
+        >>> import torch
+        >>> from medsd.networks.classifier import TileClassifier
+        >>> from medsd.objectives.saliency_decor import SaliencyDecor
+        >>> loss = ObjectiveLoss(TileClassifier("resnet10t").train(), SaliencyDecor())  # of several: DDP(loss)
+        >>> terms = loss(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 1, 0]), epoch=0)
+        >>> terms.total.backward()
+    """
+
+    def __init__(self, network: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.network, self.objective = network, objective
+
+    def forward(self, x: Tensor, labels: Tensor, epoch: float, generator: torch.Generator | None = None) -> Terms:
+        """The objective's terms; arguments as of `Objective`."""
+        return self.objective(self.network, x, labels, epoch, generator)
+
+
 @runtime_checkable
 class Growing(Protocol):
     """An objective whose terms are not all there from the first step on."""

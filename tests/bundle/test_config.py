@@ -199,7 +199,6 @@ def test_the_command_line_is_read_as_monai_reads_it(tmp_path, monkeypatch, words
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_numpy_or_torch_does_not_take_is_refused(monkeypatch, seed):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for bundle in (BUNDLE, str(ROOT / "bundles" / "segmentation.json")):
         flow = ConfigWorkflow(config_file=bundle, logging_file=False, bundle_root=str(ROOT), seed=seed)
         with pytest.raises(RuntimeError, match=r"bundle\.check") as stop:
@@ -227,8 +226,10 @@ def test_a_mistake_that_the_library_finds_is_the_last_line_too(tmp_path):
     assert last.startswith("medsd: validation_share=30: must be a number from 0")
 
 
-def test_in_a_process_of_its_own_a_workflow_is_not_checked_twice():
+def test_in_a_process_of_its_own_a_workflow_is_not_checked_twice_and_leaves_its_hook():
+    before = sys.excepthook
     ConfigWorkflow(config_file=BUNDLE, logging_file=False, bundle_root=str(ROOT)).initialize()
+    assert sys.excepthook is before
 
 
 def test_a_mistake_is_found_in_a_chain_of_exceptions():

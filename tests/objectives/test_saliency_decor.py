@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, NetworkError, TrainingError
 from medsd.networks.classifier import TileClassifier
 from medsd.networks.modes import training
 from medsd.networks.whitening import WhitenedHead
@@ -240,6 +240,55 @@ def test_three_lines_in_anybodys_loop() -> None:
         optimizer.step()
         losses.append(float(terms.parts["cross_entropy"]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+class OneLogit(ConvNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 1)
+
+
+class Unpooled(ConvNet):
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("epoch", [0.0, 1.0], ids=["warm", "masked"])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (OneLogit(), r"OneLogit: features \(4, 8\), logits \(4, 1\); .*head of one logit give 0 and it"),  # all 0
+        (nn.DataParallel(ConvNet()), r"DataParallel: .*wrap not the network but .*ObjectiveLoss\(network, objective\)"),
+        (nn.Flatten(), "Flatten: the objective runs its features.* give it a module that has both$"),
+    ],
+)
+def test_a_network_that_it_cannot_train_is_told(model: nn.Module, words: str, epoch: float) -> None:
+    with pytest.raises(NetworkError, match=words):
+        SaliencyDecor()(model, torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), epoch)
+
+
+def test_features_that_are_a_map_are_told() -> None:
+    model = Unpooled()
+    model.head = nn.Linear(4, 3)
+    with pytest.raises(NetworkError, match=r"Unpooled: features \(4, 8, 4, 4\), .*pool the features"):
+        SaliencyDecor()(model, torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), 0.0)
+    with pytest.raises(TrainingError, match=r"features \(4, 8, 4\): .*pool them"):
+        decorrelation_loss(torch.rand(4, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("x", "labels"),
+    [
+        (torch.rand(4, 3, 8, 8), torch.zeros(4)),
+        (torch.rand(4, 3, 8, 8), torch.zeros(4, 1, dtype=torch.int64)),
+        (torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int32)),
+        (torch.rand(4, 3, 8, 8), torch.zeros(5, dtype=torch.int64)),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)),
+    ],
+)
+def test_labels_and_images_of_another_kind_are_told(x: Tensor, labels: Tensor) -> None:
+    with pytest.raises(TrainingError, match=r"give class numbers \(B,\) int64 and float images"):
+        SaliencyDecor()(ConvNet(), x, labels, 1.0)
 
 
 @pytest.mark.parametrize("changes", [{"fill": "blur"}, {"block_px": 4}, {"fill": "noise"}])
