@@ -178,8 +178,7 @@ def test_pages_show_areas_and_are_served(done: SimpleNamespace) -> None:
     page = (done.folder / "report.html").read_text("utf-8")
     assert "Area of violet" in page and "0.04 mm² of the slide" in page and "Slide score" not in page
     assert "<dt>Share of blue</dt>" in page and "<b>blue</b>: The share" in page
-    # Grey is an answer here, where of other maps it is none.
-    assert "plain grey is tissue that it takes for another" in page and "the map says nothing" not in page
+    assert "coloured: the class; uncoloured: another" in page
     index = (done.out / "index.html").read_text("utf-8")
     assert "violet, mm²" in index and f"{done.row.areas_mm2['violet']:.4f}" in index and "Verdict" not in index
     with ViewServer(done.out) as server:
