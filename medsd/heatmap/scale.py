@@ -135,7 +135,8 @@ def class_ink(number: int) -> Ink:
 
 def share_scale(number: int) -> ColourScale:
     """Of the share of a segmented class in map pixels, from 0, uncoloured, to 1."""
-    return ColourScale(0.0, 1.0, class_ink(number), AGAINST, "Share of the area", "", "coloured: the class; uncoloured: another")
+    hues = "coloured: the class; uncoloured: another"
+    return ColourScale(0.0, 1.0, class_ink(number), AGAINST, "Share of the area", "", hues)
 
 
 def explanation_scale(method: str, limit: float, unit: str) -> ColourScale:
