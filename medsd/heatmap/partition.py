@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import ndimage
 
 from medsd.slides.readers.base import Bools
@@ -114,32 +115,52 @@ def _bands(box: Bools, halo: int, largest: int, first: bool) -> list[int]:
     highest = max(1, largest // ((1 if first else width) + 2 * halo) - 2 * halo)
     step = max(1, min(height, side, highest) // _STEPS)
     borders = np.unique([*range(0, height, step), height])
-    strips = [box[start:end] for start, end in pairwise(borders)]
-    held = [np.flatnonzero(strip.any(axis=0)) for strip in strips]
-    lefts, rights = (
-        np.array([cells[end] if cells.size else none for cells in held]) for end, none in ((0, width), (-1, -1))
-    )
-    rows = [np.flatnonzero(strip.any(axis=1)) for strip in strips]
-    tops, bottoms = (
-        np.array([start + cells[end] if cells.size else none for start, cells in zip(borders, rows, strict=False)])
-        for end, none in ((0, height), (-1, -1))
-    )
-    costs, before = np.zeros(len(borders)), np.zeros(len(borders), int)
-    for end in range(1, len(borders)):
-        start = min(end - 1, int(np.searchsorted(borders, borders[end] - highest)))
-        # Of bands that begin at any of the strips, the rectangles around what they hold.
-        past = slice(start, end)
-        left, top = (np.minimum.accumulate(ends[past][::-1])[::-1] for ends in (lefts, tops))
-        right, bottom = (np.maximum.accumulate(ends[past][::-1])[::-1] + 1 for ends in (rights, bottoms))
-        high, wide = np.maximum(0, bottom - top) + 2 * halo, np.maximum(0, right - left)
-        parts = np.ceil(wide / np.maximum(1, largest // np.maximum(1, high) - 2 * halo))
-        found = costs[past] + high * (wide + 2 * halo * parts)
-        before[end] = start + int(np.argmin(found))
-        costs[end] = found[before[end] - start]
+    if len(borders) == 2:
+        return [0, height]
+    ends = np.arange(1, len(borders))
+    starts = np.minimum(ends - 1, np.searchsorted(borders, borders[1:] - highest))
+    most = int((ends - starts).max())
+    # Bands by their last strip (rows) and their first (columns), -1 where there is none: the boxes of what they hold.
+    begin = np.maximum(ends[:, None] - most + np.arange(most), -1)
+    lefts, rights, tops, bottoms = _boxes(box, borders)
+    left, top = (_gathered(np.minimum, values, begin, none) for values, none in ((lefts, width), (tops, height)))
+    right, bottom = (_gathered(np.maximum, values, begin, -1) + 1 for values in (rights, bottoms))
+    high, wide = np.maximum(0, bottom - top) + 2 * halo, np.maximum(0, right - left)
+    parts = np.ceil(wide / np.maximum(1, largest // np.maximum(1, high) - 2 * halo))
+    own = np.where(begin < starts[:, None], np.inf, high * (wide + 2 * halo * parts))
+    costs, before = np.zeros(most + len(borders)), np.zeros(len(borders), int)
+    for end in ends.tolist():
+        found = costs[end : most + end] + own[end - 1]
+        best = int(found.argmin())
+        costs[most + end], before[end] = found[best], end - most + best
     edges = [len(borders) - 1]
     while edges[-1]:
         edges.append(int(before[edges[-1]]))
     return [int(borders[edge]) for edge in reversed(edges)]
+
+
+def _boxes(box: Bools, borders: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+    """First and last columns, first and last rows of what each strip of rows holds; of none the sides, and -1."""
+    height, width = box.shape
+    held = np.logical_or.reduceat(box, borders[:-1], axis=0)
+    rows = np.flatnonzero(box.any(axis=1))
+    first, past = np.searchsorted(rows, borders[:-1]), np.searchsorted(rows, borders[1:])
+    some = past > first
+    return (
+        np.where(some, held.argmax(axis=1), width),
+        np.where(some, width - 1 - held[:, ::-1].argmax(axis=1), -1),
+        np.where(some, rows[np.minimum(first, len(rows) - 1)], height),
+        np.where(some, rows[past - 1], -1),
+    )
+
+
+def _gathered(
+    extreme: np.ufunc, values: npt.NDArray[np.int64], begin: npt.NDArray[np.int64], none: int
+) -> npt.NDArray[np.int64]:
+    """The extreme of the strips' values from each of `begin` (n, m) to the last of its row; of no strip, `none`."""
+    each = np.append(values, none)[begin]
+    found: npt.NDArray[np.int64] = extreme.accumulate(each[:, ::-1], axis=1)[:, ::-1]
+    return found
 
 
 def _turned(rect: Rect) -> Rect:
