@@ -52,6 +52,16 @@ def test_on_several_gpus_every_bundle_runs_what_learns_alone(bundle):
     assert words.count("@finetune") == (bundle[-1] == "camelyon") and "prepare" not in words
 
 
+@pytest.mark.parametrize("bundle", ["camelyon", "segmentation"])
+def test_every_loader_hands_its_batches_to_a_gpu_without_making_it_wait(bundle):
+    parts = [json.loads((ROOT / "bundles" / f"{bundle}.json").read_text())]
+    for part in parts:  # which grows
+        parts += [each for each in part.values() if isinstance(each, dict)]
+    loaders = [part for part in parts if part.get("_target_") == "torch.utils.data.DataLoader"]
+    assert {part.get("pin_memory") for part in loaders} == {"$torch.cuda.is_available()"}
+    assert [part["non_blocking"] for part in parts if part.get("_target_") == "SupervisedEvaluator"] == [True]
+
+
 @pytest.mark.parametrize("names", [["pcam"], ["pcam", "lite0"], ["ebhi"]])
 @pytest.mark.parametrize("scale", [2, 0.5])
 def test_patches_can_be_made_larger_and_smaller(names, scale):
