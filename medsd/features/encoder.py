@@ -43,7 +43,7 @@ class FeatureRequest:
         min_tissue: least share of a tile that is tissue, 0 to 1.
         max_unseen: a slide of which a larger share (0 to 1) cannot be decoded has failed.
         batch: tiles computed at once.
-        workers: processes that read a slide at once; None for one.
+        workers: processes that read a slide at once; None for one, and four threads of that one where a GPU computes.
 
     Raises:
         ConfigError: a value out of its range.

@@ -24,7 +24,7 @@ from medsd.heatmap.folder import SlideFolder
 from medsd.heatmap.report import KeptReports, ReportedSlide, short_digest
 from medsd.networks.modes import usable_device
 from medsd.progress import Progress, no_progress
-from medsd.slides.reading import ReadTile, opened_times, read_tiles
+from medsd.slides.reading import ReadTile, opened_times, read_tiles, reading_threads
 from medsd.slides.slide import Slide
 from medsd.slides.stain import profile_from_dict
 from medsd.slides.stain.slide import StainNormaliser
@@ -187,10 +187,11 @@ class _FeatureWork(Features, Work[FeatureSlide]):
         seen = np.zeros(len(tiles), np.bool_)
         device = next(self.encoder.network.parameters()).device
         workers = self.request.workers or 1
+        threads = reading_threads(self.request.workers, device.type == "cuda")
 
         def work() -> Iterator[int]:
             with opened_times(slide, workers) as shared:
-                read = read_tiles(shared, tiles.x, tiles.y, tiles.tile_px, tiles.mpp, workers)
+                read = read_tiles(shared, tiles.x, tiles.y, tiles.tile_px, tiles.mpp, threads)
                 while batch := list(islice(read, self.request.batch)):
                     whole = [tile for tile in batch if tile.seen is None or tile.seen.all()]
                     if whole:

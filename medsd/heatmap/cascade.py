@@ -203,7 +203,7 @@ class Cascade:
         """Hidden features (1, C, h, w) of a node; `images` gives (1, 3, H, W) uint8 of its leaves' crops, in order."""
         stage = self.stages[node.stage]
         if node.stage == 0:
-            x = self.classifier.normalise(next(images).to(self.classifier.device))
+            x = self.classifier.normalise(next(images).to(self.classifier.device, non_blocking=True))
             x = x.contiguous(memory_format=self._layout)
         else:
             crop = node.crop.times(stage.taken)

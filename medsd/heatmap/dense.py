@@ -38,15 +38,14 @@ from medsd.networks.effective_field import measure_effective_field
 from medsd.networks.modes import evaluating, recorded
 from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, plane_evidence, reference_at
-from medsd.slides.readers.base import RGB, Bools
-from medsd.slides.reading import read_ahead
+from medsd.slides.readers.base import Bools
+from medsd.slides.reading import read_ahead, reading_threads
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 2
-_READERS = 4
 _LEAST_BLOCK_PX = 256
 # Halved where memory runs out before anything was said of blocks.
 _FIRST_BLOCK_PX = 4096
@@ -265,17 +264,20 @@ class DenseEngine(Engine):
         """The pixels of crops, read ahead, as (1, 3, H, W); places that could not be decoded are added to `lost`."""
         stride, ratio = self.cascade.features.stride, grid.ratio
 
-        def read(crop: Rect) -> tuple[Rect, RGB, Bools | None]:
-            x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
-            return crop, *slide.read_seen(x, y, crop.width * stride, crop.height * stride, mpp=self.mpp)
+        on_gpu = self.classifier.device.type == "cuda"
 
-        # An accelerator computes faster than one thread decodes; the CPU's own cores are computing.
-        threads = self.settings.workers or (_READERS if self.classifier.device.type == "cuda" else 1)
-        for crop, pixels, seen in read_ahead(read, crops, threads=threads, ahead=max(threads, _READ_AHEAD)):
+        def read(crop: Rect) -> tuple[Rect, Tensor, Bools | None]:
+            x, y = ((cell * stride + self.origin_px) * ratio for cell in (crop.left, crop.top))
+            pixels, seen = slide.read_seen(x, y, crop.width * stride, crop.height * stride, mpp=self.mpp)
+            image = torch.from_numpy(pixels)
+            return crop, image.pin_memory() if on_gpu else image, seen  # pinned: on its way while the GPU computes
+
+        threads = reading_threads(self.settings.workers, on_gpu)
+        for crop, image, seen in read_ahead(read, crops, threads=threads, ahead=max(threads, _READ_AHEAD)):
             if seen is not None:
                 left, top = (cell * stride + self.origin_px for cell in (crop.left, crop.top))
                 lost.append(grid.holding(~seen, left, top))
-            yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            yield image.permute(2, 0, 1)[None]
 
     def _maps(self, plan: _Plan, number: int, kept_features: FeatureStore) -> dict[str, np.ndarray]:
         """Logits of a rectangle's cells, and what each method says of their evidence over its crop."""
@@ -287,7 +289,7 @@ class DenseEngine(Engine):
                 common = common.times(scale)
                 part = kept_features.read(at)[..., *common.within(node.rect.times(scale))]
                 hidden[..., *common.within(place)] = part.to(hidden.device)
-        seeds = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(hidden.device)
+        seeds = torch.from_numpy(plan.tissue[rect.within(Rect(0, 0, *plan.size))]).to(hidden.device, non_blocking=True)
         kept = self.cascade.top.kept(rect, crop)
         self._windows.cells.part = Part((place.height, place.width), kept, seeds)
         arrays, methods = {}, self._by_parts

@@ -33,7 +33,7 @@ from medsd.networks.modes import evaluating
 from medsd.networks.tokens import check_image_px, token_stride
 from medsd.progress import Pixels, Progress
 from medsd.saliency.neutral import NeutralReference, find_neutral, mean_activation, reference_at, tile_evidence
-from medsd.slides.reading import read_tiles
+from medsd.slides.reading import read_tiles, reading_threads
 from medsd.slides.slide import Slide
 from medsd.slides.tissue import TissueMask
 
@@ -236,7 +236,8 @@ class TiledEngine(Engine):
             np.zeros(fine, np.float32),
         )
         lost, moved = [np.zeros((0, 2), np.int32)], np.zeros(2)
-        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp, self.settings.workers or 1)
+        threads = reading_threads(self.settings.workers, self.classifier.device.type == "cuda")
+        tiles = read_tiles(slide, x, y, self.tile_px, self.mpp, threads)
         window = np.outer(
             *2 * [blend_window((np.arange(cells) + 0.5) * self.hidden.stride, self.tile_px, self.step_px)]
         )

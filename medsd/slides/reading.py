@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 _STRIP_TILES = 16
 # Handing over single tiles costs more than it spares.
 _AT_ONCE = 8
+# Beside a GPU, which computes faster than one thread decodes; a CPU's own cores are computing.
+_BESIDE_A_GPU = 4
 
 
 class ReadTile(NamedTuple):
@@ -115,6 +117,11 @@ def opened_times(slide: Slide, times: int) -> Iterator[Slide]:
         return
     with SharedSlide(slide, times) as shared:
         yield shared
+
+
+def reading_threads(workers: int | None, on_gpu: bool) -> int:
+    """How many threads read a slide ahead of who computes: as many as asked for; None for one, beside a GPU four."""
+    return workers or (_BESIDE_A_GPU if on_gpu else 1)
 
 
 def read_ahead(work: Callable[[Job], Result], jobs: Iterable[Job], threads: int, ahead: int) -> Iterator[Result]:

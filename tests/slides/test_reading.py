@@ -12,7 +12,7 @@ import tifffile
 
 from medsd.errors import SlideError
 from medsd.slides.isolate.slide import IsolatedSlide
-from medsd.slides.reading import SharedSlide, opened_times, read_ahead, read_tiles
+from medsd.slides.reading import SharedSlide, opened_times, read_ahead, read_tiles, reading_threads
 from medsd.slides.slide import open_slide
 
 
@@ -120,3 +120,8 @@ def test_a_shared_slide_reads_through_children_of_its_own(wide: Path) -> None:
         shared.read(0, 0, 8, 8)
     with open_slide(wide, 0.5) as slide, opened_times(slide, 1) as shared:
         assert shared is slide
+
+
+def test_a_gpu_has_several_threads_that_read_unless_somebody_says_how_many() -> None:
+    asked = [(None, False), (None, True), (2, False), (2, True)]
+    assert [reading_threads(*each) for each in asked] == [1, 4, 2, 2]
