@@ -7,7 +7,9 @@ seen: kernels a GPU lacks, its rounding, its memory, and mistakes inside `torch.
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,6 +26,11 @@ _aten = torch.ops.aten
 # Their tensor's own device decides, and they may read indices of the CPU.
 _INDEXING = (_aten.index.Tensor, _aten._unsafe_index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 _DEVICES = {Tensor.device: GPU, Tensor.is_cuda: True, Tensor.is_cpu: False}
+# Operations that give the host a number or a shape that only the GPU knows.
+_ASKS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "repeat_interleave"),
+    *("_linalg_eigh", "_linalg_svd", "linalg_pinv", "_linalg_check_errors"),  # whether it could be solved
+)
 # What reads memory.
 _OF_MEMORY = (Tensor.tolist, Tensor.__reduce_ex__, Tensor.__format__)
 
@@ -122,6 +129,42 @@ _autocast = torch.autocast.__init__
 _run_thread = threading.Thread.run
 
 
+_waits: list[Counter[str]] = []
+_on_their_way: list[tuple[Tensor, Tensor]] = []
+
+
+@contextmanager
+def waits() -> Iterator[Counter[str]]:
+    """Counts what inside the block has the host wait for the GPU, as `torch.cuda.set_sync_debug_mode` tells it: by what
+    asks and the place in medsd, "item training/optimise.py:132"."""
+    _waits.append(Counter())
+    try:
+        yield _waits[-1]
+    finally:
+        _waits.pop()
+
+
+def _waited(what: str) -> None:
+    for there, held in _on_their_way:
+        there.copy_(held)
+    _on_their_way.clear()
+    if not _waits:
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None and "/medsd/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    place = frame.f_code.co_filename.rpartition("/medsd/")[2]
+    _waits[-1][f"{what} {place}:{frame.f_lineno}"] += 1
+
+
+class _Stream:
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        _waited("event")
+
+
 def _is_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -157,15 +200,19 @@ def _called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if function in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if function in _OF_MEMORY:
+            _waited("read")
             return _plain(function, first.held, *args[1:], **kwargs)
         if function is Tensor.get_device:
             return GPU.index
         if function is Tensor.new_tensor:
             made = torch.tensor(args[1], **{"dtype": first.dtype, **kwargs, "device": CPU})
+            _waited("copied")
             return _moved(made, kwargs.get("device", GPU))
     if function in (torch.tensor, torch.as_tensor) and isinstance(first, list | tuple):
         args = (tree_map(lambda leaf: leaf.item() if isinstance(leaf, OnGpu) else leaf, first), *args[1:])
     if function in (Tensor.cpu, Tensor.cuda):
+        if (function is Tensor.cpu) == isinstance(first, OnGpu):
+            _waited("copied")
         return _moved(first, CPU if function is Tensor.cpu else GPU)
     if function is Tensor.pin_memory:
         return first
@@ -176,6 +223,8 @@ def _called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if generator is not None and _is_gpu(generator.device) != _is_gpu(computes):
         raise RuntimeError(f"Expected a '{computes}' device type for generator but found '{generator.device}'")
     if _is_gpu(device):
+        if function in (torch.tensor, torch.as_tensor):
+            _waited("copied")
         made = _plain(function, *tree_map(_held, args), **{**kwargs, "device": CPU})
         return _moved(made.detach(), GPU).requires_grad_(made.requires_grad)
     try:
@@ -189,8 +238,14 @@ def _called(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, meanwhile, layout = torch._C._nn._parse_to(*args, **kwargs)
     device = next((other.device for other in (*args, *kwargs.values()) if isinstance(other, Tensor)), device)
+    moves = device is not None and _is_gpu(device) != isinstance(tensor, OnGpu)
+    if moves and not meanwhile:
+        _waited("copied")
+    elif moves and isinstance(tensor, OnGpu):  # until somebody waits there is anything in the host's memory
+        _on_their_way.append((torch.zeros_like(tensor.held, dtype=dtype), tensor.held))
+        return _on_their_way[-1][0]
     tensor = _moved(tensor, device)
     options = {"memory_format": layout} if layout is not None else {}
     made: Tensor = _plain(Tensor.to, tensor, tensor.dtype if dtype is None else dtype, copy=copy, **options)
@@ -200,6 +255,8 @@ def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor
 def _computed(function: Any, args: Any, kwargs: Any) -> Any:
     """An operation of which one tensor or more is on the GPU."""
     if function is _aten.copy_.default:  # the one between devices
+        if not isinstance(args[0], OnGpu) or not isinstance(args[1], OnGpu):
+            _waited("copied")
         _held(args[0]).copy_(_held(args[1]))
         return args[0]
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -212,6 +269,14 @@ def _computed(function: Any, args: Any, kwargs: Any) -> Any:
     if any(tensor.ndim or writes for tensor in others):  # a single number may come from the CPU
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise OtherDeviceError(f"{function}: Expected all tensors to be on the same device, of shapes {shapes}")
+    name, indices = function._schema.name.removeprefix("aten::"), args[1] if function in _INDEXING else ()
+    masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if masks and not (name.startswith("index_put") and args[2].numel() == 1):  # which is a fill
+        _waited("index by mask")
+    elif any(index is not None and not isinstance(index, OnGpu) for index in indices):
+        _waited("index of the CPU")
+    elif name in _ASKS:
+        _waited(name)
     found = tree_map(_wrapped, function(*tree_map(_held, args), **tree_map(_held, kwargs)))
     return return_and_correct_aliasing(function, args, kwargs, found)
 
@@ -240,6 +305,8 @@ _CUDA = {
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "device": lambda *_: nullcontext(),
+    "current_stream": lambda *_: _Stream(),
+    "synchronize": lambda *_: _waited("synchronize"),
     "get_device_name": lambda *_: "pretended",
     "is_current_stream_capturing": lambda: False,
     "is_bf16_supported": lambda *_, **_named: True,
@@ -247,7 +314,7 @@ _CUDA = {
     "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
     **dict.fromkeys(("memory_reserved", "memory_allocated", "max_memory_allocated"), lambda *_: 0),
     **dict.fromkeys(
-        ("set_rng_state", "manual_seed", "set_device", "empty_cache", "synchronize", "reset_peak_memory_stats"),
+        ("set_rng_state", "manual_seed", "set_device", "empty_cache", "reset_peak_memory_stats"),
         lambda *_: None,
     ),
 }

@@ -80,14 +80,14 @@ def region_vectors(maps: Tensor, view: ViewRegions, size_px: int, centre_px: flo
         strides = torch.tensor([size_px / maps.shape[3], size_px / maps.shape[2]], dtype=torch.float64)
         centres = strides / 2 if centre_px is None else torch.full_like(strides, centre_px)
         strides, centres = (each.to(view.boxes.device).repeat(2) for each in (strides, centres))
-        boxes = ((view.boxes - centres) / strides + 0.5).to(maps)
+        boxes = ((view.boxes - centres) / strides + 0.5).to(maps.device, maps.dtype, non_blocking=True)
         side = round(view.order.shape[1] ** 0.5)
         numbers = torch.arange(len(maps), device=maps.device, dtype=maps.dtype)
         cells = roi_align(
             maps, torch.cat([numbers[:, None], boxes], dim=1), (side, side), sampling_ratio=_SAMPLES, aligned=True
         )
         vectors: Tensor = cells.flatten(2).mT
-        return vectors.gather(1, view.order[..., None].to(maps.device).expand_as(vectors))
+        return vectors.gather(1, view.order[..., None].to(maps.device, non_blocking=True).expand_as(vectors))
 
 
 def left_edge_vectors(maps: Tensor, regions: int) -> Tensor:
@@ -129,7 +129,7 @@ def region_contrast(first: Tensor, second: Tensor, kept: Tensor, temperature: fl
     """
     with torch.autocast(first.device.type, enabled=False):
         first, second = (each if each.dtype == torch.float64 else each.float() for each in (first, second))
-        weights = kept.to(first)
+        weights = kept.to(first.device, first.dtype, non_blocking=True)
         images, processes = sum_over_processes(torch.stack([weights.sum(), torch.ones_like(weights.sum())]))
         images = images.clamp(min=1)
         first, second = (_centred(each, weights, images) for each in (first, second))

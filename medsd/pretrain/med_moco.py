@@ -173,7 +173,7 @@ class MedMoCo(nn.Module):
 
         Args:
             first, second: (B, 3, S, S) float views as `normalise` gives them: queries and keys.
-            first_to_source, second_to_source: (B, 2, 3) float64 of `Views`, on any device.
+            first_to_source, second_to_source: (B, 2, 3) float64 of `Views`, on any device, best on the CPU.
             groups: (B,) int64, numbers of the slides or volumes, -1 where unknown.
             generator: draws orders, on the CPU; the first process's draws count on all.
 
@@ -203,8 +203,7 @@ class MedMoCo(nn.Module):
             total = total + settings.penalty * decorrelation
             parts["decorrelation"] = decorrelation.detach()
         if settings.local:
-            to_sources = first_to_source.to(q.device), second_to_source.to(q.device)
-            local = self._local(maps[-1], key_maps[-1], *to_sources, size_px=first.shape[-1])
+            local = self._local(maps[-1], key_maps[-1], first_to_source, second_to_source, size_px=first.shape[-1])
             total = total + settings.local * local
             parts["local"] = local.detach()
         return PretrainTerms(total, parts, k)

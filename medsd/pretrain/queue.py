@@ -68,11 +68,13 @@ class KeyQueue(nn.Module):
             ConfigError: the size is no multiple of the batch of all processes.
         """
         keys, groups = all_of_processes(keys), all_of_processes(groups)
-        batch, size, start = len(keys), len(self.groups), int(self.pointer)
+        batch, size = len(keys), len(self.groups)
         self.check_batch(batch)
-        self.keys[:, start : start + batch] = keys.T
-        self.groups[start : start + batch] = groups
-        self.pointer.fill_((start + batch) % size)
+        # The pointer's number stays on the device: it would be waited for.
+        columns = (self.pointer + torch.arange(batch, device=self.pointer.device)) % size
+        self.keys[:, columns] = keys.T
+        self.groups[columns] = groups
+        self.pointer.add_(batch).remainder_(size)
         self.filled.copy_((self.filled + batch).clamp(max=size))
 
     def excluded(self, groups: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def _draw_boxes(batch: int, height: int, width: int, scale: tuple[float, float],
 
 def _cropped(images: Tensor, boxes: Tensor, size_px: int) -> Tensor:
     if images.device.type != "cpu":
-        return _resampled(images, boxes.to(images.device), size_px)
+        return _resampled(images, boxes.to(images.device, non_blocking=True), size_px)
     crops = [
         F.interpolate(
             image[None, :, top : top + high, left : left + wide], (size_px, size_px), mode="bilinear", antialias=True
@@ -175,17 +175,19 @@ def _before_turn(size_px: int) -> Tensor:
 
 def _recoloured(views: Tensor, generator: torch.Generator, settings: ViewSettings) -> Tensor:
     batch = len(views)
+    # Numbers of views, for a mask on a GPU would have to be waited for.
     blurred, grey = (
-        (torch.rand(batch, generator=generator) < share).to(views.device) for share in (settings.blur, settings.grey)
+        (torch.rand(batch, generator=generator) < share).nonzero()[:, 0] for share in (settings.blur, settings.grey)
     )
     low, high = _BLUR_SIGMA_PX
-    sigma = (low + (high - low) * torch.rand(batch, generator=generator)).to(views.device)
-    if blurred.any():
-        views[blurred] = _blur(views[blurred], sigma[blurred])
+    sigma = low + (high - low) * torch.rand(batch, generator=generator)
+    if len(blurred):
+        sigma, blurred = (each.to(views.device, non_blocking=True) for each in (sigma[blurred], blurred))
+        views[blurred] = _blur(views[blurred], sigma)
     if settings.stain:
         views = StainAugment(settings.stain, settings.stain / 4)(views, generator)
-    if grey.any():
-        luma = torch.tensor(_LUMA, device=views.device).view(3, 1, 1)
+    if len(grey):
+        luma, grey = (each.to(views.device, non_blocking=True) for each in (torch.tensor(_LUMA).view(3, 1, 1), grey))
         views[grey] = _bytes((views[grey] * luma).sum(dim=1, keepdim=True)).expand(-1, 3, -1, -1)
     return views
 

@@ -55,7 +55,7 @@ class ShuffledWhitening:
         samples = features.movedim(1, -1)
         flat = samples.flatten(0, -2)
         flat = flat if flat.dtype == torch.float64 else flat.float()
-        order = first_of_processes(order.to(flat.device))
+        order = first_of_processes(order.to(flat.device, non_blocking=True))
         groups = group_channels(order, min(self.group_size, len(order)))
         # Groups of one size are one batch, for many small decompositions would take a GPU longer than the encoder.
         batches = [torch.stack(list(same)) for _, same in groupby(groups, len)]

@@ -224,13 +224,13 @@ def targets_of(logits: Tensor, target: Target) -> Tensor:
     batch, classes = logits.shape
     if target is None:
         return logits.detach().argmax(dim=1).clone()
-    labels = torch.as_tensor(target, device=logits.device)
+    labels = torch.as_tensor(target)  # where it is: a number is not sent to a GPU to be looked at
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape not in ((), (batch,)):
         raise ConfigError(f"target: {labels.dtype} {tuple(labels.shape)}; give one class number, or one for each image")
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.numel():
         raise ConfigError(f"target={int(outside[0])}: the network has {classes} classes, 0 to {classes - 1}")
-    return labels.long().expand(batch).clone()
+    return labels.to(logits.device, torch.int64, non_blocking=True).expand(batch).clone()
 
 
 def explained_output(logits: Tensor, target: Tensor, output: Output) -> Tensor:

@@ -35,13 +35,14 @@ def restain(images: Tensor, generator: torch.Generator, stain: float) -> Tensor:
     """Images (B, 3, H, W) uint8 with the optical density of each channel scaled, see `augment`."""
     gain = 1 + stain * (2 * torch.rand((len(images), 3, 1, 1), generator=generator) - 1)
     transmitted = (images.to(torch.float32) + 1) / 256
-    return (transmitted.pow(gain.to(images.device)) * 256 - 1).round().clamp(0, 255).to(torch.uint8)
+    return (transmitted.pow(gain.to(images.device, non_blocking=True)) * 256 - 1).round().clamp(0, 255).to(torch.uint8)
 
 
 def turn(images: Tensor, symmetry: Tensor) -> Tensor:
     """Images (B, C, S, S), each under the one of `SYMMETRIES` that its number (B,) says: new ones of the same kind."""
     found = images.clone()
     for number in SYMMETRIES:
-        chosen = (symmetry == number).nonzero()[:, 0].to(images.device)  # a mask on a GPU would have to be waited for
+        # A mask on a GPU would have to be waited for.
+        chosen = (symmetry == number).nonzero()[:, 0].to(images.device, non_blocking=True)
         found[chosen] = turned(images[chosen], number)
     return found

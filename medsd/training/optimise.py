@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
@@ -88,6 +88,8 @@ class OptimiserStep:
         Returns:
             The pieces' losses, and the batch's mean `loss` and parts by name.
 
+        The host waits for the device once, until it knows the last loss; the backward pass is then under way.
+
         Raises:
             TrainingError: a loss is not finite, or the batch has fewer items than pieces; nothing was stepped.
         """
@@ -100,6 +102,7 @@ class OptimiserStep:
         pieces = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(size).tensor_split(self.accumulation)]
         shares = [(rows.stop - rows.start) / size for rows in pieces]
         done: list[OneLoss] = []
+        told: list[Callable[[], list[float]]] = []
         # Dropout draws from torch's own generators, which are left as they were.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed_of(engine) + 3)
@@ -107,16 +110,15 @@ class OptimiserStep:
                 with _synchronised(loss, last=rows.stop == size):
                     with torch.autocast(device.type, _DTYPES[self.amp], enabled=self.amp != "none"):
                         done.append(piece(rows))
-                    self._check_finite(done[-1], engine)
+                    told.append(_told([done[-1].total, *done[-1].parts.values()]))
                     scaler.scale(share * done[-1].total).backward()  # type: ignore[no-untyped-call]
+        values = [numbers() for numbers in told]
+        for loss_of_piece, *_ in values:
+            self._check_finite(loss_of_piece, engine)
         scaler.step(engine.optimizer)
         scaler.update()
-
-        def mean(value: Callable[[OneLoss], Tensor]) -> float:
-            return sum(share * float(value(each).detach()) for share, each in zip(shares, done, strict=True))
-
-        parts = {name: mean(lambda each, name=name: each.parts[name]) for name in done[0].parts}  # type: ignore[misc]
-        return done, {"loss": mean(lambda each: each.total), **parts}
+        means = (sum(share * each for share, each in zip(shares, of, strict=True)) for of in zip(*values, strict=True))
+        return done, dict(zip(("loss", *done[0].parts), means, strict=True))
 
     def on_all_ranks(self, of: tuple[object, ...], make: Callable[[], nn.Module]) -> nn.Module:
         """The module that `make` gives for these objects, kept; of several processes in `DistributedDataParallel`."""
@@ -143,14 +145,30 @@ class OptimiserStep:
                 self._scaler.load_state_dict(self._scale)
         return self._scaler
 
-    def _check_finite(self, loss: Loss, engine: SupervisedTrainer) -> None:
-        value = float(loss.total.detach())
+    def _check_finite(self, value: float, engine: SupervisedTrainer) -> None:
         if not math.isfinite(value):
             raise TrainingError(
                 f"loss is {value} in epoch {engine.state.epoch}, iteration {engine.state.iteration}; lower the "
                 f"learning rate ({self.key_prefix}lr) or the loss's weights in another output_dir; this one keeps its "
                 "last checkpoint, from which the same settings go on"
             )
+
+
+def _told(values: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """Scalars, the first on the device, as numbers: on their way at once, and waited for, alone, by who calls."""
+    device = values[0].device
+    moved = [value.detach().to(device, torch.float64, non_blocking=True) for value in values]
+    there = torch.stack(moved).to("cpu", non_blocking=True)
+    if device.type != "cuda":
+        return there.tolist
+    sent = torch.cuda.current_stream(device).record_event()
+
+    def numbers() -> list[float]:
+        sent.synchronize()
+        found: list[float] = there.tolist()
+        return found
+
+    return numbers
 
 
 def _synchronised(loss: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -63,17 +63,18 @@ def restain(images: Tensor, stains: Tensor, factors: Tensor, shifts: Tensor) -> 
     Args:
         images: (B, 3, H, W) uint8.
         stains: (2, 3) or (B, 2, 3), optical densities of red, green and blue of a unit of each stain.
-        factors, shifts: (B, 2).
+        factors, shifts: (B, 2), on the device of `stains`: a GPU takes long to solve what is as small as these.
 
     Returns:
         (B, 3, H, W) uint8, new.
     """
-    stains, factors, shifts = (values.to(images.device, torch.float32) for values in (stains, factors, shifts))
+    stains, factors, shifts = (values.to(torch.float32) for values in (stains, factors, shifts))
     density = -(images.to(torch.float32).clamp_(min=1) / 255).log_().flatten(2)
     # density_out = density + shift @ stains + (density @ pinv(stains)) * (factor - 1) @ stains, as columns.
     mixing = torch.linalg.pinv(stains) @ ((factors - 1)[..., None] * stains)
-    weight = (density.mean(dim=1, keepdim=True) - _GLASS_DENSITY) / (_STAIN_DENSITY - _GLASS_DENSITY)
     offset = (shifts[:, None] @ stains).transpose(1, 2)
+    mixing, offset = (values.to(images.device, non_blocking=True) for values in (mixing, offset))
+    weight = (density.mean(dim=1, keepdim=True) - _GLASS_DENSITY) / (_STAIN_DENSITY - _GLASS_DENSITY)
     changed = density + mixing.transpose(1, 2) @ density + weight.clamp_(0, 1) * offset
     light: Tensor = changed.neg_().exp_().mul_(255).round_().clamp_(0, 255)
     return light.to(torch.uint8).view_as(images)
