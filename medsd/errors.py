@@ -54,6 +54,10 @@ class ConfigError(MedsdError):
     """A configuration key or value is not known."""
 
 
+class AreaError(ConfigError, ValueError):
+    """An area that is to be read of a slide is none; a ValueError, too."""
+
+
 class OutputError(MedsdError):
     """An output cannot be written."""
 

@@ -186,10 +186,15 @@ def make_engine(
         classifier, tile_px, mpp, target, settings, temperature, reference, offset: as `Engine` takes them.
 
     Raises:
-        NetworkError: no such layer, no masks, a stride that does not divide the tile, or no dense map where it is
-            asked for.
+        NetworkError: no classifier of medsd's, no such layer, no masks, a stride that does not divide the tile, or no
+            dense map where it is asked for.
         ConfigError: a temperature that is not positive.
     """
+    if not isinstance(classifier, Classifier):
+        raise NetworkError(
+            f"{type(classifier).__name__}: slides are mapped by medsd's classifiers; load its encoder's "
+            "weights into a TileClassifier (load_encoder; encoder_weights of the bundles) and train its head"
+        )
     settings = settings or MapSettings()
     if settings.way == "dense" and not isinstance(classifier, TileClassifier):
         raise NetworkError("way 'dense': the masks of an AIM classifier depend on the whole tile; use 'tiled'")

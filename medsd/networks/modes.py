@@ -31,10 +31,19 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is as it was (frozen BatchNorms stay frozen)."""
+    """Eval mode inside the block; afterwards every module is as it was (frozen BatchNorms stay frozen).
+
+    Raises:
+        NetworkError: it has no such mode.
+    """
     training = [module for module in network.modules() if module.training]
-    network.eval()
     try:
+        try:
+            network.eval()
+        except NotImplementedError as error:
+            raise NetworkError(
+                f"{type(network).__name__}: takes no eval mode, as programs of torch.export; give the network itself"
+            ) from error
         yield
     finally:
         for module in training:
@@ -100,16 +109,26 @@ def full_name(network: nn.Module, name: str, inside: str = "", also: Iterable[st
         also: what else could have been meant, for the message.
 
     Raises:
-        NetworkError: there is no such layer; the message names the nearest.
+        NetworkError: there is no such layer, or it is no name; the message names the nearest.
     """
     known = [layer for layer, _ in network.named_modules() if layer]
+    if not isinstance(name, str):
+        raise NetworkError(f"layer: {type(name).__name__}; give its name, such as '{_name_of(network, name)}'")
     below = f"{inside}." if inside else ""
     for wanted in (name, below + name):
         if wanted in known:
             return wanted
     shown = [layer.removeprefix(below) for layer in known if layer.startswith(below)]
-    hint = nearest(name, [*shown, *known, *also])
+    ends = [layer for layer in shown if name and layer.endswith(f".{name}")]  # of compiled and parallel networks
+    hint = f"; did you mean '{ends[0]}'?" if len(ends) == 1 else nearest(name, [*shown, *known, *also])
     raise NetworkError(f"layer '{name}': {type(network).__name__} has no such layer{hint}")
+
+
+def _name_of(network: nn.Module, module: object) -> str:
+    """The module's name in the network, or, as an example, another's."""
+    names: list[str] = [name for name, _ in network.named_modules() if name]
+    its: list[str] = [name for name, part in network.named_modules() if name and part is module]
+    return (its or names[len(names) // 2 :] or ["layer4"])[0]
 
 
 def map_of_layer(layer: str, output: object, images: Tensor | None = None, grid: TokenGrid | None = None) -> Tensor:

@@ -130,7 +130,8 @@ class _Explained(nn.Module):
         self.network, self.output = network, output
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x).flatten(1)
+        # A network may write to its input, which is the caller's, or what captum makes others of.
+        logits: Tensor = self.network(x.clone()).flatten(1)
         return evidence(logits) if self.output == "evidence" else logits
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from reprlib import repr as brief
 from typing import Literal
 
 import torch
@@ -21,6 +22,9 @@ from medsd.saliency.rescale import Call, OnPlane, Rescale
 
 _LOG = logging.getLogger(__name__)
 _MISSED = 1e-3  # of the sum of absolute attributions; rounding in float32 stays thirty times below
+# Of the largest logit (our choice): the sum of absolute attributions, and what it misses, where they are out of bounds.
+# Against the logits and not the change, which of one image may be nearly 0. Other networks have at most 5e3 and 1e-4.
+_BURST, _MISSED_LOGIT = 1e4, 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,9 @@ class DeepLift(ClassMethod):
 
     One pass of images and references together above the layer. Where every function above the layer is linear or has
     a rule (see `rules`, which add what that paper lacks), and no path leads around the layer, attributions sum to the
-    output's change from the reference. A sum that misses it is logged, once for each method object.
+    output's change from the reference. A sum that misses it is logged, once for each method object. It does so by
+    rounding, too, where what a normalisation divides by is nearly 0 at the reference (LayerNorms of zeros, without
+    biases, as before a training): multipliers grow beyond bounds there, and so does the map, in any precision.
 
     Our own rules and not captum's (0.9), which need each ReLU to be a module of its own that is used once, and lose a
     part at max pools that overlap or follow an activation at once (the stem of every ResNet). Elsewhere both agree.
@@ -87,7 +93,8 @@ class DeepLift(ClassMethod):
             activation, its_reference = hidden.activation.detach().chunk(2)
             values = multiplier * (activation - its_reference)
             change = explained.detach() - self.explained(reference_logits, numbers).detach()
-            self._tell_missed(values.flatten(1).double(), change)
+            size = torch.maximum(logits.detach().abs(), reference_logits.detach().abs()).amax(dim=1)
+            self._tell_missed(values.flatten(1).double(), change, size)
         return Attribution(values, logits.detach(), numbers)
 
     def _on_plane(self, images: Tensor, target: Target, reference: Tensor) -> Attribution:
@@ -111,9 +118,9 @@ class DeepLift(ClassMethod):
 
     def _given(self) -> tuple[Tensor | None, bool]:
         """The layer's reference, if it is not a baseline's, and whether it is a plane's."""
-        if isinstance(self.reference, str):
-            if self.reference != "neutral":
-                raise ConfigError(f"reference='{self.reference}': give a tensor or 'neutral'")
+        if self.reference is not None and not isinstance(self.reference, Tensor):
+            if not isinstance(self.reference, str) or self.reference != "neutral":
+                raise ConfigError(f"reference={brief(self.reference)}: give a tensor or 'neutral'")
             neutral = neutral_of(self.network, self.layer)
             return torch.tensor(neutral.vector, dtype=torch.float64), neutral.extent == "plane"
         return self.reference, self.plane
@@ -138,10 +145,12 @@ class DeepLift(ClassMethod):
             ) from error
         return check_logits(output, batch)
 
-    def _tell_missed(self, attribution: Tensor, change: Tensor) -> None:
-        missed = (attribution.sum(dim=1) - change).abs()
-        share = float((missed / attribution.abs().sum(dim=1).clamp(min=1e-30)).max())
-        if share > _MISSED and not self._told:
+    def _tell_missed(self, attribution: Tensor, change: Tensor, size: Tensor) -> None:
+        if self._told:
+            return
+        missed, total = (attribution.sum(dim=1) - change).abs(), attribution.abs().sum(dim=1)
+        share = float((missed / total.clamp(min=1e-30)).max())
+        if share > _MISSED:
             self._told.append(self.layer or "input")
             _LOG.warning(
                 "DeepLift at '%s': attributions miss the output's change from the baseline by %.2g of their absolute "
@@ -150,6 +159,17 @@ class DeepLift(ClassMethod):
                 "rounding (image and baseline hardly differ, half precision)",
                 self._told[0],
                 share,
+            )
+        # So written that nan, beyond all numbers, counts.
+        elif not bool(((total <= _BURST * size) | (missed <= _MISSED_LOGIT * size)).all()):
+            self._told.append(self.layer or "input")
+            _LOG.warning(
+                "DeepLift at '%s': absolute attributions sum to %.2g times the largest logit, and miss the output's "
+                "change from the baseline, mostly since what a normalisation divides by is nearly 0 there (a "
+                "LayerNorm's variance, of zeros); give another baseline or reference (float64 may mend the sum, not "
+                "the map)",
+                self._told[0],
+                float((total / size).max()),
             )
 
 

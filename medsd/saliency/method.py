@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from reprlib import repr as brief
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -52,7 +53,7 @@ class Method(Protocol):
 
         Raises:
             DatasetError: an empty batch, or not (B, C, H, W) float.
-            ConfigError: a target outside the classes.
+            ConfigError: a target outside the classes, or no number.
             NetworkError: the output is no logits (B, K), the layer was not reached or gives no map (B, C, h, w), or
                 the map is not finite.
             ChannelsCancelError: the map is the mean of channels, and they cancel.
@@ -155,6 +156,7 @@ class ClassMethod(ABC):
 
     def _attributed(self, x: Tensor, target: Target) -> Attribution:
         check_images(x)
+        check_target(target, self.network)
         if any(tensor.is_inference() for tensor in chain(self.network.parameters(), self.network.buffers())):
             raise NetworkError(f"{type(self.network).__name__} was made under torch.inference_mode; make it outside")
         with differentiable(self.network):
@@ -192,17 +194,32 @@ def check_images(x: Tensor) -> None:
         raise DatasetError(f"images: shape {tuple(x.shape)}, an empty batch; give at least one image")
 
 
+def check_target(target: Target, network: nn.Module) -> None:
+    """Raises ConfigError: no number, such as a class's name; the message numbers the classes that a network names."""
+    try:
+        torch.as_tensor(0 if target is None else target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        names = getattr(network, "classes", None)
+        known = [f"{number} {name}" for number, name in enumerate(names if isinstance(names, list | tuple) else ())]
+        classes = f": {', '.join(known)}" if known else ""
+        raise ConfigError(f"target={brief(target)}: give one class number, or one for each image{classes}") from error
+
+
 def baseline_images(x: Tensor, baseline: Tensor | None) -> Tensor:
     """The images that attributions compare with, (B, C, H, W), type and device of `x`.
 
     Args:
         x: (B, C, H, W) images.
-        baseline: (C, H, W) or (B, C, H, W) in the network's input space; None is zeros, the mean colour where inputs
-            are normalised (arXiv 2404.02282's code).
+        baseline: (C, H, W), (B, C, H, W) or a colour (C, 1, 1), in the network's input space; None is zeros, the mean
+            colour where inputs are normalised (arXiv 2404.02282's code).
     """
     if baseline is None:
         return torch.zeros_like(x)
-    if baseline.shape not in (x.shape, x.shape[1:]):
+    if not isinstance(baseline, Tensor):
+        raise DatasetError(
+            f"baseline: {type(baseline).__name__}; give a tensor {tuple(x.shape[1:])}, or None for zeros"
+        )
+    if baseline.shape not in (x.shape, x.shape[1:], (x.shape[1], 1, 1)):
         raise DatasetError(f"baseline: shape {tuple(baseline.shape)}; give {tuple(x.shape[1:])} or {tuple(x.shape)}")
     return (baseline.clone() if baseline.is_inference() else baseline.detach()).to(x).expand_as(x)
 
@@ -211,7 +228,9 @@ def check_logits(output: object, batch: int) -> Tensor:
     """Logits (B, K) of a network's output for a batch of B, which may have sides of 1 behind them."""
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[2:].numel() != 1:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise NetworkError(f"the network's output is {shape}; class methods need logits (B, K), label-free ones do not")
+        wrap = "; wrap it so that it returns .logits" if hasattr(output, "logits") else ""
+        needed = "class methods need logits (B, K), label-free ones do not"
+        raise NetworkError(f"the network's output is {shape}; {needed}{wrap}")
     if len(output) != batch:
         raise NetworkError(f"the network's output is {tuple(output.shape)} for {batch} images; give one row an image")
     if not torch.isfinite(output).all():

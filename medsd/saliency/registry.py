@@ -65,6 +65,9 @@ def make_method(
 ) -> Method:
     """The method of that name.
 
+    Those that explain a class also give attributions of channels (`attribute`) and logits (`explain`): type checkers
+    know of them after `isinstance(method, ClassMethod)`, or where the class itself is made, as `DeepLift`.
+
     Args:
         name: a key of `METHODS`; or "captum." and an attribution of `captum.attr`, see `captum_method`.
         network: gives logits (B, K); for label-free methods anything.

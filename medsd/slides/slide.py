@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from medsd.errors import SlideError
+from medsd.errors import AreaError, SlideError
 from medsd.slides.mpp import resolve_mpp
 from medsd.slides.readers.base import RGB, Bools, read_halves
 from medsd.slides.readers.cache import TileCache
@@ -73,6 +73,7 @@ class Slide(ABC):
 
         Raises:
             SlideError: the area cannot be decoded.
+            AreaError: no width or height, or a place or scale that is no number.
         """
         return self._read(_checked(Area(x, y, width, height, mpp)), strict=True)[0]
 
@@ -212,14 +213,14 @@ class FileSlide(Slide):
 
 
 def _checked(area: Area) -> Area:
-    """The area; ValueError where there is none."""
+    """The area; AreaError where there is none."""
     x, y, width, height, mpp = area
     if width < 1 or height < 1:
-        raise ValueError(f"width and height must be at least 1, got {width} x {height}")
+        raise AreaError(f"width and height must be at least 1, got {width} x {height}")
     if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp must be a positive number, got {mpp}")
+        raise AreaError(f"mpp must be a positive number, got {mpp}")
     if not (math.isfinite(x) and math.isfinite(y)):
-        raise ValueError(f"x and y must be numbers, got {x}, {y}")
+        raise AreaError(f"x and y must be numbers, got {x}, {y}")
     return area
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from medsd.errors import ChannelsCancelError, NetworkError
 from medsd.heatmap import cascade
@@ -16,6 +17,7 @@ from medsd.heatmap.engine import engine_for_slides, make_engine
 from medsd.heatmap.maps import MapSettings
 from medsd.heatmap.tiled import TiledEngine
 from medsd.networks.classifier import TileClassifier
+from medsd.networks.start import load_encoder
 from medsd.saliency.neutral import NeutralReference
 from medsd.slides.tissue import TissueMask
 
@@ -125,6 +127,19 @@ def test_a_network_without_dense_maps_goes_by_tiles_with_all_its_methods():
         TileClassifier("test_efficientnet"), 64, 1.0, settings=MapSettings(("gradient", "gradcam"), "blocks.1")
     )
     assert isinstance(engine, TiledEngine)
+
+
+def test_a_network_of_others_is_refused_with_the_way_to_its_weights(tmp_path):
+    others = resnet18()
+    with pytest.raises(
+        NetworkError, match=r"^ResNet: slides are mapped by medsd's classifiers; .*load_encoder"
+    ) as error:
+        make_engine(others, 64, 1.0)
+    assert "\n" not in str(error.value)
+    torch.save(others.state_dict(), tmp_path / "others.pt")
+    ours = TileClassifier("resnet18")
+    load_encoder(ours.encoder, tmp_path / "others.pt")
+    assert torch.equal(ours.encoder.layer4[1].conv2.weight, others.layer4[1].conv2.weight)
 
 
 def test_tiles_with_their_surroundings_are_the_middle_of_a_larger_image(classifier):

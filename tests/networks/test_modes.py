@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0, FrozenBatchNormAct2d
 from torch import nn
 
 from medsd.errors import NetworkError
-from medsd.networks.modes import channels_last, evaluating, keeping_statistics, map_of_layer, training
+from medsd.networks.modes import channels_last, evaluating, full_name, keeping_statistics, map_of_layer, training
 from medsd.networks.whitening import WhitenedHead
 from medsd.pretrain.whitening import IterNorm
 
@@ -154,3 +155,16 @@ def test_channels_last_are_told_by_the_images_proportions(
             map_of_layer("x", output, given)
     else:
         assert map_of_layer("x", output, given) is output
+
+
+def test_the_one_layer_that_ends_so_is_meant() -> None:
+    """A compiled or parallel network's own names stand behind another; nearer spelt ones are passed over."""
+    inner = nn.Sequential(
+        OrderedDict(stem=nn.Sequential(OrderedDict(norm=nn.Identity())), layer3=nn.Identity(), norms=nn.Identity())
+    )
+    for network, name in ((nn.DataParallel(inner), "module.layer3"), (inner, "stem.norm")):
+        with pytest.raises(NetworkError, match=f"has no such layer; did you mean '{name}'"):
+            full_name(network, name.rpartition(".")[2])
+    both = nn.Sequential(inner, inner.stem, nn.Sequential(OrderedDict(layer3=nn.Identity())))
+    with pytest.raises(NetworkError, match=r"layer 'layer3': .*did you mean '\d\.layer3'"):  # the nearest of two
+        full_name(both, "layer3")

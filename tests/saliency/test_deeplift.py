@@ -15,9 +15,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from medsd.errors import DatasetError
+from medsd.errors import ConfigError, DatasetError
 from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import GradientXActivation
+from medsd.saliency.integrated_gradients import IntegratedGradients
 from medsd.saliency.method import explained_output
 
 Lively = Callable[[nn.Module], nn.Module]
@@ -231,3 +232,86 @@ def test_what_has_no_rule_is_told_once(images: Tensor, sign: int, caplog: pytest
 def test_a_baseline_of_another_shape_is_refused(images: Tensor) -> None:
     with pytest.raises(DatasetError, match=r"baseline: shape \(3, 8, 8\); give \(3, 32, 32\) or \(2, 3, 32, 32\)"):
         DeepLift(Gated(), baseline=torch.zeros(3, 8, 8))(images)
+
+
+class Normed(nn.Module):
+    """LayerNorms over channels without biases, each place for itself, as in a ConvNeXt that has not learnt."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(blocks))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            normed = F.layer_norm(x.permute(0, 2, 3, 1), (8,), eps=1e-6).permute(0, 3, 1, 2)
+            x = F.gelu(block(normed))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
+def test_a_norm_of_nothing_at_the_baseline_is_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    """In float32 the sum is rounding; in float64 it is right, and the map as beyond bounds as it was."""
+    network = Normed(3)
+    single = DeepLift(network, "first")
+    values = single.attribute(images.float(), 1).double()
+    (message,) = captured(caplog)
+    assert message.startswith("DeepLift at 'first': absolute attributions sum to ") and "\n" not in message
+    assert "give another baseline" in message and "float64" in message
+    single.attribute(images.float(), 1)
+    assert len(captured(caplog)) == 1
+    caplog.clear()
+    double = DeepLift(network.double(), "first").attribute(images, 1)
+    expected = changes(network, images, torch.tensor([1, 1]), "logit")
+    torch.testing.assert_close(double.sum(dim=(1, 2, 3)), expected, rtol=1e-4, atol=0)
+    assert ((values.sum(dim=(1, 2, 3)) - expected).abs() > 0.01 * expected.abs()).all()
+    torch.testing.assert_close(values, double, rtol=0, atol=1e-4 * float(double.abs().max()))
+    assert (double.abs().sum(dim=(1, 2, 3)) > 1e4 * expected.abs()).all()
+    # Not of another baseline.
+    baseline = images.flip(0)
+    values = DeepLift(network.float(), "first", baseline=baseline.float()).attribute(images.float(), 1)
+    expected = changes(network.double(), images, torch.tensor([1, 1]), "logit", baseline)
+    torch.testing.assert_close(values.double().sum(dim=(1, 2, 3)), expected, rtol=1e-3, atol=0)
+    assert not captured(caplog)
+
+
+def test_attributions_beyond_all_numbers_are_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    assert not DeepLift(Normed(20)).attribute(images.float(), 1).isfinite().all()
+    assert "give another baseline" in captured(caplog)[0]
+
+
+@pytest.mark.parametrize("output", ["logit", "evidence"])
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_an_output_that_did_not_change_by_chance_misses_nothing(
+    images: Tensor, lively: Lively, output: str, classes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the head sees of an image is turned so that the explained output is as at the baseline, but for rounding."""
+    network = lively(timm.create_model("resnet10t", num_classes=classes)).double()
+    with torch.no_grad():
+        seen, seen_zero = (
+            network.forward_head(network.forward_features(x), pre_logits=True)
+            for x in (images[:1], torch.zeros_like(images[:1]))
+        )
+        change = (seen - seen_zero)[0]
+        network.fc.weight.sub_(torch.outer(network.fc.weight @ change, change) / change.dot(change))
+    x, network = images[:1].float(), network.float()
+    values = DeepLift(network, "layer2", output).attribute(x, 0)
+    expected = changes(network.double(), images[:1], torch.tensor([0]), output)
+    total = float(values.double().abs().sum())
+    assert float(expected.abs()) < 1e-4 * total, "the change is nothing beside the attributions"
+    assert abs(float(values.double().sum())) > float(expected.abs()), "and their sum is rounding"
+    assert not captured(caplog)
+
+
+def test_a_colour_is_a_baseline_and_a_number_is_none(images: Tensor) -> None:
+    network, colour = pooled(2, 2, nn.Tanh()), torch.tensor([0.3, -0.1, 0.2]).view(3, 1, 1)
+    expected = DeepLift(network, baseline=colour.expand(3, 32, 32))(images, 1)
+    assert torch.equal(DeepLift(network, baseline=colour)(images, 1), expected)
+    for method in (DeepLift, IntegratedGradients):
+        with pytest.raises(DatasetError, match=r"^baseline: int; give a tensor \(3, 32, 32\), or None for zeros$"):
+            method(network, baseline=0)(images, 1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="reference=0: give a tensor or 'neutral'"):
+        DeepLift(network, "0", reference=0)  # type: ignore[arg-type]

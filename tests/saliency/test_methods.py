@@ -238,6 +238,47 @@ def test_targets_that_are_no_classes(network: Classifier, images: Tensor, name: 
     assert_one_line(error)
 
 
+@pytest.mark.parametrize("name", [*CLASS_METHODS, "captum.Saliency"])
+def test_names_of_classes_are_answered_with_their_numbers(network: Classifier, images: Tensor, name: str) -> None:
+    method = make_method(name, network, "block")
+    for target in ("tumour", ["tumour"] * 99, {}):
+        with pytest.raises(ConfigError, match=r"^target=.*: give one class number, or one for each image$") as error:
+            method(images, target)  # type: ignore[arg-type]
+        assert_one_line(error)
+    network.classes = ("normal", "tumour", "other")  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"^target='tumour': give .*: 0 normal, 1 tumour, 2 other$") as error:
+        method(images, "tumour")  # type: ignore[arg-type]
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "captum.LayerGradCam"])
+def test_a_layer_is_given_by_its_name(network: Classifier, name: str) -> None:
+    for layer, words in ((network.block, "Block; give its name, such as 'block'"), (3, "int; give its name")):
+        with pytest.raises(NetworkError, match=f"^layer: {words}") as error:
+            make_method(name, network, layer)  # type: ignore[arg-type]
+        assert_one_line(error)
+
+
+class Answer(dict[str, Tensor]):
+    """As HuggingFace's networks give it."""
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+
+class Answering(nn.Conv2d):
+    def forward(self, x: Tensor) -> Answer:  # type: ignore[override]
+        return Answer(logits=super().forward(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("name", [*CLASS_METHODS, "captum.Saliency"])
+def test_outputs_that_hold_logits(images: Tensor, name: str) -> None:
+    with pytest.raises(NetworkError, match=r"output is Answer; .*; wrap it so that it returns \.logits$") as error:
+        make_method(name, nn.Sequential(nn.Conv2d(3, 3, 1), Answering(3, 2, 1)), "0")(images)
+    assert_one_line(error)
+
+
 @pytest.mark.parametrize("name", CLASS_METHODS)
 def test_outputs_that_are_no_logits(images: Tensor, name: str) -> None:
     with pytest.raises(NetworkError, match="class methods need logits") as error:

@@ -17,7 +17,8 @@ from medsd.saliency.deeplift import DeepLift
 from medsd.saliency.gradient import GradCAM, Gradient, GradientXActivation, SmoothGrad
 from medsd.saliency.integrated_gradients import IntegratedGradients
 from medsd.saliency.label_free import LabelFree, channel_energy, eigencam, mean_map, mtsm, multivec_eigencam
-from medsd.saliency.method import ClassMethod
+from medsd.saliency.method import ClassMethod, Method
+from medsd.saliency.registry import make_method
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 EIGENCAM = partial(LabelFree, map_of=eigencam)
@@ -83,12 +84,18 @@ class Copies(Network):
         return super().forward((x - 0.5) / 0.25)
 
 
+def captums(name: str) -> Callable[[nn.Module, str | None], Method]:
+    return lambda network, layer: make_method(f"captum.{name}", network, layer)
+
+
 @pytest.mark.parametrize(
     ("method", "layer"),
     [(method, layer) for method in CLASS_METHODS for layer in (None, "second")]
-    + [(EIGENCAM, "second"), (partial(LabelFree, map_of=mean_map), "first")],
+    + [(EIGENCAM, "second"), (partial(LabelFree, map_of=mean_map), "first")]
+    + [(captums(name), None) for name in ("Saliency", "IntegratedGradients", "Occlusion", "FeatureAblation")]
+    + [(captums(name), "second") for name in ("LayerGradientXActivation", "LayerConductance", "LayerFeatureAblation")],
 )
-def test_a_network_may_write_to_its_input(method: type[ClassMethod], layer: str | None) -> None:
+def test_a_network_may_write_to_its_input(method: Callable[[nn.Module, str | None], Method], layer: str | None) -> None:
     given = X.clone()
     found = method(WritesToItsInput(nn.Identity()), layer)(given, 1)
     torch.testing.assert_close(given, X, rtol=0, atol=0)
@@ -213,6 +220,18 @@ def test_a_compiled_network_is_explained_as_itself(method: type[ClassMethod]) ->
     compiled(X)
     expected, found = method(network, "second")(X, 1), method(compiled, "_orig_mod.second")(X, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(NetworkError, match=r"did you mean '_orig_mod\.second'"):
+        method(compiled, "second")
+
+
+@pytest.mark.parametrize("method", [Gradient, EIGENCAM])
+def test_an_exported_program_is_refused_in_a_line(method: type[ClassMethod]) -> None:
+    """It has no eval mode; a network around it is left as it was."""
+    network = nn.Sequential(torch.export.export(Network(nn.Identity()), (X,)).module(), nn.Identity())
+    with pytest.raises(NetworkError, match=r"^Sequential: takes no eval mode, .* torch\.export; give the") as caught:
+        method(network, "0.second")(X, 1)
+    assert "\n" not in str(caught.value)
+    assert all(module.training for module in network.modules())
 
 
 def test_deeplift_names_checkpointing_and_gradients_follow_it() -> None:

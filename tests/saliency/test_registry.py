@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import mypy.api
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,22 @@ NAMES = (
     "multivec_eigencam tsm mtsm mtsm_b mean_map channel_energy"
 )
 CLASS_METHODS = [name for name, card in METHODS.items() if card.needs_label]
+
+
+ROOT = Path(__file__).parents[2]
+USER = """
+from torch import Tensor, nn
+
+from medsd.saliency.deeplift import DeepLift
+from medsd.saliency.method import ClassMethod
+from medsd.saliency.registry import make_method
+
+
+def attributions(network: nn.Module, images: Tensor) -> Tensor:
+    method = make_method("deeplift", network)
+    assert isinstance(method, ClassMethod)
+    return method.attribute(images) + DeepLift(network).explain(images).logits
+"""
 
 
 def network() -> nn.Module:
@@ -104,6 +122,13 @@ def test_what_is_not_known_is_answered_with_the_nearest() -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"output='logits': .*did you mean 'logit'"):
         make_method("mean_map", network(), "0", "logits")  # type: ignore[arg-type]
+
+
+def test_type_checkers_know_what_the_docstring_says(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER)
+    cache = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    said, errors, status = mypy.api.run([*cache, str(tmp_path / "user.py")])
+    assert not status, said + errors
 
 
 def test_the_table_has_a_row_a_method() -> None:
