@@ -149,7 +149,9 @@ class DeepLift(ClassMethod):
         if self._told:
             return
         missed, total = (attribution.sum(dim=1) - change).abs(), attribution.abs().sum(dim=1)
-        share = float((missed / total.clamp(min=1e-30)).max())
+        # So written that nan, beyond all numbers, counts.
+        within = ((total <= _BURST * size) | (missed <= _MISSED_LOGIT * size)).all()
+        share, bounded = torch.stack([(missed / total.clamp(min=1e-30)).max(), within.to(total)]).tolist()
         if share > _MISSED:
             self._told.append(self.layer or "input")
             _LOG.warning(
@@ -160,8 +162,7 @@ class DeepLift(ClassMethod):
                 self._told[0],
                 share,
             )
-        # So written that nan, beyond all numbers, counts.
-        elif not bool(((total <= _BURST * size) | (missed <= _MISSED_LOGIT * size)).all()):
+        elif not bounded:
             self._told.append(self.layer or "input")
             _LOG.warning(
                 "DeepLift at '%s': absolute attributions sum to %.2g times the largest logit, and miss the output's "
