@@ -73,7 +73,8 @@ def finetune(
     objective: object = trainer.loss_function
     complete_from, usable_from, max_epochs = 1, 1, trainer.state.max_epochs
     if isinstance(objective, Growing):
-        complete_from, usable_from = objective.complete_from(network), objective.usable_from(network)
+        complete_from = objective.complete_from(network)
+        usable_from = getattr(objective, "usable_from", objective.complete_from)(network)
     tell_of_incomplete(objective, complete_from, max_epochs)
     workers = cast("DataLoader[Any]", trainer.data_loader).num_workers
     begin = partial(start_head, network, data.part("training"), workers) if regressed else None
@@ -165,7 +166,7 @@ def tell_of_incomplete(objective: object, complete_from: int, max_epochs: int) -
     if complete_from > max_epochs:
         logger.warning(
             "%s is complete from epoch %d on, and max_epochs is %d: some of its terms never come in; raise max_epochs "
-            "or lower what puts them off (warm_epochs of SaliencyDecor, anneal_share of AIM)",
+            "or lower what puts them off (of SaliencyDecor warm_epochs)",
             *(type(objective).__name__, complete_from, max_epochs),
         )
 

@@ -125,7 +125,7 @@ def write_report(path: str | Path, slide: MappedSlide, cut: Callable[[int], Zoom
 
     A menu chooses the map that is shown, its colour bar and what its values mean. Maps with a side above 1,536 px, or
     that take more than 8 MB together, are halved (means of what is seen) until they fit; the page names the resolution
-    it shows. Tiles get what is left of 15 MB. Values under the cursor are exact to the stated step. Behind `medsd
+    it shows. Tiles get what is left of 15 MB. Values under the cursor are those of the map in 16 bits. Behind `medsd
     view`, with `?tiles` in its address, it asks for the slide's tiles.
 
     Args:

@@ -119,7 +119,9 @@ def saliency_scale(limit: float, unit: str, label: str = "Saliency", hues: str =
     Raises:
         ConfigError: `limit` is not positive and finite.
     """
-    return ColourScale(-limit, limit, FOR, AGAINST, label, unit, hues or "orange: above 0; blue: below 0")
+    return ColourScale(
+        -limit, limit, FOR, AGAINST, label, unit, hues or "orange: above 0; blue: below 0; uncoloured: 0"
+    )
 
 
 def probability_scale() -> ColourScale:
@@ -160,5 +162,5 @@ def explanation_scale(method: str, limit: float, unit: str) -> ColourScale:
     card = method_card(method)
     if card.needs_label:
         return saliency_scale(limit, unit)
-    hues = "yellow: above 0; violet: below 0" if card.signed else "yellow: strong; uncoloured: 0"
+    hues = "yellow: above 0; violet: below 0; uncoloured: 0" if card.signed else "yellow: strong; uncoloured: 0"
     return ColourScale(-limit if card.signed else 0.0, limit, FEATURES, OTHER_FEATURES, "Strength", unit, hues)

@@ -71,10 +71,6 @@ class AimObjective:
             return 1
         return next(epoch for epoch in count(1) if self.target_at(epoch) - self.mask_target < 1e-6)
 
-    def usable_from(self, network: nn.Module) -> int:
-        """As `complete_from`: masks that are still to close let nearly all through."""
-        return self.complete_from(network)
-
     def noise_at(self, epoch: float) -> bool:
         """Whether masks are drawn with Gumbel noise after `epoch` epochs."""
         return epoch < (1 - self.noise_off_share) * self.max_epochs

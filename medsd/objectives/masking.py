@@ -51,7 +51,7 @@ def pixel_scores(network: nn.Module, x: Tensor, labels: Tensor, ranking: Ranking
 
 
 def classified(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (B, d) and logits (B, classes) of images (B, C, H, W).
+    """Features, (B, d) where they are to be decorrelated, and logits (B, classes) of images (B, C, H, W).
 
     Raises:
         NetworkError: the network has no `features` and `head` of that kind.
@@ -66,10 +66,10 @@ def classified(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         )
     features = features_of(x)
     logits = head(features)
-    if features.ndim != 2 or logits.ndim != 2 or logits.shape[1] < 2:
+    if logits.ndim != 2 or logits.shape[1] < 2:
         raise NetworkError(
-            f"{name}: features {tuple(features.shape)}, logits {tuple(logits.shape)}; the objective needs (B, d) and "
-            "two or more logits: pool the features, and let a head of one logit give 0 and it"
+            f"{name}: features {tuple(features.shape)}, logits {tuple(logits.shape)}; the objective needs logits (B, "
+            "classes) of two or more: pool the features, and let a head of one logit give 0 and it"
         )
     return features, logits
 

@@ -175,15 +175,15 @@ class SaliencyDecor:
             NetworkError: the network has no such `features` and `head`, or fewer than two classes.
             ConfigError: `mode` is "layer" and the head does not whiten, or `masked_share` masks no pixel.
         """
-        if labels.shape != x.shape[:1] or labels.dtype != torch.int64 or not x.is_floating_point():
-            raise TrainingError(
-                f"labels {tuple(labels.shape)} {labels.dtype}, images {tuple(x.shape)} {x.dtype}: give class numbers "
-                "(B,) int64 and float images (B, C, H, W), as the network takes them"
-            )
         if self.mode == "layer" and not isinstance(getattr(network, "head", None), WhitenedHead):
             raise ConfigError("mode='layer': the network's head must whiten its features; set whitening to true")
         warm = epoch < self.warm_epochs
         masking = self.consistency > 0 and not warm
+        if masking and (labels.shape != x.shape[:1] or labels.dtype != torch.int64 or not x.is_floating_point()):
+            raise TrainingError(
+                f"labels {tuple(labels.shape)} {labels.dtype}, images {tuple(x.shape)} {x.dtype}: masking needs class "
+                "numbers (B,) int64 and float images (B, C, H, W), as the network takes them"
+            )
         shared = masking and self.saliency_pass == "shared"
         if masking and not shared:
             scores = pixel_scores(network, x, labels, self.ranking)

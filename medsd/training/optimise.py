@@ -88,7 +88,8 @@ class OptimiserStep:
         Returns:
             The pieces' losses, and the batch's mean `loss` and parts by name.
 
-        The host waits for the device once, until it knows the last loss; the backward pass is then under way.
+        The host waits for the device once, until it knows the last loss; the backward pass is then under way (of
+        several processes it waits for each piece, before its backward pass).
 
         Raises:
             TrainingError: a loss is not finite, or the batch has fewer items than pieces; nothing was stepped.
@@ -111,6 +112,9 @@ class OptimiserStep:
                     with torch.autocast(device.type, _DTYPES[self.amp], enabled=self.amp != "none"):
                         done.append(piece(rows))
                     told.append(_told([done[-1].total, *done[-1].parts.values()]))
+                    if isinstance(loss, DistributedDataParallel):
+                        # Before its gradients become the others': a process that stops here takes part in no sum.
+                        self._check_finite(told[-1]()[0], engine)
                     scaler.scale(share * done[-1].total).backward()  # type: ignore[no-untyped-call]
         values = [numbers() for numbers in told]
         for loss_of_piece, *_ in values:

@@ -69,12 +69,12 @@ class ObjectiveLoss(nn.Module):
 
 @runtime_checkable
 class Growing(Protocol):
-    """An objective whose terms are not all there from the first step on."""
+    """An objective whose terms are not all there from the first step on.
+
+    One whose networks are of use before, though they have not learnt by all of it, may say so by
+    `usable_from(network)`, the first epoch of which that holds; without, it is that of `complete_from`.
+    """
 
     def complete_from(self, network: nn.Module) -> int:
         """The first epoch, counted from 1, whose network has learnt by all of it."""
-        ...
-
-    def usable_from(self, network: nn.Module) -> int:
-        """The first epoch, counted from 1, whose network is of use, though it may not have learnt by all of it."""
         ...

@@ -81,8 +81,7 @@ def test_total_is_the_weighted_sum_of_independent_parts() -> None:
     ],
 )
 def test_it_is_complete_when_tau_has_fallen(epochs: int, options: dict[str, float], first: int) -> None:
-    objective = AimObjective(epochs, **options)
-    assert objective.complete_from(network()) == objective.usable_from(network()) == first
+    assert AimObjective(epochs, **options).complete_from(network()) == first
     assert AimObjective(epochs, **options).complete_from(network(masking=False)) == 1
 
 

@@ -287,8 +287,16 @@ def test_features_that_are_a_map_are_told() -> None:
     ],
 )
 def test_labels_and_images_of_another_kind_are_told(x: Tensor, labels: Tensor) -> None:
-    with pytest.raises(TrainingError, match=r"give class numbers \(B,\) int64 and float images"):
+    with pytest.raises(TrainingError, match=r"needs class numbers \(B,\) int64 and float images"):
         SaliencyDecor()(ConvNet(), x, labels, 1.0)
+
+
+def test_without_masking_soft_labels_are_as_good() -> None:
+    model, soft = network().float().train(), torch.full((4, 3), 1 / 3)
+    x = torch.rand(4, 3, 8, 8)
+    expected = F.cross_entropy(model.head(model.features(x)), soft)
+    for epoch, objective in ((0.0, SaliencyDecor()), (2.0, SaliencyDecor(consistency=0, decorrelation=0))):
+        assert float(objective(model, x, soft, epoch).total) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"fill": "blur"}, {"block_px": 4}, {"fill": "noise"}])

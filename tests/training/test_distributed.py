@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import medsd.training.step as step_module
 from medsd.cohort.dataset import SlideGroupedSampler
-from medsd.errors import ConfigError
+from medsd.errors import ConfigError, TrainingError
 from medsd.objectives.saliency_decor import SaliencyDecor
 from medsd.training.distributed import BalancedSampler, UnlabelledSampler, start_processes
 from medsd.training.step import ObjectiveStep
@@ -79,6 +80,17 @@ def buffers(objective: SaliencyDecor, rows: slice) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.named_buffers()}
 
 
+def gradients_of_nan(rows: slice) -> int:
+    """How many parameters have a gradient after a step whose loss is not finite."""
+    network = Network().double()
+    with torch.no_grad():
+        network.head.bias.fill_(torch.nan)
+    optimizer, step = torch.optim.SGD(network.parameters(), lr=0.1), ObjectiveStep(stain=0.0)
+    with suppress(TrainingError):
+        run_step(step, network, optimizer, SaliencyDecor(0, 0), 1, rows)
+    return sum(parameter.grad is not None for parameter in network.parameters())
+
+
 def run_process(number: int, meeting: Path, out: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=number, world_size=2, timeout=timedelta(seconds=120)
@@ -97,6 +109,7 @@ def run_process(number: int, meeting: Path, out: Path) -> None:
     draw = list(sampler())
     # As the hard negatives: the first finds, all go by it.
     found = idist.broadcast(torch.tensor([20, 30]) if number == 0 else None, src=0, safe_mode=True)
+    result["gradients_of_nan"] = torch.tensor(gradients_of_nan(rows))
     torch.save({**result, "draw": torch.tensor(draw), "found": found}, out / f"{number}.pt")
     idist.finalize()
 
@@ -133,6 +146,10 @@ def test_running_averages_are_those_of_cross_entropy_on_each_process(processes: 
         assert len(names) == 3 and all(torch.equal(process[f"own.{name}"], process[f"plain.{name}"]) for name in names)
         assert process["own.body.1.num_batches_tracked"] == 4
     assert not torch.equal(*(process["own.body.1.running_mean"] for process in processes))  # each its own batch
+
+
+def test_a_loss_that_is_not_finite_never_becomes_a_gradient_of_the_others(processes: list[dict[str, Tensor]]) -> None:
+    assert [int(process["gradients_of_nan"]) for process in processes] == [0, 0]
 
 
 def test_each_process_draws_its_own_items(processes: list[dict[str, Tensor]]) -> None:
