@@ -161,10 +161,11 @@ class OptimiserStep:
 def _told(values: Sequence[Tensor]) -> Callable[[], list[float]]:
     """Scalars, the first on the device, as numbers: on their way at once, and waited for, alone, by who calls."""
     device = values[0].device
+    if device.type != "cuda":  # of which not all know float64
+        found_here = [float(value.detach()) for value in values]
+        return lambda: found_here
     moved = [value.detach().to(device, torch.float64, non_blocking=True) for value in values]
     there = torch.stack(moved).to("cpu", non_blocking=True)
-    if device.type != "cuda":
-        return there.tolist
     sent = torch.cuda.current_stream(device).record_event()
 
     def numbers() -> list[float]:
